@@ -1,0 +1,318 @@
+"""The SSR-Encoder model: token-to-patch aligner, detail-preserving subject encoder and the K/V pairs of the UNet's layers."""
+
+import os
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from safetensors.torch import load_file
+from torch import nn
+
+
+# The cross-attention layers of SD 1.5's UNet and their widths, in the order of `unet.attn_processors`.
+SD15_ATTENTION_LAYERS = {
+    f"{block}.attentions.{index}.transformer_blocks.0.attn2": width
+    for block, count, width in (
+        ("down_blocks.0", 2, 320),
+        ("down_blocks.1", 2, 640),
+        ("down_blocks.2", 2, 1280),
+        ("up_blocks.1", 3, 1280),
+        ("up_blocks.2", 3, 640),
+        ("up_blocks.3", 3, 320),
+        ("mid_block", 1, 1280),
+    )
+    for index in range(count)
+}
+
+
+class SSREncoder(ModelMixin, ConfigMixin):
+    r"""
+    Turns a query and the hidden states of a picture into subject embeddings, and those into keys and values for the
+    UNet's cross-attention (SSR-Encoder, https://arxiv.org/abs/2312.16272, sections 3.2 and 3.3).
+
+    The token-to-patch aligner lets each token of the query attend to the picture's patches: it finds the subject. The
+    subject encoder reads that same attention off several levels of the vision encoder, so that the drawn subject keeps
+    fine details as well as its meaning. The defaults are SD 1.5 with CLIP ViT-L/14.
+
+    Args:
+        cross_attention_dim (`int`, defaults to 768):
+            Width of the text encoder's hidden states, and of the subject embeddings.
+        vision_hidden_size (`int`, defaults to 1024):
+            Width of the vision encoder's hidden states.
+        inner_dim (`int`, defaults to 512):
+            Width of the aligner's attention, all heads together.
+        num_attention_heads (`int`, defaults to 8):
+            Heads of the aligner's attention.
+        image_levels (`tuple[int]`, defaults to `(4, 8, 12, 16, 20, 24)`):
+            Which hidden states of the vision encoder are read, lowest first; 0 is the embedding output. The last one
+            is where the aligner looks for the subject.
+        attention_layers (`dict[str, int]`, *optional*):
+            Name and width of each cross-attention layer that the subject reaches. Defaults to SD 1.5's sixteen.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from diffusers_ssr import SSREncoder
+
+    >>> encoder = SSREncoder()
+    >>> subject_embeds = encoder(torch.randn(1, 77, 768), torch.randn(6, 1, 257, 1024))
+    >>> subject_embeds.shape
+    torch.Size([1, 462, 768])
+    ```
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        cross_attention_dim: int = 768,
+        vision_hidden_size: int = 1024,
+        inner_dim: int = 512,
+        num_attention_heads: int = 8,
+        image_levels: tuple[int, ...] = (4, 8, 12, 16, 20, 24),
+        attention_layers: dict[str, int] | None = None,
+    ):
+        super().__init__()
+        if inner_dim % num_attention_heads:
+            raise ValueError(
+                f"`inner_dim` has to be a multiple of `num_attention_heads`, but is {inner_dim} with"
+                f" {num_attention_heads} heads."
+            )
+        if attention_layers is None:
+            attention_layers = SD15_ATTENTION_LAYERS
+            self.register_to_config(attention_layers=dict(attention_layers))
+
+        self.to_q = nn.Linear(cross_attention_dim, inner_dim, bias=False)
+        self.to_k = nn.Linear(vision_hidden_size, inner_dim, bias=False)
+        self.to_v = nn.ModuleList(nn.Linear(vision_hidden_size, inner_dim, bias=False) for _ in image_levels)
+        self.to_out = nn.ModuleList(nn.Linear(inner_dim, cross_attention_dim, bias=False) for _ in image_levels)
+        self.norm = nn.LayerNorm(cross_attention_dim)
+
+        # by name, since a saved config's order is the alphabet's
+        self.layers = nn.ModuleDict(
+            {
+                _module_name(name): nn.ModuleDict(
+                    {part: nn.Linear(cross_attention_dim, width, bias=False) for part in ("to_k", "to_v")}
+                )
+                for name, width in attention_layers.items()
+            }
+        )
+
+    def attention_probs(
+        self,
+        query_hidden_states: torch.Tensor,
+        image_hidden_states: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        mask_weight: float = 1.0,
+    ) -> torch.Tensor:
+        r"""
+        Where in the picture each query token looks: the token-to-patch attention (section 3.2 of the paper, equation 2).
+
+        Args:
+            query_hidden_states (`torch.Tensor` of shape `(batch_size, num_tokens, cross_attention_dim)`):
+                The query's last hidden states.
+            image_hidden_states (`torch.Tensor` of shape `(batch_size, 1 + num_patches, vision_hidden_size)`):
+                The deepest of the levels, class token first.
+            mask (`torch.Tensor` of shape `(batch_size, 1, height, width)`, *optional*):
+                1 where the subject is and 0 elsewhere, in the geometry of the pixels that the vision encoder saw.
+            mask_weight (`float`, defaults to 1.0):
+                How strongly the mask draws the attention inside: with `w`, logits grow by `w * w` inside and fall by
+                `w` outside.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, num_attention_heads, num_tokens, 1 + num_patches)`, each row summing
+            to 1.
+        """
+        heads = self.config.num_attention_heads
+        query = self.to_q(query_hidden_states).unflatten(-1, (heads, -1)).transpose(1, 2)
+        key = self.to_k(image_hidden_states).unflatten(-1, (heads, -1)).transpose(1, 2)
+        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+        if mask is not None:
+            side = round((image_hidden_states.shape[1] - 1) ** 0.5)
+            patches = F.interpolate(mask.float(), (side, side), mode="bilinear", antialias=True).flatten(1)
+            inside = patches * mask_weight
+            bias = inside - (1 - inside) * mask_weight
+            bias = F.pad(bias, (1, 0), value=1.0)
+            scores = scores + bias[:, None, None, :].to(scores.dtype)
+        return scores.softmax(dim=-1)
+
+    def forward(
+        self,
+        query_hidden_states: torch.Tensor,
+        image_hidden_states: torch.Tensor | Sequence[torch.Tensor],
+        mask: torch.Tensor | None = None,
+        mask_weight: float = 1.0,
+    ) -> torch.Tensor:
+        r"""
+        Select the queried subject in a picture and describe it (section 3.2 of the paper, equations 2 to 4).
+
+        Args:
+            query_hidden_states (`torch.Tensor` of shape `(batch_size, num_tokens, cross_attention_dim)`):
+                The query's last hidden states, padded to the text encoder's length (77 tokens).
+            image_hidden_states (`torch.Tensor` of shape `(num_levels, batch_size, 1 + num_patches, vision_hidden_size)` or a sequence of `num_levels` tensors):
+                Hidden states of the vision encoder at `config.image_levels`, before its last layer norm.
+            mask (`torch.Tensor` of shape `(batch_size, 1, height, width)`, *optional*):
+                See [`~SSREncoder.attention_probs`].
+            mask_weight (`float`, defaults to 1.0):
+                See [`~SSREncoder.attention_probs`].
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, num_tokens * num_levels, cross_attention_dim)`: the subject
+            embeddings, lowest level first.
+
+        Raises:
+            `ValueError`: if the number of levels is not that of `config.image_levels`.
+        """
+        if len(image_hidden_states) != len(self.to_v):
+            raise ValueError(
+                f"`image_hidden_states` has to hold {len(self.to_v)} levels, one for each of `config.image_levels`, but"
+                f" holds {len(image_hidden_states)}."
+            )
+        probs = self.attention_probs(query_hidden_states, image_hidden_states[-1], mask, mask_weight)
+        heads = self.config.num_attention_heads
+        levels = []
+        for hidden_states, to_v, to_out in zip(image_hidden_states, self.to_v, self.to_out, strict=True):
+            value = to_v(hidden_states).unflatten(-1, (heads, -1)).transpose(1, 2)
+            levels.append(to_out((probs @ value).transpose(1, 2).flatten(2)))
+        return self.norm(torch.cat(levels, dim=1))
+
+    @apply_forward_hook
+    def project(self, subject_embeds: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        r"""
+        The keys and values that the UNet's layers attend to (section 3.3 of the paper, equation 5). They depend on the
+        subject alone, so one projection serves a whole denoising.
+
+        Args:
+            subject_embeds (`torch.Tensor` of shape `(batch_size, num_subject_tokens, cross_attention_dim)`):
+                Subject embeddings, as `forward` returns them.
+
+        Returns:
+            `list` of pairs of `torch.Tensor`, each of shape `(batch_size, num_subject_tokens, width)`: key and value
+            for each of `config.attention_layers`, in that order.
+        """
+        layers = (self.layers[_module_name(name)] for name in self.config.attention_layers)
+        return [(layer["to_k"](subject_embeds), layer["to_v"](subject_embeds)) for layer in layers]
+
+    @classmethod
+    def from_released(
+        cls,
+        aligner: str | os.PathLike | Mapping[str, torch.Tensor],
+        layers: str | os.PathLike | Mapping[str, torch.Tensor],
+        **config,
+    ) -> "SSREncoder":
+        r"""
+        Read the two files in which the authors released their weights.
+
+        Args:
+            aligner (`str`, `os.PathLike` or `dict[str, torch.Tensor]`):
+                The aligner and subject encoder (`pytorch_model.bin`): a path to a torch pickle, which is read with
+                `weights_only=True`, to a safetensors file, or the state dict itself.
+            layers (`str`, `os.PathLike` or `dict[str, torch.Tensor]`):
+                The layers' keys and values (`pytorch_model_1.bin`), likewise.
+            **config:
+                Sizes other than the defaults, as `SSREncoder` takes them.
+
+        Returns:
+            [`SSREncoder`] in evaluation mode.
+
+        Raises:
+            `ValueError`: if a tensor is missing, is not expected, or has another shape.
+
+        Example:
+
+        ```py
+        >>> encoder = SSREncoder.from_released("pytorch_model.bin", "pytorch_model_1.bin")
+        >>> encoder.save_pretrained("my-ssr/ssr_encoder")
+        ```
+        """
+        model = cls(**config)
+        names = {
+            "aligner": {
+                _released_aligner_name(name): name for name in model.state_dict() if not name.startswith("layers.")
+            },
+            # the released file numbers all attention layers; every second one is a cross-attention
+            "layers": {
+                f"{2 * index + 1}.{part}_SSR.weight": f"layers.{_module_name(name)}.{part}.weight"
+                for index, name in enumerate(model.config.attention_layers)
+                for part in ("to_k", "to_v")
+            },
+        }
+        state_dict = {}
+        expected = model.state_dict()
+        for argument, source in (("aligner", aligner), ("layers", layers)):
+            released = _read_state_dict(source)
+            missing = sorted(names[argument].keys() - released.keys())
+            extra = sorted(released.keys() - names[argument].keys())
+            if missing or extra:
+                raise ValueError(
+                    f"`{argument}` does not hold the released tensors: missing {missing or 'none'}, unexpected"
+                    f" {extra or 'none'}."
+                )
+            for released_name, name in names[argument].items():
+                tensor = released[released_name]
+                if tensor.shape != expected[name].shape:
+                    raise ValueError(
+                        f"`{argument}` holds {released_name} of shape {tuple(tensor.shape)}, but"
+                        f" {tuple(expected[name].shape)} was expected."
+                    )
+                state_dict[name] = tensor
+        model.load_state_dict(state_dict)
+        return model.eval()
+
+
+def consistency_loss(
+    subject_embeds: torch.Tensor, query_hidden_states: torch.Tensor, form: str = "released"
+) -> torch.Tensor:
+    r"""
+    The regulariser that keeps subject embeddings near the query's meaning (section 3.4 of the paper, equation 7).
+
+    Args:
+        subject_embeds (`torch.Tensor` of shape `(batch_size, num_tokens * num_levels, cross_attention_dim)`):
+            What [`SSREncoder`] returns.
+        query_hidden_states (`torch.Tensor` of shape `(batch_size, num_tokens, cross_attention_dim)`):
+            The query it was given; no gradient flows into it.
+        form (`"released"` or `"paper"`, defaults to `"released"`):
+            The released code compares token by token and adds the levels up; the paper compares the means.
+
+    Returns:
+        `torch.Tensor` with one number: 0 where both agree.
+
+    Raises:
+        `ValueError`: if `form` is neither.
+
+    Example:
+
+    ```py
+    >>> loss = F.mse_loss(noise_pred, noise) + 0.1 * consistency_loss(subject_embeds, query_hidden_states)
+    ```
+    """
+    query = query_hidden_states.detach()
+    if form == "paper":
+        return (1 - F.cosine_similarity(subject_embeds.mean(1), query.mean(1), dim=-1)).mean()
+    if form != "released":
+        raise ValueError(f'`form` has to be "released" or "paper", but is {form!r}.')
+    levels = subject_embeds.unflatten(1, (-1, query.shape[1]))
+    return (1 - F.cosine_similarity(levels, query[:, None], dim=-1)).mean((0, 2)).sum()
+
+
+def _module_name(layer: str) -> str:
+    return layer.replace(".", "_")
+
+
+def _released_aligner_name(name: str) -> str:
+    if name.startswith("norm."):
+        return name
+    if name.startswith(("to_q.", "to_k.")):
+        return f"aligner.{name}"
+    return f"aligner.processor.{name}"
+
+
+def _read_state_dict(source) -> Mapping[str, torch.Tensor]:
+    if isinstance(source, Mapping):
+        return source
+    if os.fspath(source).endswith(".safetensors"):
+        return load_file(source)
+    return torch.load(source, map_location="cpu", weights_only=True)

@@ -1,0 +1,12 @@
+"""What `custom_pipeline="<owner>/<repo>"` or `custom_pipeline="<folder>"` loads.
+
+diffusers copies a local entry file together with the files that it imports relatively itself, but not those that these
+import in turn: hence every module stands here.
+"""
+
+from .attention_processors import SSRAttnProcessor2_0  # noqa: F401
+from .image_processing_ssr import preprocess  # noqa: F401
+from .mixin_ssr import SSRPipelineMixin  # noqa: F401
+from .modeling_ssr import SSREncoder  # noqa: F401
+from .pipeline_ssr import StableDiffusionSSRPipeline  # noqa: F401
+from .subject_embeds import SubjectEmbeds  # noqa: F401

@@ -1,0 +1,34 @@
+"""Text to image with a subject picked out of a reference picture, on any Stable Diffusion 1.5 checkpoint."""
+
+from diffusers import StableDiffusionPipeline
+
+from .attention_processors import SSRAttnProcessor2_0  # noqa: F401  (see pipeline.py)
+from .image_processing_ssr import preprocess  # noqa: F401
+from .mixin_ssr import SSRPipelineMixin
+from .modeling_ssr import SSREncoder  # noqa: F401
+from .subject_embeds import SubjectEmbeds  # noqa: F401
+
+
+class StableDiffusionSSRPipeline(SSRPipelineMixin, StableDiffusionPipeline):
+    r"""
+    [`StableDiffusionPipeline`] that also takes a subject: a reference picture and a text that says which thing in it is
+    meant. Arguments, components and everything else are the stock pipeline's, with those of [`SSRPipelineMixin`] added.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from diffusers import DiffusionPipeline
+    >>> from diffusers.utils import load_image
+
+    >>> pipe = DiffusionPipeline.from_pretrained(
+    ...     "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    ...     custom_pipeline="<owner>/<repo>",
+    ...     trust_remote_code=True,
+    ...     torch_dtype=torch.float16,
+    ... ).to("cuda")
+    >>> pipe.load_ssr("<owner>/<repo>")
+    >>> photo = load_image("cat_and_dog.png")
+    >>> image = pipe("a cat on the beach", subject_image=photo, subject_query="cat", subject_scale=0.65).images[0]
+    ```
+    """

@@ -1,0 +1,143 @@
+"""The doors through which the pipeline is loaded, each in a process of its own."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+
+import numpy as np
+import pytest
+from conftest import ROOT, call_args, make_picture, make_ssr_components
+from diffusers import StableDiffusionPipeline
+from diffusers_ssr import StableDiffusionSSRPipeline
+
+
+DRAW = """
+import sys
+import numpy as np
+import torch
+from PIL import Image
+{load}
+pipe.set_progress_bar_config(disable=True)
+image = pipe(
+    "a cat on the beach", num_inference_steps=2, guidance_scale=3.0, generator=torch.Generator().manual_seed(0),
+    output_type="np", subject_image=Image.open({folder!r} + "/picture.png"), subject_query="cat", subject_scale=1.0,
+).images
+np.save({folder!r} + "/image.npy", image)
+print(type(pipe).__module__, type(pipe).__name__)
+"""
+
+
+def draw_elsewhere(load: str, folder, python=sys.executable) -> np.ndarray:
+    """Run `load` in a fresh process, with an empty cache for custom code, and draw there."""
+    environment = {
+        **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        "HF_HOME": str(folder / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    script = DRAW.format(load=load, folder=str(folder))
+    done = subprocess.run([str(python), "-c", script], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "Expected types" not in done.stderr, done.stderr
+    return np.load(folder / "image.npy")
+
+
+@pytest.fixture
+def saved(tmp_path, pipe):
+    """A folder with a stock pipeline in `base`, the SSR parts in `ssr`, and what `pipe` draws."""
+    stock = {name: part for name, part in pipe.components.items() if not name.startswith("ssr_")}
+    StableDiffusionPipeline(**stock, requires_safety_checker=False).save_pretrained(tmp_path / "base")
+    for name, part in make_ssr_components().items():
+        part.save_pretrained(tmp_path / "ssr" / name)
+    make_picture().save(tmp_path / "picture.png")
+    expected = pipe(**call_args(subject_image=make_picture(), subject_query="cat", subject_scale=1.0)).images
+    return tmp_path, expected
+
+
+@pytest.mark.parametrize("entry", [".", "pipeline_ssr.py"])
+def test_custom_pipeline(saved, entry):
+    folder, expected = saved
+    load = f"""
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained("base", custom_pipeline={str(ROOT / entry)!r}, trust_remote_code=True)
+pipe.load_ssr("ssr")
+"""
+    assert np.array_equal(draw_elsewhere(load, folder), expected)
+
+
+def test_a_saved_pipeline_loads_whole(saved, pipe):
+    folder, expected = saved
+    pipe.save_pretrained(folder / "whole")
+    load = """
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained("whole", trust_remote_code=True)
+"""
+    assert np.array_equal(draw_elsewhere(load, folder), expected)
+
+
+def test_a_pipeline_saved_after_custom_loading_loads_whole(saved):
+    folder, expected = saved
+    load = f"""
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained("base", custom_pipeline={str(ROOT)!r}, trust_remote_code=True)
+pipe.load_ssr("ssr")
+pipe.save_pretrained("whole")
+pipe = DiffusionPipeline.from_pretrained("whole", trust_remote_code=True)
+again = type(pipe).from_pipe(pipe)
+assert again.ssr_encoder is pipe.ssr_encoder
+"""
+    assert np.array_equal(draw_elsewhere(load, folder), expected)
+
+
+def test_a_pipeline_without_an_encoder_is_saved_and_loaded(tmp_path, components):
+    pipe = StableDiffusionSSRPipeline(**components, requires_safety_checker=False)
+    pipe.save_pretrained(tmp_path)
+    loaded = StableDiffusionSSRPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    assert loaded.ssr_encoder is None
+    arguments = call_args()
+    images = pipe(**arguments).images
+    assert np.array_equal(loaded(**call_args()).images, images)
+
+
+def test_remote_code_has_to_be_trusted(saved):
+    from diffusers import DiffusionPipeline
+
+    folder, _ = saved
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        DiffusionPipeline.from_pretrained(folder / "base", custom_pipeline=str(ROOT))
+
+
+@pytest.mark.parametrize("editable", [False, True], ids=["wheel", "editable"])
+def test_installed_package(saved, tmp_path_factory, editable):
+    folder, expected = saved
+    source = tmp_path_factory.mktemp("source")
+    for file in [*ROOT.glob("*.py"), ROOT / "README.md", ROOT / "pyproject.toml"]:
+        shutil.copy(file, source)
+    # an environment that sees this one's packages, but not this project
+    environment = tmp_path_factory.mktemp("venv")
+    venv.create(environment, with_pip=False)
+    python = environment / "bin" / "python"
+    site = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"],
+        capture_output=True, text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+    packages = tmp_path_factory.mktemp("packages")
+    for item in os.scandir(sysconfig.get_paths()["purelib"]):
+        if "diffusers_ssr" not in item.name and not item.name.endswith(".pth"):
+            os.symlink(item.path, packages / item.name)
+    with open(os.path.join(site, "others.pth"), "w") as file:
+        file.write(str(packages))
+    install = [str(python), "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
+    done = subprocess.run([*install, *(["-e"] if editable else []), str(source)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    load = """
+import diffusers_ssr
+from diffusers_ssr import StableDiffusionSSRPipeline
+assert (SOURCE in diffusers_ssr.__file__) == EDITABLE, diffusers_ssr.__file__
+pipe = StableDiffusionSSRPipeline.from_pretrained("base")
+pipe.load_ssr("ssr")
+""".replace("SOURCE", repr(str(source))).replace("EDITABLE", str(editable))
+    assert np.array_equal(draw_elsewhere(load, folder, python), expected)

@@ -1,0 +1,370 @@
+import threading
+
+import numpy as np
+import pytest
+import torch
+from benchmark import random_model
+from conftest import (
+    call_args,
+    make_components,
+    make_image_encoder,
+    make_picture,
+    make_ssr_components,
+    make_ssr_encoder,
+    make_unet,
+)
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline, SubjectEmbeds
+from test_attention_processors import snapshot
+from test_modeling_ssr import ALIGNER, LAYERS, random_released
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
+
+
+def stock_of(pipe) -> StableDiffusionPipeline:
+    """A plain pipeline on the same components."""
+    components = {name: part for name, part in pipe.components.items() if not name.startswith("ssr_")}
+    stock = StableDiffusionPipeline(**components, requires_safety_checker=False)
+    stock.set_progress_bar_config(disable=True)
+    return stock
+
+
+def subject_args(**overrides):
+    return call_args(**{"subject_image": make_picture(), "subject_query": "cat", "subject_scale": 1.0, **overrides})
+
+
+def test_without_a_subject_it_is_the_stock_pipeline(pipe):
+    assert np.array_equal(pipe(**call_args()).images, stock_of(pipe)(**call_args()).images)
+
+
+def test_the_subject_changes_the_picture_and_leaves_no_trace(pipe):
+    stock = stock_of(pipe)
+    before, state = stock(**call_args()).images, snapshot(pipe.unet)
+    images = pipe(**subject_args()).images
+    assert snapshot(pipe.unet) == state
+    assert np.array_equal(stock(**call_args()).images, before)
+    assert np.abs(images - before).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "change", [{"subject_query": "dog"}, {"subject_image": make_picture(5)}, {"subject_scale": 0.3}]
+)
+def test_query_picture_and_scale_matter(pipe, change):
+    difference = pipe(**subject_args()).images - pipe(**subject_args(**change)).images
+    assert np.abs(difference).max() > 1e-4
+
+
+def test_scale_zero_draws_the_stock_picture(pipe):
+    np.testing.assert_allclose(
+        pipe(**subject_args(subject_scale=0.0)).images, stock_of(pipe)(**call_args()).images, atol=1e-6
+    )
+
+
+def test_an_encoded_subject_gives_the_same_picture(pipe):
+    subject = pipe.encode_subject(make_picture(), query="cat")
+    arguments = call_args(subject=subject, subject_scale=1.0)
+    assert np.array_equal(pipe(**arguments).images, pipe(**subject_args()).images)
+
+
+def test_encode_subject_is_the_encoder_on_query_and_picture(pipe):
+    """Composed by hand: text encoder, vision encoder levels, encoder; zeros and the empty query on the other branch."""
+    from diffusers_ssr.image_processing_ssr import preprocess
+
+    subject = pipe.encode_subject(make_picture(), query="cat")
+    pixels = preprocess(make_picture(), pipe.ssr_image_processor)
+    for embeds, text, seen in (
+        (subject.embeds, "cat", pixels),
+        (subject.negative_embeds, "", torch.zeros_like(pixels)),
+    ):
+        ids = pipe.tokenizer(text, padding="max_length", max_length=pipe.tokenizer.model_max_length).input_ids
+        with torch.no_grad():
+            query = pipe.text_encoder(torch.tensor([ids]))[0]
+            hidden_states = pipe.ssr_image_encoder(seen, output_hidden_states=True).hidden_states
+            expected = pipe.ssr_encoder(query, [hidden_states[level] for level in (1, 2, 3)])
+        torch.testing.assert_close(embeds, expected)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_conditions_hold_both_branches_in_order(pipe, guidance_scale):
+    subject = pipe.encode_subject(make_picture(), query="cat")
+    seen = []
+    pipe.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["added_cond_kwargs"]["image_embeds"]), with_kwargs=True
+    )
+    pipe(**call_args(subject=subject, subject_scale=0.5, guidance_scale=guidance_scale, num_images_per_prompt=2))
+    branches = [subject.negative_embeds] * 2 + [subject.embeds] * 2 if guidance_scale > 1 else [subject.embeds] * 2
+    expected = pipe.ssr_encoder.project(torch.cat(branches))
+    for index, (key, value) in enumerate(expected):
+        torch.testing.assert_close(seen[0][2 * index], key)
+        torch.testing.assert_close(seen[0][2 * index + 1], value * 0.5)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("num_images_per_prompt", [1, 2])
+def test_prompts_share_a_subject_and_each_picture_is_its_own(pipe, guidance_scale, num_images_per_prompt):
+    prompts = ["a cat on the beach", "a dog in the snow"]
+    latents = torch.randn(2 * num_images_per_prompt, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    arguments = subject_args(guidance_scale=guidance_scale, generator=None)
+    images = pipe(
+        **{**arguments, "prompt": prompts, "num_images_per_prompt": num_images_per_prompt, "latents": latents}
+    ).images
+    for index, image in enumerate(images):
+        alone = pipe(
+            **{**arguments, "prompt": prompts[index // num_images_per_prompt], "latents": latents[index : index + 1]}
+        ).images[0]
+        np.testing.assert_allclose(image, alone, atol=2e-5)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("num_images_per_prompt", [1, 2])
+def test_each_prompt_can_have_its_own_subject(pipe, guidance_scale, num_images_per_prompt):
+    prompts = ["a cat on the beach", "a dog in the snow", "a car in the room"]
+    subjects = [
+        pipe.encode_subject(make_picture(1), "cat").scaled(0.9),
+        None,
+        pipe.encode_subject(make_picture(2), "car"),
+    ]
+    latents = torch.randn(3 * num_images_per_prompt, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    arguments = call_args(guidance_scale=guidance_scale, generator=None)
+    images = pipe(
+        **{**arguments, "prompt": prompts, "num_images_per_prompt": num_images_per_prompt, "latents": latents},
+        subject=subjects,
+    ).images
+    for index, image in enumerate(images):
+        number = index // num_images_per_prompt
+        alone = pipe(
+            **{**arguments, "prompt": prompts[number], "latents": latents[index : index + 1]}, subject=subjects[number]
+        ).images[0]
+        np.testing.assert_allclose(image, alone, atol=2e-5)
+
+
+def test_prompt_embeds(pipe):
+    embeds, negative = pipe.encode_prompt("a cat on the beach", "cpu", 1, True)
+    images = pipe(**subject_args(prompt=None, prompt_embeds=embeds, negative_prompt_embeds=negative)).images
+    np.testing.assert_allclose(images, pipe(**subject_args()).images, atol=1e-6)
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_output_types(pipe, output_type, return_dict):
+    output = pipe(**subject_args(output_type=output_type, return_dict=return_dict))
+    images = output.images if return_dict else output[0]
+    assert len(images) == 1
+    if output_type == "latent":
+        assert images.shape == (1, 4, 8, 8)
+
+
+def test_callback_sees_and_changes_latents(pipe):
+    steps = []
+
+    def callback(pipeline, step, timestep, kwargs):
+        steps.append(step)
+        return {"latents": torch.zeros_like(kwargs["latents"])} if step == 1 else {}
+
+    latents = pipe(**subject_args(callback_on_step_end=callback, output_type="latent")).images
+    assert steps == [0, 1] and not latents.any()
+
+
+def test_an_error_in_a_callback_leaves_no_trace(pipe):
+    state = snapshot(pipe.unet)
+
+    def callback(*_):
+        raise KeyError("stop")
+
+    with pytest.raises(KeyError, match="stop"):
+        pipe(**subject_args(callback_on_step_end=callback))
+    assert snapshot(pipe.unet) == state
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(pipe, dtype):
+    images = pipe.to(dtype)(**subject_args()).images
+    assert np.isfinite(images).all()
+    expected = StableDiffusionSSRPipeline(**make_components(), **make_ssr_components(), requires_safety_checker=False)
+    expected.set_progress_bar_config(disable=True)
+    assert np.abs(images - expected(**subject_args()).images).mean() < 0.05
+
+
+def test_set_ssr_scale_is_the_default_of_later_calls(pipe):
+    pipe.set_ssr_scale(0.3)
+    images = pipe(**subject_args(subject_scale=None)).images
+    assert np.array_equal(images, pipe(**subject_args(subject_scale=0.3)).images)
+    subject = pipe.encode_subject(make_picture(), "cat").scaled(1.0)
+    assert np.array_equal(pipe(**call_args(subject=subject)).images, pipe(**subject_args(subject_scale=1.0)).images)
+
+
+def test_load_and_unload(components, tmp_path):
+    parts = make_ssr_components()
+    parts["ssr_encoder"].save_pretrained(tmp_path / "ssr_encoder")
+    parts["ssr_image_encoder"].save_pretrained(tmp_path / "ssr_image_encoder")
+    pipe = StableDiffusionSSRPipeline(**components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    with pytest.raises(ValueError, match="`load_ssr`"):
+        pipe(**subject_args())
+    pipe.load_ssr(tmp_path)
+    # the folder has no image processor, so it is made from the vision encoder's config
+    assert pipe.ssr_image_processor.crop_size["height"] == 32
+    from_folder = pipe(**subject_args()).images
+
+    pipe.unload_ssr()
+    assert pipe.ssr_encoder is pipe.ssr_image_encoder is pipe.ssr_image_processor is None
+    with pytest.raises(ValueError, match="`load_ssr`"):
+        pipe(**subject_args())
+    assert np.array_equal(pipe(**call_args()).images, stock_of(pipe)(**call_args()).images)
+
+    pipe.load_ssr(parts["ssr_encoder"], image_encoder=parts["ssr_image_encoder"])
+    assert np.array_equal(pipe(**subject_args()).images, from_folder)
+
+
+def test_from_pipe_both_ways(pipe):
+    stock = StableDiffusionPipeline.from_pipe(pipe)
+    stock.set_progress_bar_config(disable=True)
+    assert np.array_equal(stock(**call_args()).images, pipe(**call_args()).images)
+    again = StableDiffusionSSRPipeline.from_pipe(pipe)
+    again.set_progress_bar_config(disable=True)
+    assert again.ssr_encoder is pipe.ssr_encoder
+    assert np.array_equal(again(**subject_args()).images, pipe(**subject_args()).images)
+    assert StableDiffusionSSRPipeline.from_pipe(stock).ssr_encoder is None
+
+
+def test_threads_that_share_a_unet(pipe):
+    subjects = [pipe.encode_subject(make_picture(seed), "cat").scaled(1.0) for seed in range(3)]
+    expected = [pipe(**call_args(subject=subject)).images for subject in subjects]
+    # a scheduler holds a call's state, so each thread has its own
+    pipes = [
+        StableDiffusionSSRPipeline.from_pipe(pipe, scheduler=DDIMScheduler.from_config(pipe.scheduler.config))
+        for _ in subjects
+    ]
+    results = {}
+
+    def draw(index):
+        pipes[index].set_progress_bar_config(disable=True)
+        results[index] = pipes[index](**call_args(subject=subjects[index])).images
+
+    threads = [threading.Thread(target=draw, args=(index,)) for index in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index, images in enumerate(expected):
+        assert np.array_equal(results[index], images)
+
+
+def test_gradients_are_off(pipe):
+    subject = pipe.encode_subject(make_picture(), "cat")
+    assert not subject.embeds.requires_grad
+    assert not pipe(**subject_args(output_type="latent")).images.requires_grad
+
+
+SUBJECT = SubjectEmbeds(torch.zeros(1, 6, 32), torch.zeros(1, 6, 32))
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ({"subject_query": "cat"}, "`subject_image` is missing"),
+        ({"subject_image": make_picture()}, "`subject_query` is missing"),
+        ({"subject_image": make_picture(), "subject_query": ""}, "`subject_query` has to be a text.*''"),
+        ({"subject_image": make_picture(), "subject_query": "  "}, "`subject_query` has to be a text"),
+        ({"subject_image": make_picture(), "subject_query": 3}, "`subject_query` has to be a text.*3"),
+        ({"subject_image": "cat.png", "subject_query": "cat"}, "`subject_image` has to be a PIL image.*str"),
+        ({"subject_image": np.zeros((4, 4)), "subject_query": "cat"}, r"`subject_image`.*\(4, 4\)"),
+        ({"subject_image": np.full((4, 4, 3), 7.0), "subject_query": "cat"}, "`subject_image`.*7"),
+        ({"subject_image": torch.zeros(2, 4, 4), "subject_query": "cat"}, r"`subject_image`.*\(2, 4, 4\)"),
+        ({"subject_scale": 1.0}, "`subject_scale`.*no subject"),
+        ({"subject": SUBJECT, "subject_scale": "strong"}, "`subject_scale` has to be a number.*'strong'"),
+        ({"subject": SUBJECT, "subject_scale": float("nan")}, "`subject_scale` has to be a number"),
+        ({"subject": SUBJECT, "subject_scale": True}, "`subject_scale` has to be a number"),
+        ({"subject": SUBJECT, "subject_query": "cat"}, "either `subject`"),
+        ({"subject": torch.zeros(1, 6, 32)}, "`subject` has to be a SubjectEmbeds.*Tensor"),
+        ({"subject": [SUBJECT, SUBJECT]}, "`subject` as a list.*2 for 1"),
+        ({"subject": [None]}, "`subject` holds None alone"),
+        ({"subject": ["cat"]}, "`subject` has to be a SubjectEmbeds.*str"),
+        (
+            {
+                "subject": SUBJECT,
+                "ip_adapter_image": make_picture(),
+                "ip_adapter_image_embeds": [torch.zeros(1, 1, 4)],
+            },
+            "either `ip_adapter_image`",
+        ),
+    ],
+)
+def test_bad_input_is_refused_before_any_step(pipe, arguments, message):
+    state = snapshot(pipe.unet)
+    calls = []
+    pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    with pytest.raises(ValueError, match=message):
+        pipe(**call_args(**arguments))
+    assert not calls and snapshot(pipe.unet) == state
+
+
+@pytest.mark.parametrize("scale", ["strong", None, [0.5, 0.5]])
+def test_scales_that_are_not_numbers(pipe, scale):
+    with pytest.raises(ValueError, match="`scale` has to be a number"):
+        pipe.set_ssr_scale(scale)
+    with pytest.raises(ValueError, match="`scale` has to be a number"):
+        SUBJECT.scaled(scale)
+
+
+@pytest.mark.parametrize(
+    "unet,encoder,message",
+    [
+        ({"cross_attention_dim": 64}, {}, "over text of width 32.*over 64"),
+        ({"block_out_channels": (16, 16)}, {}, "8 wide.*is 16 wide"),
+        ({"down_block_types": ("DownBlock2D",) * 2}, {}, "no such layer"),
+        ({}, {"cross_attention_dim": 48}, "text encoder of width 48.*32"),
+        ({}, {"vision_hidden_size": 20}, "width 20.*24 wide"),
+        ({}, {"image_levels": (1, 2, 9)}, "only 3 layers"),
+    ],
+    ids=["text width, as SD 2 and SDXL", "layer width", "layer missing", "text encoder", "vision width", "levels"],
+)
+def test_an_encoder_that_does_not_fit_is_refused(components, unet, encoder, message):
+    components["unet"] = make_unet(**unet)
+    pipe = StableDiffusionSSRPipeline(**components, requires_safety_checker=False)
+    with pytest.raises(ValueError, match=message):
+        pipe.load_ssr(make_ssr_encoder(**encoder), image_encoder=make_image_encoder())
+    assert pipe.ssr_encoder is None
+    pipe.register_modules(**make_ssr_components(**encoder))
+    with pytest.raises(ValueError, match=message):
+        pipe(**subject_args())
+
+
+def test_an_encoder_in_memory_needs_its_image_encoder(pipe):
+    with pytest.raises(ValueError, match="`image_encoder` has to be given"):
+        pipe.load_ssr(make_ssr_encoder())
+
+
+def test_released_layout_loads_at_full_size_and_changes_the_picture():
+    """Random weights in the authors' layout, SD 1.5's UNet and CLIP ViT-L's widths; small pictures."""
+    encoder = SSREncoder.from_released(random_released(ALIGNER), random_released(LAYERS, seed=1))
+    unet = random_model(lambda: UNet2DConditionModel(sample_size=64, cross_attention_dim=768))
+    vae = make_components()["vae"]
+    tokenizer = make_components()["tokenizer"]
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=768,
+        num_hidden_layers=1,
+        num_attention_heads=12,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        intermediate_size=8,
+        image_size=56,
+        patch_size=14,
+    )
+    pipe = StableDiffusionSSRPipeline(
+        vae, CLIPTextModel(text), tokenizer, unet, DDIMScheduler(clip_sample=False, steps_offset=1), None, None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_ssr(encoder, image_encoder=random_model(lambda: CLIPVisionModel(vision)))
+    subject = pipe.encode_subject(make_picture(), "cat")
+    assert subject.embeds.shape == (1, 6 * tokenizer.model_max_length, 768)
+    arguments = call_args(height=64, width=64, num_inference_steps=1, output_type="latent")
+    plain = pipe(**arguments).images
+    arguments["generator"].manual_seed(0)
+    drawn = pipe(**arguments, subject=subject, subject_scale=1.0).images
+    assert torch.isfinite(drawn).all() and (plain - drawn).abs().max() > 1e-3
