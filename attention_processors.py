@@ -57,13 +57,12 @@ class SSRAttnProcessor2_0:
         """
         kwargs = {"temb": temb, "ip_adapter_masks": ip_adapter_masks}
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
-        if isinstance(encoder_hidden_states, tuple) and isinstance(encoder_hidden_states[1], SubjectConditions):
-            encoder_hidden_states, conditions = encoder_hidden_states
-            key, value = conditions.pairs[self.index]
-            if conditions.ip_hidden_states is not None:
-                encoder_hidden_states = (encoder_hidden_states, conditions.ip_hidden_states)
-            if key.shape[1] > 0:
-                attn = _AttentionToSubject(attn, key, value)
+        if isinstance(encoder_hidden_states, tuple) and isinstance(encoder_hidden_states[1], _Arrived):
+            encoder_hidden_states, arrived = encoder_hidden_states
+            if arrived.ip_hidden_states is not None:
+                encoder_hidden_states = (encoder_hidden_states, arrived.ip_hidden_states)
+            if arrived.conditions is not None and arrived.conditions.pairs[self.index][0].shape[1] > 0:
+                attn = _AttentionToSubject(attn, arrived.conditions, self.index)
         return self.processor(attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
 
 
@@ -71,10 +70,10 @@ class _AttentionToSubject:
     """A layer as its own processor sees it while a subject is there: the queries are noted on their way in, and what
     the subject adds joins on the way out, before the output projection."""
 
-    def __init__(self, attn: nn.Module, key: torch.Tensor, value: torch.Tensor):
+    def __init__(self, attn: nn.Module, conditions: "SubjectConditions", index: int):
         self.attn = attn
-        self.key = key
-        self.value = value
+        self.conditions = conditions
+        self.index = index
 
     def __getattr__(self, name):
         return getattr(self.attn, name)
@@ -89,26 +88,89 @@ class _AttentionToSubject:
 
     def _project_sum(self, hidden_states: torch.Tensor) -> torch.Tensor:
         heads = self.attn.heads
-        query, key, value = (
-            states.unflatten(-1, (heads, -1)).transpose(1, 2) for states in (self.query, self.key, self.value)
-        )
-        subject = F.scaled_dot_product_attention(query, key, value, scale=self.attn.scale)
-        return self.attn.to_out[0](hidden_states + subject.transpose(1, 2).flatten(2))
+        key, value = self.conditions.pairs[self.index]
+        query, key, value = (states.unflatten(-1, (heads, -1)).transpose(1, 2) for states in (self.query, key, value))
+        allowed, reached = self.conditions.attention_mask(query.shape[2])
+        subject = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=self.attn.scale)
+        subject = subject.transpose(1, 2).flatten(2)
+        if reached is not None:
+            subject = subject * reached
+        return self.attn.to_out[0](hidden_states + subject)
 
 
 class SubjectConditions:
-    """What travels beside the text to every cross-attention layer: the subject's keys and values, one pair a layer, and
-    the image embeddings of an IP-Adapter (`None` where the UNet has none)."""
+    r"""
+    What travels to every cross-attention layer beside the text.
 
-    def __init__(self, ip_hidden_states: list[torch.Tensor] | None, pairs: list[tuple[torch.Tensor, torch.Tensor]]):
-        self.ip_hidden_states = ip_hidden_states
+    Args:
+        pairs (`list[tuple[torch.Tensor, torch.Tensor]]`):
+            Key and value for each layer, each `(batch_size, num_subject_tokens, width)`, the scale contained in the
+            values. A layer whose pair holds no tokens is left alone.
+        token_subject (`torch.Tensor` of shape `(batch_size, num_subject_tokens)`, *optional*):
+            Which of its row's subjects each token belongs to, -1 for padding. Needed where rows differ in length or
+            there are regions.
+        regions (`torch.Tensor` of shape `(batch_size, num_subjects, height, width)`, *optional*):
+            1 where in the output each subject may appear, 0 elsewhere.
+    """
+
+    def __init__(
+        self,
+        pairs: list[tuple[torch.Tensor, torch.Tensor]],
+        token_subject: torch.Tensor | None = None,
+        regions: torch.Tensor | None = None,
+    ):
         self.pairs = pairs
+        self.token_subject = token_subject
+        self.regions = regions
+
+    def as_image_embeds(self) -> list[torch.Tensor]:
+        """As the list of tensors, each with the batch first, that pipelines repeat, split and pass on."""
+        batch_size = self.pairs[0][0].shape[0]
+        example = self.pairs[0][0]
+        token_subject = example.new_zeros(batch_size, 0) if self.token_subject is None else self.token_subject
+        regions = example.new_zeros(batch_size, 0) if self.regions is None else self.regions
+        return [*(states for pair in self.pairs for states in pair), token_subject, regions]
+
+    @classmethod
+    def from_image_embeds(cls, image_embeds: list[torch.Tensor]) -> "SubjectConditions":
+        """The reverse of `as_image_embeds`."""
+        *states, token_subject, regions = image_embeds
+        pairs = list(zip(states[::2], states[1::2], strict=True))
+        return cls(pairs, token_subject if token_subject.shape[1] else None, regions if regions.shape[1] else None)
+
+    def attention_mask(self, num_queries: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """For a layer of `num_queries` positions: which tokens each may attend to, `(batch_size, 1, num_queries or 1,
+        num_subject_tokens)`, and which positions any subject may reach, `(batch_size, num_queries, 1)`."""
+        if self.token_subject is None:
+            return None, None
+        present = self.token_subject[:, None, None, :] >= 0
+        if self.regions is None:
+            return present, None
+        height, width = self.regions.shape[-2:]
+        # positions run over rows; the layer's rows and columns follow from the output's proportions
+        rows = max(round((num_queries * height / width) ** 0.5), 1)
+        regions = F.adaptive_avg_pool2d(self.regions, (rows, num_queries // rows)).flatten(2) > 0.5
+        index = self.token_subject.clamp(min=0).long()[:, :, None].expand(-1, -1, num_queries)
+        allowed = regions.gather(1, index).transpose(1, 2)[:, None] & present
+        reached = allowed.any(-1)
+        # a position that no subject may reach attends to all of them, and then to nothing of what it found
+        allowed = allowed | ~reached[..., None] & present
+        return allowed, reached[:, 0, :, None].to(self.pairs[0][0].dtype)
+
+
+class _Arrived:
+    """What [`SubjectProjection`] hands to the processors: the image embeddings of an IP-Adapter (`None` where the UNet has
+    none) and the subject's conditions (`None` outside its window)."""
+
+    def __init__(self, ip_hidden_states: list[torch.Tensor] | None, conditions: SubjectConditions | None):
+        self.ip_hidden_states = ip_hidden_states
+        self.conditions = conditions
 
 
 class SubjectProjection(nn.Module):
     r"""
     Takes the place of the UNet's `encoder_hid_proj` while a subject is drawn: of the image embeddings that arrive, the
-    last `2 * num_layers` are the subject's keys and values, the others an IP-Adapter's.
+    last are the subject's, the others an IP-Adapter's.
 
     Args:
         num_layers (`int`):
@@ -119,26 +181,27 @@ class SubjectProjection(nn.Module):
 
     def __init__(self, num_layers: int, ip_projection: nn.Module | None = None):
         super().__init__()
-        self.num_layers = num_layers
+        self.num_embeds = 2 * num_layers + 2
         self.ip_projection = ip_projection
+        self.active = True
 
-    def forward(self, image_embeds: list[torch.Tensor]) -> SubjectConditions:
-        count = len(image_embeds) - 2 * self.num_layers
-        ip_embeds, subject = image_embeds[:count], image_embeds[count:]
+    def forward(self, image_embeds: list[torch.Tensor]) -> _Arrived:
+        count = len(image_embeds) - self.num_embeds
         ip_hidden_states = None
         if self.ip_projection is not None:
             # an adapter that is loaded but got no picture adds nothing
-            ip_hidden_states = self.ip_projection(ip_embeds) if ip_embeds else []
-        pairs = list(zip(subject[::2], subject[1::2], strict=True))
-        return SubjectConditions(ip_hidden_states, pairs)
+            ip_hidden_states = self.ip_projection(image_embeds[:count]) if count else []
+        conditions = SubjectConditions.from_image_embeds(image_embeds[count:]) if self.active else None
+        return _Arrived(ip_hidden_states, conditions)
 
 
 @contextmanager
-def subject_in_unet(unet: nn.Module, layers: Iterable[str]) -> Iterator[None]:
+def subject_in_unet(unet: nn.Module, layers: Iterable[str]) -> Iterator[SubjectProjection]:
     r"""
-    Let layers of a UNet attend to a subject. Inside, the UNet takes the subject's keys and values as
-    `added_cond_kwargs={"image_embeds": [key_0, value_0, key_1, value_1, ...]}`, behind the image embeddings of an
-    IP-Adapter if it has one. Afterwards, also after an error, the UNet is what it was. One thread at a time.
+    Let layers of a UNet attend to a subject. Inside, the UNet takes
+    `added_cond_kwargs={"image_embeds": conditions.as_image_embeds()}` with the [`SubjectConditions`], behind the image
+    embeddings of an IP-Adapter if it has one. Afterwards, also after an error, the UNet is what it was. One thread at a
+    time. Yields the [`SubjectProjection`], whose `active` can be switched off and on between steps.
 
     Args:
         unet (`UNet2DConditionModel`):
@@ -160,9 +223,9 @@ def subject_in_unet(unet: nn.Module, layers: Iterable[str]) -> Iterator[None]:
                 if name not in kept or kept[name].processor is not own[name] or kept[name].index != index:
                     kept[name] = SSRAttnProcessor2_0(own[name], index)
                 attn.set_processor(kept[name])
-            unet.encoder_hid_proj = SubjectProjection(len(attentions), ip_projection)
+            unet.encoder_hid_proj = projection = SubjectProjection(len(attentions), ip_projection)
             unet.config.encoder_hid_dim_type = "ip_image_proj"
-            yield
+            yield projection
         finally:
             for name, attn in attentions.items():
                 attn.set_processor(own[name])

@@ -9,16 +9,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import logging
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files
 from huggingface_hub.utils import EntryNotFoundError, validate_hf_hub_args
+from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionModel, PreTrainedModel
 
-from .attention_processors import subject_in_unet, unwrap
-from .image_processing_ssr import preprocess, to_pil
+from .attention_map import SubjectAttentionMap
+from .attention_processors import SubjectConditions, SubjectProjection, subject_in_unet, unwrap
+from .image_processing_ssr import check_resize_mode, preprocess, preprocess_mask, to_mask, to_pil, unfit
 from .modeling_ssr import SSREncoder
-from .subject_embeds import SubjectEmbeds, check_scale
+from .subject_embeds import Subject, SubjectEmbeds, check_scale, same_fingerprint
 
 
 logger = logging.get_logger(__name__)
@@ -45,7 +50,7 @@ class SSRPipelineMixin:
     PAG and AnimateDiff all know. `prepare_ip_adapter_image_embeds` is where they get on.
     """
 
-    _ssr_scale = DEFAULT_SCALE
+    _ssr_scale: float | dict = DEFAULT_SCALE
 
     def __init__(
         self,
@@ -74,27 +79,46 @@ class SSRPipelineMixin:
         self,
         *args,
         subject_image=None,
-        subject_query: str | None = None,
-        subject_scale: float | None = None,
+        subject_query: str | list[str] | None = None,
+        subject_mask=None,
+        mask_weight: float = 1.0,
+        subject_scale: float | dict | None = None,
         subject: SubjectEmbeds | list[SubjectEmbeds | None] | None = None,
+        subject_start: float = 0.0,
+        subject_end: float = 1.0,
+        subject_resize_mode: str = "pad",
         **kwargs,
     ):
         r"""
-        Generate as the stock pipeline does, with a subject picked out of a reference picture. All arguments of the stock
+        Generate as the stock pipeline does, with subjects picked out of reference pictures. All arguments of the stock
         pipeline are accepted; without a subject its very own call runs.
 
+        A list for `subject_image`, `subject_query` or `subject_mask` holds, with a list of prompts, one for each prompt,
+        and with a single prompt several subjects that appear together in its picture.
+
         Args:
-            subject_image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`, *optional*):
+            subject_image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or `list`, *optional*):
                 The reference picture, which may hold several things. Arrays are `(height, width, 3)` in uint8 or floats
                 from 0 to 1, tensors `(3, height, width)` from 0 to 1.
-            subject_query (`str`, *optional*):
-                Which of them is meant: "cat", "the woman on the left".
-            subject_scale (`float`, *optional*):
+            subject_query (`str` or `list[str]`, *optional*):
+                Which of them is meant: "cat", "the woman on the left". With a mask it is a caption of the picture, and
+                may be left out.
+            subject_mask (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or `list`, *optional*):
+                White, or 1, where in the reference the subject is; `(height, width)`, as large as its picture.
+            mask_weight (`float`, defaults to 1.0):
+                How strongly the mask draws the attention inside.
+            subject_scale (`float` or `dict`, *optional*):
                 How strongly the subject acts: 0 not at all, 0.5 to 0.8 usually, more keeps the subject closer and the
-                prompt less. Defaults to the scale of `set_ssr_scale`, 0.65 at first.
+                prompt less. A dict sets it per block, as `set_ip_adapter_scale` takes it. Defaults to the scale of
+                `set_ssr_scale`, 0.65 at first.
             subject ([`SubjectEmbeds`] or `list`, *optional*):
-                A subject from `encode_subject`, instead of `subject_image` and `subject_query`: one for all prompts, or a
-                list with one for each, `None` for a prompt without a subject.
+                Subjects from `encode_subject`, instead of the arguments above: one for all prompts, or a list with one
+                for each, `None` for a prompt without a subject.
+            subject_start (`float`, defaults to 0.0), subject_end (`float`, defaults to 1.0):
+                The part of the denoising during which the subject acts. Layout and colours are decided early, details
+                late.
+            subject_resize_mode (`str`, defaults to `"pad"`):
+                `"pad"` shows the encoder the whole reference, `"crop"` the central square, as the released code does.
 
         Returns:
             What the stock pipeline returns.
@@ -109,33 +133,49 @@ class SSRPipelineMixin:
         ```
         """
         stock_call = super().__call__
-        if subject is None and subject_image is None and subject_query is None:
+        named = {"subject_image": subject_image, "subject_query": subject_query, "subject_mask": subject_mask}
+        if subject is None and all(value is None for value in named.values()):
             if subject_scale is not None:
                 raise ValueError(f"`subject_scale` is {subject_scale!r}, but there is no subject to scale.")
             return stock_call(*args, **kwargs)
 
         self._check_ssr_loaded()
-        scale = self._ssr_scale if subject_scale is None else check_scale("subject_scale", subject_scale)
-        if subject is None:
-            subject = self.encode_subject(subject_image, subject_query)
-        elif subject_image is not None or subject_query is not None:
-            raise ValueError("Pass either `subject`, or `subject_image` and `subject_query`, but not both.")
+        scale = self._ssr_scale if subject_scale is None else subject_scale
+        layer_scales = self._layer_scales("subject_scale", scale)
+        window = _check_window(subject_start, subject_end)
         arguments = inspect.signature(stock_call).bind_partial(*args, **kwargs).arguments
         arguments.update(arguments.pop("kwargs", {}))
+        if window is not None and "callback_on_step_end" not in inspect.signature(stock_call).parameters:
+            raise ValueError("`subject_start` and `subject_end` need a pipeline with `callback_on_step_end`.")
         ip_adapter_image = arguments.pop("ip_adapter_image", None)
         ip_adapter_image_embeds = arguments.pop("ip_adapter_image_embeds", None)
         if ip_adapter_image is not None and ip_adapter_image_embeds is not None:
             raise ValueError("Pass either `ip_adapter_image` or `ip_adapter_image_embeds`, but not both.")
-        subjects = _check_subjects(subject, arguments.get("prompt"), arguments.get("prompt_embeds"))
-        request = _Request(subjects, scale, ip_adapter_image, ip_adapter_image_embeds)
-        with subject_in_unet(self.unet, list(self.ssr_encoder.config.attention_layers)):
+
+        prompt, prompt_embeds = arguments.get("prompt"), arguments.get("prompt_embeds")
+        num_prompts = len(prompt) if isinstance(prompt, list) else 1 if prompt_embeds is None else len(prompt_embeds)
+        if subject is None:
+            encoded = self._encode_subjects(**named, mask_weight=mask_weight, resize_mode=subject_resize_mode)
+            if num_prompts > 1 or isinstance(prompt, list):
+                subjects = _one_for_each(", ".join(f"`{name}`" for name in named), encoded, num_prompts)
+            else:
+                subjects = [functools.reduce(SubjectEmbeds.__add__, encoded)]
+        else:
+            given = [name for name, value in named.items() if value is not None]
+            if given:
+                raise ValueError(f"Pass either `subject` or `{given[0]}`, but not both.")
+            subjects = self._check_subjects(subject, num_prompts)
+
+        request = _Request(subjects, layer_scales, ip_adapter_image, ip_adapter_image_embeds)
+        with subject_in_unet(self.unet, self.ssr_encoder.config.attention_layers) as projection:
+            if window is not None:
+                arguments.update(_switching(projection, window, arguments))
             return stock_call(**arguments, ip_adapter_image=request)
 
     def prepare_ip_adapter_image_embeds(
         self, ip_adapter_image, ip_adapter_image_embeds, device, num_images_per_prompt, do_classifier_free_guidance
     ):
-        """The stock method, and behind what it returns the subject's keys and values, one after the other, each of shape
-        `(batch_size, num_subject_tokens, width)`, the unconditional branch first."""
+        """The stock method, and behind what it returns the subject's conditions, the unconditional branch first."""
         if not isinstance(ip_adapter_image, _Request):
             return super().prepare_ip_adapter_image_embeds(
                 ip_adapter_image, ip_adapter_image_embeds, device, num_images_per_prompt, do_classifier_free_guidance
@@ -150,49 +190,91 @@ class SSRPipelineMixin:
                 num_images_per_prompt,
                 do_classifier_free_guidance,
             )
-        subject_embeds, scales = self._batch_subjects(request, do_classifier_free_guidance)
-        subject_embeds = subject_embeds.to(device, self.ssr_encoder.dtype)
-        scales = scales.to(device)[:, None, None]
+        conditions = self._conditions(request, device, do_classifier_free_guidance)
         repeats = num_images_per_prompt // len(request.subjects)
-        for key, value in self.ssr_encoder.project(subject_embeds):
-            for states in (key, value * scales):
-                prepared.append(states.to(self.unet.dtype).repeat_interleave(repeats, dim=0))
-        return prepared
-
-    @staticmethod
-    def _batch_subjects(request: "_Request", do_classifier_free_guidance: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """The request's subject tokens, `(batch_size, num_subject_tokens, cross_attention_dim)`, the unconditional
-        branch first, and the scale of each. A prompt without a subject gets scale 0: its values vanish, and so does
-        what they add."""
-        example = next(subject for subject in request.subjects if subject is not None)
-        embeds, negative_embeds, scales = [], [], []
-        for subject in request.subjects:
-            embeds.append((subject or example).embeds)
-            negative_embeds.append((subject or example).negative_embeds)
-            if subject is None:
-                scales.append(0.0)
-            else:
-                scales.append(request.scale if subject.scale is None else subject.scale)
-        if do_classifier_free_guidance:
-            embeds, scales = negative_embeds + embeds, scales * 2
-        return torch.cat(embeds), torch.tensor(scales)
+        return prepared + [each.repeat_interleave(repeats, dim=0) for each in conditions.as_image_embeds()]
 
     @torch.no_grad()
-    def encode_subject(self, image, query: str) -> SubjectEmbeds:
+    def _conditions(self, request: "_Request", device, do_classifier_free_guidance: bool) -> SubjectConditions:
+        """The request's subjects, a row each, as keys and values with their scales (section 3.3 of the paper).
+
+        A subject that is alone in its row acts with its scale on what the layers find; where there are several, each one's
+        conditional tokens are multiplied by its scale, and the layers take the sum as it is."""
+        number = request.layer_scales if isinstance(request.layer_scales, float) else 1.0
+        rows, negative_rows, row_scales = [], [], []
+        example = next(each for each in request.subjects if each is not None).subjects[0]
+        for each in request.subjects:
+            # a prompt without a subject gets the scale 0: its values vanish, and so does what they add
+            subjects = (example,) if each is None else each.subjects
+            scales = [number if subject.scale is None else subject.scale for subject in subjects]
+            alone = len(subjects) == 1
+            row_scales.append(0.0 if each is None else scales[0] if alone else 1.0)
+            rows.append([s.embeds if alone else s.embeds * scale for s, scale in zip(subjects, scales, strict=True)])
+            negative_rows.append([subject.negative_embeds for subject in subjects])
+        if do_classifier_free_guidance:
+            rows, row_scales = negative_rows + rows, row_scales * 2
+
+        lengths = [[tokens.shape[1] for tokens in row] for row in rows]
+        longest = max(map(sum, lengths))
+        embeds = torch.cat(
+            [
+                F.pad(torch.cat(row, dim=1), (0, 0, 0, longest - sum(each)))
+                for row, each in zip(rows, lengths, strict=True)
+            ]
+        ).to(device, self.ssr_encoder.dtype)
+        # offloading moves the weights only when they are used
+        projected = self.ssr_encoder.project(embeds)
+        row_scales = torch.tensor(row_scales, device=device)[:, None, None]
+        dtype = self.unet.dtype
+        pairs = []
+        for name, (key, value) in zip(self.ssr_encoder.config.attention_layers, projected, strict=True):
+            layer_scale = 1.0 if isinstance(request.layer_scales, float) else request.layer_scales[name]
+            scales = row_scales * layer_scale
+            if not scales.any():
+                key, value = key[:, :0], value[:, :0]
+            pairs.append((key.to(dtype), (value * scales).to(dtype)))
+
+        regions = _stack_regions(request.subjects, 2 if do_classifier_free_guidance else 1)
+        if regions is None and len(set(map(sum, lengths))) == 1:
+            return SubjectConditions(pairs)
+        token_subject = torch.full((len(rows), longest), -1.0)
+        for row, each in zip(token_subject, lengths, strict=True):
+            row[: sum(each)] = torch.arange(len(each)).repeat_interleave(torch.tensor(each))
+        regions = None if regions is None else regions.to(device)
+        return SubjectConditions(pairs, token_subject.to(device), regions)
+
+    def encode_subject(
+        self,
+        image,
+        query: str | list[str] | None = None,
+        mask=None,
+        mask_weight: float = 1.0,
+        resize_mode: str = "pad",
+    ) -> SubjectEmbeds | list[SubjectEmbeds]:
         r"""
-        Pick a subject out of a picture.
+        Pick a subject, or several, out of a picture (section 3.2 of the paper).
 
         Args:
             image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
-                The reference picture. Its shorter edge is scaled to the vision encoder's size and the centre is cropped.
-            query (`str`):
-                Which thing in it is meant. It goes through the pipeline's own text encoder, like a prompt.
+                The reference picture.
+            query (`str` or `list[str]`, *optional*):
+                Which thing in it is meant; a list encodes the picture once and gives a list of subjects. It goes through
+                the pipeline's own text encoder, like a prompt. With a mask it is a caption of the picture, and may be
+                left out.
+            mask (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`, *optional*):
+                White, or 1, where the subject is; `(height, width)`, as large as the picture.
+            mask_weight (`float`, defaults to 1.0):
+                How strongly the mask draws the attention inside.
+            resize_mode (`str`, defaults to `"pad"`):
+                `"pad"` shows the encoder the whole picture, with a margin where it is not square; `"crop"` only the
+                central square, as the released code does: larger, but what lies at the ends of a long picture is lost.
 
         Returns:
-            [`SubjectEmbeds`], for the `subject` argument of any pipeline with the same SSR-Encoder.
+            [`SubjectEmbeds`], for the `subject` argument of any pipeline with the same SSR-Encoder, or a `list` of them.
 
         Raises:
-            `ValueError`: if no SSR-Encoder is loaded, `image` is not a picture, or `query` is not a text or is empty.
+            `ValueError`: if no SSR-Encoder is loaded, `image` is not a picture, `query` is not a text or is empty, or
+            `mask` does not fit.
 
         Example:
 
@@ -202,28 +284,82 @@ class SSRPipelineMixin:
         ```
         """
         self._check_ssr_loaded()
-        if image is None:
-            raise ValueError(
-                f"`subject_query` is {query!r}, but `subject_image` is missing: a query needs its picture."
-            )
-        if query is None:
-            raise ValueError(
-                "`subject_image` is given, but `subject_query` is missing: say which thing in it is meant."
-            )
-        if not isinstance(query, str) or not query.strip():
-            raise ValueError(f"`subject_query` has to be a text that names the subject, but is {query!r}.")
-        pixels = preprocess(to_pil(image), self.ssr_image_processor)
+        encoded = self._encode_subjects(image, query, mask, mask_weight, resize_mode)
+        return encoded if isinstance(query, list) or isinstance(image, list) or isinstance(mask, list) else encoded[0]
+
+    @torch.no_grad()
+    def _encode_subjects(
+        self, subject_image, subject_query, subject_mask, mask_weight: float, resize_mode: str
+    ) -> list[SubjectEmbeds]:
+        """Encode each (picture, query, mask), each picture once."""
+        references = _check_references(subject_image, subject_query, subject_mask)
+        check_scale("mask_weight", mask_weight)
+        check_resize_mode(resize_mode)
+        processor, vision, encoder = self.ssr_image_processor, self.ssr_image_encoder, self.ssr_encoder
+        pixels = {id(image): preprocess(picture, processor, resize_mode) for image, picture, _, _ in references}
+        place = {key: index + 1 for index, key in enumerate(pixels)}
 
         device = self._execution_device
-        vision = self.ssr_image_encoder
         # the unconditional branch sees the empty query on zeros after normalisation (section 3.3)
-        pixels = torch.cat([torch.zeros_like(pixels), pixels]).to(device, vision.dtype)
-        hidden_states = vision(pixels, output_hidden_states=True).hidden_states
-        levels = torch.stack([hidden_states[level] for level in self.ssr_encoder.config.image_levels])
-        query_hidden_states, _ = self.encode_prompt(["", query], device, 1, False)
-        dtype = self.ssr_encoder.dtype
-        negative_embeds, embeds = self.ssr_encoder(query_hidden_states.to(dtype), levels.to(dtype)).chunk(2)
-        return SubjectEmbeds(embeds, negative_embeds)
+        pixels = torch.cat([torch.zeros_like(next(iter(pixels.values()))), *pixels.values()])
+        hidden_states = vision(pixels.to(device, vision.dtype), output_hidden_states=True).hidden_states
+        levels = torch.stack([hidden_states[level] for level in encoder.config.image_levels]).to(encoder.dtype)
+        query_states, _ = self.encode_prompt(["", *(query for *_, query, _ in references)], device, 1, False)
+        query_states = query_states.to(encoder.dtype)
+
+        fingerprint = encoder.fingerprint(device)
+        encoded = []
+        for index, (image, _, query, mask) in enumerate(references):
+            if mask is not None:
+                mask = preprocess_mask(mask, processor, resize_mode).to(device).expand(2, -1, -1, -1)
+            embeds = encoder(query_states[[0, index + 1]], levels[:, [0, place[id(image)]]], mask, mask_weight)
+            subject = Subject(embeds[1:], embeds[:1], query)
+            encoded.append(SubjectEmbeds((subject,), fingerprint))
+        return encoded
+
+    @torch.no_grad()
+    def subject_attention_map(
+        self, image, query: str | None = None, mask=None, mask_weight: float = 1.0, resize_mode: str = "pad"
+    ) -> SubjectAttentionMap:
+        r"""
+        Where in a picture a query looks. Arguments are those of `encode_subject`, with one query.
+
+        Returns:
+            [`SubjectAttentionMap`]: a heat map and an overlay at the picture's own size, and one map a token.
+
+        Raises:
+            `ValueError`: as `encode_subject`.
+
+        Example:
+
+        ```py
+        >>> pipe.subject_attention_map(photo, query="cat").overlay().save("where_is_the_cat.png")
+        ```
+        """
+        self._check_ssr_loaded()
+        ((_, picture, query, mask),) = _check_references(image, query, mask)
+        check_scale("mask_weight", mask_weight)
+        check_resize_mode(resize_mode)
+        processor, vision, encoder = self.ssr_image_processor, self.ssr_image_encoder, self.ssr_encoder
+        device = self._execution_device
+        pixels = preprocess(picture, processor, resize_mode).to(device, vision.dtype)
+        hidden_states = vision(pixels, output_hidden_states=True).hidden_states[encoder.config.image_levels[-1]]
+        query_states, _ = self.encode_prompt([query], device, 1, False)
+        if mask is not None:
+            mask = preprocess_mask(mask, processor, resize_mode).to(device)
+        probs = encoder.attention_probs(
+            query_states.to(encoder.dtype), hidden_states.to(encoder.dtype), mask, mask_weight
+        )[0].mean(0)
+
+        ids = self.tokenizer(query, truncation=True).input_ids
+        own = [i for i, token in enumerate(ids) if token not in self.tokenizer.all_special_ids]
+        names = self.tokenizer.convert_ids_to_tokens([ids[i] for i in own])
+        # the empty caption has no tokens of its own, so all of them stand for it
+        probs = probs[own or slice(None), 1:].float().cpu()
+        side = round(probs.shape[1] ** 0.5)
+        maps = unfit(torch.cat([probs.mean(0)[None], probs]).unflatten(1, (side, side)), picture.size, resize_mode)
+        maps = (maps / maps.amax((1, 2), keepdim=True)).numpy()
+        return SubjectAttentionMap(maps[0], list(zip(names, maps[1:], strict=False)), picture)
 
     @validate_hf_hub_args
     def load_ssr(
@@ -271,22 +407,25 @@ class SSRPipelineMixin:
             if image_encoder is None:
                 raise ValueError("`image_encoder` has to be given with an SSREncoder that is already in memory.")
         else:
-            encoder = SSREncoder.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+            encoder = SSREncoder.from_pretrained(
+                pretrained_model_name_or_path, subfolder=subfolder, torch_dtype=self.unet.dtype, **kwargs
+            )
             if image_encoder is None:
                 image_encoder = CLIPVisionModel.from_pretrained(
-                    pretrained_model_name_or_path, subfolder=image_encoder_folder, **kwargs
+                    pretrained_model_name_or_path, subfolder=image_encoder_folder, dtype=self.unet.dtype, **kwargs
                 )
             if image_processor is None:
                 image_processor = _load_image_processor(pretrained_model_name_or_path, image_processor_folder, kwargs)
         self._check_ssr_fits(encoder, image_encoder)
-        modules = {
-            "ssr_encoder": encoder.eval(),
-            "ssr_image_encoder": image_encoder.eval(),
-            "ssr_image_processor": image_processor or _image_processor_for(image_encoder),
-        }
-        for name in ("ssr_encoder", "ssr_image_encoder"):
-            modules[name].to(device=self.unet.device, dtype=self.unet.dtype)
-        self.register_modules(**modules)
+        for model in (encoder, image_encoder):
+            model.eval().to(self.unet.device)
+            if model.dtype != self.unet.dtype:
+                model.to(self.unet.dtype)
+        self.register_modules(
+            ssr_encoder=encoder,
+            ssr_image_encoder=image_encoder,
+            ssr_image_processor=image_processor or _image_processor_for(image_encoder),
+        )
 
     def unload_ssr(self) -> None:
         r"""
@@ -301,24 +440,27 @@ class SSRPipelineMixin:
         self.register_modules(**dict.fromkeys(COMPONENTS))
         self._ssr_scale = DEFAULT_SCALE
 
-    def set_ssr_scale(self, scale: float) -> None:
+    def set_ssr_scale(self, scale: float | dict) -> None:
         r"""
         Set how strongly subjects act in calls that do not say it themselves.
 
         Args:
-            scale (`float`):
-                0 not at all, 0.5 to 0.8 usually.
+            scale (`float` or `dict`):
+                0 not at all, 0.5 to 0.8 usually. A dict sets it per block, as `set_ip_adapter_scale` takes it; blocks
+                that it leaves out get 0.
 
         Raises:
-            `ValueError`: if `scale` is not a number.
+            `ValueError`: if `scale` is not a number, or names blocks that the UNet has not.
 
         Example:
 
         ```py
         >>> pipe.set_ssr_scale(0.8)
+        >>> pipe.set_ssr_scale({"down": 0.4, "up": {"block_1": [0.8, 0.8, 0.6]}})
         ```
         """
-        self._ssr_scale = check_scale("scale", scale)
+        self._layer_scales("scale", scale)
+        self._ssr_scale = scale
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         r"""
@@ -390,37 +532,159 @@ class SSRPipelineMixin:
                     f" {config.cross_attention_dim}, but it is {attn.inner_dim} wide over {attn.cross_attention_dim}."
                 )
 
+    def _check_subjects(self, subject, num_prompts: int) -> list[SubjectEmbeds | None]:
+        """`subject` as a list with one for all prompts or one for each."""
+        subjects = subject if isinstance(subject, list) else [subject]
+        fingerprint = None
+        for each in subjects:
+            if each is None and isinstance(subject, list):
+                continue
+            if not isinstance(each, SubjectEmbeds):
+                raise ValueError(
+                    f"`subject` has to be a SubjectEmbeds, or a list of them and None, but holds {type(each).__name__}."
+                )
+            width = each.subjects[0].embeds.shape[-1]
+            if fingerprint is None and each.fingerprint is not None:
+                fingerprint = self.ssr_encoder.fingerprint(self._execution_device)
+            if width != self.ssr_encoder.config.cross_attention_dim or not same_fingerprint(
+                each.fingerprint, fingerprint
+            ):
+                raise ValueError(
+                    "`subject` was encoded by another SSR-Encoder than this pipeline's: encode its picture again."
+                )
+        if isinstance(subject, list):
+            subjects = _one_for_each("`subject`", subjects, num_prompts)
+        if all(each is None for each in subjects):
+            raise ValueError("`subject` holds None alone: leave it out to draw without a subject.")
+        return subjects
+
+    def _layer_scales(self, name: str, scale) -> float | dict[str, float]:
+        """A scale as a number for all layers, or one for each of `config.attention_layers`."""
+        if not isinstance(scale, dict):
+            return check_scale(name, scale)
+        _check_numbers(name, scale)
+        if self.ssr_encoder is None:
+            raise ValueError(f"`{name}` names blocks, but there is no SSR-Encoder yet: call `load_ssr` first.")
+        layers = self.ssr_encoder.config.attention_layers
+        _check_blocks(name, scale, layers)
+        (expanded,) = _maybe_expand_lora_scales(unwrap(self.unet), [scale], default_scale=0.0)
+        return {
+            layer: float(next((s for block, s in expanded.items() if layer.startswith(block)), 0.0))
+            for layer in layers
+        }
+
 
 class _Request:
-    """A call's subject on its way through the stock pipeline, in the place of the IP-Adapter's image."""
+    """A call's subjects on their way through the stock pipeline, in the place of the IP-Adapter's image."""
 
-    def __init__(self, subjects, scale, ip_adapter_image, ip_adapter_image_embeds):
+    def __init__(self, subjects, layer_scales, ip_adapter_image, ip_adapter_image_embeds):
         self.subjects = subjects
-        self.scale = scale
+        self.layer_scales = layer_scales
         self.ip_adapter_image = ip_adapter_image
         self.ip_adapter_image_embeds = ip_adapter_image_embeds
 
 
-def _check_subjects(subject, prompt, prompt_embeds) -> list[SubjectEmbeds | None]:
-    """`subject` as a list with one for all prompts or one for each."""
-    subjects = subject if isinstance(subject, list) else [subject]
-    for each in subjects:
-        if not isinstance(each, SubjectEmbeds) and not (each is None and isinstance(subject, list)):
+def _check_references(image, query, mask) -> list[tuple[object, Image.Image, str, Image.Image | None]]:
+    """(the picture as given, as PIL, query, mask) for each reference, single values standing for all."""
+    given = {"subject_image": image, "subject_query": query, "subject_mask": mask}
+    lengths = {name: len(value) for name, value in given.items() if isinstance(value, list)}
+    if len(set(lengths.values())) > 1 or 0 in lengths.values():
+        raise ValueError(f"Lists of subjects have to be of one length, and not empty, but got {lengths}.")
+    count = max(lengths.values(), default=1)
+    columns = [value if isinstance(value, list) else [value] * count for value in given.values()]
+    pictures, references = {}, []
+    for image, query, mask in zip(*columns, strict=True):
+        if image is None:
+            what = f"`subject_query` is {query!r}" if mask is None else "`subject_mask` is given"
+            raise ValueError(f"{what}, but `subject_image` is missing: it needs its picture.")
+        if query is None and mask is None:
             raise ValueError(
-                f"`subject` has to be a SubjectEmbeds, or a list of them and None, but holds {type(each).__name__}."
+                "`subject_image` is given, but `subject_query` is missing: say which thing in it is meant."
             )
-    if isinstance(subject, list):
-        if prompt_embeds is not None:
-            num_prompts = len(prompt_embeds)
-        else:
-            num_prompts = len(prompt) if isinstance(prompt, list) else 1
-        if len(subjects) != num_prompts:
-            raise ValueError(
-                f"`subject` as a list has to hold one for each prompt, but holds {len(subjects)} for {num_prompts}."
-            )
-        if all(each is None for each in subjects):
-            raise ValueError("`subject` holds None alone: leave it out to draw without a subject.")
+        if query is not None and (not isinstance(query, str) or not query.strip() and mask is None):
+            raise ValueError(f"`subject_query` has to be a text that names the subject, but is {query!r}.")
+        if id(image) not in pictures:
+            pictures[id(image)] = to_pil(image)
+        picture = pictures[id(image)]
+        references.append((image, picture, query or "", None if mask is None else to_mask(mask, picture.size)))
+    return references
+
+
+def _one_for_each(names: str, subjects: list, num_prompts: int) -> list:
+    if len(subjects) == 1:
+        return subjects
+    if len(subjects) != num_prompts:
+        raise ValueError(
+            f"{names} as a list has to hold one for each prompt, but holds {len(subjects)} for {num_prompts}."
+        )
     return subjects
+
+
+def _check_window(start, end) -> tuple[float, float] | None:
+    """The window, or `None` where it is the whole denoising."""
+    start, end = check_scale("subject_start", start), check_scale("subject_end", end)
+    if not 0 <= start < end <= 1:
+        raise ValueError(
+            f"`subject_start` has to lie before `subject_end`, both from 0 to 1, but they are {start} and {end}."
+        )
+    return None if (start, end) == (0.0, 1.0) else (start, end)
+
+
+def _check_numbers(name: str, scale) -> None:
+    for value in scale.values() if isinstance(scale, dict) else scale:
+        if isinstance(value, (dict, list)):
+            _check_numbers(name, value)
+        else:
+            check_scale(name, value)
+
+
+def _check_blocks(name: str, scale: dict, layers) -> None:
+    blocks = {
+        "down": {layer.split(".")[1] for layer in layers if layer.startswith("down_blocks.")},
+        "up": {layer.split(".")[1] for layer in layers if layer.startswith("up_blocks.")},
+        "mid": set(),
+    }
+    for part, value in scale.items():
+        within = value if isinstance(value, dict) else {}
+        unknown = [block for block in within if block.removeprefix("block_") not in blocks.get(part, ())]
+        if part not in blocks or unknown:
+            reached = {part: [f"block_{index}" for index in sorted(indices)] for part, indices in blocks.items()}
+            raise ValueError(f"`{name}` names {unknown or [part]} ({part}), but subjects reach only {reached}.")
+
+
+def _switching(projection: SubjectProjection, window: tuple[float, float], arguments: dict) -> dict:
+    """The call's callback arguments, with one that lets the subject act inside `window` alone."""
+    callback = arguments.get("callback_on_step_end")
+    start, end = window
+
+    def inside(step: int, num_steps: int) -> bool:
+        return start * num_steps <= step < end * num_steps
+
+    def switch(pipeline, step, timestep, callback_kwargs):
+        projection.active = inside(step + 1, pipeline.num_timesteps)
+        return callback_kwargs if callback is None else callback(pipeline, step, timestep, callback_kwargs)
+
+    projection.active = start == 0
+    changed = {"callback_on_step_end": switch}
+    if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+        changed["callback_on_step_end_tensor_inputs"] = callback.tensor_inputs
+    return changed
+
+
+def _stack_regions(rows: list[SubjectEmbeds | None], branches: int) -> torch.Tensor | None:
+    """Where each row's subjects may appear, `(branches * num_rows, num_subjects, height, width)`, or `None` if nowhere is
+    forbidden."""
+    given = [s.region for row in rows if row is not None for s in row.subjects if s.region is not None]
+    if not given:
+        return None
+    size = tuple(given[0].shape)
+    count = max(len(row.subjects) for row in rows if row is not None)
+    regions = torch.ones(len(rows), count, *size)
+    for index, row in enumerate(rows):
+        for slot, subject in enumerate(row.subjects if row is not None else ()):
+            if subject.region is not None:
+                regions[index, slot] = F.interpolate(subject.region[None, None], size, mode="nearest")[0, 0]
+    return regions.repeat(branches, 1, 1, 1)
 
 
 def _with_signature(ours: Callable, stock: Callable) -> Callable:
@@ -432,9 +696,7 @@ def _with_signature(ours: Callable, stock: Callable) -> Callable:
 
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = list(inspect.signature(stock).parameters.values())
-    added = [
-        p for p in inspect.signature(ours).parameters.values() if p.kind not in variadic and p.name not in {"self"}
-    ]
+    added = [p for p in inspect.signature(ours).parameters.values() if p.kind not in variadic and p.name != "self"]
     rest = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
     parameters = [p for p in parameters if p.kind not in variadic] + added + rest
     method.__signature__ = inspect.Signature(parameters)

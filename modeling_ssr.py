@@ -101,6 +101,7 @@ class SSREncoder(ModelMixin, ConfigMixin):
             }
         )
 
+    @apply_forward_hook
     def attention_probs(
         self,
         query_hidden_states: torch.Tensor,
@@ -195,6 +196,32 @@ class SSREncoder(ModelMixin, ConfigMixin):
         """
         layers = (self.layers[_module_name(name)] for name in self.config.attention_layers)
         return [(layer["to_k"](subject_embeds), layer["to_v"](subject_embeds)) for layer in layers]
+
+    @torch.no_grad()
+    def fingerprint(self, device: torch.device | None = None) -> torch.Tensor:
+        r"""
+        What the encoder makes of a fixed input. Another encoder makes something else of it; the same encoder in another
+        precision or on another device nearly the same.
+
+        Args:
+            device (`torch.device`, *optional*):
+                Where the encoder runs, if that is not where its weights lie (offloading).
+
+        Returns:
+            `torch.Tensor` of shape `(num_levels + 1, 8)`, float32 on the CPU.
+        """
+        config = self.config
+
+        def fixed(*shape: int) -> torch.Tensor:
+            count = torch.arange(torch.Size(shape).numel(), dtype=torch.float32)
+            return torch.sin(count * 1.7).reshape(shape).to(device or self.device, self.dtype)
+
+        levels = len(config.image_levels)
+        subject = self(fixed(1, 1, config.cross_attention_dim), fixed(levels, 1, 2, config.vision_hidden_size))
+        parts = [subject[0, :, :8]]
+        if config.attention_layers:
+            parts.append(sum(key[0].mean(0)[:8] + value[0].mean(0)[:8] for key, value in self.project(subject))[None])
+        return torch.cat(parts).float().cpu()
 
     @classmethod
     def from_released(

@@ -4,6 +4,7 @@ diffusers copies a local entry file together with the files that it imports rela
 import in turn: hence every module stands here.
 """
 
+from .attention_map import SubjectAttentionMap  # noqa: F401
 from .attention_processors import SSRAttnProcessor2_0  # noqa: F401
 from .image_processing_ssr import preprocess  # noqa: F401
 from .mixin_ssr import SSRPipelineMixin  # noqa: F401

@@ -2,7 +2,8 @@
 
 from diffusers import StableDiffusionPipeline
 
-from .attention_processors import SSRAttnProcessor2_0  # noqa: F401  (see pipeline.py)
+from .attention_map import SubjectAttentionMap  # noqa: F401  (see pipeline.py)
+from .attention_processors import SSRAttnProcessor2_0  # noqa: F401
 from .image_processing_ssr import preprocess  # noqa: F401
 from .mixin_ssr import SSRPipelineMixin
 from .modeling_ssr import SSREncoder  # noqa: F401

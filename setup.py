@@ -21,7 +21,7 @@ setup(
         "pillow",
         "safetensors",
         "torch>=2.4",
-        "transformers",
+        "transformers>=4.56",
     ],
     extras_require={
         "test": ["accelerate", "peft", "pytest", "ruff", "tokenizers", "tqdm"],

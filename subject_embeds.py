@@ -1,52 +1,198 @@
-"""A subject, encoded: what `encode_subject` returns and the pipelines' `subject` argument takes."""
+"""Subjects, encoded: what `encode_subject` returns and the pipelines' `subject` argument takes."""
 
+import json
+import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 
-@dataclass(frozen=True)
+FORMAT = "ssr-subject-1"
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """One subject of a [`SubjectEmbeds`]: its tokens and those of nothing, each `(1, num_tokens, cross_attention_dim)`, the
+    query that selected it, its scale (`None`: the call's) and where in the output it may appear, `(height, width)` from 0
+    to 1 (`None`: anywhere)."""
+
+    embeds: torch.Tensor
+    negative_embeds: torch.Tensor
+    query: str = ""
+    scale: float | None = None
+    region: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class SubjectEmbeds:
     r"""
-    A subject that was picked out of a picture, ready to be drawn any number of times without encoding it again.
+    One or several subjects that were picked out of pictures, ready to be drawn any number of times without encoding them
+    again. `encode_subject` makes one, `+` puts several into one picture, `save` and `load` keep it in a safetensors file.
 
     Args:
-        embeds (`torch.Tensor` of shape `(1, num_subject_tokens, cross_attention_dim)`):
-            The subject's tokens, for the conditional branch.
-        negative_embeds (`torch.Tensor` of the same shape):
-            The tokens of nothing (an empty query on an all-zeros picture), for the unconditional branch of
-            classifier-free guidance.
-        scale (`float`, *optional*):
-            How strongly this subject acts, usually 0.5 to 0.8. Without it, the scale of the call or of `set_ssr_scale`
-            holds.
+        subjects (`tuple[Subject]`):
+            The subjects.
+        fingerprint (`torch.Tensor`, *optional*):
+            What the SSR-Encoder makes of a fixed input: it tells encoders apart. Without it anything is accepted.
 
     Example:
 
     ```py
-    >>> subject = pipe.encode_subject(photo, query="cat")
-    >>> images = [pipe(prompt, subject=subject.scaled(0.8)).images[0] for prompt in prompts]
+    >>> cat = pipe.encode_subject(photo, query="cat")
+    >>> dog = pipe.encode_subject(another_photo, query="dog")
+    >>> image = pipe("a cat and a dog", subject=cat.scaled(0.8) + dog.scaled(0.6)).images[0]
     ```
     """
 
-    embeds: torch.Tensor
-    negative_embeds: torch.Tensor
-    scale: float | None = None
+    subjects: tuple[Subject, ...]
+    fingerprint: torch.Tensor | None = None
 
     def scaled(self, scale: float) -> "SubjectEmbeds":
         r"""
-        The same subject, more or less strongly drawn.
+        The same, more or less strongly drawn.
 
         Args:
             scale (`float`):
-                0 leaves the subject out, 1 draws it as strongly as the prompt.
+                0 leaves it out, 0.5 to 0.8 is usual, 1 draws it as strongly as the prompt. Of several subjects, each
+                gets it.
 
         Returns:
             [`SubjectEmbeds`] with that scale.
 
         Raises:
             `ValueError`: if `scale` is not a number.
+
+        Example:
+
+        ```py
+        >>> image = pipe("a cat in a spacesuit", subject=cat.scaled(0.8)).images[0]
+        ```
         """
-        return replace(self, scale=check_scale("scale", scale))
+        scale = check_scale("scale", scale)
+        return replace(self, subjects=tuple(replace(subject, scale=scale) for subject in self.subjects))
+
+    def inside(self, region) -> "SubjectEmbeds":
+        r"""
+        The same, kept to a part of the output.
+
+        Args:
+            region (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor` of shape `(height, width)`):
+                White, or 1, where in the drawn picture the subject may appear, of the picture's proportions. Elsewhere
+                the prompt alone decides.
+
+        Returns:
+            [`SubjectEmbeds`] with that region.
+
+        Raises:
+            `ValueError`: if `region` is not a mask.
+
+        Example:
+
+        ```py
+        >>> left = np.zeros((512, 512))
+        >>> left[:, :256] = 1
+        >>> image = pipe("a cat and a dog", subject=cat.inside(left) + dog.inside(1 - left)).images[0]
+        ```
+        """
+        if isinstance(region, Image.Image):
+            region = np.asarray(region.convert("L")) / 255.0
+        region = torch.as_tensor(region) if isinstance(region, (np.ndarray, torch.Tensor)) else region
+        if not isinstance(region, torch.Tensor) or region.ndim != 2:
+            shape = getattr(region, "shape", type(region).__name__)
+            raise ValueError(f"`region` has to be a mask of shape (height, width), but is {shape}.")
+        region = region.detach().float().cpu()
+        region = region / 255 if region.max() > 1 else region
+        if not torch.isfinite(region).all() or region.min() < 0 or not (region > 0.5).any():
+            raise ValueError("`region` has to hold values from 0 to 1 and to mark some place, but does not.")
+        return replace(self, subjects=tuple(replace(subject, region=region) for subject in self.subjects))
+
+    def __add__(self, other: "SubjectEmbeds") -> "SubjectEmbeds":
+        """All subjects of both, in one picture (appendix of the paper on several subjects)."""
+        if not isinstance(other, SubjectEmbeds):
+            return NotImplemented
+        if not same_fingerprint(self.fingerprint, other.fingerprint):
+            raise ValueError("The subjects come from different SSR-Encoders and cannot be drawn together.")
+        fingerprint = other.fingerprint if self.fingerprint is None else self.fingerprint
+        return SubjectEmbeds(self.subjects + other.subjects, fingerprint)
+
+    def save(self, path: str | os.PathLike) -> None:
+        r"""
+        Write everything to one safetensors file, with the queries and scales in its metadata.
+
+        Args:
+            path (`str` or `os.PathLike`):
+                The file, usually ending in ".safetensors".
+
+        Example:
+
+        ```py
+        >>> cat.save("cat.safetensors")
+        ```
+        """
+        tensors = {} if self.fingerprint is None else {"fingerprint": self.fingerprint}
+        for index, subject in enumerate(self.subjects):
+            for name in ("embeds", "negative_embeds", "region"):
+                tensor = getattr(subject, name)
+                if tensor is not None:
+                    tensors[f"{index}.{name}"] = tensor.detach().cpu().contiguous()
+        subjects = [{"query": subject.query, "scale": subject.scale} for subject in self.subjects]
+        partial = Path(f"{os.fspath(path)}.part")
+        save_file(tensors, partial, metadata={"format": FORMAT, "subjects": json.dumps(subjects)})
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "SubjectEmbeds":
+        r"""
+        Read what `save` has written.
+
+        Args:
+            path (`str` or `os.PathLike`):
+                The file.
+
+        Returns:
+            [`SubjectEmbeds`] on the CPU; pipelines move it where they run.
+
+        Raises:
+            `ValueError`: if the file is cut off or holds no subject.
+
+        Example:
+
+        ```py
+        >>> image = pipe("a cat on the beach", subject=SubjectEmbeds.load("cat.safetensors")).images[0]
+        ```
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"`path`: {path} is cut off or no safetensors file ({error}).") from error
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"`path`: {path} holds no subject; `SubjectEmbeds.save` writes such files.")
+        subjects = tuple(
+            Subject(
+                tensors[f"{index}.embeds"],
+                tensors[f"{index}.negative_embeds"],
+                region=tensors.get(f"{index}.region"),
+                **described,
+            )
+            for index, described in enumerate(json.loads(metadata["subjects"]))
+        )
+        return cls(subjects, tensors.get("fingerprint"))
+
+
+def same_fingerprint(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
+    """Whether two fingerprints are of one encoder, whatever precision it ran in; an unknown one fits any."""
+    if first is None or second is None:
+        return True
+    if first.shape != second.shape:
+        return False
+    return torch.allclose(first.float().cpu(), second.float().cpu(), atol=0.05, rtol=0.05)
 
 
 def check_scale(name: str, scale) -> float:

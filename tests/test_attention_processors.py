@@ -10,7 +10,12 @@ from diffusers.models.attention_processor import (
     FusedAttnProcessor2_0,
     SlicedAttnProcessor,
 )
-from diffusers_ssr.attention_processors import SSRAttnProcessor2_0, SubjectConditions, subject_in_unet
+from diffusers_ssr.attention_processors import (
+    SSRAttnProcessor2_0,
+    SubjectConditions,
+    _Arrived,
+    subject_in_unet,
+)
 from safetensors.torch import load_file
 
 
@@ -38,7 +43,7 @@ def test_agrees_with_the_released_code_whatever_the_own_processor(scale, inner):
         "sliced": SlicedAttnProcessor(slice_size=2),
         "fused": FusedAttnProcessor2_0(),
     }[inner]
-    conditions = SubjectConditions(None, [(key, value * float(scale))])
+    conditions = _Arrived(None, SubjectConditions([(key, value * float(scale))]))
     with torch.no_grad():
         out = SSRAttnProcessor2_0(processor, 0)(attn, tensors["hidden_states"], (tensors["text_embeds"], conditions))
     torch.testing.assert_close(out, tensors[f"output.scale_{scale}"], atol=1e-5, rtol=0)
@@ -50,9 +55,9 @@ def test_without_a_subject_the_own_processor_runs_unchanged():
     with torch.no_grad():
         expected = AttnProcessor2_0()(attn, *states)
         assert torch.equal(SSRAttnProcessor2_0(AttnProcessor2_0(), 0)(attn, *states), expected)
-        none = SubjectConditions(None, [(key[:, :0], value[:, :0])])
-        out = SSRAttnProcessor2_0(AttnProcessor2_0(), 0)(attn, states[0], (states[1], none))
-    assert torch.equal(out, expected)
+        for nothing in (None, SubjectConditions([(key[:, :0], value[:, :0])])):
+            out = SSRAttnProcessor2_0(AttnProcessor2_0(), 0)(attn, states[0], (states[1], _Arrived(None, nothing)))
+            assert torch.equal(out, expected)
 
 
 def snapshot(unet):
@@ -87,3 +92,49 @@ def test_processors_are_the_same_objects_at_every_call():
         with subject_in_unet(unet, UNET_LAYERS):
             seen.append([unet.get_submodule(name).processor for name in UNET_LAYERS])
     assert all(first is second for first, second in zip(*seen, strict=True))
+
+
+def attend(conditions, seed=0):
+    attn, tensors, *_ = parity_layer()
+    with torch.no_grad():
+        return SSRAttnProcessor2_0(AttnProcessor2_0(), 0)(
+            attn, tensors["hidden_states"], (tensors["text_embeds"], _Arrived(None, conditions))
+        )
+
+
+def test_padding_has_no_effect():
+    _, _, key, value = parity_layer()
+    padded = [torch.cat([states, torch.full_like(states[:, :9], 50.0)], 1) for states in (key, value)]
+    token_subject = torch.cat([torch.zeros(2, key.shape[1]), torch.full((2, 9), -1.0)], 1)
+    torch.testing.assert_close(
+        attend(SubjectConditions([tuple(padded)], token_subject)), attend(SubjectConditions([(key, value)]))
+    )
+
+
+def test_conditions_survive_the_way_through_a_pipeline():
+    _, _, key, value = parity_layer()
+    conditions = SubjectConditions([(key, value)] * 3, torch.zeros(2, key.shape[1]), torch.ones(2, 1, 8, 8))
+    again = SubjectConditions.from_image_embeds(conditions.as_image_embeds())
+    assert len(again.pairs) == 3 and again.regions is conditions.regions
+    plain = SubjectConditions.from_image_embeds(SubjectConditions([(key, value)]).as_image_embeds())
+    assert plain.token_subject is None and plain.regions is None
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (4, 16), (16, 4)])
+def test_regions_keep_each_subject_to_its_place(shape):
+    """64 positions: the first subject may appear on the left half, the second in the top right quarter."""
+    _, _, key, value = parity_layer()
+    half = key.shape[1] // 2
+    first, second = (SubjectConditions([(key[:, part], value[:, part])]) for part in (slice(half), slice(half, None)))
+    height, width = 8 * shape[0], 8 * shape[1]
+    regions = torch.zeros(2, 2, height, width)
+    regions[:, 0, :, : width // 2] = 1
+    regions[:, 1, : height // 2, width // 2 :] = 1
+    token_subject = (torch.arange(key.shape[1]) >= half).float().expand(2, -1)
+    out = attend(SubjectConditions([(key, value)], token_subject, regions)).unflatten(1, shape)
+    left, right = (attend(conditions).unflatten(1, shape) for conditions in (first, second))
+    nothing = attend(None).unflatten(1, shape)
+    rows, columns = shape[0] // 2, shape[1] // 2
+    torch.testing.assert_close(out[:, :, :columns], left[:, :, :columns])
+    torch.testing.assert_close(out[:, :rows, columns:], right[:, :rows, columns:])
+    torch.testing.assert_close(out[:, rows:, columns:], nothing[:, rows:, columns:])

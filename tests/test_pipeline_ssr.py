@@ -15,6 +15,7 @@ from conftest import (
 )
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline, SubjectEmbeds
+from diffusers_ssr.subject_embeds import Subject
 from test_attention_processors import snapshot
 from test_modeling_ssr import ALIGNER, LAYERS, random_released
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
@@ -71,6 +72,7 @@ def test_encode_subject_is_the_encoder_on_query_and_picture(pipe):
 
     subject = pipe.encode_subject(make_picture(), query="cat")
     pixels = preprocess(make_picture(), pipe.ssr_image_processor)
+    (subject,) = subject.subjects
     for embeds, text, seen in (
         (subject.embeds, "cat", pixels),
         (subject.negative_embeds, "", torch.zeros_like(pixels)),
@@ -91,7 +93,8 @@ def test_conditions_hold_both_branches_in_order(pipe, guidance_scale):
         lambda module, args, kwargs: seen.append(kwargs["added_cond_kwargs"]["image_embeds"]), with_kwargs=True
     )
     pipe(**call_args(subject=subject, subject_scale=0.5, guidance_scale=guidance_scale, num_images_per_prompt=2))
-    branches = [subject.negative_embeds] * 2 + [subject.embeds] * 2 if guidance_scale > 1 else [subject.embeds] * 2
+    (part,) = subject.subjects
+    branches = [part.negative_embeds] * 2 + [part.embeds] * 2 if guidance_scale > 1 else [part.embeds] * 2
     expected = pipe.ssr_encoder.project(torch.cat(branches))
     for index, (key, value) in enumerate(expected):
         torch.testing.assert_close(seen[0][2 * index], key)
@@ -251,11 +254,11 @@ def test_threads_that_share_a_unet(pipe):
 
 def test_gradients_are_off(pipe):
     subject = pipe.encode_subject(make_picture(), "cat")
-    assert not subject.embeds.requires_grad
+    assert not subject.subjects[0].embeds.requires_grad
     assert not pipe(**subject_args(output_type="latent")).images.requires_grad
 
 
-SUBJECT = SubjectEmbeds(torch.zeros(1, 6, 32), torch.zeros(1, 6, 32))
+SUBJECT = SubjectEmbeds((Subject(torch.zeros(1, 6, 32), torch.zeros(1, 6, 32)),))
 
 
 @pytest.mark.parametrize(
@@ -274,7 +277,7 @@ SUBJECT = SubjectEmbeds(torch.zeros(1, 6, 32), torch.zeros(1, 6, 32))
         ({"subject": SUBJECT, "subject_scale": "strong"}, "`subject_scale` has to be a number.*'strong'"),
         ({"subject": SUBJECT, "subject_scale": float("nan")}, "`subject_scale` has to be a number"),
         ({"subject": SUBJECT, "subject_scale": True}, "`subject_scale` has to be a number"),
-        ({"subject": SUBJECT, "subject_query": "cat"}, "either `subject`"),
+        ({"subject": SUBJECT, "subject_query": "cat"}, "either `subject` or `subject_query`"),
         ({"subject": torch.zeros(1, 6, 32)}, "`subject` has to be a SubjectEmbeds.*Tensor"),
         ({"subject": [SUBJECT, SUBJECT]}, "`subject` as a list.*2 for 1"),
         ({"subject": [None]}, "`subject` holds None alone"),
@@ -362,7 +365,7 @@ def test_released_layout_loads_at_full_size_and_changes_the_picture():
     pipe.set_progress_bar_config(disable=True)
     pipe.load_ssr(encoder, image_encoder=random_model(lambda: CLIPVisionModel(vision)))
     subject = pipe.encode_subject(make_picture(), "cat")
-    assert subject.embeds.shape == (1, 6 * tokenizer.model_max_length, 768)
+    assert subject.subjects[0].embeds.shape == (1, 6 * tokenizer.model_max_length, 768)
     arguments = call_args(height=64, width=64, num_inference_steps=1, output_type="latent")
     plain = pipe(**arguments).images
     arguments["generator"].manual_seed(0)

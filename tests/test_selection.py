@@ -1,0 +1,282 @@
+"""Masks, several subjects, batches, windows, blocks, regions and attention maps, on tiny random components."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import UNET_LAYERS, call_args, make_picture, make_ssr_encoder
+from diffusers import HeunDiscreteScheduler
+from diffusers.callbacks import PipelineCallback
+from PIL import Image
+from test_attention_processors import snapshot
+from test_pipeline_ssr import stock_of, subject_args
+
+
+MASK = np.zeros((32, 40), np.uint8)
+MASK[8:24, 4:20] = 255
+
+
+def count_forwards(module) -> list:
+    calls = []
+    module.register_forward_pre_hook(lambda *_: calls.append(1))
+    return calls
+
+
+# Masks
+
+
+@pytest.mark.parametrize("query", [None, "cat", ""])
+def test_a_mask_selects_with_and_without_a_query(pipe, query):
+    plain = pipe.encode_subject(make_picture(), query or "cat").subjects[0]
+    masked = pipe.encode_subject(make_picture(), query, mask=MASK, mask_weight=3.0).subjects[0]
+    assert (plain.embeds - masked.embeds).abs().max() > 1e-3
+    # the unconditional branch is biased by the same mask
+    assert (plain.negative_embeds - masked.negative_embeds).abs().max() > 1e-4
+
+
+def test_a_mask_is_the_encoders_mask(pipe):
+    """By hand: the mask in the picture's own geometry, through the encoder."""
+    from diffusers_ssr.image_processing_ssr import preprocess, preprocess_mask
+
+    subject = pipe.encode_subject(make_picture(), "cat", mask=MASK, mask_weight=2.0).subjects[0]
+    mask = preprocess_mask(Image.fromarray(MASK), pipe.ssr_image_processor)
+    query, _ = pipe.encode_prompt("cat", "cpu", 1, False)
+    with torch.no_grad():
+        hidden = pipe.ssr_image_encoder(
+            preprocess(make_picture(), pipe.ssr_image_processor), output_hidden_states=True
+        ).hidden_states
+        expected = pipe.ssr_encoder(query, [hidden[level] for level in (1, 2, 3)], mask, 2.0)
+    torch.testing.assert_close(subject.embeds, expected)
+
+
+def test_each_picture_has_its_own_mask(pipe):
+    other = MASK[::-1].copy()
+    pictures = [make_picture(1), make_picture(2)]
+    both = pipe.encode_subject(pictures, None, mask=[MASK, other])
+    for picture, mask, subject in zip(pictures, [MASK, other], both, strict=True):
+        alone = pipe.encode_subject(picture, None, mask=mask).subjects[0]
+        torch.testing.assert_close(subject.subjects[0].embeds, alone.embeds, atol=1e-5, rtol=1e-5)
+
+
+# Several subjects
+
+
+def test_two_queries_encode_a_picture_once(pipe):
+    seen = []
+    pipe.ssr_image_encoder.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(len((args or kwargs["pixel_values"].unbind(1))[0])), with_kwargs=True
+    )
+    cat, dog = pipe.encode_subject(make_picture(), query=["cat", "dog"])
+    assert seen == [2]  # zeros, and the picture
+    torch.testing.assert_close(
+        cat.subjects[0].embeds, pipe.encode_subject(make_picture(), "cat").subjects[0].embeds, atol=1e-5, rtol=1e-5
+    )
+    assert (cat.subjects[0].embeds - dog.subjects[0].embeds).abs().max() > 1e-4
+
+
+def test_several_subjects_are_concatenated_with_their_scales(pipe):
+    cat, dog = pipe.encode_subject(make_picture(), query=["cat", "dog"])
+    seen = []
+    pipe.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["added_cond_kwargs"]["image_embeds"]), with_kwargs=True
+    )
+    pipe(**call_args(subject=cat.scaled(0.8) + dog, subject_scale=0.5))
+    parts = [cat.subjects[0], dog.subjects[0]]
+    positive = torch.cat([parts[0].embeds * 0.8, parts[1].embeds * 0.5], 1)
+    negative = torch.cat([part.negative_embeds for part in parts], 1)
+    expected = pipe.ssr_encoder.project(torch.cat([negative, positive]))
+    for index, (key, value) in enumerate(expected):
+        torch.testing.assert_close(seen[0][2 * index], key)
+        torch.testing.assert_close(seen[0][2 * index + 1], value)
+
+
+def test_lists_in_a_call_are_several_subjects_of_one_prompt(pipe):
+    pictures = [make_picture(1), make_picture(2)]
+    images = pipe(**subject_args(subject_image=pictures, subject_query=["cat", "dog"], subject_scale=0.7)).images
+    cat, dog = pipe.encode_subject(pictures[0], "cat"), pipe.encode_subject(pictures[1], "dog")
+    expected = pipe(**call_args(subject=(cat + dog).scaled(0.7))).images
+    np.testing.assert_allclose(images, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("num_images_per_prompt", [1, 2])
+def test_mixed_numbers_of_subjects_in_one_batch(pipe, guidance_scale, num_images_per_prompt):
+    cat, dog, car = pipe.encode_subject(make_picture(), query=["cat", "dog", "car"])
+    subjects = [cat.scaled(0.9), cat + dog.scaled(0.4) + car, None, dog + car]
+    prompts = ["a cat", "a cat and a dog", "nothing", "a dog and a car"]
+    latents = torch.randn(4 * num_images_per_prompt, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    arguments = call_args(guidance_scale=guidance_scale, generator=None)
+    images = pipe(
+        **{**arguments, "prompt": prompts, "num_images_per_prompt": num_images_per_prompt, "latents": latents},
+        subject=subjects,
+    ).images
+    for index, image in enumerate(images):
+        number = index // num_images_per_prompt
+        alone = pipe(
+            **{**arguments, "prompt": prompts[number], "latents": latents[index : index + 1]}, subject=subjects[number]
+        ).images[0]
+        np.testing.assert_allclose(image, alone, atol=2e-5)
+
+
+def test_references_one_to_one_with_the_prompts(pipe):
+    prompts, queries = ["a cat", "a dog"], ["cat", "dog"]
+    pictures = [make_picture(1), make_picture(2)]
+    arguments = subject_args(generator=None, latents=torch.zeros(2, 4, 8, 8))
+    images = pipe(**{**arguments, "prompt": prompts, "subject_image": pictures, "subject_query": queries}).images
+    for index in range(2):
+        changed = {"prompt": prompts[index], "subject_image": pictures[index], "subject_query": queries[index]}
+        alone = pipe(**{**arguments, **changed, "latents": torch.zeros(1, 4, 8, 8)}).images[0]
+        np.testing.assert_allclose(images[index], alone, atol=2e-5)
+
+
+# Scale by block, window, region
+
+
+def active_layers(pipe, **kwargs) -> list[str]:
+    """The layers whose values were not empty."""
+    seen = []
+    handle = pipe.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["added_cond_kwargs"]["image_embeds"]), with_kwargs=True
+    )
+    pipe(**subject_args(**kwargs))
+    handle.remove()
+    return [name for name, value in zip(UNET_LAYERS, seen[0][1::2], strict=False) if value.shape[1]]
+
+
+@pytest.mark.parametrize(
+    "scale,expected",
+    [
+        ({"down": 1.0}, ["down_blocks.0"]),
+        ({"mid": 0.5}, ["mid_block"]),
+        ({"up": {"block_1": [0.0, 1.0]}}, ["up_blocks.1.attentions.1"]),
+        (0.5, ["down_blocks.0", "up_blocks.1.attentions.0", "up_blocks.1.attentions.1", "mid_block"]),
+        (0.0, []),
+    ],
+)
+def test_scale_per_block(pipe, scale, expected):
+    active = active_layers(pipe, subject_scale=scale)
+    assert len(active) == len(expected)
+    assert all(any(name.startswith(block) for block in expected) for name in active)
+    pipe.set_ssr_scale(scale)
+    assert active_layers(pipe, subject_scale=None) == active
+
+
+@pytest.mark.parametrize(
+    "window,subject_steps",
+    [((0.0, 1.0), [0, 1, 2, 3]), ((0.5, 1.0), [2, 3]), ((0.0, 0.5), [0, 1]), ((0.25, 0.75), [1, 2])],
+)
+@pytest.mark.parametrize("user_callback", [False, True])
+def test_window(pipe, monkeypatch, window, subject_steps, user_callback):
+    """The layers attend to the subject in these steps alone, whether or not there is a callback of the user's."""
+    callbacks, steps, attended = [], count_forwards(pipe.unet), set()
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query, key, *args, **kwargs):
+        if key.shape[2] == 3 * pipe.tokenizer.model_max_length:
+            attended.add(len(steps) - 1)
+        return original(query, key, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    extra = {"callback_on_step_end": lambda p, i, t, k: callbacks.append(i) or {}} if user_callback else {}
+    pipe(**subject_args(num_inference_steps=4, subject_start=window[0], subject_end=window[1], **extra))
+    assert sorted(attended) == subject_steps
+    assert callbacks == ([0, 1, 2, 3] if user_callback else [])
+
+
+def test_outside_the_window_it_is_the_stock_step(pipe):
+    """With the window after the first step, the first step's latents are the stock pipeline's."""
+    seen = {}
+
+    def keep(name):
+        return lambda p, i, t, k: seen.setdefault((name, i), k["latents"].clone()) is None or {}
+
+    pipe(**subject_args(num_inference_steps=4, subject_start=0.5, callback_on_step_end=keep("ours")))
+    stock_of(pipe)(**call_args(num_inference_steps=4, callback_on_step_end=keep("stock")))
+    for step in (0, 1):
+        assert torch.equal(seen["ours", step], seen["stock", step])
+    for step in (2, 3):
+        assert not torch.equal(seen["ours", step], seen["stock", step])
+
+
+def test_a_window_with_a_scheduler_of_second_order(pipe):
+    pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    images = [pipe(**subject_args(num_inference_steps=3, subject_end=end)).images for end in (0.5, 1.0)]
+    assert np.abs(images[0] - images[1]).max() > 1e-5
+
+
+def test_a_window_beside_a_pipeline_callback(pipe):
+    class Watch(PipelineCallback):
+        tensor_inputs = ["prompt_embeds"]
+
+        def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+            assert set(callback_kwargs) == {"prompt_embeds"}
+            return callback_kwargs
+
+    pipe(**subject_args(subject_end=0.5, callback_on_step_end=Watch(cutoff_step_ratio=1.0)))
+
+
+def test_a_region_of_the_whole_picture_changes_nothing(pipe):
+    subject = pipe.encode_subject(make_picture(), "cat").scaled(1.0)
+    plain = pipe(**call_args(subject=subject)).images
+    np.testing.assert_allclose(pipe(**call_args(subject=subject.inside(np.ones((16, 16))))).images, plain, atol=1e-5)
+    half = np.zeros((16, 16))
+    half[:, :8] = 1
+    assert np.abs(pipe(**call_args(subject=subject.inside(half))).images - plain).max() > 1e-4
+
+
+# Attention maps
+
+
+@pytest.mark.parametrize("resize_mode", ["pad", "crop"])
+@pytest.mark.parametrize("size", [(40, 32), (32, 64)])
+def test_attention_maps_have_the_pictures_size(pipe, size, resize_mode):
+    attention = pipe.subject_attention_map(make_picture(size=size), "a cat", resize_mode=resize_mode)
+    assert attention.heat.shape == size[::-1] and attention.overlay().size == size
+    assert attention.heat.max() == 1 and attention.heat.min() >= 0
+    assert [name for name, _ in attention.tokens] == ["a</w>", "cat</w>"]
+    assert all(heat.shape == size[::-1] for _, heat in attention.tokens)
+    assert attention.overlay(attention.tokens[1][1]).size == size
+
+
+def test_an_attention_map_follows_a_mask(pipe):
+    heat = pipe.subject_attention_map(make_picture(), mask=MASK, mask_weight=5.0).heat
+    assert heat[MASK > 0].mean() > 3 * heat[MASK == 0].mean()
+
+
+# Bad input
+
+
+PAIR = [make_picture(1), make_picture(2)]
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ({"subject_mask": MASK}, "`subject_mask` is given, but `subject_image` is missing"),
+        ({"subject_image": make_picture(), "subject_mask": MASK[1:]}, "`subject_mask` has to be as large"),
+        ({"subject_image": make_picture(), "subject_mask": np.zeros_like(MASK)}, "`subject_mask` is empty"),
+        ({"subject_image": make_picture(), "subject_mask": np.ones_like(MASK)}, "`subject_mask` marks the whole"),
+        ({"subject_image": make_picture(), "subject_mask": MASK, "mask_weight": "5"}, "`mask_weight` has to be a number"),
+        ({"subject_image": PAIR, "subject_query": ["cat"]}, "one length.*'subject_image': 2, 'subject_query': 1"),
+        ({"subject_image": [], "subject_query": "cat"}, "not empty"),
+        ({"subject_image": PAIR, "subject_query": "cat", "prompt": ["a", "b", "c"]}, "holds 2 for 3"),
+        ({"subject_image": make_picture(), "subject_query": "cat", "subject_resize_mode": "fill"}, "`resize_mode`"),
+        ({"subject_image": make_picture(), "subject_query": "cat", "subject_start": 0.5, "subject_end": 0.5}, "`subject_start`"),
+        ({"subject_image": make_picture(), "subject_query": "cat", "subject_end": 1.5}, "`subject_end`"),
+        ({"subject_image": make_picture(), "subject_query": "cat", "subject_scale": {"down": "all"}}, "`subject_scale`.*'all'"),
+        ({"subject_image": make_picture(), "subject_query": "cat", "subject_scale": {"down": {"block_1": 1.0}}}, "`subject_scale`.*block_1"),
+        ({"subject_image": make_picture(), "subject_query": "cat", "subject_scale": {"side": 1.0}}, "`subject_scale`.*side"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused_before_any_step(pipe, arguments, message):
+    state = snapshot(pipe.unet)
+    calls = count_forwards(pipe.unet)
+    with pytest.raises(ValueError, match=message):
+        pipe(**call_args(**arguments))
+    assert not calls and snapshot(pipe.unet) == state
+
+
+def test_a_subject_of_another_encoder_is_refused(pipe):
+    subject = pipe.encode_subject(make_picture(), "cat")
+    pipe.register_modules(ssr_encoder=make_ssr_encoder(seed=9))
+    with pytest.raises(ValueError, match="`subject` was encoded by another SSR-Encoder"):
+        pipe(**call_args(subject=subject))
