@@ -1,0 +1,52 @@
+"""Show where each query looks in its picture: the picture, a heat map for each query and one for each of its tokens."""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from demo import ROOT, contact_sheet
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging
+from PIL import Image
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--checkpoint", default=str(ROOT / "pocket"), help="base model and SSR-Encoder")
+    parser.add_argument("--image", type=Path, help="a picture; without it, the pocket's references and their queries")
+    parser.add_argument("--queries", nargs="+", help="what to look for in it")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs"))
+    args = parser.parse_args()
+    if (args.image is None) != (args.queries is None):
+        parser.error("--image and --queries go together")
+    logging.set_verbosity_error()
+    pipe = DiffusionPipeline.from_pretrained(
+        args.checkpoint, custom_pipeline=str(ROOT), trust_remote_code=True, torch_dtype=torch.float32
+    )
+    pipe.load_ssr(args.checkpoint)
+
+    references = {args.image: args.queries}
+    if args.image is None:
+        folder = ROOT / "pocket" / "references"
+        references = {
+            folder / name: queries for name, queries in json.loads((folder / "queries.json").read_text()).items()
+        }
+    rows = []
+    for file, queries in references.items():
+        picture = Image.open(file)
+        row = [("reference", picture.convert("RGB"))]
+        for query in queries:
+            attention = pipe.subject_attention_map(picture, query=query)
+            row.append((f'"{query}"', attention.overlay()))
+            if len(attention.tokens) > 1:
+                row += [(name.removesuffix("</w>"), attention.overlay(heat)) for name, heat in attention.tokens]
+        rows.append(row)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    sheet = args.output_dir / "attention_map.png"
+    contact_sheet(rows).save(sheet)
+    print(f"The attention maps are in {sheet}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""Turn the two files that the authors of SSR-Encoder released into a folder that `load_ssr` and publish.py take."""
+
+import argparse
+from pathlib import Path
+
+from diffusers_ssr import SSREncoder
+from transformers import CLIPImageProcessor, CLIPVisionModel
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--aligner", type=Path, required=True, help="pytorch_model.bin: aligner and subject encoder")
+    parser.add_argument(
+        "--layers", type=Path, required=True, help="pytorch_model_1.bin: the UNet layers' keys and values"
+    )
+    parser.add_argument(
+        "--image_encoder", default="openai/clip-vit-large-patch14", help="the vision encoder they go with"
+    )
+    parser.add_argument("--output_dir", type=Path, required=True)
+    args = parser.parse_args()
+    encoder = SSREncoder.from_released(args.aligner, args.layers)
+    image_encoder = CLIPVisionModel.from_pretrained(args.image_encoder)
+    processor = CLIPImageProcessor.from_pretrained(args.image_encoder)
+    encoder.save_pretrained(args.output_dir / "ssr_encoder")
+    image_encoder.save_pretrained(args.output_dir / "ssr_image_encoder")
+    processor.save_pretrained(args.output_dir / "ssr_image_processor")
+    print(f"Written to {args.output_dir}; load it with pipe.load_ssr({str(args.output_dir)!r})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Assemble the Hub repository (code, weights, model card) and upload it.
+
+With the pocket checkpoint, or any folder of a whole pipeline, the repository loads on its own with
+`DiffusionPipeline.from_pretrained("<owner>/<repo>", trust_remote_code=True)`. With an encoder alone, as
+convert_released_checkpoint.py writes it, it serves `custom_pipeline="<owner>/<repo>"` and `load_ssr("<owner>/<repo>")`.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils.dynamic_modules_utils import get_relative_import_files
+from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from transformers import CLIPVisionModel
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def copy_code(folder: Path) -> None:
+    """Everything that the entry file `pipeline.py` needs, and the licence."""
+    entry = ROOT / "pipeline.py"
+    for file in {entry, ROOT / "LICENSE", *map(Path, get_relative_import_files(entry))}:
+        shutil.copy(file, folder)
+
+
+def write_weights(weights: Path, folder: Path, variants: list[str]) -> None:
+    """The whole pipeline if `weights` holds one, else the encoder, in full precision and as each of `variants`."""
+    whole = (weights / "model_index.json").exists()
+    # full precision last: its configs are the ones that stay
+    for variant in [*variants, None]:
+        dtype = torch.float16 if variant == "fp16" else torch.float32
+        encoder = SSREncoder.from_pretrained(weights, subfolder="ssr_encoder", torch_dtype=dtype)
+        image_encoder = CLIPVisionModel.from_pretrained(weights, subfolder="ssr_image_encoder", dtype=dtype)
+        if whole:
+            pipe = DiffusionPipeline.from_pretrained(weights, torch_dtype=dtype, trust_remote_code=True)
+            pipe = StableDiffusionSSRPipeline.from_pipe(pipe, torch_dtype=dtype)
+            pipe.load_ssr(encoder, image_encoder=image_encoder)
+            pipe.save_pretrained(folder, variant=variant)
+        else:
+            encoder.save_pretrained(folder / "ssr_encoder", variant=variant)
+            image_encoder.save_pretrained(folder / "ssr_image_encoder", variant=variant)
+    processor = weights / "ssr_image_processor"
+    if processor.exists():
+        shutil.copytree(processor, folder / processor.name, dirs_exist_ok=True)
+
+
+def write_card(folder: Path, repo_id: str) -> None:
+    """The README as the repository's model card, with the repository's own name in it."""
+    card = ModelCard((ROOT / "README.md").read_text(encoding="utf-8").replace("<owner>/<repo>", repo_id))
+    card.data = ModelCardData(
+        license="apache-2.0",
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["diffusers", "stable-diffusion", "ssr-encoder", "subject-driven-generation"],
+        base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",
+    )
+    card.save(folder / "README.md")
+    if (ROOT / "docs").exists():
+        shutil.copytree(ROOT / "docs", folder / "docs", dirs_exist_ok=True)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repo_id", required=True, help="<owner>/<repo> on the Hub")
+    parser.add_argument("--weights", type=Path, default=ROOT / "pocket", help="a pipeline, or an encoder, in a folder")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("outputs/hub"), help="where the repository is put together"
+    )
+    parser.add_argument("--variants", nargs="*", default=["fp16"], choices=["fp16"], help="beside full precision")
+    parser.add_argument("--push_to_hub", action="store_true", help="upload it")
+    parser.add_argument("--private", action="store_true")
+    parser.add_argument("--revision", help="the branch to upload to")
+    parser.add_argument("--token", help="the token to upload with, unless you are logged in")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    folder = args.output_dir / args.repo_id.replace("/", "--")
+    folder.mkdir(parents=True, exist_ok=True)
+    copy_code(folder)
+    write_weights(args.weights, folder, args.variants)
+    write_card(folder, args.repo_id)
+    files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+    print(json.dumps(files, indent=1))
+    if args.push_to_hub:
+        api = HfApi(token=args.token)
+        api.create_repo(args.repo_id, private=args.private, exist_ok=True)
+        api.upload_folder(repo_id=args.repo_id, folder_path=folder, revision=args.revision)
+        print(f"Uploaded to {api.endpoint}/{args.repo_id}")
+    else:
+        print(f"Put together in {folder}; --push_to_hub uploads it")
+
+
+if __name__ == "__main__":
+    main()
