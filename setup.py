@@ -15,16 +15,16 @@ setup(
     package_dir={"diffusers_ssr": "."},
     packages=["diffusers_ssr"],
     install_requires=[
-        "diffusers>=0.36",
+        "diffusers>=0.42",
         "huggingface_hub",
         "numpy",
         "pillow",
         "safetensors",
         "torch>=2.4",
-        "transformers>=4.56",
+        "transformers>=5.0",
     ],
     extras_require={
-        "test": ["accelerate", "peft", "pytest", "ruff", "tokenizers", "tqdm"],
+        "test": ["accelerate", "peft", "pytest", "ruff", "setuptools", "tokenizers", "tqdm"],
         "pocket": ["accelerate", "tokenizers", "tqdm"],
     },
 )

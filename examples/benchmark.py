@@ -92,6 +92,7 @@ def main():
     parser.add_argument("--preset", choices=("sd15", "pocket"), default="sd15")
     parser.add_argument("--size", type=int, default=512, help="of the picture, in pixels")
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--batch_size", type=int, default=1, help="prompts in a call, each with a subject of its own")
     parser.add_argument("--rounds", type=int, default=3, help="how often stock and SSR take turns")
     args = parser.parse_args()
     logging.set_verbosity_error()
@@ -100,8 +101,12 @@ def main():
     pipe.set_progress_bar_config(disable=True)
     stock = StableDiffusionPipeline.from_pipe(pipe)
     stock.set_progress_bar_config(disable=True)
-    subject = pipe.encode_subject(Image.effect_noise((256, 256), 60), query="cat")
-    prompt_embeds, negative_prompt_embeds = pipe.encode_prompt("a cat on the beach", device, 1, True)
+    subjects = [
+        pipe.encode_subject(Image.effect_noise((256, 256), 20 + index), query="cat")
+        for index in range(args.batch_size)
+    ]
+    prompts = ["a cat on the beach"] * args.batch_size
+    prompt_embeds, negative_prompt_embeds = pipe.encode_prompt(prompts, device, 1, True)
 
     def drawing(pipeline, **kwargs):
         def draw(steps, callback=None):
@@ -113,7 +118,7 @@ def main():
 
         return draw
 
-    draws = {"stock": drawing(stock), "SSR": drawing(pipe, subject=subject)}
+    draws = {"stock": drawing(stock), "SSR": drawing(pipe, subject=subjects)}
     seconds = {name: [] for name in draws}
     marks = []
 
@@ -133,8 +138,8 @@ def main():
             bar.update()
     bar.close()
 
-    flops = {name: count_flops(draw, batch_size=2) for name, draw in draws.items()}
-    print(f"{args.preset}, {args.size} px, one picture with guidance, on {device}:")
+    flops = {name: count_flops(draw, batch_size=2 * args.batch_size) for name, draw in draws.items()}
+    print(f"{args.preset}, {args.size} px, {args.batch_size} picture(s) with guidance, on {device}:")
     for name in draws:
         step, once = flops[name]
         print(

@@ -1,0 +1,136 @@
+"""Beside an IP-Adapter: both act in one call, in any order of loading and unloading."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    call_args,
+    make_components,
+    make_image_encoder,
+    make_picture,
+    make_ssr_components,
+    make_ssr_encoder,
+)
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, IPAdapterAttnProcessor2_0
+from diffusers_ssr import StableDiffusionSSRPipeline
+from diffusers_ssr.attention_processors import (
+    SSRAttnProcessor2_0,
+    SubjectConditions,
+    _Arrived,
+)
+from test_pipeline_ssr import stock_of
+
+
+WIDTH, IP_TOKENS = 16, 4
+
+
+def ip_adapter_state(unet) -> dict:
+    """Random weights of an IP-Adapter for the tiny UNet, in the released layout."""
+    generator = torch.Generator().manual_seed(4)
+
+    def random(*shape):
+        return 0.5 * torch.randn(shape, generator=generator)
+
+    layers, index = {}, 1
+    for name in unet.attn_processors:
+        if name.endswith("attn2.processor"):
+            width = unet.get_submodule(name.removesuffix(".processor")).inner_dim
+            layers[f"{index}.to_k_ip.weight"] = random(width, 32)
+            layers[f"{index}.to_v_ip.weight"] = random(width, 32)
+            index += 2
+    projection = {
+        "proj.weight": random(IP_TOKENS * 32, WIDTH),
+        "proj.bias": random(IP_TOKENS * 32),
+        "norm.weight": torch.ones(32),
+        "norm.bias": torch.zeros(32),
+    }
+    return {"image_proj": projection, "ip_adapter": layers}
+
+
+def ip_args(**overrides):
+    embeds = torch.randn(2, 1, WIDTH, generator=torch.Generator().manual_seed(8))
+    return call_args(ip_adapter_image_embeds=[embeds], **overrides)
+
+
+def fresh_pipe() -> StableDiffusionSSRPipeline:
+    pipe = StableDiffusionSSRPipeline(**make_components(), requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def load(pipe, what):
+    if what == "ip":
+        pipe.load_ip_adapter(ip_adapter_state(pipe.unet), subfolder=None, weight_name=None, image_encoder_folder=None)
+        pipe.set_ip_adapter_scale(0.7)
+    else:
+        pipe.load_ssr(make_ssr_encoder(), image_encoder=make_image_encoder())
+
+
+def drawings(pipe, subject) -> list[np.ndarray]:
+    """With neither, the adapter, and both."""
+    return [pipe(**ip_args()).images, pipe(**ip_args(subject=subject, subject_scale=1.0)).images]
+
+
+def test_the_order_of_loading_and_unloading_does_not_matter():
+    reference = StableDiffusionSSRPipeline(**make_components(), **make_ssr_components(), requires_safety_checker=False)
+    reference.set_progress_bar_config(disable=True)
+    subject = reference.encode_subject(make_picture(), "cat")
+    ssr_alone = reference(**call_args(subject=subject, subject_scale=1.0)).images
+    neither = reference(**call_args()).images
+
+    results = []
+    for order in (("ip", "ssr"), ("ssr", "ip")):
+        pipe = fresh_pipe()
+        for what in order:
+            load(pipe, what)
+        results.append(drawings(pipe, subject))
+        ip_alone, both = results[-1]
+        assert all(np.abs(both - other).max() > 1e-3 for other in (ip_alone, ssr_alone, neither))
+        assert np.array_equal(stock_of(pipe)(**ip_args()).images, ip_alone)
+        if order[0] == "ip":
+            pipe.unload_ip_adapter()
+            assert np.array_equal(pipe(**call_args(subject=subject, subject_scale=1.0)).images, ssr_alone)
+            pipe.unload_ssr()
+        else:
+            pipe.unload_ssr()
+            assert np.array_equal(pipe(**ip_args()).images, ip_alone)
+            pipe.unload_ip_adapter()
+        assert np.array_equal(pipe(**call_args()).images, neither)
+    for first, second in zip(*results, strict=True):
+        assert np.array_equal(first, second)
+
+
+def test_an_adapter_without_its_picture_adds_nothing():
+    pipe = fresh_pipe()
+    load(pipe, "ssr")
+    subject = pipe.encode_subject(make_picture(), "cat")
+    expected = pipe(**call_args(subject=subject, subject_scale=1.0)).images
+    load(pipe, "ip")
+    np.testing.assert_allclose(pipe(**call_args(subject=subject, subject_scale=1.0)).images, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("ip_scale", [0.0, 0.4, 1.0])
+def test_the_layer_computes_the_sum(ip_scale):
+    """By hand: text, adapter and subject attention, summed, through the output projection."""
+    torch.manual_seed(0)
+    attn = Attention(query_dim=8, cross_attention_dim=32, heads=2, dim_head=4)
+    hidden, text, ip = torch.randn(2, 10, 8), torch.randn(2, 7, 32), torch.randn(2, 1, IP_TOKENS, 32)
+    key, value = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    processor = IPAdapterAttnProcessor2_0(8, 32, num_tokens=(IP_TOKENS,), scale=[ip_scale])
+
+    def attention(key, value):
+        q, k, v = (x.unflatten(-1, (2, 4)).transpose(1, 2) for x in (attn.to_q(hidden), key, value))
+        return (((q @ k.transpose(-1, -2)) / 2).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    with torch.no_grad():
+        ip_states = ip[:, 0]
+        expected = attention(attn.to_k(text), attn.to_v(text)) + attention(key, value)
+        expected = expected + ip_scale * attention(processor.to_k_ip[0](ip_states), processor.to_v_ip[0](ip_states))
+        out = SSRAttnProcessor2_0(processor, 0)(
+            attn, hidden, (text, _Arrived([ip_states], SubjectConditions([(key, value)])))
+        )
+        torch.testing.assert_close(out, attn.to_out[0](expected), atol=1e-5, rtol=1e-5)
+        plain = SSRAttnProcessor2_0(AttnProcessor2_0(), 0)(
+            attn, hidden, (text, _Arrived(None, SubjectConditions([(key, value)])))
+        )
+        assert (ip_scale == 0) == torch.allclose(out, plain, atol=1e-5)

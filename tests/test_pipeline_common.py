@@ -1,0 +1,161 @@
+"""What diffusers' own pipeline tests check of every pipeline, for ours with a subject."""
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from conftest import call_args, make_components, make_ssr_components
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, LMSDiscreteScheduler, StableDiffusionPipeline
+from diffusers.utils.testing_utils import torch_device
+from diffusers_ssr import StableDiffusionSSRPipeline
+from peft import LoraConfig
+from test_attention_processors import snapshot
+from test_pipeline_ssr import stock_of, subject_args
+
+
+OURS = {
+    "subject_image",
+    "subject_query",
+    "subject_mask",
+    "mask_weight",
+    "subject_scale",
+    "subject",
+    "subject_start",
+    "subject_end",
+    "subject_resize_mode",
+}
+
+
+def test_the_signature_names_every_argument():
+    parameters = inspect.signature(StableDiffusionSSRPipeline.__call__).parameters
+    stock = inspect.signature(StableDiffusionPipeline.__call__).parameters
+    assert [name for name in parameters if name not in OURS] == list(stock)
+    assert set(parameters) - set(stock) == OURS
+    components = inspect.signature(StableDiffusionSSRPipeline.__init__).parameters
+    assert set(components) - set(inspect.signature(StableDiffusionPipeline.__init__).parameters) == {
+        "ssr_encoder",
+        "ssr_image_encoder",
+        "ssr_image_processor",
+    }
+
+
+def test_every_argument_is_documented():
+    for name in OURS:
+        assert f"{name} (" in inspect.getdoc(StableDiffusionSSRPipeline.__call__), name
+
+
+def test_components_make_the_same_pipeline(pipe):
+    assert {"ssr_encoder", "ssr_image_encoder", "ssr_image_processor"} < set(pipe.components)
+    again = StableDiffusionSSRPipeline(**pipe.components, requires_safety_checker=False)
+    again.set_progress_bar_config(disable=True)
+    assert np.array_equal(again(**subject_args()).images, pipe(**subject_args()).images)
+
+
+def test_save_and_load_with_optional_components_missing(tmp_path):
+    pipe = StableDiffusionSSRPipeline(**make_components(), requires_safety_checker=False)
+    assert all(getattr(pipe, name) is None for name in ("ssr_encoder", "ssr_image_encoder", "safety_checker"))
+    parts = make_ssr_components()
+    del parts["ssr_image_processor"]
+    pipe.register_modules(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe(**subject_args()).images
+    assert pipe.ssr_image_processor is not None and expected is not None
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("num_images_per_prompt", [1, 2])
+def test_number_of_pictures(pipe, batch_size, num_images_per_prompt):
+    images = pipe(**subject_args(prompt=["a cat"] * batch_size, num_images_per_prompt=num_images_per_prompt)).images
+    assert images.shape[0] == batch_size * num_images_per_prompt
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        lambda pipe: pipe.enable_attention_slicing(),
+        lambda pipe: pipe.vae.enable_slicing(),
+        lambda pipe: pipe.vae.enable_tiling(),
+    ],
+    ids=["attention slicing", "VAE slicing", "VAE tiling"],
+)
+def test_memory_settings_do_not_change_the_picture(pipe, setting):
+    expected = pipe(**subject_args()).images
+    setting(pipe)
+    state = snapshot(pipe.unet)
+    np.testing.assert_allclose(pipe(**subject_args()).images, expected, atol=1e-4)
+    assert snapshot(pipe.unet) == state
+
+
+def test_fused_projections_do_not_change_the_picture(pipe):
+    expected = pipe(**subject_args()).images
+    pipe.fuse_qkv_projections()
+    np.testing.assert_allclose(pipe(**subject_args()).images, expected, atol=1e-4)
+    pipe.unfuse_qkv_projections()
+    np.testing.assert_allclose(pipe(**subject_args()).images, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, LMSDiscreteScheduler, DDIMScheduler])
+def test_schedulers(pipe, scheduler):
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    difference = pipe(**subject_args()).images - stock_of(pipe)(**call_args()).images
+    assert np.isfinite(difference).all() and np.abs(difference).max() > 1e-3
+
+
+def test_the_same_seed_gives_the_same_picture(pipe):
+    assert np.array_equal(pipe(**subject_args()).images, pipe(**subject_args()).images)
+
+
+@pytest.mark.parametrize("method", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+def test_cpu_offload(pipe, method):
+    if torch_device == "cpu":
+        pytest.skip("offloading needs an accelerator; test_offloading_hooks_run_for_every_entry covers the hooks")
+    expected = pipe(**subject_args()).images
+    getattr(pipe, method)()
+    np.testing.assert_allclose(pipe(**subject_args()).images, expected, atol=1e-2)
+
+
+def test_offloading_hooks_run_for_every_entry(pipe):
+    """Whatever of the encoder the pipeline calls brings its weights to where they run first, as offloading needs."""
+    brought = []
+
+    class Hook:
+        def pre_forward(self, module, *args, **kwargs):
+            brought.append(1)
+            return args, kwargs
+
+    pipe.ssr_encoder._hf_hook = Hook()
+    subject = torch.zeros(1, 3, 32)
+    for call in (
+        lambda: pipe.ssr_encoder.project(subject),
+        lambda: pipe.ssr_encoder.attention_probs(torch.zeros(1, 2, 32), torch.zeros(1, 17, 24)),
+    ):
+        brought.clear()
+        call()
+        assert brought
+    sequence = pipe.model_cpu_offload_seq.split("->")
+    assert sequence.index("ssr_image_encoder") < sequence.index("ssr_encoder") < sequence.index("unet")
+
+
+@pytest.fixture
+def lora(pipe):
+    for part, targets in ((pipe.unet, ["to_q", "to_k", "to_v", "to_out.0"]), (pipe.text_encoder, ["q_proj"])):
+        part.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False), adapter_name="style")
+    return pipe
+
+
+def test_lora(lora):
+    """Active, scaled, fused and unfused: the subject acts beside it, also through the text encoder's own LoRA."""
+    with_both = lora(**subject_args()).images
+    with_lora = stock_of(lora)(**call_args()).images
+    assert np.abs(with_both - with_lora).max() > 1e-3
+    lora.fuse_lora()
+    np.testing.assert_allclose(lora(**subject_args()).images, with_both, atol=1e-3)
+    lora.unfuse_lora()
+    np.testing.assert_allclose(lora(**subject_args()).images, with_both, atol=1e-3)
+    lora.disable_lora()
+    plain = StableDiffusionSSRPipeline(**make_components(), **make_ssr_components(), requires_safety_checker=False)
+    plain.set_progress_bar_config(disable=True)
+    np.testing.assert_allclose(lora(**subject_args()).images, plain(**subject_args()).images, atol=1e-4)
+    lora.unload_lora_weights()
+    np.testing.assert_allclose(lora(**subject_args()).images, plain(**subject_args()).images, atol=1e-4)
