@@ -21,10 +21,11 @@ setup(
         "pillow",
         "safetensors",
         "torch>=2.4",
+        "tqdm",
         "transformers>=5.0",
     ],
     extras_require={
-        "test": ["accelerate", "peft", "pytest", "ruff", "setuptools", "tokenizers", "tqdm"],
-        "pocket": ["accelerate", "tokenizers", "tqdm"],
+        "test": ["accelerate", "peft", "pytest", "ruff", "setuptools", "tokenizers"],
+        "pocket": ["accelerate", "tokenizers"],
     },
 )

@@ -1,0 +1,39 @@
+# Everything a fresh machine needs: an environment in .venv, then the main job or the tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+WORK_DIR ?= outputs/pocket-training
+POCKET = $(BIN)/python examples/pocket
+
+.PHONY: demo test lint pocket measure
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(VENV)/.installed: setup.py pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -e ".[test]"
+	touch $@
+
+# Make the pocket checkpoint anew, from registry packages alone. Every step resumes where it was cut off.
+pocket: $(VENV)/.installed
+	$(POCKET)/train_clip.py --work_dir $(WORK_DIR)
+	$(POCKET)/train_judge.py --work_dir $(WORK_DIR)
+	$(POCKET)/train_vae.py --part decoder --work_dir $(WORK_DIR)
+	$(POCKET)/train_vae.py --part encoder --max_train_steps 2000 --work_dir $(WORK_DIR)
+	$(POCKET)/train_unet.py --work_dir $(WORK_DIR)
+	$(POCKET)/train_ssr.py --work_dir $(WORK_DIR)
+	$(POCKET)/assemble.py --work_dir $(WORK_DIR) --output_dir pocket
+
+# Repeat the figures of pocket/README.md from the shipped weights.
+measure: $(VENV)/.installed
+	$(POCKET)/measure.py --work_dir $(WORK_DIR)

@@ -1,0 +1,78 @@
+"""Put what was trained together as `pocket/`: a diffusers folder in half precision, the judge, and reference pictures."""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers_ssr import SSREncoder
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModel
+from world import CATEGORY_NAMES, HELD_OUT, World, draw_scene
+
+
+# What the references show; the instances are taken from the held-out ones.
+REFERENCES = (
+    ("cat", "car"),
+    ("woman", "umbrella"),
+    ("house", "dog"),
+    ("butterfly", "mushroom", "tulip"),
+    ("fish", "rocket"),
+    ("guitar", "woman", "cat"),
+)
+
+
+def draw_references(world: World, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(7)
+    queries = {}
+    for index, names in enumerate(REFERENCES):
+        pools = [[i for i in HELD_OUT if i.category == CATEGORY_NAMES.index(name)] for name in names]
+        instances = [pool[rng.integers(len(pool))] for pool in pools]
+        file = f"{index + 1}_{'_'.join(names)}.png"
+        Image.fromarray(draw_scene(world, rng, instances).picture).save(folder / file)
+        queries[file] = list(names)
+    (folder / "queries.json").write_text(json.dumps(queries, indent=2) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work_dir", type=Path, default=Path("outputs/pocket-training"))
+    parser.add_argument("--output_dir", type=Path, default=Path("pocket"))
+    args = parser.parse_args()
+    trained, output = args.work_dir, args.output_dir
+    pipe = StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(trained / "vae"),
+        text_encoder=CLIPTextModel.from_pretrained(trained / "clip"),
+        tokenizer=CLIPTokenizer.from_pretrained(trained / "clip"),
+        unet=UNet2DConditionModel.from_pretrained(trained / "unet"),
+        scheduler=DDIMScheduler.from_pretrained(trained / "scheduler"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.save_pretrained(output)
+    for part in (pipe.vae, pipe.text_encoder, pipe.unet):
+        part.half()
+    for name in ("vae", "text_encoder", "unet"):
+        getattr(pipe, name).save_pretrained(output / name)
+    SSREncoder.from_pretrained(trained / "ssr_encoder").half().save_pretrained(output / "ssr_encoder")
+    CLIPVisionModel.from_pretrained(trained / "clip").half().save_pretrained(output / "ssr_image_encoder")
+    CLIPImageProcessor.from_pretrained(trained / "clip").save_pretrained(output / "ssr_image_processor")
+    judge = load_file(trained / "judge" / "model.safetensors")
+    judge = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in judge.items()}
+    (output / "judge").mkdir(exist_ok=True)
+    save_file(judge, output / "judge" / "model.safetensors")
+    for config in output.rglob("config.json"):
+        described = json.loads(config.read_text())
+        described.pop("_name_or_path", None)
+        config.write_text(json.dumps(described, indent=2) + "\n")
+    draw_references(World(trained / "designs"), output / "references")
+    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    print(f"{output} holds {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

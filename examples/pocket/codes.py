@@ -1,0 +1,65 @@
+"""The pocket's latents: linear codes of the 8 x 8 patches, found by principal components.
+
+Learning a latent space from nothing takes hours on a CPU, and colours come last. A linear code is there at once, keeps
+colours exactly, and the UNet can be trained on it while the AutoencoderKL learns it: its encoder to produce these codes,
+its decoder to draw sharp pictures from them.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from scenes import Scenes
+
+
+CHANNELS = 24
+PATCH = 8
+
+
+class Codes:
+    """`encode` pictures (n, 64, 64, 3) uint8 into latents (n, 24, 8, 8)."""
+
+    def __init__(self, mean: torch.Tensor, basis: torch.Tensor):
+        self.mean = mean
+        self.basis = basis
+
+    @classmethod
+    def fit(cls, pictures: np.ndarray) -> "Codes":
+        patches = _patches(pictures).flatten(0, 2)
+        mean = patches.mean(0)
+        variance, basis = torch.linalg.eigh(torch.cov((patches - mean).T))
+        variance, basis = variance.flip(0)[:CHANNELS], basis.flip(1)[:, :CHANNELS]
+        # strong components (colours) stay stronger than weak ones (details), but not by as much as in the picture
+        weights = variance**-0.25
+        weights = weights / (variance * weights**2).mean().sqrt()
+        return cls(mean, basis * weights)
+
+    def importance(self) -> torch.Tensor:
+        """How much a latent channel shows in the picture, (1, 24, 1, 1) with mean 1: colours and shapes before details."""
+        squares = self.basis.square().sum(0).reciprocal()
+        weights = (squares / squares.mean()).clamp(min=0.3)
+        return (weights / weights.mean())[None, :, None, None]
+
+    def encode(self, pictures: np.ndarray) -> torch.Tensor:
+        return ((_patches(pictures) - self.mean) @ self.basis).permute(0, 3, 1, 2).contiguous()
+
+
+def _patches(pictures: np.ndarray) -> torch.Tensor:
+    pixels = torch.from_numpy(pictures).float() / 127.5 - 1
+    return pixels.unflatten(2, (-1, PATCH)).unflatten(1, (-1, PATCH)).transpose(2, 3).flatten(3)
+
+
+def load_codes(work_dir: Path, scenes: Scenes) -> Codes:
+    """The codes of the training scenes, fitted at the first call."""
+    file = work_dir / "codes.safetensors"
+    if not file.exists():
+        codes = Codes.fit(scenes.pictures[:3000])
+        save_file({"mean": codes.mean, "basis": codes.basis.contiguous()}, file)
+    return Codes(**load_file(file))
+
+
+def load_latents(work_dir: Path, scenes: Scenes) -> torch.Tensor:
+    """Latents of all training scenes, (n, 24, 8, 8) in half precision."""
+    codes = load_codes(work_dir, scenes)
+    return torch.cat([codes.encode(scenes.pictures[i : i + 500]).half() for i in range(0, len(scenes), 500)])

@@ -1,0 +1,144 @@
+"""Train the pocket's SSR-Encoder on the frozen pocket base model (section 3.4 of the paper).
+
+A sample is a pair of scenes: a reference with one to three subjects, of which one is queried, and a target that shows that
+very instance elsewhere. A tenth of the samples has no subject (empty query, zeros), as the unconditional branch does.
+"""
+
+import numpy as np
+import torch
+from codes import load_codes, load_latents
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline
+from diffusers_ssr.attention_processors import SubjectConditions, subject_in_unet
+from diffusers_ssr.modeling_ssr import consistency_loss
+from judge import load_judge
+from scenes import load_scenes
+from train_unet import caption, encode_texts
+from training import options, train
+from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModel
+from world import INSTANCES, PLACE_NAMES, describe, sheet
+
+
+def build(unet: UNet2DConditionModel, vision: CLIPVisionModel) -> SSREncoder:
+    """An encoder for `unet` whose layers' keys and values start as the text's."""
+    layers = {name: module for name, module in unet.named_modules() if name.endswith("attn2")}
+    order = [name.removesuffix(".processor") for name in unet.attn_processors]
+    layers = {name: layers[name] for name in order if name in layers}
+    encoder = SSREncoder(
+        cross_attention_dim=unet.config.cross_attention_dim,
+        vision_hidden_size=vision.config.hidden_size,
+        inner_dim=128,
+        num_attention_heads=4,
+        image_levels=tuple(range(1, vision.config.num_hidden_layers + 1)),
+        attention_layers={name: layer.inner_dim for name, layer in layers.items()},
+    )
+    for name, layer in layers.items():
+        pair = encoder.layers[name.replace(".", "_")]
+        pair["to_k"].weight.data.copy_(layer.to_k.weight)
+        pair["to_v"].weight.data.copy_(layer.to_v.weight)
+    return encoder
+
+
+def main():
+    parser = options(
+        __doc__, max_train_steps=4000, train_batch_size=10, learning_rate=1e-3, sample_steps=500, ema_decay=0.998
+    )
+    parser.add_argument("--prompt_dropout", type=float, default=0.5)
+    parser.add_argument("--consistency_weight", type=float, default=5e-4)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    scenes = load_scenes(args.work_dir)
+    vae = AutoencoderKL.from_pretrained(args.work_dir / "vae").eval()
+    unet = UNet2DConditionModel.from_pretrained(args.work_dir / "unet").eval().requires_grad_(False)
+    scheduler = DDIMScheduler.from_pretrained(args.work_dir / "scheduler")
+    tokenizer = CLIPTokenizer.from_pretrained(args.work_dir / "clip")
+    text_encoder = CLIPTextModel.from_pretrained(args.work_dir / "clip").eval()
+    vision = CLIPVisionModel.from_pretrained(args.work_dir / "clip").eval().requires_grad_(False)
+    processor = CLIPImageProcessor.from_pretrained(args.work_dir / "clip")
+    latents = load_latents(args.work_dir, scenes)
+    importance = load_codes(args.work_dir, scenes).importance()
+    encoder = build(unet, vision).train()
+    print(f"SSR-Encoder: {sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} M parameters")
+    mean, std = (torch.tensor(s).view(3, 1, 1) for s in (processor.image_mean, processor.image_std))
+
+    singles = [[] for _ in INSTANCES]
+    for row in np.flatnonzero(scenes.counts == 1):
+        singles[scenes.instances[row, 0]].append(row)
+
+    several = np.flatnonzero(scenes.counts > 1)
+
+    def loss_fn(generator):
+        size = args.train_batch_size
+        rows = several[torch.randint(len(several), (size,), generator=generator).numpy()]
+        rng = np.random.default_rng(int(rows.sum()))
+        queries, targets, prompts = [], [], []
+        empty = rng.random(size) < 0.1
+        for row, nothing in zip(rows, empty, strict=True):
+            number = rng.choice(scenes.instances[row][scenes.instances[row] >= 0])
+            target = row if nothing else rng.choice(singles[number])
+            name = INSTANCES[number].name
+            queries.append("" if nothing else rng.choice([name, describe([name], None), f"the {name}"]))
+            targets.append(target)
+            prompts.append("" if rng.random() < args.prompt_dropout else caption(scenes, target, rng))
+        pixels = (torch.from_numpy(scenes.pictures[rows]).permute(0, 3, 1, 2).float() / 255 - mean) / std
+        pixels[torch.from_numpy(empty)] = 0
+        with torch.no_grad():
+            hidden_states = vision(pixels, output_hidden_states=True).hidden_states
+        query_states = encode_texts(tokenizer, text_encoder, queries)
+        subject = encoder(query_states, [hidden_states[level] for level in encoder.config.image_levels])
+        conditions = SubjectConditions(encoder.project(subject))
+
+        clean = latents[targets].float()
+        noise = torch.randn(clean.shape, generator=generator)
+        # more often at the noisy end, where colour and shape are decided
+        share = torch.rand(size, generator=generator).sqrt()
+        steps = (share * scheduler.config.num_train_timesteps).long().clamp(max=999)
+        prompt_states = encode_texts(tokenizer, text_encoder, prompts)
+        with subject_in_unet(unet, encoder.config.attention_layers):
+            predicted = unet(
+                scheduler.add_noise(clean, noise, steps),
+                steps,
+                encoder_hidden_states=prompt_states,
+                added_cond_kwargs={"image_embeds": conditions.as_image_embeds()},
+            ).sample
+        denoising = ((predicted - scheduler.get_velocity(clean, noise, steps)).square() * importance).mean()
+        consistency = consistency_loss(subject, query_states)
+        return denoising + args.consistency_weight * consistency, {"mse": denoising.item(), "reg": consistency.item()}
+
+    references = [row for row in range(2000) if scenes.counts[row] == 2][:18]
+
+    def sample_fn(file):
+        pipe = StableDiffusionSSRPipeline(
+            vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False,
+            ssr_encoder=encoder, ssr_image_encoder=vision, ssr_image_processor=processor,
+        )  # fmt: skip
+        pipe.set_progress_bar_config(disable=True)
+        rows, judge, right, same = [], load_judge(args.work_dir), 0, 0
+        for index, row in enumerate(references):
+            rows.append(scenes.pictures[row])
+            for number in scenes.instances[row][:2]:
+                instance = INSTANCES[number]
+                image = pipe(
+                    describe(["thing"], PLACE_NAMES[index % len(PLACE_NAMES)]),
+                    subject_image=scenes.pictures[row],
+                    subject_query=instance.name,
+                    subject_scale=1.0,
+                    num_inference_steps=15,
+                    guidance_scale=3.0,
+                    generator=torch.Generator().manual_seed(index),
+                    output_type="np",
+                ).images[0]
+                rows.append((image * 255).round().astype(np.uint8))
+                verdict = judge.look_at(rows[-1][None])
+                right += verdict.categories.argmax().item() == instance.category
+                same += verdict.variants[0, instance.category].argmax().item() == instance.variant
+        sheet(rows, 9).save(file)
+        print(f"\nright subject {right / 2 / len(references):.2f}, right variant {same / 2 / len(references):.2f}")
+
+    train("ssr", args, {"ssr_encoder": encoder}, loss_fn, sample_fn)
+    encoder.save_pretrained(args.work_dir / "ssr_encoder")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Train the pocket's UNet, in SD 1.5's layout, from captions alone; on linear codes with a frozen text encoder.
+
+Captions name category and place; a third also name colour and design, as captions in the world do: a base model that never
+saw a colour asked for could not be asked for one by a subject either.
+"""
+
+import numpy as np
+import torch
+from codes import CHANNELS, load_codes, load_latents
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from scenes import Scenes, load_scenes
+from training import options, picture_array, train
+from transformers import CLIPTextModel, CLIPTokenizer
+from world import CATEGORY_NAMES, INSTANCES, PLACE_NAMES, describe, sheet
+
+
+def build() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        block_out_channels=(96, 128, 128, 128),
+        layers_per_block=1,
+        attention_head_dim=4,
+        cross_attention_dim=96,
+        norm_num_groups=16,
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    """SD's noise schedule, stretched to end in pure noise: otherwise the initial noise would decide the colours."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+    )
+
+
+def caption(scenes: Scenes, row: int, rng: np.random.Generator) -> str:
+    """A caption of one scene: plain, rich, without naming the things, or empty."""
+    kind = rng.random()
+    if kind < 0.1:
+        return ""
+    present = [INSTANCES[n] for n in scenes.instances[row] if n >= 0]
+    rng.shuffle(present)
+    things = [i.words if kind < 0.4 else "thing" if kind > 0.85 else i.name for i in present]
+    return describe(things, PLACE_NAMES[scenes.places[row]] if rng.random() < 0.95 else None)
+
+
+def encode_texts(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, texts: list[str]) -> torch.Tensor:
+    tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        return text_encoder(tokens.input_ids).last_hidden_state
+
+
+def diffusion_loss(scheduler, unet, latents, importance, generator, **conditions) -> torch.Tensor:
+    """Mean squared error of the velocity, at uniform times, each channel weighted by what it shows."""
+    noise = torch.randn(latents.shape, generator=generator)
+    steps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), generator=generator)
+    noisy = scheduler.add_noise(latents, noise, steps)
+    predicted = unet(noisy, steps, **conditions).sample
+    return ((predicted - scheduler.get_velocity(latents, noise, steps)).square() * importance).mean()
+
+
+def main():
+    parser = options(
+        __doc__, max_train_steps=6000, train_batch_size=10, learning_rate=8e-4, sample_steps=1000, ema_decay=0.9985
+    )
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    scenes = load_scenes(args.work_dir)
+    tokenizer = CLIPTokenizer.from_pretrained(args.work_dir / "clip")
+    text_encoder = CLIPTextModel.from_pretrained(args.work_dir / "clip").eval()
+    latents = load_latents(args.work_dir, scenes)
+    importance = load_codes(args.work_dir, scenes).importance()
+    scheduler = build_scheduler()
+    unet = build().train()
+    print(f"UNet: {sum(p.numel() for p in unet.parameters()) / 1e6:.1f} M parameters")
+
+    def loss_fn(generator):
+        rows = torch.randint(len(scenes), (args.train_batch_size,), generator=generator)
+        rng = np.random.default_rng(int(rows.sum()))
+        texts = [caption(scenes, row, rng) for row in rows.tolist()]
+        states = encode_texts(tokenizer, text_encoder, texts)
+        clean = latents[rows].float()
+        return diffusion_loss(scheduler, unet, clean, importance, generator, encoder_hidden_states=states), {}
+
+    def sample_fn(file):
+        if not (args.work_dir / "vae").exists():
+            return  # train_vae.py has not finished yet
+        vae = AutoencoderKL.from_pretrained(args.work_dir / "vae").eval()
+        pipe = StableDiffusionPipeline(
+            vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+        )
+        pipe.set_progress_bar_config(disable=True)
+        prompts = [describe([c], PLACE_NAMES[i % len(PLACE_NAMES)]) for i, c in enumerate(CATEGORY_NAMES)]
+        prompts += ["a cat and a car on the beach", "a dog and a tulip in the room", "a thing in the snow"]
+        prompts += [
+            "a red flat car in the meadow",
+            "a blue glossy cat on the beach",
+            "a pink painted fish in the night",
+        ]
+        images = pipe(
+            prompts,
+            num_inference_steps=20,
+            guidance_scale=3.0,
+            generator=torch.Generator().manual_seed(0),
+            output_type="pt",
+        ).images
+        sheet(list(picture_array(images * 2 - 1)), 6).save(file)
+
+    train("unet", args, {"unet": unet}, loss_fn, sample_fn)
+    unet.save_pretrained(args.work_dir / "unet")
+    scheduler.save_pretrained(args.work_dir / "scheduler")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""What the pocket's training scripts share: options, a resumable loop with a progress bar and sample sheets."""
+
+import argparse
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+
+def options(description: str, **defaults) -> argparse.ArgumentParser:
+    """The options every script has; each `defaults` entry sets the default of one of them."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--work_dir", type=Path, default=Path("outputs/pocket-training"), help="scenes, checkpoints")
+    parser.add_argument("--max_train_steps", type=int, default=4000)
+    parser.add_argument("--train_batch_size", type=int, default=16)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--lr_warmup_steps", type=int, default=100)
+    parser.add_argument("--checkpointing_steps", type=int, default=250)
+    parser.add_argument("--sample_steps", type=int, default=500, help="a sample sheet every so many steps")
+    parser.add_argument("--ema_decay", type=float, default=0.998)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def train(
+    name: str,
+    args: argparse.Namespace,
+    modules: dict[str, torch.nn.Module],
+    loss_fn: Callable[[torch.Generator], tuple[torch.Tensor, dict[str, float]]],
+    sample_fn: Callable[[Path], None] | None = None,
+) -> None:
+    """Minimise `loss_fn` over the trainable parameters of `modules`, from the last checkpoint if there is one.
+
+    Cosine learning rate with warm-up, AdamW, gradient norm 1. At the end, and while `sample_fn` runs, the modules hold
+    the moving average of their weights. A checkpoint is written beside the old one and renamed, so that an interruption
+    leaves a whole one; batches are drawn from a generator that depends on seed and step alone.
+    """
+    checkpoint = args.work_dir / f"{name}.pt"
+    parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
+    average = [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=1e-3, fused=True)
+    step = 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        step = state["step"]
+        for name_of, module in modules.items():
+            module.load_state_dict(state["modules"][name_of])
+        optimizer.load_state_dict(state["optimizer"])
+        average = state["average"]
+
+    def swap():
+        for parameter, mean in zip(parameters, average, strict=True):
+            parameter.data, mean.data = mean.data, parameter.data
+
+    def save():
+        state = {
+            "step": step,
+            "modules": {n: m.state_dict() for n, m in modules.items()},
+            "optimizer": optimizer.state_dict(),
+            "average": average,
+        }
+        torch.save(state, checkpoint.with_suffix(".part"))
+        checkpoint.with_suffix(".part").rename(checkpoint)
+
+    def sample():
+        if sample_fn is None:
+            return
+        swap()
+        for module in modules.values():
+            module.eval()
+        with torch.no_grad():
+            sample_fn(args.work_dir / f"{name}.png")
+        for module in modules.values():
+            module.train()
+        swap()
+
+    bar = tqdm(total=args.max_train_steps, initial=step, desc=name, mininterval=10)
+    log = (args.work_dir / f"{name}.log").open("a")
+    sums: dict[str, float] = {}
+    started = time.time()
+    while step < args.max_train_steps:
+        warmup = min(1.0, (step + 1) / args.lr_warmup_steps)
+        cosine = 0.5 * (1 + math.cos(math.pi * step / args.max_train_steps))
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * warmup * (0.02 + 0.98 * cosine)
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        torch.manual_seed(args.seed * 1_000_003 + step + 1)
+        loss, parts = loss_fn(generator)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        decay = min(args.ema_decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
+        for key, value in {"loss": loss.item(), **parts}.items():
+            sums[key] = sums.get(key, 0.0) + value
+        bar.update()
+        if step % 100 == 0:
+            means = {k: f"{v / 100:.4f}" for k, v in sums.items()}
+            bar.set_postfix(means)
+            print(step, f"{time.time() - started:.0f}s", means, file=log, flush=True)
+            sums = {}
+        if step % args.checkpointing_steps == 0:
+            save()
+        if step % args.sample_steps == 0 or step == 100:
+            sample()
+    save()
+    sample()
+    swap()
+    for module in modules.values():
+        module.eval()
+
+
+def picture_tensor(pictures) -> torch.Tensor:
+    """(n, height, width, 3) uint8 to (n, 3, height, width) from -1 to 1."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def picture_array(tensor: torch.Tensor):
+    """The reverse of `picture_tensor`."""
+    return ((tensor.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous().numpy()

@@ -1,0 +1,91 @@
+"""The example scripts, as a user runs them."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import POCKET, ROOT, make_image_encoder, make_image_processor
+from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline
+from PIL import Image
+from test_modeling_ssr import ALIGNER, LAYERS, random_released
+
+
+def run(script: str, *arguments, cwd) -> str:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "hf")}
+    command = [sys.executable, str(ROOT / "examples" / script), *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def test_demo_writes_its_contact_sheet(tmp_path):
+    output = run("demo.py", "--num_inference_steps", 2, cwd=tmp_path)
+    assert "outputs/demo.png" in output
+    sheet = Image.open(tmp_path / "outputs" / "demo.png")
+    assert sheet.width > 800 and sheet.height > 800
+
+
+def test_attention_maps_are_drawn(tmp_path):
+    assert "outputs/attention_map.png" in run("attention_map.py", cwd=tmp_path)
+    picture = next((POCKET / "references").glob("*.png"))
+    run("attention_map.py", "--image", picture, "--queries", "a cat", "car", cwd=tmp_path)
+    sheet = Image.open(tmp_path / "outputs" / "attention_map.png")
+    assert sheet.width > 4 * 64
+
+
+def test_released_files_are_converted(tmp_path):
+    torch.save(random_released(ALIGNER), tmp_path / "pytorch_model.bin")
+    torch.save(random_released(LAYERS), tmp_path / "pytorch_model_1.bin")
+    make_image_encoder().save_pretrained(tmp_path / "clip")
+    make_image_processor().save_pretrained(tmp_path / "clip")
+    run(
+        "convert_released_checkpoint.py", "--aligner", "pytorch_model.bin", "--layers", "pytorch_model_1.bin",
+        "--image_encoder", "clip", "--output_dir", "converted", cwd=tmp_path,
+    )  # fmt: skip
+    expected = SSREncoder.from_released(random_released(ALIGNER), random_released(LAYERS))
+    converted = SSREncoder.from_pretrained(tmp_path / "converted", subfolder="ssr_encoder")
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(converted.state_dict()[name], tensor), name
+    assert (tmp_path / "converted" / "ssr_image_processor" / "preprocessor_config.json").exists()
+
+
+def test_benchmark_counts_more_flops_with_a_subject(tmp_path):
+    output = run("benchmark.py", "--preset", "pocket", "--size", 64, "--steps", 2, "--rounds", 1, cwd=tmp_path)
+    ratio = float(output.split("ratio")[1].split()[1])
+    assert 1.0 < ratio < 1.5
+
+
+@pytest.mark.parametrize("script", sorted(file.name for file in (ROOT / "examples" / "pocket").glob("train_*.py")))
+def test_training_scripts_show_their_options(script, tmp_path):
+    assert "--max_train_steps" in run(f"pocket/{script}", "--help", cwd=tmp_path)
+
+
+def test_the_pocket_draws_the_queried_subject():
+    """The embedded checkpoint itself: for each reference, the judge looks at each query's picture; chance is 1 in 12."""
+    from judge import load_judge
+    from world import CATEGORY_NAMES
+
+    pipe = StableDiffusionSSRPipeline.from_pretrained(POCKET, torch_dtype=torch.float32)
+    pipe.load_ssr(POCKET)
+    pipe.set_progress_bar_config(disable=True)
+    judge = load_judge(POCKET)
+    subjects, queried = [], []
+    for name, queries in json.loads((POCKET / "references" / "queries.json").read_text()).items():
+        for query in queries:
+            subjects.append(pipe.encode_subject(Image.open(POCKET / "references" / name), query).scaled(1.0))
+            queried.append(CATEGORY_NAMES.index(query))
+    images = pipe(
+        ["a thing in the snow"] * len(subjects),
+        subject=subjects,
+        num_inference_steps=12,
+        guidance_scale=3.0,
+        eta=0.9,
+        generator=torch.Generator().manual_seed(0),
+        output_type="np",
+    ).images
+    shown = judge.look_at((images * 255).round().astype(np.uint8)).categories.argmax(1).numpy()
+    assert (shown == np.array(queried)).mean() >= 0.4, (shown, queried)
