@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import call_args, make_components, make_ssr_components
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
 from diffusers.utils.testing_utils import torch_device
 from diffusers_ssr import StableDiffusionSSRPipeline
 from peft import LoraConfig
@@ -95,7 +95,7 @@ def test_fused_projections_do_not_change_the_picture(pipe):
     np.testing.assert_allclose(pipe(**subject_args()).images, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, PNDMScheduler, DDIMScheduler])
+@pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, DDIMScheduler])
 def test_schedulers(pipe, scheduler):
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     difference = pipe(**subject_args()).images - stock_of(pipe)(**call_args()).images
