@@ -109,11 +109,6 @@ def test_a_whole_repository_also_offline(hub):
     offline = """
 from huggingface_hub import snapshot_download
 folder = snapshot_download("owner/ssr", local_files_only=True)
-pipe = DiffusionPipeline.from_pretrained(
-    "base", custom_pipeline=f"{folder}/pipeline_ssr.py", trust_remote_code=True
-)
-pipe.load_ssr("owner/ssr")
-assert np.array_equal(draw(pipe), expected)
 pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
 """
     elsewhere(hub, offline + check, home="hf-whole", HF_HUB_OFFLINE="1")
