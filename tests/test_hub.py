@@ -103,15 +103,21 @@ assert np.array_equal(draw(pipe), expected)
 
 
 def test_a_whole_repository_also_offline(hub):
-    load = 'pipe = DiffusionPipeline.from_pretrained("owner/ssr", trust_remote_code=True)\n'
-    check = "assert np.array_equal(draw(pipe), expected)\n"
-    elsewhere(hub, load + check, home="hf-whole")
-    offline = """
+    load = """
 from huggingface_hub import snapshot_download
-folder = snapshot_download("owner/ssr", local_files_only=True)
+folder = snapshot_download("owner/ssr")
 pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+assert np.array_equal(draw(pipe), expected)
+pipe = DiffusionPipeline.from_pretrained("base", custom_pipeline=f"{folder}/pipeline_ssr.py", trust_remote_code=True)
+pipe.load_ssr("owner/ssr")
+assert np.array_equal(draw(pipe), expected)
 """
-    elsewhere(hub, offline + check, home="hf-whole", HF_HUB_OFFLINE="1")
+    by_name = """
+pipe = DiffusionPipeline.from_pretrained("owner/ssr", trust_remote_code=True)
+assert np.array_equal(draw(pipe), expected)
+"""
+    elsewhere(hub, by_name + load, home="hf-whole")
+    elsewhere(hub, load, home="hf-whole", HF_HUB_OFFLINE="1")
     assert not hub.requests
 
 

@@ -1,6 +1,6 @@
 """Train the pocket's UNet, in SD 1.5's layout, from captions alone; on linear codes with a frozen text encoder.
 
-Captions name category and place; a third also name colour and design, as captions in the world do: a base model that never
+Captions name category and place; nearly half also name colour and design, as captions in the world do: a base model that never
 saw a colour asked for could not be asked for one by a subject either.
 """
 
@@ -49,7 +49,7 @@ def caption(scenes: Scenes, row: int, rng: np.random.Generator) -> str:
         return ""
     present = [INSTANCES[n] for n in scenes.instances[row] if n >= 0]
     rng.shuffle(present)
-    things = [i.words if kind < 0.4 else "thing" if kind > 0.85 else i.name for i in present]
+    things = [i.words if kind < 0.5 else "thing" if kind > 0.85 else i.name for i in present]
     return describe(things, PLACE_NAMES[scenes.places[row]] if rng.random() < 0.95 else None)
 
 
