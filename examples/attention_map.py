@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import torch
-from demo import ROOT, contact_sheet
+from demo import ROOT, write_contact_sheet
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from PIL import Image
@@ -42,10 +42,7 @@ def main():
             if len(attention.tokens) > 1:
                 row += [(name.removesuffix("</w>"), attention.overlay(heat)) for name, heat in attention.tokens]
         rows.append(row)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    sheet = args.output_dir / "attention_map.png"
-    contact_sheet(rows).save(sheet)
-    print(f"The attention maps are in {sheet}")
+    write_contact_sheet(rows, args.output_dir / "attention_map.png")
 
 
 if __name__ == "__main__":

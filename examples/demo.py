@@ -35,8 +35,8 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def contact_sheet(rows: list[list[tuple[str, Image.Image | None]]]) -> Image.Image:
-    """Rows of labelled pictures, `None` leaving a place empty."""
+def write_contact_sheet(rows: list[list[tuple[str, Image.Image | None]]], file: Path) -> None:
+    """Rows of labelled pictures, `None` leaving a place empty, into a file."""
     side = max(picture.width for row in rows for _, picture in row if picture) * ZOOM
     columns = max(len(row) for row in rows)
     cell_width, cell_height = side + GAP, side + LABEL + GAP
@@ -50,7 +50,9 @@ def contact_sheet(rows: list[list[tuple[str, Image.Image | None]]]) -> Image.Ima
             left, top = GAP + x * cell_width, GAP + y * cell_height
             draw.text((left, top), label, fill="black", font=font)
             sheet.paste(picture.resize((side, side), Image.Resampling.BICUBIC), (left, top + LABEL))
-    return sheet
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(file)
+    print(f"The contact sheet is in {file}")
 
 
 def main():
@@ -84,10 +86,7 @@ def main():
             bar.update()
         rows.append(row)
     bar.close()
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    file = args.output_dir / "demo.png"
-    contact_sheet(rows).save(file)
-    print(f"The contact sheet is in {file}")
+    write_contact_sheet(rows, args.output_dir / "demo.png")
 
 
 if __name__ == "__main__":

@@ -64,6 +64,15 @@ class _Handler(BaseHTTPRequestHandler):
         token = self.hub.tokens.get(name)
         return token is None or self.headers.get("Authorization") == f"Bearer {token}"
 
+    def files(self, name: str, revision: str) -> tuple[dict[str, bytes], str] | None:
+        """A revision's files and commit; where it may not be seen or is not there, a refusal and `None`."""
+        if name not in self.hub.repos or not self.allowed(name):
+            return self.refuse("RepoNotFound", 401 if name in self.hub.tokens else 404)
+        branch = self.hub.find(name, revision)
+        if branch is None:
+            return self.refuse("RevisionNotFound")
+        return self.hub.repos[name][branch], self.hub.commit(name, branch)
+
     def do_HEAD(self):
         self.do_GET()
 
@@ -73,27 +82,20 @@ class _Handler(BaseHTTPRequestHandler):
         parts = path.split("/")
         if parts[:2] == ["api", "models"]:
             name, rest = "/".join(parts[2:4]), parts[4:]
-            revision = rest[1] if len(rest) > 1 else "main"
-            branch = self.hub.find(name, revision)
-            if name not in self.hub.repos or not self.allowed(name):
-                return self.refuse("RepoNotFound", 401 if name in self.hub.tokens else 404)
-            if branch is None:
-                return self.refuse("RevisionNotFound")
-            files = self.hub.repos[name][branch]
+            found = self.files(name, rest[1] if len(rest) > 1 else "main")
+            if found is None:
+                return None
+            files, sha = found
             if rest and rest[0] == "tree":
                 return self.answer_json([_entry(path, content) for path, content in sorted(files.items())])
-            sha = self.hub.commit(name, branch)
             siblings = [{"rfilename": path} for path in sorted(files)]
             return self.answer_json({"id": name, "modelId": name, "sha": sha, "siblings": siblings, "private": False})
         if len(parts) > 4 and parts[2] == "resolve":
-            name, revision, file = "/".join(parts[:2]), parts[3], "/".join(parts[4:])
-            branch = self.hub.find(name, revision)
-            if name not in self.hub.repos or not self.allowed(name):
-                return self.refuse("RepoNotFound", 401 if name in self.hub.tokens else 404)
-            if branch is None:
-                return self.refuse("RevisionNotFound")
-            files = self.hub.repos[name][branch]
-            commit = {"X-Repo-Commit": self.hub.commit(name, branch)}
+            found = self.files("/".join(parts[:2]), parts[3])
+            if found is None:
+                return None
+            (files, sha), file = found, "/".join(parts[4:])
+            commit = {"X-Repo-Commit": sha}
             if file not in files:
                 return self.answer(404, b"", {**commit, "X-Error-Code": "EntryNotFound"})
             etag = hashlib.sha256(files[file]).hexdigest()

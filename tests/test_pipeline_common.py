@@ -54,13 +54,18 @@ def test_components_make_the_same_pipeline(pipe):
 
 def test_save_and_load_with_optional_components_missing(tmp_path):
     pipe = StableDiffusionSSRPipeline(**make_components(), requires_safety_checker=False)
-    assert all(getattr(pipe, name) is None for name in ("ssr_encoder", "ssr_image_encoder", "safety_checker"))
-    parts = make_ssr_components()
-    del parts["ssr_image_processor"]
-    pipe.register_modules(**parts)
-    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(tmp_path)
+    again = StableDiffusionSSRPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    assert all(getattr(again, name) is None for name in pipe._optional_components)
+    for each in (pipe, again):
+        each.set_progress_bar_config(disable=True)
+    assert np.array_equal(again(**call_args()).images, pipe(**call_args()).images)
+
+
+def test_an_absent_image_processor_is_made_from_the_vision_encoder(pipe):
     expected = pipe(**subject_args()).images
-    assert pipe.ssr_image_processor is not None and expected is not None
+    pipe.register_modules(ssr_image_processor=None)
+    assert np.array_equal(pipe(**subject_args()).images, expected)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

@@ -117,29 +117,6 @@ def test_prompts_share_a_subject_and_each_picture_is_its_own(pipe, guidance_scal
         np.testing.assert_allclose(image, alone, atol=2e-5)
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-@pytest.mark.parametrize("num_images_per_prompt", [1, 2])
-def test_each_prompt_can_have_its_own_subject(pipe, guidance_scale, num_images_per_prompt):
-    prompts = ["a cat on the beach", "a dog in the snow", "a car in the room"]
-    subjects = [
-        pipe.encode_subject(make_picture(1), "cat").scaled(0.9),
-        None,
-        pipe.encode_subject(make_picture(2), "car"),
-    ]
-    latents = torch.randn(3 * num_images_per_prompt, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-    arguments = call_args(guidance_scale=guidance_scale, generator=None)
-    images = pipe(
-        **{**arguments, "prompt": prompts, "num_images_per_prompt": num_images_per_prompt, "latents": latents},
-        subject=subjects,
-    ).images
-    for index, image in enumerate(images):
-        number = index // num_images_per_prompt
-        alone = pipe(
-            **{**arguments, "prompt": prompts[number], "latents": latents[index : index + 1]}, subject=subjects[number]
-        ).images[0]
-        np.testing.assert_allclose(image, alone, atol=2e-5)
-
-
 def test_prompt_embeds(pipe):
     embeds, negative = pipe.encode_prompt("a cat on the beach", "cpu", 1, True)
     images = pipe(**subject_args(prompt=None, prompt_embeds=embeds, negative_prompt_embeds=negative)).images

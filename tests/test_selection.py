@@ -100,7 +100,8 @@ def test_lists_in_a_call_are_several_subjects_of_one_prompt(pipe):
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize("num_images_per_prompt", [1, 2])
 def test_mixed_numbers_of_subjects_in_one_batch(pipe, guidance_scale, num_images_per_prompt):
-    cat, dog, car = pipe.encode_subject(make_picture(), query=["cat", "dog", "car"])
+    cat, dog = pipe.encode_subject(make_picture(1), query=["cat", "dog"])
+    car = pipe.encode_subject(make_picture(2), "car")
     subjects = [cat.scaled(0.9), cat + dog.scaled(0.4) + car, None, dog + car]
     prompts = ["a cat", "a cat and a dog", "nothing", "a dog and a car"]
     latents = torch.randn(4 * num_images_per_prompt, 4, 8, 8, generator=torch.Generator().manual_seed(3))
