@@ -2,17 +2,22 @@
 
 from .attention_map import SubjectAttentionMap
 from .attention_processors import SSRAttnProcessor2_0
-from .mixin_ssr import SSRPipelineMixin
+from .mixin_ssr import SSRPipelineMixin, ssr_pipeline_class
 from .modeling_ssr import SSREncoder
 from .pipeline_ssr import StableDiffusionSSRPipeline
+from .pipeline_ssr_animatediff import AnimateDiffSSRPipeline
+from .pipeline_ssr_controlnet import StableDiffusionSSRControlNetPipeline
 from .subject_embeds import SubjectEmbeds
 
 
 __all__ = [
+    "AnimateDiffSSRPipeline",
     "SSRAttnProcessor2_0",
     "SSREncoder",
     "SSRPipelineMixin",
+    "StableDiffusionSSRControlNetPipeline",
     "StableDiffusionSSRPipeline",
     "SubjectAttentionMap",
     "SubjectEmbeds",
+    "ssr_pipeline_class",
 ]

@@ -57,8 +57,8 @@ class SSRAttnProcessor2_0:
         """
         kwargs = {"temb": temb, "ip_adapter_masks": ip_adapter_masks}
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
-        if isinstance(encoder_hidden_states, tuple) and isinstance(encoder_hidden_states[1], _Arrived):
-            encoder_hidden_states, arrived = encoder_hidden_states
+        if isinstance(encoder_hidden_states, tuple):
+            encoder_hidden_states, (arrived,) = encoder_hidden_states
             if arrived.ip_hidden_states is not None:
                 encoder_hidden_states = (encoder_hidden_states, arrived.ip_hidden_states)
             if arrived.conditions is not None and arrived.conditions.pairs[self.index][0].shape[1] > 0:
@@ -87,14 +87,17 @@ class _AttentionToSubject:
         return self._project_sum, self.attn.to_out[1]
 
     def _project_sum(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        heads = self.attn.heads
         key, value = self.conditions.pairs[self.index]
-        query, key, value = (states.unflatten(-1, (heads, -1)).transpose(1, 2) for states in (self.query, key, value))
-        allowed, reached = self.conditions.attention_mask(query.shape[2])
-        subject = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=self.attn.scale)
+        frames = len(hidden_states) // len(key)
+        # the frames of a video lie side by side as more queries, so that keys and values are not repeated for each
+        query = self.query.unflatten(0, (-1, frames)).flatten(1, 2)
+        states = (each.unflatten(-1, (self.attn.heads, -1)).transpose(1, 2) for each in (query, key, value))
+        allowed, reached = self.conditions.attention_mask(self.query.shape[1], frames)
+        subject = F.scaled_dot_product_attention(*states, attn_mask=allowed, scale=self.attn.scale)
         subject = subject.transpose(1, 2).flatten(2)
         if reached is not None:
             subject = subject * reached
+        subject = subject.unflatten(1, (frames, -1)).flatten(0, 1)
         return self.attn.to_out[0](hidden_states + subject)
 
 
@@ -138,9 +141,10 @@ class SubjectConditions:
         pairs = list(zip(states[::2], states[1::2], strict=True))
         return cls(pairs, token_subject if token_subject.shape[1] else None, regions if regions.shape[1] else None)
 
-    def attention_mask(self, num_queries: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """For a layer of `num_queries` positions: which tokens each may attend to, `(batch_size, 1, num_queries or 1,
-        num_subject_tokens)`, and which positions any subject may reach, `(batch_size, num_queries, 1)`."""
+    def attention_mask(self, num_queries: int, frames: int = 1) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """For a layer of `num_queries` positions in each of `frames`: which tokens each may attend to, `(batch_size, 1,
+        frames * num_queries or 1, num_subject_tokens)`, and which positions any subject may reach, `(batch_size, frames *
+        num_queries, 1)`."""
         if self.token_subject is None:
             return None, None
         present = self.token_subject[:, None, None, :] >= 0
@@ -155,16 +159,27 @@ class SubjectConditions:
         reached = allowed.any(-1)
         # a position that no subject may reach attends to all of them, and then to nothing of what it found
         allowed = allowed | ~reached[..., None] & present
-        return allowed, reached[:, 0, :, None].to(self.pairs[0][0].dtype)
+        reached = reached[:, 0, :, None].to(self.pairs[0][0].dtype)
+        return allowed.repeat(1, 1, frames, 1), reached.repeat(1, frames, 1)
 
 
 class _Arrived:
     """What [`SubjectProjection`] hands to the processors: the image embeddings of an IP-Adapter (`None` where the UNet has
-    none) and the subject's conditions (`None` outside its window)."""
+    none) and the subject's conditions (`None` outside its window). `UNetMotionModel` takes it for a tensor of `shape` and
+    repeats it for each frame: the adapter's embeddings need that, the subject's keys and values do not."""
 
-    def __init__(self, ip_hidden_states: list[torch.Tensor] | None, conditions: SubjectConditions | None):
+    def __init__(
+        self, shape: torch.Size, ip_hidden_states: list[torch.Tensor] | None, conditions: SubjectConditions | None
+    ):
+        self.shape = shape
         self.ip_hidden_states = ip_hidden_states
         self.conditions = conditions
+
+    def repeat_interleave(self, repeats: int, dim: int, output_size: int | None = None) -> "_Arrived":
+        ip_hidden_states = self.ip_hidden_states
+        if ip_hidden_states is not None:
+            ip_hidden_states = [each.repeat_interleave(repeats, dim=dim) for each in ip_hidden_states]
+        return _Arrived(self.shape, ip_hidden_states, self.conditions)
 
 
 class SubjectProjection(nn.Module):
@@ -185,14 +200,24 @@ class SubjectProjection(nn.Module):
         self.ip_projection = ip_projection
         self.active = True
 
-    def forward(self, image_embeds: list[torch.Tensor]) -> _Arrived:
+    def forward(self, image_embeds: list[torch.Tensor]) -> list[_Arrived]:
         count = len(image_embeds) - self.num_embeds
         ip_hidden_states = None
         if self.ip_projection is not None:
             # an adapter that is loaded but got no picture adds nothing
             ip_hidden_states = self.ip_projection(image_embeds[:count]) if count else []
         conditions = SubjectConditions.from_image_embeds(image_embeds[count:]) if self.active else None
-        return _Arrived(ip_hidden_states, conditions)
+        return [_Arrived(image_embeds[-1].shape, ip_hidden_states, conditions)]
+
+
+@contextmanager
+def alone_in_unet(unet: nn.Module) -> Iterator[nn.Module]:
+    """Wait until no other thread is in a UNet, and keep the others out. Yields the UNet itself, uncompiled."""
+    unet = unwrap(unet)
+    with _registry_lock:
+        lock = _locks.setdefault(unet, threading.RLock())
+    with lock:
+        yield unet
 
 
 @contextmanager
@@ -209,11 +234,8 @@ def subject_in_unet(unet: nn.Module, layers: Iterable[str]) -> Iterator[SubjectP
         layers (`Iterable[str]`):
             Names of its cross-attention layers, `SSREncoder.config.attention_layers`.
     """
-    unet = unwrap(unet)
-    with _registry_lock:
-        lock = _locks.setdefault(unet, threading.RLock())
+    with alone_in_unet(unet) as unet:
         kept = _processors.setdefault(unet, {})
-    with lock:
         attentions = {name: unet.get_submodule(name) for name in layers}
         own = {name: attn.processor for name, attn in attentions.items()}
         ip_projection, hid_dim_type = unet.encoder_hid_proj, unet.config.encoder_hid_dim_type

@@ -5,11 +5,15 @@ import inspect
 import json
 import os
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import diffusers
 import torch
 import torch.nn.functional as F
+from diffusers import DiffusionPipeline, StableDiffusionInstructPix2PixPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
 from diffusers.models.modeling_utils import ModelMixin
@@ -20,7 +24,7 @@ from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionModel, PreTrainedModel
 
 from .attention_map import SubjectAttentionMap
-from .attention_processors import SubjectConditions, SubjectProjection, subject_in_unet, unwrap
+from .attention_processors import SubjectConditions, SubjectProjection, alone_in_unet, subject_in_unet, unwrap
 from .image_processing_ssr import check_resize_mode, preprocess, preprocess_mask, to_mask, to_pil, unfit
 from .modeling_ssr import SSREncoder
 from .subject_embeds import Subject, SubjectEmbeds, check_scale, same_fingerprint
@@ -40,14 +44,15 @@ class SSRPipelineMixin:
     **When the subject is in the UNet.** The weights live in the `ssr_encoder` component, never in the UNet. The
     processors and the projection that carry a subject are put into the UNet for one call and taken out after it, also
     when the call raises, so that a UNet can be shared with any other pipeline, saved, converted or given an IP-Adapter at
-    any time, and a pipeline without a subject runs the stock code. The price is a lock: calls with a subject on one UNet
-    run one after the other. The processor objects are kept from call to call, so that compiled code stays valid. (Left in
+    any time, and a pipeline without a subject runs the stock code. The price is a lock: the calls of SSR pipelines on one
+    UNet run one after the other. The processor objects are kept from call to call, so that compiled code stays valid. (Left in
     the UNet for good, they would meet `load_ip_adapter`, `from_unet2d` and `save_pretrained`; in a view that shares
     parameters but not modules, a LoRA loaded later would be missing.)
 
     **How it gets there.** The subject's keys and values, projected once a call with the scale contained in the values,
     travel as the arguments of the call: as image embeddings behind those of an IP-Adapter, the one road that guidance,
-    PAG and AnimateDiff all know. `prepare_ip_adapter_image_embeds` is where they get on.
+    PAG and AnimateDiff all know. `prepare_ip_adapter_image_embeds` is where they get on; with pipelines that know no
+    IP-Adapter (T2I-Adapter, GLIGEN) it is the UNet's door.
     """
 
     _ssr_scale: float | dict = DEFAULT_SCALE
@@ -87,6 +92,7 @@ class SSRPipelineMixin:
         subject_start: float = 0.0,
         subject_end: float = 1.0,
         subject_resize_mode: str = "pad",
+        subject_in_controlnet: bool = False,
         **kwargs,
     ):
         r"""
@@ -119,6 +125,9 @@ class SSRPipelineMixin:
                 late.
             subject_resize_mode (`str`, defaults to `"pad"`):
                 `"pad"` shows the encoder the whole reference, `"crop"` the central square, as the released code does.
+            subject_in_controlnet (`bool`, defaults to `False`):
+                Whether a ControlNet sees the subject's tokens behind the text's, as in the released demo, or the text
+                alone.
 
         Returns:
             What the stock pipeline returns.
@@ -137,15 +146,19 @@ class SSRPipelineMixin:
         if subject is None and all(value is None for value in named.values()):
             if subject_scale is not None:
                 raise ValueError(f"`subject_scale` is {subject_scale!r}, but there is no subject to scale.")
-            return stock_call(*args, **kwargs)
+            with alone_in_unet(self.unet):
+                return stock_call(*args, **kwargs)
 
         self._check_ssr_loaded()
         scale = self._ssr_scale if subject_scale is None else subject_scale
         layer_scales = self._layer_scales("subject_scale", scale)
         window = _check_window(subject_start, subject_end)
+        if subject_in_controlnet and getattr(self, "controlnet", None) is None:
+            raise ValueError(f"`subject_in_controlnet` is True, but {type(self).__name__} has no ControlNet.")
+        stock_parameters = inspect.signature(stock_call).parameters
         arguments = inspect.signature(stock_call).bind_partial(*args, **kwargs).arguments
         arguments.update(arguments.pop("kwargs", {}))
-        if window is not None and "callback_on_step_end" not in inspect.signature(stock_call).parameters:
+        if window is not None and "callback_on_step_end" not in stock_parameters:
             raise ValueError("`subject_start` and `subject_end` need a pipeline with `callback_on_step_end`.")
         ip_adapter_image = arguments.pop("ip_adapter_image", None)
         ip_adapter_image_embeds = arguments.pop("ip_adapter_image_embeds", None)
@@ -165,12 +178,25 @@ class SSRPipelineMixin:
             if given:
                 raise ValueError(f"Pass either `subject` or `{given[0]}`, but not both.")
             subjects = self._check_subjects(subject, num_prompts)
+        counts = {0 if each is None else len(each.subjects) for each in subjects}
+        if subject_in_controlnet and len(counts) > 1:
+            raise ValueError(
+                "`subject_in_controlnet` needs as many subjects for one prompt as for another, but got"
+                f" {sorted(counts)}."
+            )
 
         request = _Request(subjects, layer_scales, ip_adapter_image, ip_adapter_image_embeds)
         with subject_in_unet(self.unet, self.ssr_encoder.config.attention_layers) as projection:
             if window is not None:
                 arguments.update(_switching(projection, window, arguments))
-            return stock_call(**arguments, ip_adapter_image=request)
+            if "ip_adapter_image" in stock_parameters:
+                arguments["ip_adapter_image"] = request
+                hook = self._hook(self.controlnet, request.join_controlnet) if subject_in_controlnet else nullcontext()
+            else:
+                images_per_prompt = arguments.get("num_images_per_prompt") or 1
+                hook = self._hook(self.unet, functools.partial(self._board, request, num_prompts * images_per_prompt))
+            with hook:
+                return stock_call(**arguments)
 
     def prepare_ip_adapter_image_embeds(
         self, ip_adapter_image, ip_adapter_image_embeds, device, num_images_per_prompt, do_classifier_free_guidance
@@ -190,9 +216,43 @@ class SSRPipelineMixin:
                 num_images_per_prompt,
                 do_classifier_free_guidance,
             )
-        conditions = self._conditions(request, device, do_classifier_free_guidance)
-        repeats = num_images_per_prompt // len(request.subjects)
-        return prepared + [each.repeat_interleave(repeats, dim=0) for each in conditions.as_image_embeds()]
+        return prepared + self._image_embeds(request, num_images_per_prompt, device, do_classifier_free_guidance)
+
+    def _image_embeds(self, request: "_Request", batch_size: int, device, guided: bool) -> list[torch.Tensor]:
+        """The request's subjects as image embeddings, a row for each picture and branch of the guidance."""
+        conditions = self._conditions(request, device, guided)
+        repeats = batch_size // len(request.subjects)
+        request.tokens = request.tokens.repeat_interleave(repeats, dim=0)
+        return [each.repeat_interleave(repeats, dim=0) for each in conditions.as_image_embeds()]
+
+    def _board(self, request: "_Request", batch_size: int, args: tuple, kwargs: dict) -> None:
+        """Hand the subject to the UNet in a pipeline that hands over no image embeddings itself."""
+        sample = args[0] if args else kwargs["sample"]
+        if len(sample) not in (batch_size, 2 * batch_size):
+            raise ValueError(
+                f"{type(self).__name__} gives its UNet {len(sample)} latents for {batch_size} pictures, which leaves open"
+                " where the subject belongs."
+            )
+        if request.image_embeds is None:
+            guided = len(sample) == 2 * batch_size
+            request.image_embeds = self._image_embeds(request, batch_size, sample.device, guided)
+        kwargs["added_cond_kwargs"] = {**(kwargs.get("added_cond_kwargs") or {}), "image_embeds": request.image_embeds}
+
+    @contextmanager
+    def _hook(self, module: torch.nn.Module, change: Callable[[tuple, dict], None]) -> Iterator[None]:
+        """Let `change` at a module's arguments in this thread's calls."""
+        thread = threading.get_ident()
+
+        def hook(module, args, kwargs):
+            if threading.get_ident() == thread:
+                change(args, kwargs)
+            return args, kwargs
+
+        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     @torch.no_grad()
     def _conditions(self, request: "_Request", device, do_classifier_free_guidance: bool) -> SubjectConditions:
@@ -211,8 +271,13 @@ class SSRPipelineMixin:
             row_scales.append(0.0 if each is None else scales[0] if alone else 1.0)
             rows.append([s.embeds if alone else s.embeds * scale for s, scale in zip(subjects, scales, strict=True)])
             negative_rows.append([subject.negative_embeds for subject in subjects])
+        branches = ["positive"]
         if do_classifier_free_guidance:
-            rows, row_scales = negative_rows + rows, row_scales * 2
+            branches = ["negative", "positive"]
+            if isinstance(self, StableDiffusionInstructPix2PixPipeline):
+                branches = ["positive", "negative", "negative"]
+        rows = [row for branch in branches for row in (rows if branch == "positive" else negative_rows)]
+        row_scales = row_scales * len(branches)
 
         lengths = [[tokens.shape[1] for tokens in row] for row in rows]
         longest = max(map(sum, lengths))
@@ -222,6 +287,7 @@ class SSRPipelineMixin:
                 for row, each in zip(rows, lengths, strict=True)
             ]
         ).to(device, self.ssr_encoder.dtype)
+        request.tokens = embeds
         # offloading moves the weights only when they are used
         projected = self.ssr_encoder.project(embeds)
         row_scales = torch.tensor(row_scales, device=device)[:, None, None]
@@ -234,7 +300,7 @@ class SSRPipelineMixin:
                 key, value = key[:, :0], value[:, :0]
             pairs.append((key.to(dtype), (value * scales).to(dtype)))
 
-        regions = _stack_regions(request.subjects, 2 if do_classifier_free_guidance else 1)
+        regions = _stack_regions(request.subjects, len(branches))
         if regions is None and len(set(map(sum, lengths))) == 1:
             return SubjectConditions(pairs)
         token_subject = torch.full((len(rows), longest), -1.0)
@@ -304,8 +370,7 @@ class SSRPipelineMixin:
         pixels = torch.cat([torch.zeros_like(next(iter(pixels.values()))), *pixels.values()])
         hidden_states = vision(pixels.to(device, vision.dtype), output_hidden_states=True).hidden_states
         levels = torch.stack([hidden_states[level] for level in encoder.config.image_levels]).to(encoder.dtype)
-        query_states, _ = self.encode_prompt(["", *(query for *_, query, _ in references)], device, 1, False)
-        query_states = query_states.to(encoder.dtype)
+        query_states = self._encode_queries(["", *(query for *_, query, _ in references)], device)
 
         fingerprint = encoder.fingerprint(device)
         encoded = []
@@ -316,6 +381,14 @@ class SSRPipelineMixin:
             subject = Subject(embeds[1:], embeds[:1], query)
             encoded.append(SubjectEmbeds((subject,), fingerprint))
         return encoded
+
+    def _encode_queries(self, queries: list[str], device) -> torch.Tensor:
+        """Text hidden states of the queries, through the pipeline's own text encoder as a prompt's."""
+        if hasattr(self, "encode_prompt"):
+            states = self.encode_prompt(queries, device, 1, False)[0]
+        else:
+            states = self._encode_prompt(queries, device, 1, False)  # InstructPix2Pix has no other
+        return states.to(self.ssr_encoder.dtype)
 
     @torch.no_grad()
     def subject_attention_map(
@@ -344,12 +417,10 @@ class SSRPipelineMixin:
         device = self._execution_device
         pixels = preprocess(picture, processor, resize_mode).to(device, vision.dtype)
         hidden_states = vision(pixels, output_hidden_states=True).hidden_states[encoder.config.image_levels[-1]]
-        query_states, _ = self.encode_prompt([query], device, 1, False)
+        query_states = self._encode_queries([query], device)
         if mask is not None:
             mask = preprocess_mask(mask, processor, resize_mode).to(device)
-        probs = encoder.attention_probs(
-            query_states.to(encoder.dtype), hidden_states.to(encoder.dtype), mask, mask_weight
-        )[0].mean(0)
+        probs = encoder.attention_probs(query_states, hidden_states.to(encoder.dtype), mask, mask_weight)[0].mean(0)
 
         ids = self.tokenizer(query, truncation=True).input_ids
         own = [i for i, token in enumerate(ids) if token not in self.tokenizer.all_special_ids]
@@ -575,13 +646,90 @@ class SSRPipelineMixin:
 
 
 class _Request:
-    """A call's subjects on their way through the stock pipeline, in the place of the IP-Adapter's image."""
+    """A call's subjects on their way through the stock pipeline, in the place of the IP-Adapter's image.
+
+    Once they are under way: `tokens` are the subject embeddings, a row for each picture and branch, and `image_embeds` what
+    was made of them for the UNet, where the pipeline does not carry it itself."""
 
     def __init__(self, subjects, layer_scales, ip_adapter_image, ip_adapter_image_embeds):
         self.subjects = subjects
         self.layer_scales = layer_scales
         self.ip_adapter_image = ip_adapter_image
         self.ip_adapter_image_embeds = ip_adapter_image_embeds
+        self.tokens: torch.Tensor | None = None
+        self.image_embeds: list[torch.Tensor] | None = None
+
+    def join_controlnet(self, args: tuple, kwargs: dict) -> None:
+        """Put the subject's tokens behind the text's, frame by frame."""
+        states, tokens = kwargs["encoder_hidden_states"], self.tokens
+        if len(states) % len(tokens) or kwargs.get("guess_mode") and len(states) < len(tokens):
+            tokens = tokens.chunk(2)[1]  # guess mode asks for the conditional branch alone
+        tokens = tokens.repeat_interleave(len(states) // len(tokens), dim=0).to(states.dtype)
+        kwargs["encoder_hidden_states"] = torch.cat([states, tokens], dim=1)
+
+
+_OWN_PROCESSORS = "it replaces the UNet's attention processors itself"
+_UNSUITABLE = {
+    "CycleDiffusionPipeline": "it draws a source prompt in the same batch",
+    "SemanticStableDiffusionPipeline": "it guides by editing prompts of its own",
+    "StableDiffusionAttendAndExcitePipeline": _OWN_PROCESSORS,
+    "StableDiffusionControlNetXSPipeline": "its UNet has other layers",
+    "StableDiffusionDiffEditPipeline": "it runs the UNet outside its call as well",
+    "StableDiffusionPanoramaPipeline": "it orders its views otherwise than its prompts",
+    "StableDiffusionParadigmsPipeline": "it runs several steps in one batch",
+    "StableDiffusionPix2PixZeroPipeline": _OWN_PROCESSORS,
+    "TextToVideoZeroPipeline": _OWN_PROCESSORS,
+}
+
+
+@functools.cache
+def ssr_pipeline_class(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
+    r"""
+    The SSR version of a Stable Diffusion 1.5 pipeline class: the same arguments and components, and a subject's.
+
+    Args:
+        pipeline_class (`type`):
+            A pipeline class of diffusers, or of your own, whose base model is Stable Diffusion 1.5.
+
+    Returns:
+        `type`: a subclass of it with [`SSRPipelineMixin`], the same one at every call. Its name is the stock class's with
+        "SSR" before it.
+
+    Raises:
+        `ValueError`: if it is no pipeline of Stable Diffusion, or one in which a subject cannot act.
+
+    Example:
+
+    ```py
+    >>> from diffusers import StableDiffusionInpaintPipeline
+    >>> inpaint = ssr_pipeline_class(StableDiffusionInpaintPipeline).from_pipe(pipe)
+    >>> image = inpaint("a cat on a bench", image=photo, mask_image=mask, subject=cat).images[0]
+    ```
+    """
+    if not (isinstance(pipeline_class, type) and issubclass(pipeline_class, DiffusionPipeline)):
+        raise ValueError(f"`pipeline_class` has to be a pipeline class of diffusers, but is {pipeline_class!r}.")
+    if issubclass(pipeline_class, SSRPipelineMixin):
+        return pipeline_class
+    name, components = pipeline_class.__name__, inspect.signature(pipeline_class.__init__).parameters
+    if name in _UNSUITABLE:
+        raise ValueError(f"`pipeline_class` is {name}, but no subject can act in it: {_UNSUITABLE[name]}.")
+    if not {"unet", "text_encoder", "tokenizer"} <= set(components) or "text_encoder_2" in components:
+        raise ValueError(
+            f"`pipeline_class` has to be a pipeline of Stable Diffusion 1.5, but {name} has the components"
+            f" {sorted(set(components) - {'self'})}."
+        )
+    doc = f"[`{name}`] that also takes a subject; see [`SSRPipelineMixin`]."
+    namespace = {"__doc__": doc, "__module__": __name__}
+    return type(f"SSR{name}", (SSRPipelineMixin, pipeline_class), namespace)
+
+
+def __getattr__(name: str):
+    # so that a saved pipeline of such a class finds it again by its name
+    wanted = name.startswith("SSR") and name.endswith("Pipeline")
+    stock = getattr(diffusers, name.removeprefix("SSR"), None) if wanted else None
+    if stock is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return ssr_pipeline_class(stock)
 
 
 def _check_references(image, query, mask) -> list[tuple[object, Image.Image, str, Image.Image | None]]:

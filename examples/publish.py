@@ -22,9 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def copy_code(folder: Path) -> None:
-    """Everything that the entry file `pipeline.py` needs, and the licence."""
-    entry = ROOT / "pipeline.py"
-    for file in {entry, ROOT / "LICENSE", *map(Path, get_relative_import_files(entry))}:
+    """The pipelines and everything that they need, and the licence."""
+    files = {ROOT / "LICENSE", *map(Path, get_relative_import_files(ROOT / "pipeline.py"))}
+    for file in files | set(ROOT.glob("pipeline*.py")):
         shutil.copy(file, folder)
 
 

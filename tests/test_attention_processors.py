@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import (
 from diffusers_ssr.attention_processors import (
     SSRAttnProcessor2_0,
     SubjectConditions,
-    _Arrived,
+    SubjectProjection,
     subject_in_unet,
 )
 from safetensors.torch import load_file
@@ -31,6 +31,33 @@ def parity_layer():
     return attn, tensors, tensors["subject_embeds"] @ to_k.T, tensors["subject_embeds"] @ to_v.T
 
 
+def arrive(key, value, active=True):
+    """What the processors of one layer get of a subject."""
+    projection = SubjectProjection(1)
+    projection.active = active
+    return projection(SubjectConditions([(key, value)]).as_image_embeds())
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+@pytest.mark.parametrize("regions", [None, torch.eye(2)[None, None]])
+def test_frames_share_the_subjects_keys_and_values(frames, regions):
+    """A video's frames lie one after the other along the batch, and each is attended to as a picture of its own."""
+    attn, tensors, key, value = parity_layer()
+    states = torch.randn(2 * frames, 16, 40, generator=torch.Generator().manual_seed(0))
+    text = tensors["text_embeds"][:1].expand(2 * frames, -1, -1)
+    owner = None if regions is None else torch.zeros(2, key.shape[1])
+    regions = regions if regions is None else regions.expand(2, -1, -1, -1)
+    pairs = [(key[:1] * torch.tensor([1.0, -1.0])[:, None, None], value[:1].expand(2, -1, -1))]
+    processor = SSRAttnProcessor2_0(AttnProcessor2_0(), 0)
+    with torch.no_grad():
+        (arrived,) = SubjectProjection(1)(SubjectConditions(pairs, owner, regions).as_image_embeds())
+        video = processor(attn, states, (text, [arrived.repeat_interleave(frames, dim=0)]))
+        for index in range(2 * frames):
+            row = [each[index // frames][None] for each in SubjectConditions(pairs, owner, regions).as_image_embeds()]
+            alone = processor(attn, states[index][None], (text[:1], SubjectProjection(1)(row)))
+            torch.testing.assert_close(video[index], alone[0], atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("scale", ["0.0", "0.65", "1.0"])
 @pytest.mark.parametrize("inner", ["plain", "math", "sliced", "fused"])
 def test_agrees_with_the_released_code_whatever_the_own_processor(scale, inner):
@@ -43,9 +70,9 @@ def test_agrees_with_the_released_code_whatever_the_own_processor(scale, inner):
         "sliced": SlicedAttnProcessor(slice_size=2),
         "fused": FusedAttnProcessor2_0(),
     }[inner]
-    conditions = _Arrived(None, SubjectConditions([(key, value * float(scale))]))
+    arrived = arrive(key, value * float(scale))
     with torch.no_grad():
-        out = SSRAttnProcessor2_0(processor, 0)(attn, tensors["hidden_states"], (tensors["text_embeds"], conditions))
+        out = SSRAttnProcessor2_0(processor, 0)(attn, tensors["hidden_states"], (tensors["text_embeds"], arrived))
     torch.testing.assert_close(out, tensors[f"output.scale_{scale}"], atol=1e-5, rtol=0)
 
 
@@ -55,8 +82,8 @@ def test_without_a_subject_the_own_processor_runs_unchanged():
     with torch.no_grad():
         expected = AttnProcessor2_0()(attn, *states)
         assert torch.equal(SSRAttnProcessor2_0(AttnProcessor2_0(), 0)(attn, *states), expected)
-        for nothing in (None, SubjectConditions([(key[:, :0], value[:, :0])])):
-            out = SSRAttnProcessor2_0(AttnProcessor2_0(), 0)(attn, states[0], (states[1], _Arrived(None, nothing)))
+        for nothing in (arrive(key, value, active=False), arrive(key[:, :0], value[:, :0])):
+            out = SSRAttnProcessor2_0(AttnProcessor2_0(), 0)(attn, states[0], (states[1], nothing))
             assert torch.equal(out, expected)
 
 
@@ -96,10 +123,10 @@ def test_processors_are_the_same_objects_at_every_call():
 
 def attend(conditions, seed=0):
     attn, tensors, *_ = parity_layer()
+    text = tensors["text_embeds"]
+    states = text if conditions is None else (text, SubjectProjection(1)(conditions.as_image_embeds()))
     with torch.no_grad():
-        return SSRAttnProcessor2_0(AttnProcessor2_0(), 0)(
-            attn, tensors["hidden_states"], (tensors["text_embeds"], _Arrived(None, conditions))
-        )
+        return SSRAttnProcessor2_0(AttnProcessor2_0(), 0)(attn, tensors["hidden_states"], states)
 
 
 def test_padding_has_no_effect():

@@ -16,7 +16,7 @@ from diffusers_ssr import StableDiffusionSSRPipeline
 from diffusers_ssr.attention_processors import (
     SSRAttnProcessor2_0,
     SubjectConditions,
-    _Arrived,
+    SubjectProjection,
 )
 from test_pipeline_ssr import stock_of
 
@@ -122,15 +122,14 @@ def test_the_layer_computes_the_sum(ip_scale):
         q, k, v = (x.unflatten(-1, (2, 4)).transpose(1, 2) for x in (attn.to_q(hidden), key, value))
         return (((q @ k.transpose(-1, -2)) / 2).softmax(-1) @ v).transpose(1, 2).flatten(2)
 
+    subject = SubjectConditions([(key, value)]).as_image_embeds()
     with torch.no_grad():
         ip_states = ip[:, 0]
         expected = attention(attn.to_k(text), attn.to_v(text)) + attention(key, value)
         expected = expected + ip_scale * attention(processor.to_k_ip[0](ip_states), processor.to_v_ip[0](ip_states))
         out = SSRAttnProcessor2_0(processor, 0)(
-            attn, hidden, (text, _Arrived([ip_states], SubjectConditions([(key, value)])))
+            attn, hidden, (text, SubjectProjection(1, torch.nn.Identity())([ip_states, *subject]))
         )
         torch.testing.assert_close(out, attn.to_out[0](expected), atol=1e-5, rtol=1e-5)
-        plain = SSRAttnProcessor2_0(AttnProcessor2_0(), 0)(
-            attn, hidden, (text, _Arrived(None, SubjectConditions([(key, value)])))
-        )
+        plain = SSRAttnProcessor2_0(AttnProcessor2_0(), 0)(attn, hidden, (text, SubjectProjection(1)(subject)))
         assert (ip_scale == 0) == torch.allclose(out, plain, atol=1e-5)

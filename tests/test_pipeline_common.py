@@ -24,6 +24,7 @@ OURS = {
     "subject_start",
     "subject_end",
     "subject_resize_mode",
+    "subject_in_controlnet",
 }
 
 

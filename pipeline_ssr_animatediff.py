@@ -1,0 +1,32 @@
+"""Text to video with a subject, through AnimateDiff."""
+
+from diffusers import AnimateDiffPipeline
+
+from .attention_map import SubjectAttentionMap  # noqa: F401  (see pipeline.py)
+from .attention_processors import SSRAttnProcessor2_0  # noqa: F401
+from .image_processing_ssr import preprocess  # noqa: F401
+from .mixin_ssr import SSRPipelineMixin
+from .modeling_ssr import SSREncoder  # noqa: F401
+from .subject_embeds import SubjectEmbeds  # noqa: F401
+
+
+class AnimateDiffSSRPipeline(SSRPipelineMixin, AnimateDiffPipeline):
+    r"""
+    [`AnimateDiffPipeline`] that also takes a subject. Arguments, components and everything else are the stock pipeline's,
+    with those of [`SSRPipelineMixin`] added. The subject acts in the layers that draw the frames, never in the motion
+    modules, and its keys and values are held once, however many frames there are. For video to video and for AnimateDiff
+    with ControlNet see `ssr_pipeline_class`.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from diffusers import MotionAdapter
+    >>> from diffusers.utils import export_to_gif, load_image
+
+    >>> adapter = MotionAdapter.from_pretrained("guoyww/animatediff-motion-adapter-v1-5-2", torch_dtype=torch.float16)
+    >>> pipe = AnimateDiffSSRPipeline.from_pipe(ssr_pipe, motion_adapter=adapter.to("cuda"))
+    >>> cat = pipe.encode_subject(load_image("cat_and_dog.png"), query="cat")
+    >>> export_to_gif(pipe("a cat walking", subject=cat, num_frames=16).frames[0], "cat.gif")
+    ```
+    """

@@ -1,0 +1,32 @@
+"""Text to image with a subject and a ControlNet: what is drawn from the reference, where from the control picture."""
+
+from diffusers import StableDiffusionControlNetPipeline
+
+from .attention_map import SubjectAttentionMap  # noqa: F401  (see pipeline.py)
+from .attention_processors import SSRAttnProcessor2_0  # noqa: F401
+from .image_processing_ssr import preprocess  # noqa: F401
+from .mixin_ssr import SSRPipelineMixin
+from .modeling_ssr import SSREncoder  # noqa: F401
+from .subject_embeds import SubjectEmbeds  # noqa: F401
+
+
+class StableDiffusionSSRControlNetPipeline(SSRPipelineMixin, StableDiffusionControlNetPipeline):
+    r"""
+    [`StableDiffusionControlNetPipeline`] that also takes a subject, with one ControlNet or several. Arguments, components
+    and everything else are the stock pipeline's, with those of [`SSRPipelineMixin`] added. A ControlNet sees the text
+    alone, unless `subject_in_controlnet` is set. For image to image and inpainting with ControlNet see
+    `ssr_pipeline_class`.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from diffusers import ControlNetModel
+    >>> from diffusers.utils import load_image
+
+    >>> controlnet = ControlNetModel.from_pretrained("lllyasviel/control_v11p_sd15_canny", torch_dtype=torch.float16)
+    >>> pipe = StableDiffusionSSRControlNetPipeline.from_pipe(ssr_pipe, controlnet=controlnet.to("cuda"))
+    >>> cat = pipe.encode_subject(load_image("cat_and_dog.png"), query="cat")
+    >>> image = pipe("a cat on a sofa", image=load_image("edges.png"), subject=cat).images[0]
+    ```
+    """
