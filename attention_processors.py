@@ -62,7 +62,7 @@ class SSRAttnProcessor2_0:
             if arrived.ip_hidden_states is not None:
                 encoder_hidden_states = (encoder_hidden_states, arrived.ip_hidden_states)
             if arrived.conditions is not None and arrived.conditions.pairs[self.index][0].shape[1] > 0:
-                attn = _AttentionToSubject(attn, arrived.conditions, self.index)
+                attn = _AttentionToSubject(attn, arrived.conditions, self.index, arrived.frames)
         return self.processor(attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
 
 
@@ -70,10 +70,11 @@ class _AttentionToSubject:
     """A layer as its own processor sees it while a subject is there: the queries are noted on their way in, and what
     the subject adds joins on the way out, before the output projection."""
 
-    def __init__(self, attn: nn.Module, conditions: "SubjectConditions", index: int):
+    def __init__(self, attn: nn.Module, conditions: "SubjectConditions", index: int, frames: int):
         self.attn = attn
         self.conditions = conditions
         self.index = index
+        self.frames = frames
 
     def __getattr__(self, name):
         return getattr(self.attn, name)
@@ -88,8 +89,8 @@ class _AttentionToSubject:
 
     def _project_sum(self, hidden_states: torch.Tensor) -> torch.Tensor:
         key, value = self.conditions.pairs[self.index]
-        frames = len(hidden_states) // len(key)
         # the frames of a video lie side by side as more queries, so that keys and values are not repeated for each
+        frames = self.frames
         query = self.query.unflatten(0, (-1, frames)).flatten(1, 2)
         states = (each.unflatten(-1, (self.attn.heads, -1)).transpose(1, 2) for each in (query, key, value))
         allowed, reached = self.conditions.attention_mask(self.query.shape[1], frames)
@@ -166,20 +167,25 @@ class SubjectConditions:
 class _Arrived:
     """What [`SubjectProjection`] hands to the processors: the image embeddings of an IP-Adapter (`None` where the UNet has
     none) and the subject's conditions (`None` outside its window). `UNetMotionModel` takes it for a tensor of `shape` and
-    repeats it for each frame: the adapter's embeddings need that, the subject's keys and values do not."""
+    repeats it for each of the `frames`: the adapter's embeddings need that, the subject's keys and values do not."""
 
     def __init__(
-        self, shape: torch.Size, ip_hidden_states: list[torch.Tensor] | None, conditions: SubjectConditions | None
+        self,
+        shape: torch.Size,
+        ip_hidden_states: list[torch.Tensor] | None,
+        conditions: SubjectConditions | None,
+        frames: int = 1,
     ):
         self.shape = shape
         self.ip_hidden_states = ip_hidden_states
         self.conditions = conditions
+        self.frames = frames
 
     def repeat_interleave(self, repeats: int, dim: int, output_size: int | None = None) -> "_Arrived":
         ip_hidden_states = self.ip_hidden_states
         if ip_hidden_states is not None:
             ip_hidden_states = [each.repeat_interleave(repeats, dim=dim) for each in ip_hidden_states]
-        return _Arrived(self.shape, ip_hidden_states, self.conditions)
+        return _Arrived(self.shape, ip_hidden_states, self.conditions, repeats)
 
 
 class SubjectProjection(nn.Module):

@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline, StableDiffusionInstructPix2PixPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.free_noise_utils import SplitInferenceModule
 from diffusers.utils import logging
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files
 from huggingface_hub.utils import EntryNotFoundError, validate_hf_hub_args
@@ -234,7 +235,7 @@ class SSRPipelineMixin:
                 " where the subject belongs."
             )
         if request.image_embeds is None:
-            guided = len(sample) == 2 * batch_size
+            guided = len(sample) > batch_size
             request.image_embeds = self._image_embeds(request, batch_size, sample.device, guided)
         kwargs["added_cond_kwargs"] = {**(kwargs.get("added_cond_kwargs") or {}), "image_embeds": request.image_embeds}
 
@@ -573,6 +574,13 @@ class SSRPipelineMixin:
         if self.ssr_image_processor is None:
             self.register_modules(ssr_image_processor=_image_processor_for(self.ssr_image_encoder))
         self._check_ssr_fits(self.ssr_encoder, self.ssr_image_encoder)
+        controlnet = getattr(self, "controlnet", None)
+        for net in getattr(controlnet, "nets", [controlnet] if controlnet is not None else []):
+            if net.config.cross_attention_dim != self.ssr_encoder.config.cross_attention_dim:
+                raise ValueError(
+                    f"`controlnet` reads text of width {net.config.cross_attention_dim}, but this pipeline's is"
+                    f" {self.ssr_encoder.config.cross_attention_dim} wide: it belongs to another model family."
+                )
 
     def _check_ssr_fits(self, encoder, image_encoder):
         config = encoder.config
@@ -593,6 +601,11 @@ class SSRPipelineMixin:
                 f" {image_encoder.config.num_hidden_layers} layers."
             )
         modules = dict(unwrap(self.unet).named_modules())
+        if any(isinstance(module, SplitInferenceModule) for module in modules.values()):
+            raise ValueError(
+                "A subject cannot act under FreeNoise's split inference, which splits the frames but not what stands beside"
+                " the text: call `enable_free_noise` without `enable_free_noise_split_inference`."
+            )
         for name, width in config.attention_layers.items():
             if name not in modules:
                 raise ValueError(f"`ssr_encoder` has weights for the layer {name}, but the UNet has no such layer.")
@@ -678,6 +691,7 @@ _UNSUITABLE = {
     "StableDiffusionPanoramaPipeline": "it orders its views otherwise than its prompts",
     "StableDiffusionParadigmsPipeline": "it runs several steps in one batch",
     "StableDiffusionPix2PixZeroPipeline": _OWN_PROCESSORS,
+    "StableDiffusionSAGPipeline": "it hands image embeddings to half of its batch",
     "TextToVideoZeroPipeline": _OWN_PROCESSORS,
 }
 

@@ -10,7 +10,12 @@ from conftest import call_args, make_components, make_image_processor, make_pict
 from diffusers import ControlNetModel, DiffusionPipeline, LCMScheduler, MotionAdapter, T2IAdapter
 from diffusers.models import SparseControlNetModel
 from diffusers.pipelines.stable_diffusion import CLIPImageProjection
-from diffusers_ssr import ssr_pipeline_class
+from diffusers_ssr import (
+    AnimateDiffSSRPipeline,
+    StableDiffusionSSRControlNetPipeline,
+    StableDiffusionSSRPipeline,
+    ssr_pipeline_class,
+)
 from diffusers_ssr.mixin_ssr import _UNSUITABLE
 from PIL import Image
 from test_attention_processors import snapshot
@@ -183,7 +188,6 @@ CHAINS = {
     "StableDiffusionPAGInpaintPipeline": (dict, {**INPAINT, **PAG}),
     "StableDiffusionPAGPipeline": (dict, PAG),
     "StableDiffusionPipeline": (dict, {}),
-    "StableDiffusionSAGPipeline": (dict, {"sag_scale": 0.5}),
 }
 
 # pipelines with a UNet and a text encoder that are not Stable Diffusion 1.5's
@@ -192,6 +196,15 @@ OTHER_MODELS = (
     "StableDiffusionDepth2Img", "StableDiffusionLatentUpscale", "StableDiffusionUpscale", "StableUnCLIP",
     "TextToVideoSD", "UniDiffuser", "VideoToVideoSD",
 )  # fmt: skip
+
+
+ONE_PROMPT = (
+    "AnimateDiffControlNetPipeline",
+    "AnimateDiffVideoToVideoControlNetPipeline",
+    "AnimateDiffVideoToVideoPipeline",
+    "PIAPipeline",
+)
+TWO_PICTURES = ("StableDiffusionAdapterPipeline", "StableDiffusionInstructPix2PixPipeline")
 
 
 def make_pipeline(name: str):
@@ -243,3 +256,296 @@ def test_every_pipeline_of_diffusers_is_accounted_for():
         parts = set(inspect.signature(found.__init__).parameters)
         if {"unet", "text_encoder", "tokenizer"} <= parts and "text_encoder_2" not in parts:
             assert name in CHAINS or name in _UNSUITABLE or name.startswith(OTHER_MODELS), name
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_each_prompt_keeps_its_own_subject(name):
+    """In a batch of two, each picture depends on its own subject and on no other."""
+    if name in ONE_PROMPT:
+        pytest.skip("diffusers' own class takes a single prompt; test_every_pipeline covers that")
+    _, pipe = make_pipeline(name)
+    cat, dog = (s.scaled(1.0) for s in pipe.encode_subject(make_picture(), query=["cat", "dog"]))
+    several = {"image": [picture(), picture()]} if name in TWO_PICTURES else {}
+
+    def pair(first, second):
+        seeds = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+        return draw(pipe, name, prompt=["a cat", "a dog"], subject=[first, second], generator=seeds, **several)
+
+    both, cats, dogs = pair(cat, dog), pair(cat, cat), pair(dog, dog)
+    np.testing.assert_allclose(both[0], cats[0], atol=1e-5)
+    np.testing.assert_allclose(both[1], dogs[1], atol=1e-5)
+    assert np.abs(cats - dogs).reshape(2, -1).max(1).min() > 1e-4
+
+
+def test_one_class_for_one_class():
+    first = ssr_pipeline_class(diffusers.StableDiffusionImg2ImgPipeline)
+    assert first is ssr_pipeline_class(diffusers.StableDiffusionImg2ImgPipeline)
+    assert ssr_pipeline_class(StableDiffusionSSRPipeline) is StableDiffusionSSRPipeline
+    assert first.__name__ == "SSRStableDiffusionImg2ImgPipeline"
+    assert "subject_image" in inspect.signature(first.__call__).parameters
+
+
+@pytest.mark.parametrize(
+    "wrong,message",
+    [
+        (diffusers.UNet2DConditionModel, "has to be a pipeline class"),
+        ("StableDiffusionPipeline", "has to be a pipeline class"),
+        (diffusers.StableDiffusionXLPipeline, "Stable Diffusion 1.5, but StableDiffusionXLPipeline"),
+        (diffusers.StableDiffusionDiffEditPipeline, "no subject can act in it"),
+    ],
+)
+def test_other_classes_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=f"`pipeline_class`.*{message}"):
+        ssr_pipeline_class(wrong)
+
+
+def test_a_pipeline_of_a_made_class_is_saved_and_loaded(tmp_path):
+    name = "StableDiffusionImg2ImgPipeline"
+    _, pipe = make_pipeline(name)
+    subject = pipe.encode_subject(make_picture(), "cat")
+    expected = draw(pipe, name, subject=subject)
+    pipe.save_pretrained(tmp_path)
+    again = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    again.set_progress_bar_config(disable=True)
+    assert type(again).__name__ == type(pipe).__name__
+    assert np.array_equal(draw(again, name, subject_image=make_picture(), subject_query="cat"), expected)
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"])
+def test_from_pipe_there_and_back(pipe, name):
+    subject = pipe.encode_subject(make_picture(), "cat")
+    expected = pipe(**call_args(subject=subject)).images
+    other = ssr_pipeline_class(getattr(diffusers, name)).from_pipe(pipe)
+    assert other.unet is pipe.unet and other.ssr_encoder is pipe.ssr_encoder
+    other.set_progress_bar_config(disable=True)
+    assert np.isfinite(draw(other, name, subject=subject)).all()
+    back = StableDiffusionSSRPipeline.from_pipe(other)
+    back.set_progress_bar_config(disable=True)
+    assert np.array_equal(back(**call_args(subject=subject)).images, expected)
+
+
+# ControlNet
+
+
+@pytest.fixture
+def control_pipe(pipe):
+    pipe = StableDiffusionSSRControlNetPipeline.from_pipe(pipe, controlnet=make_controlnet())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def watch_text(controlnet) -> list[torch.Tensor]:
+    """What the ControlNet itself gets, behind whatever hooks there are."""
+    seen, forward = [], controlnet.forward
+
+    def watched(*args, **kwargs):
+        seen.append(args[2] if len(args) > 2 else kwargs["encoder_hidden_states"])
+        return forward(*args, **kwargs)
+
+    controlnet.forward = watched
+    return seen
+
+
+def control_args(**overrides) -> dict:
+    return call_args(**{"image": picture(), **overrides})
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("guess_mode", [False, True])
+def test_a_controlnet_sees_the_text_alone_unless_asked(control_pipe, guidance_scale, guess_mode):
+    pipe = control_pipe
+    seen = watch_text(pipe.controlnet)
+    subject = pipe.encode_subject(make_picture(), "cat")
+    arguments = {"guidance_scale": guidance_scale, "guess_mode": guess_mode}
+    texts, pictures = [], []
+    for extra in ({}, {"subject": subject}, {"subject": subject, "subject_in_controlnet": True}):
+        seen.clear()
+        pictures.append(pipe(**control_args(**arguments, **extra)).images)
+        texts.append(seen[0])
+    assert torch.equal(texts[0], texts[1])
+    length = texts[0].shape[1]
+    assert torch.equal(texts[2][:, :length], texts[0])
+    own = subject.subjects[0]
+    branches = [own.negative_embeds, own.embeds] if guidance_scale > 1 and not guess_mode else [own.embeds]
+    torch.testing.assert_close(texts[2][:, length:], torch.cat(branches))
+    assert min(np.abs(a - b).max() for a, b in zip(pictures, pictures[1:], strict=False)) > 1e-4
+    seen.clear()
+    assert np.array_equal(pipe(**control_args(**arguments, subject=subject)).images, pictures[1])
+    assert torch.equal(seen[0], texts[0])
+
+
+def test_several_controlnets(pipe):
+    """Also with the subject in them: each gets it once."""
+    nets = [make_controlnet(3), make_controlnet(12)]
+    pipe = StableDiffusionSSRControlNetPipeline.from_pipe(pipe, controlnet=nets)
+    pipe.set_progress_bar_config(disable=True)
+    subject = pipe.encode_subject(make_picture(), "cat")
+    seen = [watch_text(net) for net in nets]
+    arguments = {"image": [picture(), picture()], "subject": subject}
+    alone = pipe(**control_args(**arguments)).images
+    both = pipe(**control_args(**arguments, subject_in_controlnet=True)).images
+    assert np.abs(alone - both).max() > 1e-4
+    length = 4 * pipe.tokenizer.model_max_length
+    assert all(texts[-1].shape[1] == length for texts in seen)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_controlnet_is_afterwards_what_it_was(control_pipe, fails):
+    subject = control_pipe.encode_subject(make_picture(), "cat")
+    weights = {name: each.clone() for name, each in control_pipe.controlnet.state_dict().items()}
+
+    def callback(pipeline, step, timestep, kwargs):
+        if fails:
+            raise KeyboardInterrupt
+        return kwargs
+
+    arguments = control_args(subject=subject, subject_in_controlnet=True, callback_on_step_end=callback)
+    try:
+        control_pipe(**arguments)
+    except KeyboardInterrupt:
+        assert fails
+    assert not control_pipe.controlnet._forward_pre_hooks
+    assert all(torch.equal(each, weights[name]) for name, each in control_pipe.controlnet.state_dict().items())
+
+
+def test_a_control_picture_of_another_size_is_fitted_as_the_stock_pipeline_does(control_pipe):
+    stock = diffusers.StableDiffusionControlNetPipeline.from_pipe(control_pipe)
+    stock.set_progress_bar_config(disable=True)
+    arguments = {"image": make_picture(11, (40, 24)), "height": SIZE, "width": SIZE}
+    expected = stock(**control_args(**arguments)).images
+    assert expected.shape == (1, SIZE, SIZE, 3)
+    assert np.array_equal(control_pipe(**control_args(**arguments)).images, expected)
+    subject = control_pipe.encode_subject(make_picture(), "cat")
+    assert control_pipe(**control_args(**arguments, subject=subject)).images.shape == expected.shape
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ({"subject_in_controlnet": True, "subject": "both"}, "`subject_in_controlnet` needs as many subjects"),
+        ({"controlnet": 64}, "`controlnet` reads text of width 64"),
+    ],
+)
+def test_bad_input_with_a_controlnet(control_pipe, arguments, message):
+    cat, dog = control_pipe.encode_subject(make_picture(), query=["cat", "dog"])
+    if "controlnet" in arguments:
+        control_pipe.controlnet = make_controlnet(cross_attention_dim=arguments.pop("controlnet"))
+    subject = [cat, cat + dog] if arguments.pop("subject", None) else cat
+    prompt = ["a cat", "a cat and a dog"] if isinstance(subject, list) else "a cat"
+    with pytest.raises(ValueError, match=message):
+        control_pipe(**control_args(prompt=prompt, subject=subject, **arguments))
+
+
+def test_a_subject_in_a_controlnet_needs_one(pipe):
+    with pytest.raises(ValueError, match="`subject_in_controlnet` is True, but StableDiffusionSSRPipeline has no"):
+        pipe(**call_args(subject=pipe.encode_subject(make_picture(), "cat"), subject_in_controlnet=True))
+
+
+def test_an_unloaded_encoder_is_missed(control_pipe):
+    subject = control_pipe.encode_subject(make_picture(), "cat")
+    control_pipe.unload_ssr()
+    with pytest.raises(ValueError, match="call `load_ssr`"):
+        control_pipe(**control_args(subject=subject))
+
+
+# AnimateDiff
+
+
+@pytest.fixture
+def video_pipe(pipe):
+    pipe = AnimateDiffSSRPipeline.from_pipe(pipe, motion_adapter=make_motion_adapter())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def video_args(**overrides) -> dict:
+    return call_args(**{**VIDEO_ARGS, **overrides})
+
+
+@pytest.mark.parametrize("region", [None, LEFT_HALF])
+def test_without_motion_each_frame_is_the_picture(pipe, region):
+    """Motion modules that add nothing: the video's frames are what the picture pipeline draws from the same noise."""
+    adapter = make_motion_adapter()
+    for name, parameter in adapter.named_parameters():
+        if "proj_out" in name:
+            parameter.data.zero_()
+    subject = pipe.encode_subject(make_picture(), "cat").scaled(0.9)
+    subject = subject if region is None else subject.inside(region)
+    latents = torch.randn(1, 4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    frames = latents[0].transpose(0, 1)
+    expected = pipe(**call_args(prompt=["a cat"] * 3, subject=subject, latents=frames)).images
+    video = AnimateDiffSSRPipeline.from_pipe(pipe, motion_adapter=adapter)
+    video.set_progress_bar_config(disable=True)
+    drawn = video(**video_args(prompt="a cat", subject=subject, latents=latents)).frames[0]
+    np.testing.assert_allclose(drawn, expected, atol=2e-5)
+
+
+def test_motion_modules_are_never_touched(video_pipe):
+    """Not by the subject's processors, and not by a call."""
+    motion = {name for name in video_pipe.unet.attn_processors if "motion_modules" in name}
+    during = []
+    video_pipe.unet.register_forward_pre_hook(
+        lambda module, args: during.append(
+            {name for name, each in module.attn_processors.items() if type(each).__name__.startswith("SSR")}
+        )
+    )
+    weights = {name: each.clone() for name, each in video_pipe.unet.state_dict().items()}
+    video_pipe(**video_args(subject=video_pipe.encode_subject(make_picture(), "cat")))
+    assert motion and len(during[0]) == 4 and not during[0] & motion
+    assert all(torch.equal(each, weights[name]) for name, each in video_pipe.unet.state_dict().items())
+
+
+def test_a_subject_takes_no_more_memory_with_more_frames(video_pipe, monkeypatch):
+    lengths = {}
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query, key, *args, **kwargs):
+        if key.shape[2] == 3 * video_pipe.tokenizer.model_max_length:
+            lengths.setdefault(frames, set()).add(tuple(key.shape))
+        return original(query, key, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    subject = video_pipe.encode_subject(make_picture(), "cat")
+    for frames in (1, 2, 8):
+        video_pipe(**video_args(subject=subject, num_frames=frames))
+    assert lengths[1] == lengths[2] == lengths[8]
+
+
+@pytest.mark.parametrize("setting", ["FreeInit", "FreeNoise", "window", "subjects", "control"])
+def test_settings_of_video(video_pipe, setting):
+    """Each changes the video, and the subject still acts in it."""
+    cat, dog = (s.scaled(1.0) for s in video_pipe.encode_subject(make_picture(), query=["cat", "dog"]))
+    pipe, arguments, subject = video_pipe, {"num_frames": 8}, cat
+    before = pipe(**video_args(**arguments, subject=subject)).frames
+    if setting == "FreeInit":
+        pipe.enable_free_init(num_iters=2)
+    elif setting == "FreeNoise":
+        pipe.enable_free_noise(context_length=4, context_stride=2)
+    elif setting == "window":
+        arguments["subject_end"] = 0.5
+    elif setting == "subjects":
+        subject = cat.inside(LEFT_HALF) + dog.inside(1 - LEFT_HALF)
+    elif setting == "control":
+        pipe = ssr_pipeline_class(diffusers.AnimateDiffControlNetPipeline).from_pipe(
+            pipe, controlnet=make_controlnet(), motion_adapter=pipe.motion_adapter
+        )
+        pipe.set_progress_bar_config(disable=True)
+        arguments["conditioning_frames"] = [picture()] * 8
+    state = snapshot(pipe.unet)
+    after = pipe(**video_args(**arguments, subject=subject)).frames
+    without = pipe(**video_args(**{key: each for key, each in arguments.items() if key != "subject_end"})).frames
+    assert np.abs(after - before).max() > 1e-5 and np.abs(after - without).max() > 1e-4
+    assert snapshot(pipe.unet) == state
+
+
+def test_split_inference_of_free_noise_is_refused(video_pipe):
+    """It splits the frames, but not what stands beside the text, so that diffusers' IP-Adapters fail in it as well."""
+    video_pipe.enable_free_noise(context_length=4, context_stride=2)
+    video_pipe.enable_free_noise_split_inference(temporal_split_size=4, spatial_split_size=4)
+    with pytest.raises(ValueError, match="split inference"):
+        video_pipe(**video_args(subject=video_pipe.encode_subject(make_picture(), "cat"), num_frames=8))
+
+
+def test_a_motion_adapter_of_another_family_is_refused(pipe):
+    with pytest.raises(ValueError, match="Motion Adapter"):
+        AnimateDiffSSRPipeline.from_pipe(pipe, motion_adapter=make_motion_adapter(block_out_channels=(8, 16, 16)))

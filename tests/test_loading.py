@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, call_args, make_picture, make_ssr_components
 from diffusers import StableDiffusionPipeline
-from diffusers_ssr import StableDiffusionSSRPipeline
+from test_chains import make_controlnet, make_motion_adapter
 
 
 DRAW = """
@@ -92,14 +92,46 @@ assert again.ssr_encoder is pipe.ssr_encoder
     assert np.array_equal(draw_elsewhere(load, folder), expected)
 
 
-def test_a_pipeline_without_an_encoder_is_saved_and_loaded(tmp_path, components):
-    pipe = StableDiffusionSSRPipeline(**components, requires_safety_checker=False)
-    pipe.save_pretrained(tmp_path)
-    loaded = StableDiffusionSSRPipeline.from_pretrained(tmp_path, trust_remote_code=True)
-    assert loaded.ssr_encoder is None
-    arguments = call_args()
-    images = pipe(**arguments).images
-    assert np.array_equal(loaded(**call_args()).images, images)
+@pytest.mark.parametrize("chain", ["controlnet", "animatediff"])
+def test_chains_from_their_own_files(saved, chain):
+    """`custom_pipeline=<file>`, then saved whole and loaded again: the same pictures twice."""
+    folder, _ = saved
+    part, model = {
+        "controlnet": ("controlnet", make_controlnet()),
+        "animatediff": ("motion_adapter", make_motion_adapter()),
+    }[chain]
+    model.save_pretrained(folder / part)
+    output = {"controlnet": "images", "animatediff": "frames"}[chain]
+    extra = {"controlnet": ", image=Image.open('picture.png').resize((16, 16))", "animatediff": ", num_frames=2"}[
+        chain
+    ]
+    load = f"""
+import diffusers
+from diffusers import DiffusionPipeline
+model = getattr(diffusers, {type(model).__name__!r}).from_pretrained({part!r})
+file = {str(ROOT / f"pipeline_ssr_{chain}.py")!r}
+first = DiffusionPipeline.from_pretrained("base", custom_pipeline=file, trust_remote_code=True, {part}=model)
+first.load_ssr("ssr")
+first.save_pretrained("whole")
+again = DiffusionPipeline.from_pretrained("whole", trust_remote_code=True)
+
+class Both:
+    set_progress_bar_config = first.set_progress_bar_config
+
+    def __call__(self, *args, generator, **kwargs):
+        again.set_progress_bar_config(disable=True)
+        draws = [
+            pipe(*args, **kwargs, generator=generator.manual_seed(0), height=16, width=16{extra}).{output}
+            for pipe in (first, again)
+        ]
+        assert np.array_equal(*draws)
+        self.images = draws[0]
+        return self
+
+pipe = Both()
+"""
+    images = draw_elsewhere(load, folder)
+    assert np.isfinite(images).all() and images.std() > 0
 
 
 def test_remote_code_has_to_be_trusted(saved):
@@ -135,7 +167,7 @@ def test_installed_package(saved, tmp_path_factory, editable):
     assert done.returncode == 0, done.stderr
     load = """
 import diffusers_ssr
-from diffusers_ssr import StableDiffusionSSRPipeline
+from test_chains import make_controlnet, make_motion_adapter
 assert (SOURCE in diffusers_ssr.__file__) == EDITABLE, diffusers_ssr.__file__
 pipe = StableDiffusionSSRPipeline.from_pretrained("base")
 pipe.load_ssr("ssr")
