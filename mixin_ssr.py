@@ -186,6 +186,9 @@ class SSRPipelineMixin:
                 f" {sorted(counts)}."
             )
 
+        if not _acts(subjects, layer_scales):
+            with alone_in_unet(self.unet):
+                return stock_call(*args, **kwargs)
         request = _Request(subjects, layer_scales, ip_adapter_image, ip_adapter_image_embeds)
         with subject_in_unet(self.unet, self.ssr_encoder.config.attention_layers) as projection:
             if window is not None:
@@ -780,6 +783,13 @@ def _one_for_each(names: str, subjects: list, num_prompts: int) -> list:
             f"{names} as a list has to hold one for each prompt, but holds {len(subjects)} for {num_prompts}."
         )
     return subjects
+
+
+def _acts(subjects: list[SubjectEmbeds | None], layer_scales: float | dict[str, float]) -> bool:
+    """Whether any subject has a scale other than 0, in any layer."""
+    number = layer_scales if isinstance(layer_scales, float) else 1.0
+    scales = [number if s.scale is None else s.scale for each in subjects if each is not None for s in each.subjects]
+    return any(scales) and (isinstance(layer_scales, float) or any(layer_scales.values()))
 
 
 def _check_window(start, end) -> tuple[float, float] | None:

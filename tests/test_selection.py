@@ -150,7 +150,6 @@ def active_layers(pipe, **kwargs) -> list[str]:
         ({"mid": 0.5}, ["mid_block"]),
         ({"up": {"block_1": [0.0, 1.0]}}, ["up_blocks.1.attentions.1"]),
         (0.5, ["down_blocks.0", "up_blocks.1.attentions.0", "up_blocks.1.attentions.1", "mid_block"]),
-        (0.0, []),
     ],
 )
 def test_scale_per_block(pipe, scale, expected):
@@ -159,6 +158,14 @@ def test_scale_per_block(pipe, scale, expected):
     assert all(any(name.startswith(block) for block in expected) for name in active)
     pipe.set_ssr_scale(scale)
     assert active_layers(pipe, subject_scale=None) == active
+
+
+@pytest.mark.parametrize("scale", [0.0, {"up": 0.0}, {}])
+def test_a_scale_of_nothing_is_the_stock_call(pipe, scale, monkeypatch):
+    """No processors, no projection: the stock pipeline's FLOPs, to the last one."""
+    expected = stock_of(pipe)(**call_args()).images
+    monkeypatch.setattr("diffusers_ssr.mixin_ssr.subject_in_unet", None)
+    assert np.array_equal(pipe(**subject_args(subject_scale=scale)).images, expected)
 
 
 @pytest.mark.parametrize(
