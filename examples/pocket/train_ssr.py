@@ -40,9 +40,7 @@ def build(unet: UNet2DConditionModel, vision: CLIPVisionModel) -> SSREncoder:
 
 
 def main():
-    parser = options(
-        __doc__, max_train_steps=4000, train_batch_size=10, learning_rate=1e-3, sample_steps=500, ema_decay=0.998
-    )
+    parser = options(__doc__, max_train_steps=12000, train_batch_size=10, learning_rate=1e-3, sample_steps=500)
     parser.add_argument("--prompt_dropout", type=float, default=0.5)
     parser.add_argument("--consistency_weight", type=float, default=5e-4)
     args = parser.parse_args()

@@ -69,9 +69,7 @@ def diffusion_loss(scheduler, unet, latents, importance, generator, **conditions
 
 
 def main():
-    parser = options(
-        __doc__, max_train_steps=6000, train_batch_size=10, learning_rate=8e-4, sample_steps=1000, ema_decay=0.9985
-    )
+    parser = options(__doc__, max_train_steps=17000, train_batch_size=10, learning_rate=1.3e-3, sample_steps=1000)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
