@@ -176,7 +176,8 @@ def test_bad_rows_in_a_stream(tmp_path):
     assert "JSON" in named["1.tar:broken"] and "unexpected end" in named["2.tar"]
 
 
-def test_tables_with_broken_pictures_do_not_crash(tmp_path):
+def test_tables_with_broken_pictures_do_not_crash(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     columns = {
         "image": [{"bytes": PICTURE, "path": None}, {"bytes": PICTURE[:300], "path": None}, None],
         "text": ["a cat"] * 3,
