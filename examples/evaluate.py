@@ -223,6 +223,7 @@ def write_chart(rows: list[dict], file: Path) -> None:
     for index, name in enumerate(numbers):
         axes.barh(places + index * height, [row[name] for row in rows], height, label=name)
     axes.set_yticks(places + 0.4 - height / 2, [row["subject"] for row in rows])
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.axvline(0, color="black", linewidth=0.5)
     axes.grid(axis="x", alpha=0.3)

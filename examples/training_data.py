@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
 from diffusers_ssr.image_processing_ssr import preprocess, preprocess_mask, to_mask, to_pil
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor
@@ -295,6 +295,8 @@ def _decode(value, name: str) -> Image.Image:
         picture.load()
     except BadSample:
         raise
+    except UnidentifiedImageError as error:
+        raise BadSample(f"{name} cannot be decoded: no known format") from error
     # a decoder meeting arbitrary bytes may raise anything
     except Exception as error:
         raise BadSample(f"{name} cannot be decoded: {error}") from error
