@@ -199,7 +199,9 @@ def compute_loss(
     time_share, no_prompt, no_subject = drawn["shares"].to(device).unbind(1)
     no_prompt, no_subject = no_prompt < args.prompt_dropout, no_subject < args.subject_dropout
     noise = drawn["noise"].to(device)
-    latents = features["latent_mean"].float() + features["latent_std"].float() * drawn["latent_noise"].to(device)
+    latents = features["latent_mean"].float()
+    if args.latents == "sample":
+        latents = latents + features["latent_std"].float() * drawn["latent_noise"].to(device)
     latents = latents * pipe.vae.config.scaling_factor
     num_steps = scheduler.config.num_train_timesteps
     timesteps = (num_steps * time_share**args.timestep_bias).long().clamp(max=num_steps - 1)

@@ -73,6 +73,8 @@ def parse_args(
         help="share of samples with the empty query on zero pixels, as the unconditional branch has it")  # fmt: skip
     add("--timestep_bias", type=float, default=1.0,
         help="timestep = T * u ** timestep_bias: below 1, noisy steps come more often")  # fmt: skip
+    add("--latents", choices=("sample", "mode"), default="sample",
+        help="what is taken of the VAE's distribution; mode for a VAE whose deviation was never trained")  # fmt: skip
     add("--prediction_type", choices=("epsilon", "v_prediction", "sample"), help="default: the scheduler's")
 
     add("--checkpointing_steps", type=int, default=500)

@@ -321,6 +321,10 @@ def test_the_target_is_what_the_scheduler_says(models, pictures, tmp_path):
     for args.prediction_type, target in targets.items():
         parts, _ = loss_and_gradients(args, pipe, encoder, frozen, features, scheduler)
         torch.testing.assert_close(parts["mse"], (features["latent_mean"] - target).square().mean())
+    args.prediction_type, args.latents = "sample", "mode"
+    parts, _ = loss_and_gradients(args, pipe, encoder, frozen, features, scheduler)
+    scale = pipe.vae.config.scaling_factor
+    torch.testing.assert_close(parts["mse"], (features["latent_mean"] * (1 - scale)).square().mean())
 
 
 def test_a_sample_without_mask_is_not_changed_by_anothers(models, pictures):

@@ -178,6 +178,7 @@ def test_bad_rows_in_a_stream(tmp_path):
 
 def test_tables_with_broken_pictures_do_not_crash(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
     columns = {
         "image": [{"bytes": PICTURE, "path": None}, {"bytes": PICTURE[:300], "path": None}, None],
         "text": ["a cat"] * 3,
