@@ -146,9 +146,9 @@ class FrozenFeatures:
             "query_states": texts[len(samples) :],
         }
 
-    def __call__(self, samples: list[dict], blank_mask: float) -> dict[str, torch.Tensor]:
-        """Stacked over the samples, each `(batch_size, ...)`; `mask` only if one of them has a mask, the others' being
-        `blank_mask` everywhere."""
+    def __call__(self, samples: list[dict], mask_weight: float = 1.0) -> dict[str, torch.Tensor]:
+        """Stacked over the samples, each `(batch_size, ...)`; `mask` only if one of them has a mask, the others' being one
+        that changes nothing."""
         device = self.pipe.unet.device
         if self.cache is None:
             features = self._compute(samples)
@@ -167,7 +167,9 @@ class FrozenFeatures:
             masks = [known.get("mask") for known in each]
         given = next((mask for mask in masks if mask is not None), None)
         if given is not None:
-            masks = [torch.full_like(given, blank_mask) if mask is None else mask for mask in masks]
+            # with it, each patch's logit grows by the class token's 1
+            blank = 1 / mask_weight if mask_weight else 1.0
+            masks = [torch.full_like(given, blank) if mask is None else mask for mask in masks]
             features["mask"] = torch.stack(masks).to(device)
         return features
 
@@ -471,8 +473,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         reader, prepare, run.position, args.dataloader_num_workers, lambda line: logger.warning(line, main_process_only=False)
     )  # fmt: skip
     stream = iter(samples)
-    # a mask that changes nothing: each patch's logit grows by the class token's 1
-    blank_mask = 1 / args.mask_weight if args.mask_weight else 1.0
 
     trainable = sum(parameter.numel() for parameter in encoder.parameters()) / 1e6
     logger.info(f"Training {trainable:.1f} M parameters to step {args.max_train_steps}")
@@ -484,7 +484,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for micro_step in range(args.gradient_accumulation_steps):
             batch = [next(stream) for _ in range(args.train_batch_size)]
             run.position = samples.position
-            features = frozen(batch, blank_mask)
+            features = frozen(batch, args.mask_weight)
             turn = run.step * args.gradient_accumulation_steps + micro_step
             first = (turn * accelerator.num_processes + accelerator.process_index) * args.train_batch_size
             drawn = draw(seed, first, args.train_batch_size, features["latent_mean"].shape[1:])

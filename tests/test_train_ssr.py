@@ -1,5 +1,6 @@
 """Training: what is learnt, what is saved, and that an interruption changes nothing."""
 
+import functools
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import sys
 import tarfile
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 import train_ssr
@@ -25,6 +27,7 @@ from conftest import (
 from diffusers import StableDiffusionPipeline
 from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline
 from diffusers_ssr.attention_processors import subject_in_unet
+from hub_server import Hub
 from PIL import Image
 from safetensors.torch import load_file
 from training_options import check_args, parse_args
@@ -285,6 +288,16 @@ def test_gradient_checkpointing_gives_the_same_gradients(models, pictures, tmp_p
         torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-5, atol=1e-8)
 
 
+def test_training_with_gradient_checkpointing_ends_where_it_does_without(models, pictures, tmp_path):
+    results = {}
+    for option in (None, True):
+        options = {"gradient_checkpointing": option, "max_train_steps": 2, "learning_rate": 1e-3}
+        train_ssr.main(arguments(models, pictures, tmp_path / str(option), **options))
+        results[option] = weights(tmp_path / str(option))
+    for name, tensor in results[None].items():
+        torch.testing.assert_close(results[True][name], tensor, atol=1e-5, rtol=0)
+
+
 def test_the_loss_is_the_papers(models, pictures, tmp_path):
     args, pipe, encoder, frozen, features, scheduler = frozen_and_batch(
         models, pictures, tmp_path, prompt_dropout=1.0, subject_dropout=1.0, consistency_weight=0.5
@@ -327,13 +340,19 @@ def test_the_target_is_what_the_scheduler_says(models, pictures, tmp_path):
     torch.testing.assert_close(parts["mse"], (features["latent_mean"] * (1 - scale)).square().mean())
 
 
-def test_a_sample_without_mask_is_not_changed_by_anothers(models, pictures):
+@pytest.mark.parametrize("weight", [0.5, 1.0, 3.0])
+def test_a_sample_without_mask_is_not_changed_by_anothers(models, pictures, tmp_path, weight):
     """In a batch where only some have masks, the others get one that says nothing."""
-    encoder = make_ssr_encoder()
-    query, levels = torch.randn(1, 5, 32), torch.randn(3, 1, 17, 24)
-    for weight in (0.5, 1.0, 3.0):
-        blank = torch.full((1, 1, 32, 32), 1 / weight)
-        torch.testing.assert_close(encoder(query, levels, blank, weight), encoder(query, levels))
+    _, pipe, encoder, frozen, _, _ = frozen_and_batch(models, pictures, tmp_path)
+    picture = torch.rand(3, 32, 32)
+    sample = {"pixel_values": torch.rand(3, 16, 16), "reference_values": picture, "caption": "a cat", "query": "cat"}
+    features = frozen([{**sample, "mask": None}, {**sample, "mask": torch.eye(32)[None]}], weight)
+    levels = features["levels"].transpose(0, 1)
+    masked = encoder(features["query_states"], levels, features["mask"], weight)
+    plain = encoder(features["query_states"], levels)
+    torch.testing.assert_close(masked[0], plain[0], atol=1e-5, rtol=1e-5)
+    assert (masked[1] - plain[1]).abs().max() > 1e-3
+    assert "mask" not in frozen([{**sample, "mask": None}], weight)
 
 
 def test_random_numbers_belong_to_the_sample():
@@ -410,6 +429,20 @@ def test_mixed_precision_keeps_the_encoder_in_full_precision(models, pictures, t
     AcceleratorState._reset_state(reset_partial_state=True)
     assert {tensor.dtype for tensor in weights(tmp_path).values()} == {torch.float32}
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path).values())
+
+
+def test_the_result_is_pushed_to_the_hub(models, pictures, tmp_path, monkeypatch):
+    hub = Hub()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "HfApi", functools.partial(huggingface_hub.HfApi, endpoint=hub.endpoint))
+    options = {"push_to_hub": True, "hub_model_id": "owner/mine", "hub_token": "hf_mine"}
+    train_ssr.main(arguments(models, pictures, tmp_path, checkpointing_steps=1, max_train_steps=1, **options))
+    hub.close()
+    files = hub.repos["owner/mine"]["main"]
+    assert {name.split("/")[0] for name in files} == {
+        "README.md", "ssr_encoder", "ssr_image_encoder", "ssr_image_processor",
+    }  # fmt: skip
+    assert b"library_name: diffusers" in files["README.md"] and b'pipe.load_ssr("owner/mine")' in files["README.md"]
 
 
 def test_fine_tuning_begins_with_the_given_encoder(models, pictures, trained, tmp_path):
