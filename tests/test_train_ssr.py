@@ -119,7 +119,7 @@ def trained(models, pictures, tmp_path_factory):
 STATEFUL = {
     "use_ema": True,
     "lr_scheduler": "cosine",
-    "lr_warmup_steps": 2,
+    "lr_warmup_steps": 1,
     "gradient_accumulation_steps": 2,
     "mask_column": "mask",
     "mask_weight": 2.0,
