@@ -25,7 +25,18 @@ setup(
         "transformers>=5.0",
     ],
     extras_require={
-        "test": ["accelerate", "peft", "pytest", "ruff", "setuptools", "tokenizers"],
+        "test": [
+            "accelerate",
+            "datasets",
+            "matplotlib",
+            "peft",
+            "pytest",
+            "ruff",
+            "setuptools",
+            "tensorboard",
+            "tokenizers",
+        ],
+        "train": ["accelerate", "datasets", "matplotlib", "tensorboard"],
         "pocket": ["accelerate", "tokenizers"],
     },
 )

@@ -1,0 +1,222 @@
+"""Draw every row of a table: which picture, which thing in it, which prompt, which seed.
+
+    accelerate launch examples/generate_batch.py --table rows.csv --output_dir drawn \
+        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --ssr my-ssr
+
+The table is CSV with a header, or JSON lines: `image`, `query`, `prompt`, `seed`, and if wanted `mask`, `scale` and `name`
+(of the picture to write). Pictures are looked for beside the table. The rows are divided among accelerate's processes; each is drawn on its own, so its
+picture does not depend on their number. `manifest.jsonl` says for each row which picture it became, or why it did not; run
+again, only the rows that are not done are drawn.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from diffusers.utils import logging
+from diffusers_ssr import StableDiffusionSSRPipeline
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tqdm.auto import tqdm
+
+
+REQUIRED = ("query", "prompt", "image")
+KNOWN = (*REQUIRED, "seed", "mask", "scale", "name")
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def read_table(table: Path) -> list[dict]:
+    """
+    The rows as they are; what is wrong with a single one is found when it is drawn.
+
+    Raises:
+        `ValueError`: if the file is missing, no table, or lacks a column.
+    """
+    if not table.is_file():
+        raise ValueError(f"`table`: there is no file {table}.")
+    with table.open(encoding="utf-8", newline="") as file:
+        if table.suffix == ".csv":
+            rows = [{name: value for name, value in row.items() if name} for row in csv.DictReader(file)]
+        else:
+            try:
+                rows = [json.loads(line) for line in file if line.strip()]
+            except json.JSONDecodeError as error:
+                raise ValueError(f"`table` has to be .csv or JSON lines, but {table} is not: {error}.") from error
+            if not all(isinstance(row, dict) for row in rows):
+                raise ValueError(f"`table`: each line of {table} has to be a JSON object.")
+    if not rows:
+        raise ValueError(f"`table`: {table} has no rows.")
+    columns = {name for row in rows for name in row}
+    missing = {"image", "prompt"} - columns
+    if missing or not columns & {"query", "mask"}:
+        raise ValueError(f"`table` lacks the columns {sorted(missing or {'query'})}; it has {sorted(columns)}.")
+    unknown = columns - set(KNOWN)
+    if unknown:
+        raise ValueError(f"`table` has the columns {sorted(unknown)}, but only {KNOWN} mean something.")
+    files = [file_of(row, index) for index, row in enumerate(rows)]
+    twice = sorted({file for file in files if files.count(file) > 1}) if len(set(files)) < len(files) else []
+    outside = [file for file in files if Path(file).is_absolute() or ".." in Path(file).parts]
+    if twice or outside:
+        raise ValueError(
+            f"`table`: `name` has to be different in each row, and inside the folder; see {twice or outside}."
+        )
+    return rows
+
+
+def identity(row: dict, settings: dict) -> str:
+    """A name for what a row asks for: another request, another name."""
+    return hashlib.blake2b(json.dumps([row, settings], sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def read_manifests(folder: Path) -> dict[str, dict]:
+    """What is done already, by identity, from whatever number of processes; a line cut off in the writing is nothing."""
+    entries = {}
+    for file in sorted(folder.glob("manifest*.jsonl")):
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if entries.get(entry["id"], {}).get("status") != "done":
+                entries[entry["id"]] = entry
+    return entries
+
+
+def is_done(entry: dict | None, folder: Path) -> bool:
+    """Whether a row was drawn, and its picture is still there, not another's of the same name."""
+    if entry is None or entry["status"] != "done":
+        return False
+    try:
+        with Image.open(folder / entry["file"]) as picture:
+            return picture.text.get("id") == entry["id"]
+    except OSError:
+        return False
+
+
+def file_of(row: dict, index: int) -> str:
+    """Where in the output folder a row's picture goes."""
+    return f"{row.get('name') or f'{index:06d}'}.png"
+
+
+def draw_row(pipe: StableDiffusionSSRPipeline, row: dict, folder: Path, args: argparse.Namespace) -> Image.Image:
+    """
+    One picture, from a generator of its own. `folder` is where the row's pictures lie.
+
+    Raises:
+        `ValueError` or `OSError`: if the row is not what it should be.
+    """
+    for name in ("image", "prompt"):
+        if not isinstance(row.get(name), str) or not row[name].strip():
+            raise ValueError(f"`{name}` is missing in this row.")
+    try:
+        seed, scale = int(row.get("seed") or 0), float(row.get("scale") or args.scale)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"`seed` and `scale` are {row.get('seed')!r} and {row.get('scale')!r}, not numbers."
+        ) from None
+    mask = Image.open(folder / row["mask"]) if row.get("mask") else None
+    return pipe(
+        row["prompt"],
+        negative_prompt=args.negative_prompt,
+        subject_image=Image.open(folder / row["image"]),
+        subject_query=row.get("query") or None,
+        subject_mask=mask,
+        subject_scale=scale,
+        height=args.height,
+        width=args.width,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        eta=args.eta,
+        generator=torch.Generator().manual_seed(seed),
+    ).images[0]
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", type=Path, required=True, help=".csv or .jsonl")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--pretrained_model_name_or_path", required=True, help="the base model")
+    parser.add_argument("--ssr", required=True, help="what load_ssr takes")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: fp16 on a GPU, else fp32")
+    parser.add_argument("--scale", type=float, default=0.65, help="for rows without a scale")
+    parser.add_argument("--negative_prompt")
+    parser.add_argument("--height", type=int)
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--num_inference_steps", type=int, default=30)
+    parser.add_argument("--guidance_scale", type=float, default=5.0)
+    parser.add_argument("--eta", type=float, default=0.0)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse_args(arguments)
+    rows = read_table(args.table)
+    if args.num_inference_steps < 1:
+        raise ValueError(f"`num_inference_steps` has to be at least 1, but is {args.num_inference_steps}.")
+    state = PartialState()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    not_asked = ("table", "output_dir")
+    settings = {name: str(value) for name, value in vars(args).items() if name not in not_asked}
+    ids = [f"{identity(row, settings)}-{index:06d}" for index, row in enumerate(rows)]
+    known = read_manifests(args.output_dir)
+    waiting = [index for index, name in enumerate(ids) if not is_done(known.get(name), args.output_dir)]
+    # nobody may write before all have read
+    state.wait_for_everyone()
+
+    own = waiting[state.process_index :: state.num_processes]
+    if own:
+        logging.set_verbosity_error()
+        dtype = DTYPES[args.dtype or ("fp16" if state.device.type == "cuda" else "fp32")]
+        pipe = StableDiffusionSSRPipeline.from_pretrained(
+            args.pretrained_model_name_or_path, dtype=dtype, safety_checker=None, requires_safety_checker=False
+        ).to(state.device)
+        pipe.load_ssr(args.ssr)
+        pipe.set_progress_bar_config(disable=True)
+    bar = tqdm(total=len(own), desc="pictures", disable=not state.is_local_main_process)
+    with (args.output_dir / f"manifest.{state.process_index}.jsonl").open("a", encoding="utf-8") as manifest:
+        # begin on a line of our own, in case the last writer was cut off
+        manifest.write("\n")
+        for index in own:
+            entry = {"id": ids[index], "row": index, **rows[index]}
+            try:
+                image = draw_row(pipe, rows[index], args.table.parent, args)
+            # whatever is wrong with one row, the others are drawn
+            except Exception as error:
+                entry |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+            else:
+                file = args.output_dir / file_of(rows[index], index)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                partial = file.with_suffix(".part")
+                note = PngInfo()
+                note.add_text("id", ids[index])
+                image.save(partial, "png", pnginfo=note)
+                partial.replace(file)
+                entry |= {"status": "done", "file": file_of(rows[index], index)}
+            manifest.write(json.dumps(entry) + "\n")
+            manifest.flush()
+            bar.update()
+    bar.close()
+
+    state.wait_for_everyone()
+    if state.is_main_process:
+        entries = read_manifests(args.output_dir)
+        lines = [json.dumps({**entries[name], "row": index}) for index, name in enumerate(ids)]
+        merged = args.output_dir / "manifest.jsonl"
+        merged.with_suffix(".part").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        merged.with_suffix(".part").replace(merged)
+        for file in args.output_dir.glob("manifest.*.jsonl"):
+            file.unlink()
+        failed = [entries[name] for name in ids if entries[name]["status"] == "failed"]
+        print(f"{len(rows) - len(failed)} of {len(rows)} pictures are in {args.output_dir}")
+        for entry in failed:
+            print(f"  row {entry['row']}: {entry['error']}")
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,396 @@
+"""Make a training set: caption pictures, choose queries, leave out what is small or ugly, and write WebDataset shards.
+
+    accelerate launch examples/prepare_dataset.py --source photos --output_dir shards \
+        --caption_model Salesforce/blip-image-captioning-large
+
+`--source` is a folder of pictures, or one that train_ssr.py takes; `--dataset_name` is a dataset of the Hub. `photo.txt`
+beside `photo.jpg` is its caption, and no model is asked; `photo.query.txt` is its query with `--query_from file`. A shard is
+made of so many rows of the source and written whole, so a run that was cut off goes on with the next shard. The shards are
+divided among accelerate's processes; train_ssr.py takes `--train_data_dir shards`.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from itertools import count, islice, takewhile
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from PIL import Image
+from similarity import ClipFeatures
+from tqdm.auto import tqdm
+from training_data import (
+    ERROR_COLUMN,
+    METADATA_FILES,
+    PICTURE_SUFFIXES,
+    BadSample,
+    StreamedRows,
+    load_rows,
+    open_picture,
+    read_bytes,
+    summary,
+)
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+
+OPENINGS = re.compile(
+    r"^(there (is|are)|this is|(an?|the)? ?(close ?up|photo|photograph|picture|image|view|painting|drawing|shot|portrait)s? of)\s+"
+)
+ARTICLES = {"a", "an", "the", "one", "two", "three", "four", "some", "several", "many", "his", "her", "their", "its"}
+# What follows a thing in a caption: where it is, what it does, and what else there is.
+ENDINGS = set(
+    "about above across after against along among and are around as at before behind below beneath beside between by"
+    " down during for from has have having in inside into is laid lays lies near next of off on onto or out outside over"
+    " past sits sat stands that through to toward towards under up upon was wearing were which while who with without".split()
+)
+NOUNS_IN_ING = {"building", "painting", "drawing", "ceiling", "king", "ring", "wing", "string", "thing", "pudding",
+                "earring", "sling", "spring", "clothing", "wedding", "lightning"}  # fmt: skip
+
+
+def query_from_caption(caption: str) -> str:
+    """
+    The first thing that a caption names: "brown dog" for "a brown dog sitting on a couch". A rule of thumb on plain English
+    captions, no grammar: the words behind the first article, up to the first that tells where it is or what it does.
+
+    Raises:
+        [`BadSample`]: if that leaves nothing.
+    """
+    text = caption.lower()
+    while OPENINGS.match(text):
+        text = OPENINGS.sub("", text, count=1)
+    found = []
+    for word in re.findall(r"[\w'-]+|[.,;:!?]", text):
+        ended = word in ENDINGS or not word[0].isalnum()
+        doing = bool(found) and word.endswith("ing") and word not in NOUNS_IN_ING
+        if found and (ended or doing or word in ARTICLES):
+            break
+        if not ended and word not in ARTICLES:
+            found.append(word)
+    if not found:
+        raise BadSample(f"no thing found in the caption {caption!r}")
+    return " ".join(found)
+
+
+class Captioner:
+    """Captions by an image-to-text model of BLIP's class.
+
+    Args:
+        name_or_path (`str`): the model.
+        device (`torch.device`): where it runs.
+        max_new_tokens (`int`): of a caption.
+    """
+
+    def __init__(self, name_or_path: str, device: torch.device, max_new_tokens: int = 40):
+        dtype = torch.float16 if device.type == "cuda" else torch.float32
+        self.model = AutoModelForImageTextToText.from_pretrained(name_or_path, dtype=dtype).to(device).eval()
+        self.processor = AutoProcessor.from_pretrained(name_or_path)
+        self.max_new_tokens = max_new_tokens
+
+    @torch.no_grad()
+    def __call__(self, pictures: Sequence[Image.Image]) -> list[str]:
+        """One caption for each picture."""
+        pixels = self.processor(images=list(pictures), return_tensors="pt").pixel_values
+        pixels = pixels.to(self.model.device, self.model.dtype)
+        tokens = self.model.generate(pixel_values=pixels, max_new_tokens=self.max_new_tokens)
+        return [text.strip() for text in self.processor.batch_decode(tokens, skip_special_tokens=True)]
+
+
+class AestheticScore:
+    """
+    How pleasing people would find a picture, by a head of linear layers on CLIP's normalised embedding, as LAION trained
+    on ViT-L/14: one layer, or several in a row without activations between them.
+
+    Args:
+        head (`Path`): the layers' weights: a torch pickle, read with `weights_only=True`.
+        clip ([`ClipFeatures`]): the CLIP that the head belongs to.
+
+    Raises:
+        `ValueError`: if the file holds no such head, or one for another width.
+    """
+
+    def __init__(self, head: Path, clip: ClipFeatures):
+        state_dict = torch.load(head, map_location="cpu", weights_only=True)
+        numbers = {name: int((re.findall(r"\d+", name) or [0])[0]) for name in state_dict}
+        weights = sorted((name for name in state_dict if name.endswith("weight")), key=numbers.get)
+        self.layers = [
+            (state_dict[name].float(), state_dict.get(name[:-6] + "bias", torch.zeros(1)).float()) for name in weights
+        ]
+        self.clip = clip
+        widths = [clip.model.config.projection_dim, *(weight.shape[0] for weight, _ in self.layers)]
+        expected = [weight.shape[1] for weight, _ in self.layers]
+        if not self.layers or widths[:-1] != expected or widths[-1] != 1:
+            raise ValueError(
+                f"`aesthetic_head`: {head} has to hold linear layers from width {widths[0]} to 1, but its layers take"
+                f" {expected} and give {widths[1:]}."
+            )
+
+    def __call__(self, pictures: Sequence[Image.Image]) -> list[float]:
+        """One score for each picture, about 1 to 10."""
+        states = self.clip(pictures)
+        for weight, bias in self.layers:
+            states = states @ weight.T + bias
+        return states[:, 0].tolist()
+
+
+def read_source(args: argparse.Namespace):
+    """The rows to prepare: a sequence, or a stream."""
+    if args.dataset_name is not None:
+        return load_rows(None, args.dataset_name, args.dataset_config_name, args.streaming)
+    folder = args.source
+    known = [*METADATA_FILES, "*.tar", "*.parquet"]
+    if any(next(folder.rglob(pattern), None) is not None for pattern in known):
+        return load_rows(folder, streaming=args.streaming)
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
+    if not files:
+        raise ValueError(f"`source`: the folder {folder} holds no pictures.")
+    return [{"__key__": str(file.relative_to(folder)), "image": str(file)} for file in files]
+
+
+def chunks(rows, size: int) -> Iterator[tuple[int, Sequence[dict]]]:
+    """The rows in order, with the number of the first of each chunk. Of a sequence they are read only when taken."""
+    if hasattr(rows, "__len__"):
+        for first in range(0, len(rows), size):
+            yield first, _Part(rows, first, min(first + size, len(rows)))
+        return
+    once = takewhile(lambda item: item[0][0] == 0, StreamedRows(rows, 0, buffer_size=1).read((0, 0)))
+    for first in count(0, size):
+        chunk = [row for _, _, row in islice(once, size)]
+        if not chunk:
+            return
+        yield first, chunk
+
+
+class _Part:
+    """Some rows of a sequence, read when they are iterated over."""
+
+    def __init__(self, rows, first: int, end: int):
+        self.rows, self.first, self.end = rows, first, end
+
+    def __len__(self) -> int:
+        return self.end - self.first
+
+    def __iter__(self) -> Iterator[dict]:
+        return (self.rows[index] for index in range(self.first, self.end))
+
+
+def _sidecar(row: dict, suffix: str) -> str:
+    """The text beside a picture that is a file of its own."""
+    path = row.get("image")
+    file = Path(path).with_suffix(suffix) if isinstance(path, str) else None
+    return file.read_text(encoding="utf-8", errors="replace").strip() if file is not None and file.is_file() else ""
+
+
+def read_row(row: dict, args: argparse.Namespace) -> dict:
+    """
+    The picture of a row, its bytes as they are to be stored, and its caption if there is one already.
+
+    Raises:
+        [`BadSample`]: if the picture is unusable or too small.
+    """
+    if row.get(ERROR_COLUMN):
+        raise BadSample(row[ERROR_COLUMN])
+    content = read_bytes(row.get(args.image_column), args.image_column)
+    picture = open_picture(content, args.min_image_size)
+    if max(picture.size) > args.max_aspect_ratio * min(picture.size):
+        raise BadSample(f"{picture.width} x {picture.height} pixels are more than {args.max_aspect_ratio} to 1")
+    if args.max_image_size is not None and min(picture.size) > args.max_image_size:
+        ratio = args.max_image_size / min(picture.size)
+        picture = picture.resize([round(side * ratio) for side in picture.size], Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, "jpeg", quality=args.jpeg_quality, subsampling=0)
+    caption = _sidecar(row, ".txt")
+    if not caption and isinstance(row.get(args.caption_column), str):
+        caption = row[args.caption_column].strip()
+    return {"row": row, "picture": picture, "content": buffer.getvalue(), "text": caption}
+
+
+def choose_query(sample: dict, args: argparse.Namespace) -> str:
+    """
+    Which thing in the picture is meant.
+
+    Raises:
+        [`BadSample`]: if nothing says so.
+    """
+    if args.query_from == "caption":
+        return query_from_caption(sample["text"])
+    row = sample["row"]
+    query = _sidecar(row, ".query.txt") if args.query_from == "file" else row.get(args.query_column)
+    if not isinstance(query, str) or not query.strip():
+        raise BadSample(f"there is no query in the {args.query_from}")
+    return query.strip()
+
+
+def prepare(
+    rows, first: int, args: argparse.Namespace, captioner, score, bar
+) -> tuple[list[tuple[int, dict]], dict[str, str]]:
+    """The usable ones of some rows, the first of which is number `first`, with their numbers; and why others are not."""
+    kept, bad = [], {}
+
+    def attempt(place, row, function, *arguments):
+        try:
+            return function(*arguments)
+        except BadSample as error:
+            bad[str(row.get("__key__", row.get("file_name", f"row {place}")))] = str(error)
+            return None
+
+    waiting = []
+
+    def flush():
+        without = [sample for _, sample in waiting if not sample["text"]]
+        if without and captioner is not None:
+            captions = captioner([sample["picture"] for sample in without])
+            for sample, caption in zip(without, captions, strict=True):
+                sample["text"] = caption
+        scores = score([sample["picture"] for _, sample in waiting]) if score is not None and waiting else None
+        for index, (place, sample) in enumerate(waiting):
+            if attempt(place, sample["row"], finish, sample, scores[index] if scores else None) is not None:
+                kept.append((place, sample))
+        waiting.clear()
+
+    def finish(sample, aesthetic):
+        if not sample["text"]:
+            raise BadSample("there is no caption; a `caption_model` would write one")
+        if aesthetic is not None:
+            sample["aesthetic"] = aesthetic
+            if aesthetic < args.min_aesthetic:
+                raise BadSample(f"its aesthetic score is {aesthetic:.2f}")
+        sample["query"] = choose_query(sample, args)
+        return sample
+
+    for place, row in enumerate(rows, first):
+        sample = attempt(place, row, read_row, row, args)
+        bar.update()
+        if sample is not None:
+            waiting.append((place, sample))
+        if len(waiting) == args.batch_size:
+            flush()
+    flush()
+    return kept, bad
+
+
+def write_shard(file: Path, samples: list[tuple[int, dict]]) -> None:
+    """A tar with `key.jpg` and `key.json` for each sample, written beside and renamed."""
+    partial = file.with_suffix(".part")
+    with tarfile.open(partial, "w") as archive:
+        for place, sample in samples:
+            described = {name: sample[name] for name in ("text", "query", "aesthetic") if name in sample}
+            described["width"], described["height"] = sample["picture"].size
+            described["source"] = str(sample["row"].get("__key__", ""))
+            for suffix, content in (("jpg", sample["content"]), ("json", json.dumps(described).encode())):
+                member = tarfile.TarInfo(f"{place:09d}.{suffix}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    partial.replace(file)
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--source", type=Path, help="a folder")
+    add("--dataset_name", help="a dataset of the Hub, instead")
+    add("--dataset_config_name")
+    add("--streaming", action="store_true", help="do not download the dataset first")
+    add("--output_dir", type=Path, required=True, help="for the shards")
+    add("--shard_size", type=int, default=1000, help="rows of the source that go into a shard")
+    add("--image_column", default="image")
+    add("--caption_column", default="text", help="used where it is filled")
+    add("--query_column", default="query")
+    add("--query_from", choices=("caption", "column", "file"), default="caption",
+        help="the caption's first thing, the query column, or the picture's .query.txt")  # fmt: skip
+    add("--caption_model", help="for pictures without a caption, such as Salesforce/blip-image-captioning-large")
+    add("--max_new_tokens", type=int, default=40, help="of a caption")
+    add("--batch_size", type=int, default=16, help="pictures captioned and scored at a time")
+    add("--min_image_size", type=int, default=512, help="shorter side; smaller pictures are left out")
+    add("--max_image_size", type=int, help="shorter side; larger pictures are scaled down")
+    add("--max_aspect_ratio", type=float, default=2.0, help="longer pictures are left out")
+    add("--jpeg_quality", type=int, default=95)
+    add("--aesthetic_head", type=Path, help="linear layers on CLIP's embedding; without it nothing is scored")
+    add("--aesthetic_clip", default="openai/clip-vit-large-patch14", help="the CLIP that the head was trained on")
+    add("--min_aesthetic", type=float, default=5.0)
+    return parser.parse_args(arguments)
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """
+    Raises:
+        `ValueError`: naming the first option that is not what it should be.
+    """
+    if (args.source is None) == (args.dataset_name is None):
+        raise ValueError(f"Pass either `source` or `dataset_name`: got {args.source} and {args.dataset_name!r}.")
+    if args.source is not None and not args.source.is_dir():
+        raise ValueError(f"`source`: there is no folder {args.source}.")
+    for name in ("shard_size", "batch_size", "min_image_size", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"`{name}` has to be at least 1, but is {getattr(args, name)}.")
+    if args.max_image_size is not None and args.max_image_size < args.min_image_size:
+        raise ValueError(f"`max_image_size` is {args.max_image_size}, less than `min_image_size`.")
+    if args.max_aspect_ratio < 1:
+        raise ValueError(f"`max_aspect_ratio` has to be at least 1, but is {args.max_aspect_ratio}.")
+    if not 1 <= args.jpeg_quality <= 100:
+        raise ValueError(f"`jpeg_quality` has to lie from 1 to 100, but is {args.jpeg_quality}.")
+    if args.aesthetic_head is not None and not args.aesthetic_head.is_file():
+        raise ValueError(f"`aesthetic_head`: there is no file {args.aesthetic_head}.")
+
+
+def check_settings(args: argparse.Namespace, state: PartialState) -> None:
+    """Shards of different settings must not lie side by side: raises a `ValueError` if others are there."""
+    settings = {name: str(value) for name, value in vars(args).items() if name not in ("output_dir", "batch_size")}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    file = args.output_dir / "settings.json"
+    if file.exists() and json.loads(file.read_text())["digest"] != digest:
+        raise ValueError(f"`output_dir`: {args.output_dir} holds shards made with other options: see {file}.")
+    state.wait_for_everyone()
+    if state.is_main_process:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        file.with_suffix(".part").write_text(json.dumps({"digest": digest, **settings}, indent=1))
+        file.with_suffix(".part").replace(file)
+    state.wait_for_everyone()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse_args(arguments)
+    check_args(args)
+    state = PartialState()
+    rows = read_source(args)
+    check_settings(args, state)
+    captioner = None
+    if args.caption_model is not None:
+        captioner = Captioner(args.caption_model, state.device, args.max_new_tokens)
+    score = None
+    if args.aesthetic_head is not None:
+        score = AestheticScore(args.aesthetic_head, ClipFeatures.from_pretrained(args.aesthetic_clip, state.device))
+
+    reports = args.output_dir / "reports"
+    reports.mkdir(exist_ok=True)
+    known = len(rows) if hasattr(rows, "__len__") else None
+    bar = tqdm(total=known, desc="rows", disable=not state.is_local_main_process)
+    for number, (first, part) in enumerate(chunks(rows, args.shard_size)):
+        report = reports / f"{number:06d}.json"
+        if report.exists() or number % state.num_processes != state.process_index:
+            bar.update(len(part))
+            continue
+        samples, bad = prepare(part, first, args, captioner, score, bar)
+        if samples:
+            write_shard(args.output_dir / f"{number:06d}.tar", samples)
+        # the report says that the shard is done
+        report.with_suffix(".part").write_text(json.dumps({"kept": len(samples), "bad": bad}, indent=1))
+        report.with_suffix(".part").replace(report)
+    bar.close()
+
+    state.wait_for_everyone()
+    if state.is_main_process:
+        found = [json.loads(file.read_text()) for file in sorted(reports.glob("*.json"))]
+        bad = {name: reason for each in found for name, reason in each["bad"].items()}
+        (args.output_dir / "bad_samples.json").write_text(json.dumps(bad, indent=1) + "\n")
+        print(f"{sum(each['kept'] for each in found)} samples are in {args.output_dir}")
+        print(summary(bad))
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,518 @@
+"""Samples for training: where rows come from, which of them are unusable and why, and what a usable one becomes.
+
+Rows are read in an order that depends on seed and epoch alone, and every sample knows its position in it. So a run that
+was cut off goes on with the very next row, and nothing has to be remembered but two numbers for each process.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import tarfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import fsspec
+import numpy as np
+import torch
+from datasets.distributed import split_dataset_by_node
+from diffusers_ssr.image_processing_ssr import preprocess, preprocess_mask, to_mask, to_pil
+from PIL import Image, UnidentifiedImageError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import CLIPImageProcessor
+
+
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+METADATA_FILES = ("metadata.jsonl", "metadata.csv")
+# Where a row could not even be read, this column says why; it is no name that a metadata file would use.
+ERROR_COLUMN = "__error__"
+
+Position = tuple[int, int]
+
+
+class BadSample(Exception):
+    """A row that cannot be trained on; the message says why."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which column holds what. `reference` and `mask` may be `None`: the picture itself is the reference, without mask."""
+
+    image: str = "image"
+    caption: str = "text"
+    query: str = "query"
+    reference: str | None = None
+    mask: str | None = None
+
+
+def read_folder(folder: Path) -> list[dict]:
+    """
+    The rows of a folder of pictures, from every `metadata.jsonl` or `metadata.csv` in it; `file_name`, relative to its
+    metadata file, becomes the column `image`, `<name>_file_name` the column `<name>`. Pictures are not opened yet, and a
+    line that cannot be read becomes a row that says so.
+
+    Raises:
+        `ValueError`: if there is no metadata file.
+    """
+    files = sorted(file for name in METADATA_FILES for file in folder.rglob(name))
+    if not files:
+        raise ValueError(
+            f"`train_data_dir`: {folder} holds neither *.tar nor *.parquet nor one of {METADATA_FILES}, which name each"
+            " picture in `file_name` and hold its caption and query."
+        )
+    return [_with_paths(row, file.parent) for file in files for row in _metadata_rows(file)]
+
+
+def _metadata_rows(file: Path) -> Iterator[dict]:
+    with file.open(encoding="utf-8", errors="replace", newline="" if file.suffix == ".csv" else None) as lines:
+        if file.suffix == ".csv":
+            yield from csv.DictReader(lines)
+            return
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            name = f"{file}, line {number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                yield {"__key__": name, ERROR_COLUMN: f"not JSON: {error}"}
+                continue
+            if isinstance(row, dict):
+                yield row
+            else:
+                yield {"__key__": name, ERROR_COLUMN: "not a JSON object"}
+
+
+def _with_paths(row: dict, folder: Path) -> dict:
+    columns = {}
+    for name, value in row.items():
+        if value and isinstance(name, str) and (name == "file_name" or name.endswith("_file_name")):
+            columns[name.removesuffix("file_name").removesuffix("_") or "image"] = str(folder / str(value))
+            columns[name] = value
+        else:
+            columns[name] = value
+    return columns
+
+
+def read_shards(shards: list[str]) -> Iterator[dict]:
+    """
+    The rows of WebDataset shards, one after the other: files of one key are one row. `key.jpg` (or another picture) is
+    the column `image`, `key.txt` is `text`, `key.mask.png` is `mask`, and what `key.json` holds are columns of their own.
+    A shard that is cut off gives the rows before the cut, and one that says what happened.
+    """
+    for shard in shards:
+        row, key = {}, None
+        try:
+            with fsspec.open(shard, "rb") as stream, tarfile.open(fileobj=stream, mode="r|*") as archive:
+                for member in archive:
+                    folder, _, name = member.name.rpartition("/")
+                    stem, _, field = name.partition(".")
+                    if not member.isfile() or not stem or not field:
+                        continue
+                    member_key = f"{folder}/{stem}" if folder else stem
+                    if key is not None and member_key != key:
+                        yield row
+                        row = {}
+                    key = member_key
+                    row["__key__"] = f"{shard}:{key}"
+                    row.update(_shard_columns(field, archive.extractfile(member).read()))
+            if row:
+                yield row
+        except (OSError, tarfile.TarError, EOFError) as error:
+            if row:
+                yield row
+            yield {"__key__": shard, ERROR_COLUMN: f"the rest of this shard cannot be read: {error}"}
+
+
+def _shard_columns(field: str, content: bytes) -> dict:
+    prefix, _, suffix = field.rpartition(".")
+    if "." + suffix.lower() in PICTURE_SUFFIXES:
+        return {prefix or "image": content}
+    if suffix == "json":
+        try:
+            columns = json.loads(content)
+        except ValueError as error:
+            return {ERROR_COLUMN: f"{field} is not JSON: {error}"}
+        return columns if isinstance(columns, dict) else {ERROR_COLUMN: f"{field} is not a JSON object"}
+    if suffix == "txt":
+        return {prefix or "text": content.decode("utf-8", errors="replace").strip()}
+    return {field: content}
+
+
+def load_rows(
+    train_data_dir: str | Path | None = None,
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    streaming: bool = False,
+):
+    """
+    Open a training set: a folder with `metadata.jsonl`, a folder of Parquet files or of WebDataset shards, or a dataset by
+    name. Pictures stay undecoded, since `datasets` raises on the first one that is broken.
+
+    Returns:
+        a sequence of rows, or a `datasets.IterableDataset` of them if `streaming` (shards are always streamed).
+
+    Raises:
+        `ValueError`: if nothing of the kind is there.
+    """
+    if (train_data_dir is None) == (dataset_name is None):
+        raise ValueError(
+            f"Pass either `train_data_dir` or `dataset_name`: got {str(train_data_dir)!r} and {dataset_name!r}."
+        )
+    if dataset_name is not None:
+        return _undecoded(datasets.load_dataset(dataset_name, dataset_config_name, split="train", streaming=streaming))
+    folder = Path(train_data_dir)
+    if not folder.is_dir():
+        raise ValueError(f"`train_data_dir` has to be a folder, but there is none at {folder}.")
+    shards = sorted(map(str, folder.rglob("*.tar")))
+    if shards:
+        return datasets.IterableDataset.from_generator(read_shards, gen_kwargs={"shards": shards})
+    tables = sorted(map(str, folder.rglob("*.parquet")))
+    if tables:
+        return _undecoded(datasets.load_dataset("parquet", data_files=tables, split="train", streaming=streaming))
+    rows = read_folder(folder)
+    if not rows:
+        raise ValueError(f"`train_data_dir`: the metadata in {folder} names no picture.")
+    if streaming:
+        raise ValueError("`streaming` is for WebDataset shards, Parquet files and datasets by name, not for a folder.")
+    return rows
+
+
+def _undecoded(dataset):
+    for name, feature in (dataset.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            dataset = dataset.cast_column(name, datasets.Image(decode=False))
+    return dataset
+
+
+class FiniteRows:
+    """Rows that have a number: each epoch is a permutation of its own, and the processes take turns, one batch each.
+
+    Args:
+        rows (`Sequence[dict]`): what `load_rows` gives.
+        seed (`int`): of the permutations.
+        batch_size (`int`): how many rows in sequence a process takes.
+        process_index (`int`), num_processes (`int`): which of how many processes reads.
+    """
+
+    def __init__(self, rows, seed: int, batch_size: int, process_index: int = 0, num_processes: int = 1):
+        self.rows = rows
+        self.seed = seed
+        self.batch_size = batch_size
+        self.process_index = process_index
+        self.num_processes = num_processes
+
+    def read(self, position: Position) -> Iterator[tuple[Position, str, dict]]:
+        """Endlessly, from `position` (epoch, place in it) on: the position behind the row, its name and the row."""
+        epoch, start = position
+        count = len(self.rows)
+        while True:
+            order = np.random.default_rng([self.seed, epoch]).permutation(count)
+            for place in range(start, count):
+                if (epoch * count + place) // self.batch_size % self.num_processes != self.process_index:
+                    continue
+                index = int(order[place])
+                row = self.rows[index]
+                yield (epoch, place + 1), str(row.get("__key__", row.get("file_name", f"row {index}"))), row
+            epoch, start = epoch + 1, 0
+
+
+class StreamedRows:
+    """Rows that come as a stream, larger than a disk perhaps: the order of shards and a buffer are shuffled, anew in each
+    epoch; each process reads its own shards, or every so many-th row where the shards cannot be divided. To go on from a
+    position, the rows before it are read over, but not decoded.
+
+    Args:
+        rows (`datasets.IterableDataset`): what `load_rows` gives.
+        seed (`int`): of the shuffling.
+        buffer_size (`int`): out of how many rows the next one is drawn.
+        process_index (`int`), num_processes (`int`): which of how many processes reads.
+    """
+
+    def __init__(self, rows, seed: int, buffer_size: int = 1000, process_index: int = 0, num_processes: int = 1):
+        self.num_processes = num_processes
+        rows = rows.shuffle(seed=seed, buffer_size=buffer_size) if buffer_size > 1 else rows
+        self.rows = split_dataset_by_node(rows, process_index, num_processes) if num_processes > 1 else rows
+
+    def read(self, position: Position) -> Iterator[tuple[Position, str, dict]]:
+        """As [`FiniteRows.read`]."""
+        epoch, place = position
+        while True:
+            self.rows.set_epoch(epoch)
+            count = 0
+            for count, row in enumerate(self.rows, 1):
+                if count > place:
+                    row = _flat(row)
+                    yield (epoch, count), str(row.get("__key__", f"row {count} of epoch {epoch}")), row
+            if not count:
+                raise ValueError("The training set has no rows for this process: it needs more rows or more shards.")
+            epoch, place = epoch + 1, 0
+
+
+def _flat(row: dict) -> dict:
+    """The columns of `read_shards` out of a row that `datasets` itself read from a shard."""
+    if "__url__" not in row:
+        return row
+    columns = {}
+    for name, value in row.items():
+        prefix, _, suffix = name.rpartition(".")
+        if "." + suffix.lower() in PICTURE_SUFFIXES and value is not None:
+            columns[prefix or "image"] = value
+        elif suffix == "json" and isinstance(value, dict):
+            columns.update(value)
+        else:
+            columns["text" if name == "txt" else name] = value
+    return columns
+
+
+def open_picture(value, min_size: int = 1, name: str = "image") -> Image.Image:
+    """
+    A picture from bytes, a path, a dict of either as `datasets` has it, or a PIL image, upright and in RGB.
+
+    Raises:
+        [`BadSample`]: if it is missing, cannot be decoded to its end, or is smaller than `min_size` on a side.
+    """
+    picture = _decode(value, name)
+    try:
+        picture = to_pil(picture, name)
+    except Exception as error:
+        raise BadSample(f"{name} is no usable picture: {error}") from error
+    if min(picture.size) < min_size:
+        raise BadSample(f"{name} is {picture.width} x {picture.height} pixels, less than {min_size} on a side")
+    return picture
+
+
+def _decode(value, name: str) -> Image.Image:
+    if isinstance(value, Image.Image):
+        return value
+    try:
+        picture = Image.open(io.BytesIO(read_bytes(value, name)))
+        picture.load()
+    except BadSample:
+        raise
+    except UnidentifiedImageError as error:
+        raise BadSample(f"{name} cannot be decoded: no known format") from error
+    # a decoder meeting arbitrary bytes may raise anything
+    except Exception as error:
+        raise BadSample(f"{name} cannot be decoded: {error}") from error
+    return picture
+
+
+def read_bytes(value, name: str = "image") -> bytes:
+    """The bytes behind what a row holds as a picture. Raises [`BadSample`] if there are none."""
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, Image.Image):
+        return value.mode.encode() + str(value.size).encode() + value.tobytes()
+    if isinstance(value, (str, Path)) and str(value):
+        try:
+            with fsspec.open(str(value), "rb") as file:
+                value = file.read()
+        except OSError as error:
+            raise BadSample(f"{name} cannot be read: {error}") from error
+    if not isinstance(value, (bytes, bytearray)) or not value:
+        raise BadSample(f"{name} is missing")
+    return bytes(value)
+
+
+def crop_square(picture: Image.Image, side: int) -> Image.Image:
+    """The central square, scaled to `side` pixels."""
+    edge = min(picture.size)
+    left, top = (picture.width - edge) // 2, (picture.height - edge) // 2
+    return picture.crop((left, top, left + edge, top + edge)).resize((side, side), Image.Resampling.LANCZOS)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """
+    Turns a row into a sample: the target's pixels for the VAE, the reference's for the vision encoder, caption and query.
+    A reference that is the target itself is cropped like it, so that it shows nothing which the target does not.
+
+    Args:
+        columns ([`Columns`]): which column holds what.
+        processor (`CLIPImageProcessor`): the vision encoder's sizes and normalisation.
+        resolution (`int`): side of the target in pixels.
+        min_image_size (`int`): a picture smaller than this on a side is a bad sample.
+        cache ([`FeatureCache`], *optional*): where the features of samples seen before lie.
+    """
+
+    columns: Columns
+    processor: CLIPImageProcessor
+    resolution: int
+    min_image_size: int = 1
+    cache: "FeatureCache | None" = None
+
+    def __call__(self, row: dict) -> dict:
+        """
+        Returns:
+            `dict` with `caption`, `query` and either `features` from the cache or `pixel_values` `(3, resolution,
+            resolution)` from -1 to 1, `reference_values` `(3, height, width)` and `mask` `(1, height, width)` or `None`;
+            with a cache also `digest`.
+
+        Raises:
+            [`BadSample`]: if the row cannot be used.
+        """
+        columns = self.columns
+        if row.get(ERROR_COLUMN):
+            raise BadSample(row[ERROR_COLUMN])
+        mask = row.get(columns.mask) if columns.mask else None
+        mask = mask if mask is not None and mask != "" else None
+        caption = _text(row.get(columns.caption), columns.caption)
+        # with a mask, the query is a caption of the whole picture, and may be the caption itself
+        query = row.get(columns.query) or (caption if mask is not None else None)
+        sample = {"caption": caption, "query": _text(query, columns.query)}
+        if self.cache is not None:
+            parts = {name: row.get(name) for name in (columns.image, columns.reference) if name}
+            contents = [read_bytes(value, name) for name, value in parts.items()]
+            contents.append(b"" if mask is None else read_bytes(mask, columns.mask))
+            sample["digest"] = self.cache.digest(*contents, caption.encode(), sample["query"].encode())
+            features = self.cache.load(sample["digest"])
+            if features is not None:
+                return {**sample, "features": features}
+
+        picture = open_picture(row.get(columns.image), self.min_image_size, columns.image)
+        target = crop_square(picture, self.resolution)
+        whole = picture
+        if columns.reference is not None:
+            whole = open_picture(row.get(columns.reference), self.min_image_size, columns.reference)
+        edge = min(whole.size)
+        reference = whole if columns.reference is not None else crop_square(whole, edge)
+        if mask is not None:
+            try:
+                mask = to_mask(_decode(mask, columns.mask), whole.size, columns.mask)
+                mask = mask if columns.reference is not None else crop_square(mask, edge)
+                mask = preprocess_mask(mask, self.processor)[0]
+            except ValueError as error:
+                raise BadSample(str(error)) from error
+        sample["pixel_values"] = torch.from_numpy(np.array(target)).permute(2, 0, 1).float() / 127.5 - 1
+        sample["reference_values"] = preprocess(reference, self.processor)[0]
+        return {**sample, "mask": mask}
+
+
+def _text(value, name: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise BadSample(f"{name} is missing or empty" if not value else f"{name} is no text: {value!r}")
+    return value.strip()
+
+
+class Samples:
+    """
+    Endlessly, the usable samples of rows. Unusable rows are named in `bad` and left out.
+
+    Args:
+        rows ([`FiniteRows`] or [`StreamedRows`]): where rows come from.
+        prepare (`Callable[[dict], dict]`): makes a sample of a row, or raises [`BadSample`].
+        position (`tuple[int, int]`): where to begin; `position` is always that behind the last sample given.
+        threads (`int`): how many rows are prepared ahead at the same time; their order stays.
+        log (`Callable[[str], None]`, *optional*): told of each bad row, once.
+    """
+
+    def __init__(
+        self,
+        rows,
+        prepare: Callable[[dict], dict],
+        position: Position = (0, 0),
+        threads: int = 0,
+        log: Callable[[str], None] | None = None,
+    ):
+        self.rows = rows
+        self.prepare = prepare
+        self.position = tuple(position)
+        self.threads = threads
+        self.log = log
+        self.bad: dict[str, str] = {}
+
+    def __iter__(self) -> Iterator[dict]:
+        begun = self.position[0]
+        for position, name, sample in _ahead(self._prepared, self.rows.read(self.position), self.threads):
+            self.position = position
+            if not isinstance(sample, BadSample):
+                begun = position[0]
+                yield sample
+                continue
+            if name not in self.bad:
+                self.bad[name] = str(sample)
+                if self.log is not None:
+                    self.log(f"left out {name}: {sample}")
+            # a process may have no row of a small set in one epoch, but has in as many as there are processes
+            if position[0] > begun + self.rows.num_processes:
+                raise ValueError(f"No row of the training set can be used; the last one, {name}: {sample}")
+
+    def _prepared(self, item):
+        position, name, row = item
+        try:
+            return position, name, self.prepare(row)
+        except BadSample as error:
+            return position, name, error
+
+
+def _ahead(function: Callable, items: Iterable, threads: int) -> Iterator:
+    """`map`, some items ahead in threads; decoding and scaling release the interpreter's lock."""
+    if not threads:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > 4 * threads:
+                    yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+class FeatureCache:
+    """
+    Tensors on disk, one safetensors file a sample, found by the content they were made of: changed pictures, captions or
+    settings are simply not in it. Files are written beside and renamed, so processes may share a folder.
+
+    Args:
+        folder (`Path`): where the files lie.
+        settings (`dict`): everything else that the tensors depend on, such as models and sizes.
+    """
+
+    def __init__(self, folder: Path, settings: dict):
+        self.folder = Path(folder)
+        self.settings = json.dumps(settings, sort_keys=True, default=str).encode()
+
+    def digest(self, *contents: bytes) -> str:
+        """The name of what is made of `contents`."""
+        digest = hashlib.blake2b(self.settings, digest_size=20)
+        for content in contents:
+            digest.update(len(content).to_bytes(8, "little"))
+            digest.update(content)
+        return digest.hexdigest()
+
+    def _file(self, digest: str) -> Path:
+        return self.folder / digest[:2] / f"{digest}.safetensors"
+
+    def load(self, digest: str) -> dict[str, torch.Tensor] | None:
+        """The tensors, or `None` if they are not there yet."""
+        try:
+            return load_file(self._file(digest))
+        except (OSError, SafetensorError):
+            return None
+
+    def save(self, digest: str, tensors: dict[str, torch.Tensor], writer: str = "") -> None:
+        """Keep the tensors; `writer` tells processes apart that save the same sample at the same time."""
+        file = self._file(digest)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{writer}.part")
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial)
+        partial.replace(file)
+
+
+def summary(bad: dict[str, str], most: int = 20) -> str:
+    """The bad rows of a run, counted and named."""
+    lines = [f"{len(bad)} bad samples were left out" + (":" if bad else ".")]
+    lines += [f"  {name}: {reason}" for name, reason in list(bad.items())[:most]]
+    if len(bad) > most:
+        lines.append(f"  ... and {len(bad) - most} more")
+    return "\n".join(lines)

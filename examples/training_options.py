@@ -1,0 +1,158 @@
+"""The options of train_ssr.py, and what they must satisfy before any work starts."""
+
+import argparse
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def parse_args(
+    description: str, lr_schedulers: Sequence[str], arguments: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """The options, from `arguments` or the command line."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+
+    add("--pretrained_model_name_or_path", required=True, help="Stable Diffusion 1.5, of the Hub or in a folder")
+    add("--revision", help="of the pretrained model")
+    add("--variant", help='of the pretrained model\'s files, such as "fp16"')
+    add("--image_encoder_name_or_path", help="CLIP vision encoder, usually openai/clip-vit-large-patch14")
+    add("--ssr_encoder_name_or_path", help="fine-tune this encoder: a repository or folder that load_ssr takes")
+    add("--released_aligner", type=Path, help="fine-tune the authors' weights: their pytorch_model.bin")
+    add("--released_layers", type=Path, help="their pytorch_model_1.bin")
+
+    add("--inner_dim", type=int, default=512, help="width of a new encoder's aligner")
+    add("--num_attention_heads", type=int, default=8, help="heads of a new encoder's aligner")
+    add("--image_levels", type=int, nargs="+", help="vision layers that a new encoder reads; default: six, evenly")
+    add("--init_from_text", action=argparse.BooleanOptionalAction, default=True,
+        help="a new encoder's keys and values start as the UNet's own for text")  # fmt: skip
+
+    add("--train_data_dir", help="folder with metadata.jsonl, or with *.parquet, or with WebDataset *.tar")
+    add("--dataset_name", help="dataset of the Hub, instead of a folder")
+    add("--dataset_config_name")
+    add("--streaming", action="store_true", help="read Parquet or a dataset of the Hub as a stream; shards always are")
+    add("--shuffle_buffer_size", type=int, default=1000, help="rows that a stream is shuffled in")
+    add("--image_column", default="image", help="the target picture")
+    add("--caption_column", default="text")
+    add("--query_column", default="query", help="which thing in the reference is meant")
+    add("--reference_column", help="the reference, where it is not the target itself")
+    add("--mask_column", help="white where in the reference the subject is; rows may leave it empty")
+    add("--mask_weight", type=float, default=1.0, help="how strongly masks draw the attention inside")
+    add("--min_image_size", type=int, default=64, help="smaller pictures are left out")
+    add("--resolution", type=int, default=512, help="side of the targets, which are cropped to a square")
+    add("--dataloader_num_workers", type=int, default=4, help="threads that read and prepare samples ahead")
+    add("--cache_features", type=Path, help="keep what the frozen models make of each sample in this folder")
+
+    add("--output_dir", default="ssr-model", help="the result, for load_ssr, and checkpoints")
+    add("--logging_dir", default="logs", help="inside output_dir")
+    add("--report_to", default="tensorboard", help='"tensorboard", "wandb", "all", ... or "none"')
+    add("--seed", type=int, help="default: 0")
+    add("--max_train_steps", type=int, default=100_000, help="optimizer steps")
+    add("--train_batch_size", type=int, default=16, help="of each process")
+    add("--gradient_accumulation_steps", type=int, default=1)
+    add("--gradient_checkpointing", action="store_true", help="less memory, slower")
+    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's config")
+    add("--allow_tf32", action="store_true")
+    add("--learning_rate", type=float, default=5e-5)
+    add("--lr_scheduler", choices=lr_schedulers, default="constant")
+    add("--lr_warmup_steps", type=int, default=500)
+    add("--use_8bit_adam", action="store_true", help="needs bitsandbytes")
+    add("--adam_beta1", type=float, default=0.9)
+    add("--adam_beta2", type=float, default=0.999)
+    add("--adam_weight_decay", type=float, default=1e-2)
+    add("--adam_epsilon", type=float, default=1e-8)
+    add("--max_grad_norm", type=float, default=1.0)
+    add("--use_ema", action="store_true", help="keep a moving average of the weights; it is the result then")
+    add("--ema_decay", type=float, default=0.9999)
+
+    add("--consistency_weight", type=float, help="of the regulariser; default: 0.1, and 0.001 when fine-tuning")
+    add("--consistency_form", choices=("released", "paper"), default="released",
+        help="token by token, or the means")  # fmt: skip
+    add("--prompt_dropout", type=float, default=0.8, help="share of samples without prompt")
+    add("--subject_dropout", type=float, default=0.05,
+        help="share of samples with the empty query on zero pixels, as the unconditional branch has it")  # fmt: skip
+    add("--timestep_bias", type=float, default=1.0,
+        help="timestep = T * u ** timestep_bias: below 1, noisy steps come more often")  # fmt: skip
+    add("--latents", choices=("sample", "mode"), default="sample",
+        help="what is taken of the VAE's distribution; mode for a VAE whose deviation was never trained")  # fmt: skip
+    add("--prediction_type", choices=("epsilon", "v_prediction", "sample"), help="default: the scheduler's")
+
+    add("--checkpointing_steps", type=int, default=500)
+    add("--checkpoints_total_limit", type=int, help="older checkpoints are deleted")
+    add("--resume_from_checkpoint", help='a checkpoint\'s folder, or "latest"')
+    add("--validation_image", type=Path, nargs="+", help="references to draw from while training")
+    add("--validation_query", nargs="+", help="one for each validation image")
+    add("--validation_prompt", nargs="+", help="one for each validation image")
+    add("--validation_steps", type=int, default=500)
+    add("--validation_scale", type=float, default=0.65)
+    add("--validation_inference_steps", type=int, default=30)
+    add("--push_to_hub", action="store_true")
+    add("--hub_model_id", help="<owner>/<repo>; default: the name of output_dir")
+    add("--hub_token")
+    args = parser.parse_args(arguments)
+    if args.consistency_weight is None:
+        fresh = args.ssr_encoder_name_or_path is None and args.released_aligner is None
+        args.consistency_weight = 0.1 if fresh else 0.001
+    return args
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """
+    Raises:
+        `ValueError`: naming the first option that is not what it should be.
+    """
+    positive = (
+        "resolution", "min_image_size", "max_train_steps", "train_batch_size", "gradient_accumulation_steps",
+        "checkpointing_steps", "validation_steps", "validation_inference_steps", "inner_dim", "num_attention_heads",
+        "shuffle_buffer_size", "timestep_bias", "learning_rate", "max_grad_norm",
+    )  # fmt: skip
+    for name in positive:
+        if not getattr(args, name) > 0:
+            raise ValueError(f"`{name}` has to be greater than 0, but is {getattr(args, name)}.")
+    if args.checkpoints_total_limit is not None and args.checkpoints_total_limit < 1:
+        raise ValueError(f"`checkpoints_total_limit` has to be at least 1, but is {args.checkpoints_total_limit}.")
+    for name in ("prompt_dropout", "subject_dropout", "ema_decay"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise ValueError(f"`{name}` is a share and has to lie from 0 to 1, but is {getattr(args, name)}.")
+    for name in ("consistency_weight", "mask_weight", "lr_warmup_steps", "dataloader_num_workers"):
+        if not getattr(args, name) >= 0:
+            raise ValueError(f"`{name}` must not be negative, but is {getattr(args, name)}.")
+    if args.seed is not None and args.seed < 0:
+        raise ValueError(f"`seed` must not be negative, but is {args.seed}.")
+    if args.resolution % 8:
+        raise ValueError(f"`resolution` has to be a multiple of 8, but is {args.resolution}.")
+    if args.inner_dim % args.num_attention_heads:
+        raise ValueError(
+            f"`inner_dim` has to be a multiple of `num_attention_heads`, but they are {args.inner_dim} and"
+            f" {args.num_attention_heads}."
+        )
+    if (args.released_aligner is None) != (args.released_layers is None):
+        raise ValueError("`released_aligner` and `released_layers` belong together: pass both or none.")
+    if args.released_aligner is not None and args.ssr_encoder_name_or_path is not None:
+        raise ValueError("Pass either `ssr_encoder_name_or_path` or the released files, but not both.")
+    if args.image_encoder_name_or_path is None and args.ssr_encoder_name_or_path is None:
+        raise ValueError("`image_encoder_name_or_path` is missing: which CLIP vision encoder reads the references?")
+    if (args.train_data_dir is None) == (args.dataset_name is None):
+        raise ValueError(
+            f"Pass either `train_data_dir` or `dataset_name`: got {args.train_data_dir!r} and {args.dataset_name!r}."
+        )
+    _check_files(args)
+    if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("`use_8bit_adam` needs the package bitsandbytes, which is not installed.")
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    images, queries, prompts = (getattr(args, f"validation_{name}") or [] for name in ("image", "query", "prompt"))
+    if not len(images) == len(queries) == len(prompts):
+        raise ValueError(
+            "`validation_image`, `validation_query` and `validation_prompt` have to be of one length, but hold"
+            f" {len(images)}, {len(queries)} and {len(prompts)}."
+        )
+    named = [("validation_image", file) for file in images]
+    named += [(name, getattr(args, name)) for name in ("released_aligner", "released_layers") if getattr(args, name)]
+    for name, file in named:
+        if not file.is_file():
+            raise ValueError(f"`{name}`: there is no file {file}.")
+    resume = args.resume_from_checkpoint
+    if resume is not None and resume != "latest" and not Path(resume).is_dir():
+        raise ValueError(f'`resume_from_checkpoint` has to be a checkpoint\'s folder or "latest", but is {resume!r}.')

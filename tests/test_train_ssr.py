@@ -1,0 +1,503 @@
+"""Training: what is learnt, what is saved, and that an interruption changes nothing."""
+
+import functools
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+import train_ssr
+from accelerate.state import AcceleratorState
+from conftest import (
+    ROOT,
+    make_components,
+    make_image_encoder,
+    make_image_processor,
+    make_picture,
+    make_ssr_encoder,
+    make_unet,
+)
+from diffusers import StableDiffusionPipeline
+from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline
+from diffusers_ssr.attention_processors import subject_in_unet
+from hub_server import Hub
+from PIL import Image
+from safetensors.torch import load_file
+from training_options import check_args, parse_args
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny models gain nothing from more threads, and wait for them where cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A base model and a vision encoder on disk."""
+    folder = tmp_path_factory.mktemp("models")
+    StableDiffusionPipeline(**make_components(), requires_safety_checker=False).save_pretrained(folder / "base")
+    make_image_encoder().save_pretrained(folder / "clip")
+    make_image_processor().save_pretrained(folder / "clip")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    lines = []
+    for index in range(6):
+        make_picture(index, (40, 32)).save(folder / f"{index}.png")
+        lines.append(
+            {"file_name": f"{index}.png", "text": f"a cat and a dog {index}", "query": ("cat", "dog")[index % 2]}
+        )
+    mask = Image.new("L", (40, 32))
+    mask.paste(255, (8, 0, 24, 20))
+    mask.save(folder / "mask.png")
+    lines[2]["mask_file_name"] = "mask.png"
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+def arguments(models, pictures, output_dir, **changes) -> list[str]:
+    options = {
+        "pretrained_model_name_or_path": models / "base",
+        "image_encoder_name_or_path": models / "clip",
+        "train_data_dir": pictures,
+        "output_dir": output_dir,
+        "resolution": 16,
+        "min_image_size": 8,
+        "inner_dim": 16,
+        "num_attention_heads": 2,
+        "train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "max_train_steps": 4,
+        "checkpointing_steps": 2,
+        "mixed_precision": "no",
+        "report_to": "none",
+        "prompt_dropout": 0.5,
+        "subject_dropout": 0.2,
+        "dataloader_num_workers": 2,
+        **changes,
+    }
+    line = []
+    for name, value in options.items():
+        if value is True:
+            line.append(f"--{name}")
+        elif value is not None:
+            line += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return line
+
+
+def weights(folder, name="ssr_encoder") -> dict[str, torch.Tensor]:
+    return load_file(folder / name / "diffusion_pytorch_model.safetensors")
+
+
+def differing(first: dict, second: dict) -> list[str]:
+    assert first.keys() == second.keys()
+    return [name for name, tensor in first.items() if not torch.equal(tensor, second[name])]
+
+
+@pytest.fixture(scope="module")
+def trained(models, pictures, tmp_path_factory):
+    """An uncut run of four steps, with everything that keeps a state."""
+    folder = tmp_path_factory.mktemp("trained")
+    train_ssr.main(arguments(models, pictures, folder, **STATEFUL))
+    return folder
+
+
+STATEFUL = {
+    "use_ema": True,
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 1,
+    "gradient_accumulation_steps": 2,
+    "mask_column": "mask",
+    "mask_weight": 2.0,
+}
+
+
+def test_the_encoder_learns_and_nothing_else_changes(models, pictures, trained):
+    args = parse_args("", ["cosine"], arguments(models, pictures, trained, **STATEFUL))
+    torch.manual_seed(0)
+    train_ssr.set_seed(0)
+    pipe, fresh = train_ssr.load_models(args)
+    last = weights(trained / "checkpoint-4")
+    assert set(differing(last, fresh.state_dict())) == set(last)
+    assert differing(weights(trained), last), "the result is the average, not the last step"
+    assert not differing(weights(trained), weights(trained / "checkpoint-4", "ssr_encoder_ema"))
+    assert not differing(dict(pipe.unet.state_dict()), dict(make_unet().state_dict()))
+
+
+def test_a_new_encoder_begins_as_the_text(models, pictures, tmp_path):
+    args = parse_args("", ["constant"], arguments(models, pictures, tmp_path))
+    pipe, encoder = train_ssr.load_models(args)
+    for name, layer in pipe.unet.named_modules():
+        if name.endswith("attn2"):
+            pair = encoder.layers[name.replace(".", "_")]
+            assert torch.equal(pair["to_k"].weight, layer.to_k.weight)
+            assert torch.equal(pair["to_v"].weight, layer.to_v.weight)
+    args.init_from_text = False
+    assert not torch.equal(
+        train_ssr.load_models(args)[1].layers[name_of(pipe)]["to_k"].weight, layer_of(pipe).to_k.weight
+    )
+
+
+def name_of(pipe) -> str:
+    return next(name for name, _ in pipe.unet.named_modules() if name.endswith("attn2")).replace(".", "_")
+
+
+def layer_of(pipe):
+    return next(module for name, module in pipe.unet.named_modules() if name.endswith("attn2"))
+
+
+def test_the_result_loads_into_a_pipeline(models, trained):
+    pipe = StableDiffusionSSRPipeline.from_pretrained(models / "base", safety_checker=None)
+    pipe.load_ssr(trained)
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe(
+        "a cat", subject_image=make_picture(), subject_query="cat", num_inference_steps=1, height=16, width=16
+    )
+    assert image.images[0].size == (16, 16)
+    assert pipe.ssr_image_processor.crop_size["height"] == 32
+
+
+def test_a_run_that_was_cut_off_ends_where_the_uncut_one_does(models, pictures, trained, tmp_path, monkeypatch):
+    compute_loss = train_ssr.compute_loss
+    calls = []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) > 6:
+            raise KeyboardInterrupt
+        return compute_loss(*args)
+
+    monkeypatch.setattr(train_ssr, "compute_loss", interrupted)
+    options = arguments(models, pictures, tmp_path, **STATEFUL)
+    with pytest.raises(KeyboardInterrupt):
+        train_ssr.main(options)
+    assert [path.name for path in train_ssr.checkpoints(tmp_path)] == ["checkpoint-2"]
+    monkeypatch.setattr(train_ssr, "compute_loss", compute_loss)
+    # what anybody else draws in between does not matter
+    torch.rand(7)
+    train_ssr.main([*options, "--resume_from_checkpoint", "latest"])
+    assert not differing(weights(tmp_path / "checkpoint-4"), weights(trained / "checkpoint-4"))
+    assert not differing(weights(tmp_path), weights(trained))
+
+
+def test_a_run_killed_in_the_midst_of_a_checkpoint_resumes(models, pictures, trained, tmp_path):
+    script = """
+import os, signal, sys, torch
+sys.path.insert(0, sys.argv.pop(1))
+import accelerate.accelerator, train_ssr
+save = accelerate.accelerator.save_accelerator_state
+calls = []
+def killed(folder, *args, **kwargs):
+    calls.append(folder)
+    if len(calls) == 2:
+        open(f"{folder}/optimizer.bin", "wb").write(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return save(folder, *args, **kwargs)
+accelerate.accelerator.save_accelerator_state = killed
+train_ssr.main(sys.argv[1:])
+"""
+    options = arguments(models, pictures, tmp_path, **STATEFUL)
+    command = [sys.executable, "-c", script, str(ROOT / "examples"), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    assert (tmp_path / "checkpoint-4.part").exists()
+    assert [path.name for path in train_ssr.checkpoints(tmp_path)] == ["checkpoint-2"]
+    train_ssr.main([*options, "--resume_from_checkpoint", "latest"])
+    assert not differing(weights(tmp_path), weights(trained))
+    assert not (tmp_path / "checkpoint-4.part").exists()
+
+
+def test_two_processes_train_as_one_does(models, pictures, tmp_path):
+    """Two processes with batches of 2 against one with a batch of 4."""
+    options = {"max_train_steps": 3, "learning_rate": 1e-4, "gradient_accumulation_steps": 2}
+    train_ssr.main(arguments(models, pictures, tmp_path / "one", train_batch_size=4, **options))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [
+        *launch,
+        str(ROOT / "examples" / "train_ssr.py"),
+        *arguments(models, pictures, tmp_path / "two", **options),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    states = [json.loads((tmp_path / "two" / "checkpoint-2" / f"run_{i}.json").read_text()) for i in range(2)]
+    assert [state["num_processes"] for state in states] == [2, 2]
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    args = parse_args("", ["constant"], arguments(models, pictures, tmp_path))
+    train_ssr.set_seed(0)
+    fresh = train_ssr.load_models(args)[1].state_dict()
+    for name, tensor in one.items():
+        moved = (tensor - fresh[name]).norm()
+        assert moved > 0, name
+        assert (two[name] - tensor).norm() < 0.02 * moved, name
+
+
+def frozen_and_batch(models, pictures, tmp_path, **changes):
+    args = parse_args("", ["constant"], arguments(models, pictures, tmp_path, **changes))
+    train_ssr.set_seed(0)
+    pipe, encoder = train_ssr.load_models(args)
+    frozen = train_ssr.FrozenFeatures(pipe, encoder.config.image_levels, torch.float32, None, "0")
+    features = {
+        "latent_mean": torch.randn(4, 4, 8, 8),
+        "latent_std": torch.rand(4, 4, 8, 8),
+        "levels": torch.randn(4, 3, 17, 24),
+        "caption_states": torch.randn(4, frozen.empty_text.shape[0], 32),
+        "query_states": torch.randn(4, frozen.empty_text.shape[0], 32),
+    }
+    scheduler = train_ssr.DDPMScheduler.from_config(pipe.scheduler.config)
+    return args, pipe, encoder, frozen, features, scheduler
+
+
+def loss_and_gradients(args, pipe, encoder, frozen, features, scheduler):
+    encoder.zero_grad()
+    drawn = train_ssr.draw(0, 0, 4, (4, 8, 8))
+    with subject_in_unet(pipe.unet, encoder.config.attention_layers):
+        loss, parts = train_ssr.compute_loss(
+            train_ssr.SubjectEncoding(encoder), frozen, features, drawn, scheduler, args
+        )
+        loss.backward()
+    return parts, {name: parameter.grad.clone() for name, parameter in encoder.named_parameters()}
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(models, pictures, tmp_path):
+    args, pipe, *rest = frozen_and_batch(models, pictures, tmp_path)
+    _, plain = loss_and_gradients(args, pipe, *rest)
+    pipe.unet.enable_gradient_checkpointing()
+    runs = []
+    block = pipe.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0")
+    block.register_forward_pre_hook(lambda *_: runs.append(1))
+    _, checkpointed = loss_and_gradients(args, pipe, *rest)
+    assert len(runs) == 2, "the block was not run again in the backward pass"
+    for name, gradient in plain.items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-5, atol=1e-8)
+
+
+def test_training_with_gradient_checkpointing_ends_where_it_does_without(models, pictures, tmp_path):
+    results = {}
+    for option in (None, True):
+        options = {"gradient_checkpointing": option, "max_train_steps": 2, "learning_rate": 1e-3}
+        train_ssr.main(arguments(models, pictures, tmp_path / str(option), **options))
+        results[option] = weights(tmp_path / str(option))
+    for name, tensor in results[None].items():
+        torch.testing.assert_close(results[True][name], tensor, atol=1e-5, rtol=0)
+
+
+def test_the_loss_is_the_papers(models, pictures, tmp_path):
+    args, pipe, encoder, frozen, features, scheduler = frozen_and_batch(
+        models, pictures, tmp_path, prompt_dropout=1.0, subject_dropout=1.0, consistency_weight=0.5
+    )
+    parts, _ = loss_and_gradients(args, pipe, encoder, frozen, features, scheduler)
+    torch.testing.assert_close(parts["loss"], parts["mse"] + 0.5 * parts["consistency"])
+    # without prompts and subjects, neither matters
+    other = {
+        **features,
+        **{name: torch.randn_like(features[name]) for name in ("levels", "caption_states", "query_states")},
+    }
+    torch.testing.assert_close(loss_and_gradients(args, pipe, encoder, frozen, other, scheduler)[0], parts)
+    args.subject_dropout = 0.0
+    with_subject, _ = loss_and_gradients(args, pipe, encoder, frozen, features, scheduler)
+    assert abs(with_subject["mse"] - parts["mse"]) > 1e-5
+    args.prompt_dropout = 0.0
+    with_prompt, _ = loss_and_gradients(args, pipe, encoder, frozen, features, scheduler)
+    assert abs(with_prompt["mse"] - with_subject["mse"]) > 1e-5
+
+
+def test_the_target_is_what_the_scheduler_says(models, pictures, tmp_path):
+    args, pipe, encoder, frozen, features, scheduler = frozen_and_batch(models, pictures, tmp_path)
+    drawn = train_ssr.draw(0, 0, 4, (4, 8, 8))
+    latents = (
+        features["latent_mean"] + features["latent_std"] * drawn["latent_noise"]
+    ) * pipe.vae.config.scaling_factor
+    timesteps = (drawn["shares"][:, 0] ** args.timestep_bias * 1000).long()
+    targets = {
+        "epsilon": drawn["noise"],
+        "sample": latents,
+        "v_prediction": scheduler.get_velocity(latents, drawn["noise"], timesteps),
+    }
+    pipe.unet.register_forward_hook(lambda *_: SimpleNamespace(sample=features["latent_mean"] + 0 * _[2].sample))
+    for args.prediction_type, target in targets.items():
+        parts, _ = loss_and_gradients(args, pipe, encoder, frozen, features, scheduler)
+        torch.testing.assert_close(parts["mse"], (features["latent_mean"] - target).square().mean())
+    args.prediction_type, args.latents = "sample", "mode"
+    parts, _ = loss_and_gradients(args, pipe, encoder, frozen, features, scheduler)
+    scale = pipe.vae.config.scaling_factor
+    torch.testing.assert_close(parts["mse"], (features["latent_mean"] * (1 - scale)).square().mean())
+
+
+@pytest.mark.parametrize("weight", [0.5, 1.0, 3.0])
+def test_a_sample_without_mask_is_not_changed_by_anothers(models, pictures, tmp_path, weight):
+    """In a batch where only some have masks, the others get one that says nothing."""
+    _, pipe, encoder, frozen, _, _ = frozen_and_batch(models, pictures, tmp_path)
+    picture = torch.rand(3, 32, 32)
+    sample = {"pixel_values": torch.rand(3, 16, 16), "reference_values": picture, "caption": "a cat", "query": "cat"}
+    features = frozen([{**sample, "mask": None}, {**sample, "mask": torch.eye(32)[None]}], weight)
+    levels = features["levels"].transpose(0, 1)
+    masked = encoder(features["query_states"], levels, features["mask"], weight)
+    plain = encoder(features["query_states"], levels)
+    torch.testing.assert_close(masked[0], plain[0], atol=1e-5, rtol=1e-5)
+    assert (masked[1] - plain[1]).abs().max() > 1e-3
+    assert "mask" not in frozen([{**sample, "mask": None}], weight)
+
+
+def test_random_numbers_belong_to_the_sample():
+    together = train_ssr.draw(3, 10, 4, (2, 3))
+    later = train_ssr.draw(3, 12, 1, (2, 3))
+    for name, values in later.items():
+        assert torch.equal(values[0], together[name][2])
+    assert not torch.equal(train_ssr.draw(4, 10, 4, (2, 3))["noise"], together["noise"])
+    shares = train_ssr.draw(0, 0, 2000, (1,))["shares"]
+    assert (shares.mean(0) - 0.5).abs().max() < 0.03
+
+
+def test_cached_features_change_nothing(models, pictures, tmp_path, monkeypatch):
+    options = {"max_train_steps": 6, "mask_column": "mask", "train_batch_size": 1}
+    train_ssr.main(arguments(models, pictures, tmp_path / "plain", **options))
+    cached = arguments(models, pictures, tmp_path / "cached", cache_features=tmp_path / "cache", **options)
+    train_ssr.main(cached)
+    assert not differing(weights(tmp_path / "cached"), weights(tmp_path / "plain"))
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 6
+    # now everything comes from the cache
+    monkeypatch.setattr(train_ssr.FrozenFeatures, "_compute", None)
+    train_ssr.main(cached)
+    assert not differing(weights(tmp_path / "cached"), weights(tmp_path / "plain"))
+
+
+def test_old_checkpoints_go_and_trackers_and_validation_are_written(models, pictures, tmp_path):
+    train_ssr.main(
+        arguments(
+            models, pictures, tmp_path, checkpointing_steps=1, checkpoints_total_limit=2, report_to="tensorboard",
+            validation_image=[pictures / "0.png"], validation_query=["cat"], validation_prompt=["a cat"],
+            validation_steps=2, validation_inference_steps=1, max_train_steps=3,
+        )
+    )  # fmt: skip
+    assert [path.name for path in train_ssr.checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
+    assert [path.name for path in (tmp_path / "validation").iterdir()] == ["step-000002-0.png"]
+    assert list((tmp_path / "logs").rglob("events.out.tfevents*"))
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_shards_are_streamed_and_a_cut_changes_nothing(models, pictures, tmp_path, monkeypatch):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    lines = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
+    for shard, rows in enumerate((lines[:3], lines[3:])):
+        with tarfile.open(shards / f"{shard}.tar", "w") as archive:
+            for line in rows:
+                key = line["file_name"].removesuffix(".png")
+                picture = (pictures / line["file_name"]).read_bytes()
+                for name, content in (
+                    (f"{key}.png", picture if key != "4" else picture[:500]),
+                    (f"{key}.json", json.dumps({"text": line["text"], "query": line["query"]}).encode()),
+                ):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+    # 8 samples out of 5: the second epoch is cut too
+    options = {"train_data_dir": shards, "shuffle_buffer_size": 3}
+    train_ssr.main(arguments(models, pictures, tmp_path / "uncut", **options))
+    compute_loss = train_ssr.compute_loss
+    left = [1, 1, 1]
+    monkeypatch.setattr(train_ssr, "compute_loss", lambda *args: left.pop() and compute_loss(*args))
+    with pytest.raises(IndexError):
+        train_ssr.main(arguments(models, pictures, tmp_path / "cut", **options))
+    monkeypatch.setattr(train_ssr, "compute_loss", compute_loss)
+    train_ssr.main(arguments(models, pictures, tmp_path / "cut", resume_from_checkpoint="latest", **options))
+    assert not differing(weights(tmp_path / "cut"), weights(tmp_path / "uncut"))
+    (bad,) = json.loads((tmp_path / "uncut" / "bad_samples.json").read_text()).items()
+    assert bad[0].endswith("1.tar:4") and "decoded" in bad[1]
+
+
+def test_mixed_precision_keeps_the_encoder_in_full_precision(models, pictures, tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train_ssr.main(arguments(models, pictures, tmp_path, mixed_precision="bf16", max_train_steps=2))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert {tensor.dtype for tensor in weights(tmp_path).values()} == {torch.float32}
+    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path).values())
+
+
+def test_the_result_is_pushed_to_the_hub(models, pictures, tmp_path, monkeypatch):
+    hub = Hub()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "HfApi", functools.partial(huggingface_hub.HfApi, endpoint=hub.endpoint))
+    options = {"push_to_hub": True, "hub_model_id": "owner/mine", "hub_token": "hf_mine"}
+    train_ssr.main(arguments(models, pictures, tmp_path, checkpointing_steps=1, max_train_steps=1, **options))
+    hub.close()
+    files = hub.repos["owner/mine"]["main"]
+    assert {name.split("/")[0] for name in files} == {
+        "README.md", "ssr_encoder", "ssr_image_encoder", "ssr_image_processor",
+    }  # fmt: skip
+    assert b"library_name: diffusers" in files["README.md"] and b'pipe.load_ssr("owner/mine")' in files["README.md"]
+
+
+def test_fine_tuning_begins_with_the_given_encoder(models, pictures, trained, tmp_path):
+    options = arguments(models, pictures, tmp_path, image_encoder_name_or_path=None, ssr_encoder_name_or_path=trained)
+    assert parse_args("", ["constant"], options).consistency_weight == 0.001
+    assert parse_args("", ["constant"], arguments(models, pictures, tmp_path)).consistency_weight == 0.1
+    _, encoder = train_ssr.load_models(parse_args("", ["constant"], options))
+    assert not differing(dict(encoder.state_dict()), weights(trained))
+    train_ssr.main([*options, "--learning_rate", "1e-6", "--max_train_steps", "1"])
+    for name, tensor in weights(trained).items():
+        torch.testing.assert_close(weights(tmp_path)[name], tensor, atol=1e-5, rtol=0)
+
+
+def test_an_encoder_of_another_size_is_refused(models, pictures, tmp_path):
+    make_ssr_encoder(vision_hidden_size=20).save_pretrained(tmp_path / "ssr_encoder")
+    options = arguments(models, pictures, tmp_path, ssr_encoder_name_or_path=tmp_path)
+    with pytest.raises(ValueError, match="width 20"):
+        train_ssr.load_models(parse_args("", ["constant"], options))
+
+
+def test_bad_samples_are_left_out_and_named(models, pictures, tmp_path):
+    lines = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["file_name"] = str(pictures / line["file_name"])
+    lines = [{**lines[0], "file_name": "missing.png"}, *lines, {"file_name": lines[0]["file_name"], "query": "cat"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n{broken")
+    train_ssr.main(arguments(models, tmp_path, tmp_path / "out", max_train_steps=5))
+    bad = json.loads((tmp_path / "out" / "bad_samples.json").read_text())
+    assert len(bad) == 3
+    assert {reason.split(":")[0] for reason in bad.values()} == {
+        "image cannot be read", "not JSON", "text is missing or empty",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"resolution": 30}, "resolution"),
+        ({"prompt_dropout": 1.5}, "prompt_dropout"),
+        ({"inner_dim": 15}, "inner_dim"),
+        ({"train_data_dir": None}, "train_data_dir"),
+        ({"image_encoder_name_or_path": None}, "image_encoder_name_or_path"),
+        ({"released_aligner": "a.bin"}, "released_layers"),
+        ({"validation_query": ["cat"]}, "validation_image"),
+        ({"resume_from_checkpoint": "nowhere"}, "resume_from_checkpoint"),
+        ({"train_batch_size": 0}, "train_batch_size"),
+        ({"max_train_steps": -1}, "max_train_steps"),
+    ],
+)
+def test_wrong_options_are_named(changes, message):
+    options = arguments(ROOT, ROOT, "out", **changes)
+    with pytest.raises(ValueError, match=message):
+        check_args(parse_args("", ["constant"], options))
+
+
+def test_average_and_encoder_are_both_read_back(models, trained):
+    for name in ("ssr_encoder", "ssr_encoder_ema"):
+        assert SSREncoder.from_pretrained(trained / "checkpoint-4", subfolder=name).config.inner_dim == 16
