@@ -22,18 +22,16 @@ class SSRAttnProcessor2_0:
     does stays as it is. The second runs on PyTorch's scaled dot product attention.
 
     It holds no weights and nothing of a request: keys and values arrive with `encoder_hidden_states`, and without them
-    the layer computes exactly what it did before. The subject's scale is contained in `V_subject`.
+    the layer computes exactly what it did before. The subject's scale is contained in `V_subject`. Nor does it know which
+    layer it serves, so that one compiled block can serve all layers of a width.
 
     Args:
         processor (`Callable`):
             The layer's own attention processor.
-        index (`int`):
-            Which of the subject's key/value pairs belongs to the layer.
     """
 
-    def __init__(self, processor, index: int):
+    def __init__(self, processor):
         self.processor = processor
-        self.index = index
 
     def __call__(
         self,
@@ -51,7 +49,7 @@ class SSRAttnProcessor2_0:
             hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, width)`):
                 The picture's latent tokens.
             encoder_hidden_states (`torch.Tensor` or `tuple`, *optional*):
-                The text's hidden states, or what [`SubjectProjection`] makes of them.
+                The text's hidden states, alone or with what [`SubjectProjection`] made for this layer.
             attention_mask, temb, ip_adapter_masks (*optional*):
                 For the layer's own processor.
         """
@@ -61,8 +59,8 @@ class SSRAttnProcessor2_0:
             encoder_hidden_states, (arrived,) = encoder_hidden_states
             if arrived.ip_hidden_states is not None:
                 encoder_hidden_states = (encoder_hidden_states, arrived.ip_hidden_states)
-            if arrived.conditions is not None and arrived.conditions.pairs[self.index][0].shape[1] > 0:
-                attn = _AttentionToSubject(attn, arrived.conditions, self.index, arrived.frames)
+            if arrived.conditions is not None and arrived.conditions.pairs[0][0].shape[1] > 0:
+                attn = _AttentionToSubject(attn, arrived.conditions, arrived.frames)
         return self.processor(attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
 
 
@@ -70,10 +68,9 @@ class _AttentionToSubject:
     """A layer as its own processor sees it while a subject is there: the queries are noted on their way in, and what
     the subject adds joins on the way out, before the output projection."""
 
-    def __init__(self, attn: nn.Module, conditions: "SubjectConditions", index: int, frames: int):
+    def __init__(self, attn: nn.Module, conditions: "SubjectConditions", frames: int):
         self.attn = attn
         self.conditions = conditions
-        self.index = index
         self.frames = frames
 
     def __getattr__(self, name):
@@ -88,7 +85,7 @@ class _AttentionToSubject:
         return self._project_sum, self.attn.to_out[1]
 
     def _project_sum(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        key, value = self.conditions.pairs[self.index]
+        ((key, value),) = self.conditions.pairs
         # the frames of a video lie side by side as more queries, so that keys and values are not repeated for each
         frames = self.frames
         query = self.query.unflatten(0, (-1, frames)).flatten(1, 2)
@@ -187,6 +184,15 @@ class _Arrived:
             ip_hidden_states = [each.repeat_interleave(repeats, dim=dim) for each in ip_hidden_states]
         return _Arrived(self.shape, ip_hidden_states, self.conditions, repeats)
 
+    def at(self, index: int) -> "_Arrived":
+        """What one layer gets of it."""
+        conditions = self.conditions
+        if conditions is not None:
+            conditions = SubjectConditions(
+                conditions.pairs[index : index + 1], conditions.token_subject, conditions.regions
+            )
+        return _Arrived(self.shape, self.ip_hidden_states, conditions, self.frames)
+
 
 class SubjectProjection(nn.Module):
     r"""
@@ -216,6 +222,22 @@ class SubjectProjection(nn.Module):
         return [_Arrived(image_embeds[-1].shape, ip_hidden_states, conditions)]
 
 
+class _Layer:
+    """A layer's processor, and the hook that hands it what is its own. The hook sits on the block around the layer: inside
+    a compiled block, the layer's number would be compiled in."""
+
+    def __init__(self, own_processor, index: int):
+        self.processor = SSRAttnProcessor2_0(own_processor)
+        self.index = index
+
+    def hand_over(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        states = kwargs.get("encoder_hidden_states")
+        if isinstance(states, tuple):
+            text, (arrived,) = states
+            kwargs = {**kwargs, "encoder_hidden_states": (text, [arrived.at(self.index)])}
+        return args, kwargs
+
+
 @contextmanager
 def alone_in_unet(unet: nn.Module) -> Iterator[nn.Module]:
     """Wait until no other thread is in a UNet, and keep the others out. Yields the UNet itself, uncompiled."""
@@ -241,20 +263,25 @@ def subject_in_unet(unet: nn.Module, layers: Iterable[str]) -> Iterator[SubjectP
             Names of its cross-attention layers, `SSREncoder.config.attention_layers`.
     """
     with alone_in_unet(unet) as unet:
-        kept = _processors.setdefault(unet, {})
+        kept = _layers.setdefault(unet, {})
         attentions = {name: unet.get_submodule(name) for name in layers}
         own = {name: attn.processor for name, attn in attentions.items()}
         ip_projection, hid_dim_type = unet.encoder_hid_proj, unet.config.encoder_hid_dim_type
+        hooks = []
         try:
             for index, (name, attn) in enumerate(attentions.items()):
                 # the same objects at every call, so that compiled code stays valid
-                if name not in kept or kept[name].processor is not own[name] or kept[name].index != index:
-                    kept[name] = SSRAttnProcessor2_0(own[name], index)
-                attn.set_processor(kept[name])
+                if name not in kept or kept[name].processor.processor is not own[name] or kept[name].index != index:
+                    kept[name] = _Layer(own[name], index)
+                attn.set_processor(kept[name].processor)
+                block = unet.get_submodule(name.rpartition(".transformer_blocks.")[0])
+                hooks.append(block.register_forward_pre_hook(kept[name].hand_over, with_kwargs=True))
             unet.encoder_hid_proj = projection = SubjectProjection(len(attentions), ip_projection)
             unet.config.encoder_hid_dim_type = "ip_image_proj"
             yield projection
         finally:
+            for hook in hooks:
+                hook.remove()
             for name, attn in attentions.items():
                 attn.set_processor(own[name])
             del unet.encoder_hid_proj
@@ -267,7 +294,7 @@ def unwrap(unet: nn.Module) -> nn.Module:
     return unet._orig_mod if is_compiled_module(unet) else unet
 
 
-# by UNet: who is in it, and the processors it was given
+# by UNet: who is in it, and what its layers were given
 _locks: WeakKeyDictionary = WeakKeyDictionary()
-_processors: WeakKeyDictionary = WeakKeyDictionary()
+_layers: WeakKeyDictionary = WeakKeyDictionary()
 _registry_lock = threading.Lock()

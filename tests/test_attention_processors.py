@@ -48,7 +48,7 @@ def test_frames_share_the_subjects_keys_and_values(frames, regions):
     owner = None if regions is None else torch.zeros(2, key.shape[1])
     regions = regions if regions is None else regions.expand(2, -1, -1, -1)
     pairs = [(key[:1] * torch.tensor([1.0, -1.0])[:, None, None], value[:1].expand(2, -1, -1))]
-    processor = SSRAttnProcessor2_0(AttnProcessor2_0(), 0)
+    processor = SSRAttnProcessor2_0(AttnProcessor2_0())
     with torch.no_grad():
         (arrived,) = SubjectProjection(1)(SubjectConditions(pairs, owner, regions).as_image_embeds())
         video = processor(attn, states, (text, [arrived.repeat_interleave(frames, dim=0)]))
@@ -72,7 +72,7 @@ def test_agrees_with_the_released_code_whatever_the_own_processor(scale, inner):
     }[inner]
     arrived = arrive(key, value * float(scale))
     with torch.no_grad():
-        out = SSRAttnProcessor2_0(processor, 0)(attn, tensors["hidden_states"], (tensors["text_embeds"], arrived))
+        out = SSRAttnProcessor2_0(processor)(attn, tensors["hidden_states"], (tensors["text_embeds"], arrived))
     torch.testing.assert_close(out, tensors[f"output.scale_{scale}"], atol=1e-5, rtol=0)
 
 
@@ -81,9 +81,9 @@ def test_without_a_subject_the_own_processor_runs_unchanged():
     states = tensors["hidden_states"], tensors["text_embeds"]
     with torch.no_grad():
         expected = AttnProcessor2_0()(attn, *states)
-        assert torch.equal(SSRAttnProcessor2_0(AttnProcessor2_0(), 0)(attn, *states), expected)
+        assert torch.equal(SSRAttnProcessor2_0(AttnProcessor2_0())(attn, *states), expected)
         for nothing in (arrive(key, value, active=False), arrive(key[:, :0], value[:, :0])):
-            out = SSRAttnProcessor2_0(AttnProcessor2_0(), 0)(attn, states[0], (states[1], nothing))
+            out = SSRAttnProcessor2_0(AttnProcessor2_0())(attn, states[0], (states[1], nothing))
             assert torch.equal(out, expected)
 
 
@@ -91,6 +91,7 @@ def snapshot(unet):
     return (
         dict(unet.attn_processors),
         list(unet.named_modules()),
+        [list(module._forward_pre_hooks) for module in unet.modules()],
         {name: value for name, value in vars(unet).items() if not name.startswith("_")},
         dict(unet.config),
         unet.config.encoder_hid_dim_type,
@@ -126,7 +127,7 @@ def attend(conditions, seed=0):
     text = tensors["text_embeds"]
     states = text if conditions is None else (text, SubjectProjection(1)(conditions.as_image_embeds()))
     with torch.no_grad():
-        return SSRAttnProcessor2_0(AttnProcessor2_0(), 0)(attn, tensors["hidden_states"], states)
+        return SSRAttnProcessor2_0(AttnProcessor2_0())(attn, tensors["hidden_states"], states)
 
 
 def test_padding_has_no_effect():

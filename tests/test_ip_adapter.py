@@ -127,9 +127,9 @@ def test_the_layer_computes_the_sum(ip_scale):
         ip_states = ip[:, 0]
         expected = attention(attn.to_k(text), attn.to_v(text)) + attention(key, value)
         expected = expected + ip_scale * attention(processor.to_k_ip[0](ip_states), processor.to_v_ip[0](ip_states))
-        out = SSRAttnProcessor2_0(processor, 0)(
+        out = SSRAttnProcessor2_0(processor)(
             attn, hidden, (text, SubjectProjection(1, torch.nn.Identity())([ip_states, *subject]))
         )
         torch.testing.assert_close(out, attn.to_out[0](expected), atol=1e-5, rtol=1e-5)
-        plain = SSRAttnProcessor2_0(AttnProcessor2_0(), 0)(attn, hidden, (text, SubjectProjection(1)(subject)))
+        plain = SSRAttnProcessor2_0(AttnProcessor2_0())(attn, hidden, (text, SubjectProjection(1)(subject)))
         assert (ip_scale == 0) == torch.allclose(out, plain, atol=1e-5)
