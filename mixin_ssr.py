@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import diffusers
 import torch
@@ -28,6 +29,7 @@ from .attention_map import SubjectAttentionMap
 from .attention_processors import SubjectConditions, SubjectProjection, alone_in_unet, subject_in_unet, unwrap
 from .image_processing_ssr import check_resize_mode, preprocess, preprocess_mask, to_mask, to_pil, unfit
 from .modeling_ssr import SSREncoder
+from .subject_cache import SubjectCache, digest, version
 from .subject_embeds import Subject, SubjectEmbeds, check_scale, same_fingerprint
 
 
@@ -35,6 +37,9 @@ logger = logging.get_logger(__name__)
 
 COMPONENTS = ("ssr_encoder", "ssr_image_encoder", "ssr_image_processor")
 DEFAULT_SCALE = 0.65
+
+# by SSR-Encoder, which many pipelines may share
+_caches: WeakKeyDictionary = WeakKeyDictionary()
 
 
 class SSRPipelineMixin:
@@ -150,7 +155,7 @@ class SSRPipelineMixin:
             with alone_in_unet(self.unet):
                 return stock_call(*args, **kwargs)
 
-        self._check_ssr_loaded()
+        self._check_ssr_loaded(encoding=subject is None)
         scale = self._ssr_scale if subject_scale is None else subject_scale
         layer_scales = self._layer_scales("subject_scale", scale)
         window = _check_window(subject_start, subject_end)
@@ -273,8 +278,9 @@ class SSRPipelineMixin:
             scales = [number if subject.scale is None else subject.scale for subject in subjects]
             alone = len(subjects) == 1
             row_scales.append(0.0 if each is None else scales[0] if alone else 1.0)
-            rows.append([s.embeds if alone else s.embeds * scale for s, scale in zip(subjects, scales, strict=True)])
-            negative_rows.append([subject.negative_embeds for subject in subjects])
+            embeds = [subject.embeds.to(device) for subject in subjects]
+            rows.append(embeds if alone else [e * scale for e, scale in zip(embeds, scales, strict=True)])
+            negative_rows.append([subject.negative_embeds.to(device) for subject in subjects])
         branches = ["positive"]
         if do_classifier_free_guidance:
             branches = ["negative", "positive"]
@@ -290,7 +296,7 @@ class SSRPipelineMixin:
                 F.pad(torch.cat(row, dim=1), (0, 0, 0, longest - sum(each)))
                 for row, each in zip(rows, lengths, strict=True)
             ]
-        ).to(device, self.ssr_encoder.dtype)
+        ).to(self.ssr_encoder.dtype)
         request.tokens = embeds
         # offloading moves the weights only when they are used
         projected = self.ssr_encoder.project(embeds)
@@ -361,30 +367,39 @@ class SSRPipelineMixin:
     def _encode_subjects(
         self, subject_image, subject_query, subject_mask, mask_weight: float, resize_mode: str
     ) -> list[SubjectEmbeds]:
-        """Encode each (picture, query, mask), each picture once."""
+        """Encode each (picture, query, mask), each picture once, and not those that the cache holds."""
         references = _check_references(subject_image, subject_query, subject_mask)
         check_scale("mask_weight", mask_weight)
         check_resize_mode(resize_mode)
         processor, vision, encoder = self.ssr_image_processor, self.ssr_image_encoder, self.ssr_encoder
-        pixels = {id(image): preprocess(picture, processor, resize_mode) for image, picture, _, _ in references}
-        place = {key: index + 1 for index, key in enumerate(pixels)}
-
         device = self._execution_device
-        # the unconditional branch sees the empty query on zeros after normalisation (section 3.3)
-        pixels = torch.cat([torch.zeros_like(next(iter(pixels.values()))), *pixels.values()])
-        hidden_states = vision(pixels.to(device, vision.dtype), output_hidden_states=True).hidden_states
-        levels = torch.stack([hidden_states[level] for level in encoder.config.image_levels]).to(encoder.dtype)
         query_states = self._encode_queries(["", *(query for *_, query, _ in references)], device)
-
         fingerprint = encoder.fingerprint(device)
-        encoded = []
-        for index, (image, _, query, mask) in enumerate(references):
-            if mask is not None:
-                mask = preprocess_mask(mask, processor, resize_mode).to(device).expand(2, -1, -1, -1)
-            embeds = encoder(query_states[[0, index + 1]], levels[:, [0, place[id(image)]]], mask, mask_weight)
-            subject = Subject(embeds[1:], embeds[:1], query)
-            encoded.append(SubjectEmbeds((subject,), fingerprint))
-        return encoded
+        weights = version(vision), digest(fingerprint), encoder.dtype
+        pixels = {id(image): preprocess(picture, processor, resize_mode) for image, picture, _, _ in references}
+        digests = {key: digest(each) for key, each in pixels.items()}
+        masks = [None if m is None else preprocess_mask(m, processor, resize_mode) for *_, m in references]
+        keys = [
+            (digests[id(image)], digest(query_states[[0, index + 1]]), digest(mask), mask_weight, *weights)
+            for index, ((image, *_), mask) in enumerate(zip(references, masks, strict=True))
+        ]
+        cache = _caches.setdefault(encoder, SubjectCache())
+        subjects = {key: cache.get(key) for key in keys}
+
+        missing = {id(image): None for (image, *_), key in zip(references, keys, strict=True) if subjects[key] is None}
+        place = {key: index + 1 for index, key in enumerate(missing)}
+        if missing:
+            # the unconditional branch sees the empty query on zeros after normalisation (section 3.3)
+            batch = [torch.zeros_like(next(iter(pixels.values()))), *(pixels[key] for key in missing)]
+            hidden_states = vision(torch.cat(batch).to(device, vision.dtype), output_hidden_states=True).hidden_states
+            levels = torch.stack([hidden_states[level] for level in encoder.config.image_levels]).to(encoder.dtype)
+        for index, ((image, _, query, _), mask, key) in enumerate(zip(references, masks, keys, strict=True)):
+            if subjects[key] is None:
+                mask = None if mask is None else mask.to(device).expand(2, -1, -1, -1)
+                embeds = encoder(query_states[[0, index + 1]], levels[:, [0, place[id(image)]]], mask, mask_weight)
+                subjects[key] = Subject(embeds[1:], embeds[:1], query)
+                cache.keep(key, subjects[key])
+        return [SubjectEmbeds((subjects[key],), fingerprint) for key in keys]
 
     def _encode_queries(self, queries: list[str], device) -> torch.Tensor:
         """Text hidden states of the queries, through the pipeline's own text encoder as a prompt's."""
@@ -515,6 +530,28 @@ class SSRPipelineMixin:
         self.register_modules(**dict.fromkeys(COMPONENTS))
         self._ssr_scale = DEFAULT_SCALE
 
+    def drop_ssr_encoders(self) -> None:
+        r"""
+        Free the memory of the vision encoder and of the part of the SSR-Encoder that reads pictures. Subjects that are
+        encoded already, or loaded from a file, are drawn as before; to encode another one, call `load_ssr` again. Other
+        pipelines that share the encoders keep them.
+
+        Raises:
+            `ValueError`: if no SSR-Encoder is loaded.
+
+        Example:
+
+        ```py
+        >>> cat = pipe.encode_subject(photo, query="cat")
+        >>> pipe.drop_ssr_encoders()
+        >>> image = pipe("a cat on the beach", subject=cat).images[0]
+        ```
+        """
+        self._check_ssr_loaded(encoding=False)
+        self.register_modules(
+            ssr_encoder=self.ssr_encoder.layers_alone(), ssr_image_encoder=None, ssr_image_processor=None
+        )
+
     def set_ssr_scale(self, scale: float | dict) -> None:
         r"""
         Set how strongly subjects act in calls that do not say it themselves.
@@ -571,10 +608,15 @@ class SSRPipelineMixin:
         ours = {name: getattr(pipeline, name) for name in COMPONENTS if getattr(pipeline, name, None) is not None}
         return super().from_pipe(pipeline, **{**ours, **kwargs})
 
-    def _check_ssr_loaded(self):
-        if self.ssr_encoder is None or self.ssr_image_encoder is None:
+    def _check_ssr_loaded(self, encoding: bool = True):
+        """`encoding` needs all of it; a subject that is encoded already needs only the layers' keys and values."""
+        if self.ssr_encoder is None:
             raise ValueError("There is no SSR-Encoder in this pipeline yet: call `load_ssr` before drawing a subject.")
-        if self.ssr_image_processor is None:
+        if encoding and (self.ssr_image_encoder is None or not self.ssr_encoder.config.image_levels):
+            raise ValueError(
+                "The encoders of this pipeline are not loaded, or were dropped: call `load_ssr` before encoding a subject."
+            )
+        if encoding and self.ssr_image_processor is None:
             self.register_modules(ssr_image_processor=_image_processor_for(self.ssr_image_encoder))
         self._check_ssr_fits(self.ssr_encoder, self.ssr_image_encoder)
         controlnet = getattr(self, "controlnet", None)
@@ -593,12 +635,12 @@ class SSRPipelineMixin:
                 f"`ssr_encoder` was made for a text encoder of width {config.cross_attention_dim}, but this pipeline's"
                 f" has {text_width}: SSR-Encoder needs Stable Diffusion 1.5's."
             )
-        if image_encoder.config.hidden_size != config.vision_hidden_size:
+        if image_encoder is not None and image_encoder.config.hidden_size != config.vision_hidden_size:
             raise ValueError(
                 f"`ssr_encoder` reads hidden states of width {config.vision_hidden_size}, but the image encoder's are"
                 f" {image_encoder.config.hidden_size} wide."
             )
-        if image_encoder.config.num_hidden_layers < max(config.image_levels):
+        if image_encoder is not None and image_encoder.config.num_hidden_layers < max(config.image_levels, default=0):
             raise ValueError(
                 f"`ssr_encoder` reads levels {tuple(config.image_levels)}, but the image encoder has only"
                 f" {image_encoder.config.num_hidden_layers} layers."

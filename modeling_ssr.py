@@ -91,6 +91,8 @@ class SSREncoder(ModelMixin, ConfigMixin):
         self.to_out = nn.ModuleList(nn.Linear(inner_dim, cross_attention_dim, bias=False) for _ in image_levels)
         self.norm = nn.LayerNorm(cross_attention_dim)
 
+        # of the whole encoder, where this one is its layers alone
+        self.known_fingerprint: torch.Tensor | None = None
         # by name, since a saved config's order is the alphabet's
         self.layers = nn.ModuleDict(
             {
@@ -197,6 +199,29 @@ class SSREncoder(ModelMixin, ConfigMixin):
         layers = (self.layers[_module_name(name)] for name in self.config.attention_layers)
         return [(layer["to_k"](subject_embeds), layer["to_v"](subject_embeds)) for layer in layers]
 
+    def layers_alone(self) -> "SSREncoder":
+        r"""
+        The part that draws a subject, without the part that reads pictures.
+
+        Returns:
+            [`SSREncoder`] with this one's keys and values, the very same weights, and without levels: it projects subject
+            embeddings, but makes none.
+
+        Example:
+
+        ```py
+        >>> encoder.layers_alone().project(subject_embeds)
+        ```
+        """
+        config = self.config
+        alone = type(self)(config.cross_attention_dim, config.vision_hidden_size, 1, 1, (), {})
+        for module in (alone.to_q, alone.to_k, alone.norm):
+            module.to(self.device, self.dtype)
+        alone.layers = self.layers
+        alone.register_to_config(attention_layers=dict(config.attention_layers))
+        alone.known_fingerprint = self.fingerprint()
+        return alone.eval()
+
     @torch.no_grad()
     def fingerprint(self, device: torch.device | None = None) -> torch.Tensor:
         r"""
@@ -210,6 +235,8 @@ class SSREncoder(ModelMixin, ConfigMixin):
         Returns:
             `torch.Tensor` of shape `(num_levels + 1, 8)`, float32 on the CPU.
         """
+        if self.known_fingerprint is not None:
+            return self.known_fingerprint
         config = self.config
 
         def fixed(*shape: int) -> torch.Tensor:

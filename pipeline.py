@@ -10,4 +10,5 @@ from .image_processing_ssr import preprocess  # noqa: F401
 from .mixin_ssr import SSRPipelineMixin  # noqa: F401
 from .modeling_ssr import SSREncoder  # noqa: F401
 from .pipeline_ssr import StableDiffusionSSRPipeline  # noqa: F401
+from .subject_cache import SubjectCache  # noqa: F401
 from .subject_embeds import SubjectEmbeds  # noqa: F401

@@ -7,6 +7,7 @@ from .attention_processors import SSRAttnProcessor2_0  # noqa: F401
 from .image_processing_ssr import preprocess  # noqa: F401
 from .mixin_ssr import SSRPipelineMixin
 from .modeling_ssr import SSREncoder  # noqa: F401
+from .subject_cache import SubjectCache  # noqa: F401
 from .subject_embeds import SubjectEmbeds  # noqa: F401
 
 

@@ -167,7 +167,7 @@ def test_installed_package(saved, tmp_path_factory, editable):
     assert done.returncode == 0, done.stderr
     load = """
 import diffusers_ssr
-from test_chains import make_controlnet, make_motion_adapter
+from diffusers_ssr import StableDiffusionSSRPipeline
 assert (SOURCE in diffusers_ssr.__file__) == EDITABLE, diffusers_ssr.__file__
 pipe = StableDiffusionSSRPipeline.from_pretrained("base")
 pipe.load_ssr("ssr")

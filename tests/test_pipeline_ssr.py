@@ -270,9 +270,9 @@ SUBJECT = SubjectEmbeds((Subject(torch.zeros(1, 6, 32), torch.zeros(1, 6, 32)),)
     ],
 )
 def test_bad_input_is_refused_before_any_step(pipe, arguments, message):
-    state = snapshot(pipe.unet)
     calls = []
     pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    state = snapshot(pipe.unet)
     with pytest.raises(ValueError, match=message):
         pipe(**call_args(**arguments))
     assert not calls and snapshot(pipe.unet) == state

@@ -6,6 +6,7 @@ import torch
 from conftest import UNET_LAYERS, call_args, make_picture, make_ssr_encoder
 from diffusers import HeunDiscreteScheduler
 from diffusers.callbacks import PipelineCallback
+from diffusers_ssr import StableDiffusionSSRPipeline, SubjectEmbeds
 from PIL import Image
 from test_attention_processors import snapshot
 from test_pipeline_ssr import stock_of, subject_args
@@ -276,8 +277,8 @@ PAIR = [make_picture(1), make_picture(2)]
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_before_any_step(pipe, arguments, message):
-    state = snapshot(pipe.unet)
     calls = count_forwards(pipe.unet)
+    state = snapshot(pipe.unet)
     with pytest.raises(ValueError, match=message):
         pipe(**call_args(**arguments))
     assert not calls and snapshot(pipe.unet) == state
@@ -288,3 +289,65 @@ def test_a_subject_of_another_encoder_is_refused(pipe):
     pipe.register_modules(ssr_encoder=make_ssr_encoder(seed=9))
     with pytest.raises(ValueError, match="`subject` was encoded by another SSR-Encoder"):
         pipe(**call_args(subject=subject))
+
+
+# Encoded once
+
+
+def test_a_subject_is_encoded_once(pipe):
+    """The same picture and query again, in whatever object: no encoder runs. Another picture, query, mask, text encoder or
+    encoder: it does."""
+    seen = count_forwards(pipe.ssr_image_encoder)
+    expected = pipe(**subject_args()).images
+    assert len(seen) == 1
+    assert np.array_equal(pipe(**subject_args(subject_image=np.asarray(make_picture()))).images, expected)
+    other = StableDiffusionSSRPipeline.from_pipe(pipe)
+    first = other.encode_subject(make_picture(), "cat").subjects[0].embeds
+    assert len(seen) == 1
+    for changed in (
+        {"image": make_picture(5)}, {"query": "dog"}, {"mask": MASK}, {"mask": MASK, "mask_weight": 2.0},
+        {"resize_mode": "crop"},
+    ):  # fmt: skip
+        before = len(seen)
+        embeds = pipe.encode_subject(**{"image": make_picture(), "query": "cat", **changed}).subjects[0].embeds
+        assert len(seen) == before + 1 and (embeds - first).abs().max() > 1e-4, changed
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "ssr_image_encoder", "ssr_encoder"])
+def test_changed_weights_encode_anew(pipe, part):
+    before = pipe.encode_subject(make_picture(), "cat").subjects[0].embeds
+    with torch.no_grad():
+        for parameter in getattr(pipe, part).parameters():
+            parameter.mul_(1.3).add_(0.01)
+    after = pipe.encode_subject(make_picture(), "cat").subjects[0].embeds
+    assert (before - after).abs().max() > 1e-3
+
+
+def test_the_cache_does_not_grow_without_end(pipe):
+    from diffusers_ssr.mixin_ssr import _caches
+
+    for seed in range(20):
+        pipe.encode_subject(make_picture(seed), "cat")
+    assert len(_caches[pipe.ssr_encoder].entries) == 16
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+def test_the_encoders_can_be_dropped(pipe, tmp_path, from_file):
+    subject = pipe.encode_subject(make_picture(), "cat").scaled(0.9)
+    expected = pipe(**call_args(subject=subject)).images
+    other = StableDiffusionSSRPipeline.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    full = sum(parameter.numel() for parameter in pipe.ssr_encoder.parameters())
+    pipe.drop_ssr_encoders()
+    assert pipe.ssr_image_encoder is None
+    assert sum(parameter.numel() for parameter in pipe.ssr_encoder.parameters()) < full
+    if from_file:
+        subject.save(tmp_path / "cat.safetensors")
+        subject = SubjectEmbeds.load(tmp_path / "cat.safetensors")
+    assert np.array_equal(pipe(**call_args(subject=subject)).images, expected)
+    with pytest.raises(ValueError, match="call `load_ssr`"):
+        pipe.encode_subject(make_picture(), "cat")
+    with pytest.raises(ValueError, match="another SSR-Encoder"):
+        stranger = StableDiffusionSSRPipeline.from_pipe(other, ssr_encoder=make_ssr_encoder(seed=9))
+        pipe(**call_args(subject=stranger.encode_subject(make_picture(), "cat")))
+    assert np.array_equal(other(**subject_args(subject_scale=0.9)).images, expected)
