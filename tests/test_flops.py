@@ -1,0 +1,64 @@
+"""What a subject costs a step, at SD 1.5's full size on the meta device: counted, not timed, so the same on every machine."""
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel, UNetMotionModel
+from diffusers_ssr import SSREncoder
+from diffusers_ssr.attention_processors import SubjectConditions, subject_in_unet
+from torch.utils.flop_counter import FlopCounterMode
+
+
+TOKENS = 6 * 77
+
+
+def count(function) -> int:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+@pytest.fixture(scope="module")
+def models():
+    with torch.device("meta"):
+        return UNet2DConditionModel(sample_size=64, cross_attention_dim=768).eval(), SSREncoder()
+
+
+def step(unet, batch_size: int = 1, frames: int | None = None, conditions: SubjectConditions | None = None) -> int:
+    shape = (batch_size, 4, 64, 64) if frames is None else (batch_size, 4, frames, 64, 64)
+    sample, text = torch.empty(shape, device="meta"), torch.empty(batch_size * (frames or 1), 77, 768, device="meta")
+    extra = {} if conditions is None else {"added_cond_kwargs": {"image_embeds": conditions.as_image_embeds()}}
+    return count(lambda: unet(sample, torch.empty((), dtype=torch.long, device="meta"), text, **extra))
+
+
+def conditions_of(encoder, batch_size: int, subjects: int) -> SubjectConditions:
+    with torch.no_grad():
+        return SubjectConditions(encoder.project(torch.empty(batch_size, subjects * TOKENS, 768, device="meta")))
+
+
+@pytest.mark.parametrize("subjects,most", [(1, 1.027), (3, 1.080)])
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_flops_of_a_step(models, subjects, most, batch_size):
+    unet, encoder = models
+    stock = step(unet, batch_size)
+    assert abs(stock / batch_size - 803.3e9) < 0.1e9
+    conditions = conditions_of(encoder, batch_size, subjects)
+    with subject_in_unet(unet, encoder.config.attention_layers) as projection:
+        assert 1 < step(unet, batch_size, conditions=conditions) / stock <= most
+        projection.active = False
+        assert step(unet, batch_size, conditions=conditions) == stock
+    assert step(unet, batch_size) == stock
+
+
+def test_flops_of_a_video(models):
+    """Attention grows with the frames, as the picture does; nothing is projected in a step, for however many frames."""
+    _, encoder = models
+    with torch.device("meta"):
+        unet = UNetMotionModel(sample_size=64, cross_attention_dim=768, motion_num_attention_heads=8).eval()
+    conditions = conditions_of(encoder, 1, 1)
+    added = []
+    for frames in (1, 4):
+        stock = step(unet, 1, frames)
+        with subject_in_unet(unet, encoder.config.attention_layers):
+            added.append(step(unet, 1, frames, conditions) - stock)
+    assert added[1] == 4 * added[0]
+    assert added[0] / 803.3e9 <= 0.027
