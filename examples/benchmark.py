@@ -1,30 +1,45 @@
-"""What a subject costs: the stock pipeline and the SSR pipeline, alternating in one run.
+"""What a subject costs a step: the stock pipeline, this one, the released recipe and an IP-Adapter-Plus, taking turns.
 
-FLOPs are counted with PyTorch's FlopCounterMode on the math attention kernel, for one sample and step, so that they do not
-depend on the machine. Seconds do; only their ratio says something.
+FLOPs are counted with PyTorch's FlopCounterMode on the meta device, one sample and step, so they do not depend on the
+machine. Seconds do: only their ratios within one run say something. Weights are random, except for the pocket's.
 """
 
 import argparse
+import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+import torch.nn.functional as F
+from diffusers import (
+    AnimateDiffPipeline,
+    AutoencoderKL,
+    DDIMScheduler,
+    MotionAdapter,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNetMotionModel,
+)
+from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from diffusers.utils import logging
-from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline
+from diffusers_ssr import AnimateDiffSSRPipeline, SSREncoder, StableDiffusionSSRPipeline
+from diffusers_ssr.attention_processors import SubjectConditions, subject_in_unet
 from PIL import Image
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModel
 
 
 POCKET = Path(__file__).resolve().parent.parent / "pocket"
+IP_TOKENS = 16
+METHODS = ("stock", "ssr", "released", "ip_adapter_plus")
 
 
-def random_model(make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+def random_model(make: Callable[[], nn.Module]) -> nn.Module:
     """A large model with weights of a usual size, all cut out of one random vector: drawing each would take minutes."""
     with torch.device("meta"):
         model = make()
@@ -76,15 +91,264 @@ def pocket_pipeline() -> StableDiffusionSSRPipeline:
     return pipe
 
 
-def count_flops(draw: Callable[[int], None], batch_size: int) -> tuple[float, float]:
-    """FLOPs of one sample and step, and those once a call."""
-    totals = []
-    for steps in (1, 2):
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            draw(steps)
-        totals.append(counter.get_total_flops())
-    step = totals[1] - totals[0]
-    return step / batch_size, (totals[0] - step) / batch_size
+def motion_adapter(unet: UNet2DConditionModel) -> MotionAdapter:
+    """AnimateDiff's, of a UNet's sizes."""
+    config = unet.config
+    return MotionAdapter(
+        block_out_channels=tuple(config.block_out_channels), motion_layers_per_block=config.layers_per_block
+    )
+
+
+# The rivals
+
+
+class ReleasedAttnProcessor:
+    """The released recipe for one subject: its tokens behind the text's, projected to keys and values at every step."""
+
+    def __init__(self, to_k: nn.Module, to_v: nn.Module, num_subject_tokens: int, scale: float = 0.65):
+        self.to_k = to_k
+        self.to_v = to_v
+        self.num_subject_tokens = num_subject_tokens
+        self.scale = scale
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, **kwargs):
+        text, subject = encoder_hidden_states.tensor_split([-self.num_subject_tokens], dim=1)
+
+        def heads(states):
+            return states.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+        query = heads(attn.to_q(hidden_states))
+        found = F.scaled_dot_product_attention(query, heads(attn.to_k(text)), heads(attn.to_v(text)))
+        of_subject = F.scaled_dot_product_attention(query, heads(self.to_k(subject)), heads(self.to_v(subject)))
+        return attn.to_out[0]((found + self.scale * of_subject).transpose(1, 2).flatten(2))
+
+
+@contextmanager
+def processors(unet: nn.Module, make: Callable[[str, nn.Module], object]) -> Iterator[None]:
+    """Other processors in the cross-attention layers, for a while."""
+    own = dict(unet.attn_processors)
+    names = [name.removesuffix(".processor") for name in own if name.endswith("attn2.processor")]
+    names = [name for name in names if "motion_modules" not in name]
+    ours = {f"{name}.processor": make(name, unet.get_submodule(name)) for name in names}
+    unet.set_attn_processor({**own, **ours})
+    try:
+        yield
+    finally:
+        unet.set_attn_processor(own)
+
+
+@contextmanager
+def released(unet: nn.Module, encoder: SSREncoder, num_subject_tokens: int) -> Iterator[None]:
+    """The released recipe in a UNet."""
+
+    def make(name, attn):
+        pair = encoder.layers[name.replace(".", "_")]
+        return ReleasedAttnProcessor(pair["to_k"], pair["to_v"], num_subject_tokens)
+
+    with processors(unet, make):
+        yield
+
+
+@contextmanager
+def ip_adapter_plus(unet: nn.Module) -> Iterator[None]:
+    """An IP-Adapter of 16 ready tokens in a UNet."""
+
+    def make(name, attn):
+        parameter = attn.to_k.weight
+        with torch.device(parameter.device):
+            return IPAdapterAttnProcessor2_0(attn.inner_dim, attn.cross_attention_dim, (IP_TOKENS,)).to(
+                parameter.dtype
+            )
+
+    kind = unet.config.encoder_hid_dim_type
+    with processors(unet, make):
+        unet.encoder_hid_proj, unet.config.encoder_hid_dim_type = nn.Identity(), "ip_image_proj"
+        try:
+            yield
+        finally:
+            unet.encoder_hid_proj, unet.config.encoder_hid_dim_type = None, kind
+
+
+# FLOPs
+
+
+def count_flops(pipe, method: str, size: int, subjects: int = 1, frames: int = 0) -> dict[str, float]:
+    """FLOPs of one sample and step, and those once a call, on the meta device; a frame of a video is a sample."""
+    latent = size // pipe.vae_scale_factor
+    width, length = pipe.ssr_encoder.config.cross_attention_dim, pipe.tokenizer.model_max_length
+    tokens = subjects * len(pipe.ssr_encoder.config.image_levels) * length
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(pipe.unet.config).eval()
+        if frames:
+            unet = UNetMotionModel.from_unet2d(unet, motion_adapter(unet)).eval()
+        encoder = SSREncoder.from_config(pipe.ssr_encoder.config)
+        channels = unet.config.in_channels
+        sample = torch.empty(1, channels, *([frames] if frames else []), latent, latent)
+        text, timestep = torch.empty(max(frames, 1), length, width), torch.empty((), dtype=torch.long)
+        subject_embeds = torch.empty(1, tokens, width)
+
+    def counted(function) -> float:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            function()
+        return counter.get_total_flops()
+
+    def step(text=text, **image_embeds) -> float:
+        return counted(lambda: unet(sample, timestep, text, added_cond_kwargs=image_embeds)) / max(frames, 1)
+
+    once = 0.0
+    if method == "stock":
+        flops = step()
+    elif method == "released":
+        with released(unet, encoder, tokens):
+            flops = step(torch.cat([text, subject_embeds.expand(len(text), -1, -1)], dim=1))
+    elif method == "ip_adapter_plus":
+        with ip_adapter_plus(unet), torch.device("meta"):
+            flops = step(image_embeds=[torch.empty(1, 1, IP_TOKENS, width)])
+    else:
+        once = counted(lambda: encoder.project(subject_embeds))
+        with torch.no_grad():
+            conditions = SubjectConditions(encoder.project(subject_embeds))
+        with subject_in_unet(unet, encoder.config.attention_layers):
+            flops = step(image_embeds=conditions.as_image_embeds())
+    return {"step": flops, "once": once}
+
+
+# Seconds
+
+
+def make_draws(pipe: StableDiffusionSSRPipeline, args: argparse.Namespace) -> tuple[dict[str, Callable], float]:
+    """For each method a function that draws `steps` steps, and the seconds to encode one subject."""
+    device = pipe.device
+    arguments = {"height": args.size, "width": args.size, "output_type": "latent"}
+    if args.frames:
+        adapter = random_model(lambda: motion_adapter(pipe.unet)).to(device)
+        pipe = AnimateDiffSSRPipeline.from_pipe(pipe, motion_adapter=adapter)
+        stock = AnimateDiffPipeline.from_pipe(pipe)
+        arguments["num_frames"] = args.frames
+    else:
+        stock = StableDiffusionPipeline.from_pipe(pipe)
+    for each in (pipe, stock):
+        each.set_progress_bar_config(disable=True)
+
+    pictures = [Image.effect_noise((256, 256), 20 + index) for index in range(args.batch_size * args.subjects)]
+    started = time.perf_counter()
+    encoded = [pipe.encode_subject(picture, query="cat") for picture in pictures]
+    encode_seconds = (time.perf_counter() - started) / len(encoded)
+    subjects = [sum(encoded[i :: args.batch_size][1:], encoded[i]) for i in range(args.batch_size)]
+    embeds, negative = pipe.encode_prompt(["a cat on the beach"] * args.batch_size, device, 1, True)
+    rows = [[torch.cat([getattr(s, part) for s in each.subjects], dim=1) for each in subjects]
+            for part in ("embeds", "negative_embeds")]  # fmt: skip
+    tokens = rows[0][0].shape[1]
+    ip_tokens = torch.zeros(2 * args.batch_size, 1, IP_TOKENS, embeds.shape[-1], device=device, dtype=embeds.dtype)
+
+    @contextmanager
+    def nothing():
+        yield
+
+    def drawing(pipeline, inside, embeds=embeds, negative=negative, **kwargs):
+        def draw(steps, callback=None):
+            with inside():
+                pipeline(
+                    prompt_embeds=embeds, negative_prompt_embeds=negative, num_inference_steps=steps,
+                    generator=torch.Generator().manual_seed(0), callback_on_step_end=callback, **arguments, **kwargs,
+                )  # fmt: skip
+
+        return draw
+
+    draws = {
+        "stock": drawing(stock, nothing),
+        "ssr": drawing(pipe, nothing, subject=subjects),
+        "released": drawing(
+            stock, lambda: released(stock.unet, pipe.ssr_encoder, tokens),
+            *(torch.cat([text, torch.cat(row)], dim=1) for text, row in zip((embeds, negative), rows, strict=True)),
+        ),
+        "ip_adapter_plus": drawing(
+            stock, lambda: ip_adapter_plus(stock.unet), ip_adapter_image_embeds=[ip_tokens]
+        ),
+    }  # fmt: skip
+    return {name: draws[name] for name in args.methods}, encode_seconds
+
+
+def time_draws(draws: dict[str, Callable], args: argparse.Namespace, device: torch.device) -> dict[str, dict]:
+    """Seconds of each step, the methods taking turns, and on a GPU each one's peak of memory."""
+    on_gpu = device.type == "cuda"
+    result = {name: {"seconds": [], "peak_bytes": 0} for name in draws}
+    marks = []
+
+    def mark(*_):
+        if on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            marks.append(event)
+        else:
+            marks.append(time.perf_counter())
+        return {}
+
+    bar = tqdm(total=(args.rounds + on_gpu) * len(draws), desc="runs")
+    for turn in range(args.rounds + on_gpu):
+        for name, draw in draws.items():
+            marks.clear()
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+            # the first step also prepares the call, so it only starts the clock
+            draw(args.steps + 1, mark)
+            if on_gpu:
+                torch.cuda.synchronize()
+            pairs = zip(marks, marks[1:], strict=False)
+            seconds = [a.elapsed_time(b) / 1000 if on_gpu else b - a for a, b in pairs]
+            # on a GPU the first turn warms up
+            if turn or not on_gpu:
+                result[name]["seconds"] += seconds
+            if on_gpu:
+                result[name]["peak_bytes"] = max(result[name]["peak_bytes"], torch.cuda.max_memory_allocated())
+            bar.update()
+    bar.close()
+    return result
+
+
+def plot(pipe, size: int, file: Path) -> None:
+    """FLOPs above stock against the number of subjects, and of frames."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for axis, (what, numbers) in zip(axes, (("subjects", (1, 2, 3, 4)), ("frames", (1, 4, 8, 16))), strict=True):
+        for method in ("ssr", "released", "ip_adapter_plus"):
+            ratios = []
+            for number in numbers:
+                counts = {"subjects": number} if what == "subjects" else {"frames": number}
+                stock = count_flops(pipe, "stock", size, **counts)["step"]
+                ratios.append(100 * (count_flops(pipe, method, size, **counts)["step"] / stock - 1))
+            axis.plot(numbers, ratios, marker="o", label=method)
+        axis.set_xlabel(f"number of {what}")
+        axis.set_xticks(numbers)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("FLOPs a step above stock, %")
+    axes[0].set_ylim(bottom=0)
+    axes[0].legend()
+    figure.tight_layout()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)
+
+
+def report(results: dict, args: argparse.Namespace) -> str:
+    """The results as a table in Markdown."""
+    lines = [
+        "| | GFLOP a sample and step | of stock | once a call | seconds a step | of stock | peak memory above stock |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    stock = results["methods"]["stock"]
+    for name, each in results["methods"].items():
+        seconds = memory = ratio = "-"
+        if each.get("seconds"):
+            seconds = f"{each['seconds']:.3f}"
+            ratio = f"{each['seconds'] / stock['seconds']:.3f}"
+        if each.get("peak_bytes"):
+            memory = f"{(each['peak_bytes'] - stock['peak_bytes']) / 2**20:.0f} MiB"
+        lines.append(
+            f"| {name} | {each['step'] / 1e9:.1f} | {each['step'] / stock['step']:.4f} | {each['once'] / 1e9:.1f} |"
+            f" {seconds} | {ratio} | {memory} |"
+        )
+    return "\n".join(lines)
 
 
 def main():
@@ -92,62 +356,45 @@ def main():
     parser.add_argument("--preset", choices=("sd15", "pocket"), default="sd15")
     parser.add_argument("--size", type=int, default=512, help="of the picture, in pixels")
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--batch_size", type=int, default=1, help="prompts in a call, each with a subject of its own")
-    parser.add_argument("--rounds", type=int, default=3, help="how often stock and SSR take turns")
+    parser.add_argument("--batch_size", type=int, default=1, help="prompts in a call, each with subjects of its own")
+    parser.add_argument("--subjects", type=int, default=1, help="in each picture")
+    parser.add_argument("--frames", type=int, default=0, help="of a video, through AnimateDiff; 0 draws pictures")
+    parser.add_argument("--rounds", type=int, default=3, help="how often the methods take turns")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    parser.add_argument("--count_only", action="store_true", help="FLOPs alone, which takes seconds")
+    parser.add_argument("--json", type=Path, help="write the results there, too")
+    parser.add_argument("--plot", type=Path, help="draw FLOPs against the number of subjects and of frames")
     args = parser.parse_args()
+    args.methods = ["stock", *(name for name in args.methods if name != "stock")]
     logging.set_verbosity_error()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = (sd15_pipeline() if args.preset == "sd15" else pocket_pipeline()).to(device)
-    pipe.set_progress_bar_config(disable=True)
-    stock = StableDiffusionPipeline.from_pipe(pipe)
-    stock.set_progress_bar_config(disable=True)
-    subjects = [
-        pipe.encode_subject(Image.effect_noise((256, 256), 20 + index), query="cat")
-        for index in range(args.batch_size)
-    ]
-    prompts = ["a cat on the beach"] * args.batch_size
-    prompt_embeds, negative_prompt_embeds = pipe.encode_prompt(prompts, device, 1, True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pipe = sd15_pipeline() if args.preset == "sd15" else pocket_pipeline()
 
-    def drawing(pipeline, **kwargs):
-        def draw(steps, callback=None):
-            pipeline(
-                prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds, height=args.size,
-                width=args.size, num_inference_steps=steps, generator=torch.Generator().manual_seed(0),
-                output_type="latent", callback_on_step_end=callback, **kwargs,
-            )  # fmt: skip
-
-        return draw
-
-    draws = {"stock": drawing(stock), "SSR": drawing(pipe, subject=subjects)}
-    seconds = {name: [] for name in draws}
-    marks = []
-
-    def mark(*_):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        marks.append(time.perf_counter())
-        return {}
-
-    bar = tqdm(total=args.rounds * len(draws), desc="runs")
-    for _ in range(args.rounds):
-        for name, draw in draws.items():
-            marks.clear()
-            # the first step also prepares the call, so it only starts the clock
-            draw(args.steps + 1, mark)
-            seconds[name] += [after - before for before, after in zip(marks, marks[1:], strict=False)]
-            bar.update()
-    bar.close()
-
-    flops = {name: count_flops(draw, batch_size=2 * args.batch_size) for name, draw in draws.items()}
-    print(f"{args.preset}, {args.size} px, {args.batch_size} picture(s) with guidance, on {device}:")
-    for name in draws:
-        step, once = flops[name]
-        print(
-            f"  {name:5s}  {statistics.median(seconds[name]):8.3f} s a step  {step / 1e9:8.1f} GFLOP a sample and step"
-            f"  {once / 1e9:6.1f} once a call"
-        )
-    time_ratio = statistics.median(seconds["SSR"]) / statistics.median(seconds["stock"])
-    print(f"  ratio  {time_ratio:8.3f}             {flops['SSR'][0] / flops['stock'][0]:8.4f}")
+    counted = {name: count_flops(pipe, name, args.size, args.subjects, args.frames) for name in args.methods}
+    results = {"settings": {**vars(args), "device": str(device)}, "methods": counted}
+    if not args.count_only:
+        if device.type == "cuda":
+            results["settings"]["device"] = torch.cuda.get_device_name()
+        pipe.to(device, getattr(torch, args.dtype))
+        draws, results["encode_seconds"] = make_draws(pipe, args)
+        for name, each in time_draws(draws, args, device).items():
+            counted[name].update(seconds=statistics.median(each["seconds"]), peak_bytes=each["peak_bytes"])
+    what = (
+        f"{args.batch_size} picture(s)" if not args.frames else f"{args.batch_size} video(s) of {args.frames} frames"
+    )
+    print(
+        f"{args.preset}, {args.size} px, {what}, {args.subjects} subject(s) each, guidance, {results['settings']['device']}"
+    )
+    print(report(results, args))
+    if "encode_seconds" in results:
+        print(f"encoding one subject: {results['encode_seconds']:.3f} s, once")
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(results, indent=1, default=str) + "\n")
+    if args.plot is not None:
+        plot(pipe, args.size, args.plot)
+        print(f"the plot is in {args.plot}")
 
 
 if __name__ == "__main__":

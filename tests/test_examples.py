@@ -53,10 +53,14 @@ def test_released_files_are_converted(tmp_path):
     assert (tmp_path / "converted" / "ssr_image_processor" / "preprocessor_config.json").exists()
 
 
-def test_benchmark_counts_more_flops_with_a_subject(tmp_path):
-    output = run("benchmark.py", "--preset", "pocket", "--size", 64, "--steps", 2, "--rounds", 1, cwd=tmp_path)
-    ratio = float(output.split("ratio")[1].split()[1])
-    assert 1.0 < ratio < 1.5
+@pytest.mark.parametrize("extra", [(), ("--subjects", 2, "--batch_size", 2), ("--frames", 2)])
+def test_benchmark_compares_the_methods(tmp_path, extra):
+    arguments = ("--preset", "pocket", "--size", 64, "--steps", 1, "--rounds", 1, "--json", "result.json", *extra)
+    output = run("benchmark.py", *arguments, cwd=tmp_path)
+    methods = json.loads((tmp_path / "result.json").read_text())["methods"]
+    assert all(f"| {name} |" in output and each["seconds"] > 0 for name, each in methods.items())
+    flops = {name: each["step"] for name, each in methods.items()}
+    assert flops["stock"] < flops["ip_adapter_plus"] < flops["ssr"] < flops["released"]
 
 
 @pytest.mark.parametrize("script", sorted(file.name for file in (ROOT / "examples" / "pocket").glob("train_*.py")))
