@@ -1,0 +1,108 @@
+"""Samples a second of train_ssr.py against the released recipe, taking turns in one run.
+
+The released recipe computes VAE, vision and text features anew at every step and runs under autograd's anomaly mode; both
+compute the same loss on the same samples. With --preset sd15 the weights are random, at full size.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from benchmark import pocket_pipeline, sd15_pipeline
+from diffusers import DDPMScheduler
+from diffusers_ssr import SSREncoder
+from diffusers_ssr.attention_processors import subject_in_unet
+from diffusers_ssr.image_processing_ssr import preprocess
+from PIL import Image
+from tqdm.auto import tqdm
+from train_ssr import FrozenFeatures, SubjectEncoding, compute_loss, draw
+from training_data import FeatureCache
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--preset", choices=("sd15", "pocket"), default="sd15")
+    parser.add_argument("--size", type=int, default=512, help="of the pictures, in pixels")
+    parser.add_argument("--train_batch_size", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=3, help="in each turn")
+    parser.add_argument("--rounds", type=int, default=3, help="how often the two take turns")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pipe = sd15_pipeline() if args.preset == "sd15" else pocket_pipeline()
+    pipe._check_ssr_loaded()
+    pipe.to(device)
+    encoder: SSREncoder = pipe.ssr_encoder.train()
+    for model in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.ssr_image_encoder):
+        model.requires_grad_(False)
+    settings = argparse.Namespace(
+        prompt_dropout=0.8, subject_dropout=0.05, timestep_bias=1.0, latents="sample", prediction_type=None,
+        consistency_form="released", consistency_weight=0.1, mask_weight=1.0,
+    )  # fmt: skip
+    scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    model = SubjectEncoding(encoder)
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=5e-5)
+
+    samples = []
+    for index in range(args.train_batch_size):
+        picture = Image.effect_noise((args.size, args.size), 30 + index).convert("RGB")
+        pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float() / 127.5 - 1
+        reference = preprocess(picture, pipe.ssr_image_processor)[0]
+        samples.append(
+            {"pixel_values": pixels, "reference_values": reference, "mask": None, "caption": "a cat on the beach",
+             "query": "cat", "digest": f"{index:040x}"}
+        )  # fmt: skip
+
+    with tempfile.TemporaryDirectory() as folder:
+        levels = encoder.config.image_levels
+        cache = FeatureCache(Path(folder), {})
+        anew = FrozenFeatures(pipe, levels, torch.float32, None, "0")
+        cached = FrozenFeatures(pipe, levels, torch.float32, cache, "0")
+
+        def step(frozen: FrozenFeatures, anomaly: bool) -> float:
+            started = time.perf_counter()
+            with (
+                torch.autograd.set_detect_anomaly(anomaly),
+                subject_in_unet(pipe.unet, encoder.config.attention_layers),
+            ):
+                batch = (
+                    samples if frozen.cache is None else [{**s, "features": cache.load(s["digest"])} for s in samples]
+                )
+                features = frozen(batch)
+                drawn = draw(0, 0, len(batch), features["latent_mean"].shape[1:])
+                loss, _ = compute_loss(model, frozen, features, drawn, scheduler, settings)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            return time.perf_counter() - started
+
+        turns = {
+            "released recipe": (anew, True),
+            "no anomaly mode": (anew, False),
+            "cached features": (cached, False),
+        }
+        seconds = {name: [] for name in turns}
+        bar = tqdm(total=args.rounds * len(turns) * args.steps, desc="steps")
+        for turn in range(args.rounds + 1):
+            for name, (frozen, anomaly) in turns.items():
+                # the first turn fills the cache and is not counted
+                for _ in range(args.steps if turn else 1):
+                    taken = step(frozen, anomaly)
+                    if turn:
+                        seconds[name].append(taken)
+                        bar.update()
+        bar.close()
+    print(f"{args.preset}, {args.size} px, batch of {args.train_batch_size}, on {device}:")
+    slowest = statistics.median(seconds["released recipe"])
+    for name, each in seconds.items():
+        median = statistics.median(each)
+        print(f"  {name:16s} {len(samples) / median:8.3f} samples a second, {slowest / median:.2f} times")
+
+
+if __name__ == "__main__":
+    main()
