@@ -435,11 +435,13 @@ class SSRPipelineMixin:
         processor, vision, encoder = self.ssr_image_processor, self.ssr_image_encoder, self.ssr_encoder
         device = self._execution_device
         pixels = preprocess(picture, processor, resize_mode).to(device, vision.dtype)
-        hidden_states = vision(pixels, output_hidden_states=True).hidden_states[encoder.config.image_levels[-1]]
+        hidden_states = vision(pixels, output_hidden_states=True).hidden_states
+        levels = [hidden_states[level].to(encoder.dtype) for level in encoder.config.image_levels]
         query_states = self._encode_queries([query], device)
         if mask is not None:
             mask = preprocess_mask(mask, processor, resize_mode).to(device)
-        probs = encoder.attention_probs(query_states, hidden_states.to(encoder.dtype), mask, mask_weight)[0].mean(0)
+        _, probs = encoder(query_states, levels, mask, mask_weight, output_attentions=True)
+        probs = probs[0].mean(0)
 
         ids = self.tokenizer(query, truncation=True).input_ids
         own = [i for i, token in enumerate(ids) if token not in self.tokenizer.all_special_ids]
@@ -498,7 +500,7 @@ class SSRPipelineMixin:
                 raise ValueError("`image_encoder` has to be given with an SSREncoder that is already in memory.")
         else:
             encoder = SSREncoder.from_pretrained(
-                pretrained_model_name_or_path, subfolder=subfolder, torch_dtype=self.unet.dtype, **kwargs
+                pretrained_model_name_or_path, subfolder=subfolder, dtype=self.unet.dtype, **kwargs
             )
             if image_encoder is None:
                 image_encoder = CLIPVisionModel.from_pretrained(

@@ -28,6 +28,13 @@ SD15_ATTENTION_LAYERS = {
 }
 
 
+class _Layers(nn.ModuleDict):
+    """The layers' keys and values, with a call of their own: that is where group offloading brings their weights."""
+
+    def forward(self, subject_embeds: torch.Tensor, names: list[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return [(self[name]["to_k"](subject_embeds), self[name]["to_v"](subject_embeds)) for name in names]
+
+
 class SSREncoder(ModelMixin, ConfigMixin):
     r"""
     Turns a query and the hidden states of a picture into subject embeddings, and those into keys and values for the
@@ -65,6 +72,8 @@ class SSREncoder(ModelMixin, ConfigMixin):
     ```
     """
 
+    _group_offload_block_modules = ["layers"]
+
     @register_to_config
     def __init__(
         self,
@@ -94,7 +103,7 @@ class SSREncoder(ModelMixin, ConfigMixin):
         # of the whole encoder, where this one is its layers alone
         self.known_fingerprint: torch.Tensor | None = None
         # by name, since a saved config's order is the alphabet's
-        self.layers = nn.ModuleDict(
+        self.layers = _Layers(
             {
                 _module_name(name): nn.ModuleDict(
                     {part: nn.Linear(cross_attention_dim, width, bias=False) for part in ("to_k", "to_v")}
@@ -103,7 +112,6 @@ class SSREncoder(ModelMixin, ConfigMixin):
             }
         )
 
-    @apply_forward_hook
     def attention_probs(
         self,
         query_hidden_states: torch.Tensor,
@@ -148,7 +156,8 @@ class SSREncoder(ModelMixin, ConfigMixin):
         image_hidden_states: torch.Tensor | Sequence[torch.Tensor],
         mask: torch.Tensor | None = None,
         mask_weight: float = 1.0,
-    ) -> torch.Tensor:
+        output_attentions: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         r"""
         Select the queried subject in a picture and describe it (section 3.2 of the paper, equations 2 to 4).
 
@@ -161,10 +170,12 @@ class SSREncoder(ModelMixin, ConfigMixin):
                 See [`~SSREncoder.attention_probs`].
             mask_weight (`float`, defaults to 1.0):
                 See [`~SSREncoder.attention_probs`].
+            output_attentions (`bool`, defaults to `False`):
+                Whether to return what [`~SSREncoder.attention_probs`] gives as well.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, num_tokens * num_levels, cross_attention_dim)`: the subject
-            embeddings, lowest level first.
+            embeddings, lowest level first; or a tuple of them and the attention.
 
         Raises:
             `ValueError`: if the number of levels is not that of `config.image_levels`.
@@ -180,7 +191,8 @@ class SSREncoder(ModelMixin, ConfigMixin):
         for hidden_states, to_v, to_out in zip(image_hidden_states, self.to_v, self.to_out, strict=True):
             value = to_v(hidden_states).unflatten(-1, (heads, -1)).transpose(1, 2)
             levels.append(to_out((probs @ value).transpose(1, 2).flatten(2)))
-        return self.norm(torch.cat(levels, dim=1))
+        subject_embeds = self.norm(torch.cat(levels, dim=1))
+        return (subject_embeds, probs) if output_attentions else subject_embeds
 
     @apply_forward_hook
     def project(self, subject_embeds: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -196,8 +208,7 @@ class SSREncoder(ModelMixin, ConfigMixin):
             `list` of pairs of `torch.Tensor`, each of shape `(batch_size, num_subject_tokens, width)`: key and value
             for each of `config.attention_layers`, in that order.
         """
-        layers = (self.layers[_module_name(name)] for name in self.config.attention_layers)
-        return [(layer["to_k"](subject_embeds), layer["to_v"](subject_embeds)) for layer in layers]
+        return self.layers(subject_embeds, [_module_name(name) for name in self.config.attention_layers])
 
     def layers_alone(self) -> "SSREncoder":
         r"""

@@ -27,7 +27,7 @@ class StableDiffusionSSRPipeline(SSRPipelineMixin, StableDiffusionPipeline):
     ...     "stable-diffusion-v1-5/stable-diffusion-v1-5",
     ...     custom_pipeline="<owner>/<repo>",
     ...     trust_remote_code=True,
-    ...     torch_dtype=torch.float16,
+    ...     dtype=torch.float16,
     ... ).to("cuda")
     >>> pipe.load_ssr("<owner>/<repo>")
     >>> photo = load_image("cat_and_dog.png")

@@ -25,7 +25,7 @@ class StableDiffusionSSRControlNetPipeline(SSRPipelineMixin, StableDiffusionCont
     >>> from diffusers import ControlNetModel
     >>> from diffusers.utils import load_image
 
-    >>> controlnet = ControlNetModel.from_pretrained("lllyasviel/control_v11p_sd15_canny", torch_dtype=torch.float16)
+    >>> controlnet = ControlNetModel.from_pretrained("lllyasviel/control_v11p_sd15_canny", dtype=torch.float16)
     >>> pipe = StableDiffusionSSRControlNetPipeline.from_pipe(ssr_pipe, controlnet=controlnet.to("cuda"))
     >>> cat = pipe.encode_subject(load_image("cat_and_dog.png"), query="cat")
     >>> image = pipe("a cat on a sofa", image=load_image("edges.png"), subject=cat).images[0]

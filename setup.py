@@ -31,6 +31,7 @@ setup(
             "matplotlib",
             "peft",
             "pytest",
+            "pytest-xdist",
             "ruff",
             "setuptools",
             "tensorboard",

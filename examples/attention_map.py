@@ -22,7 +22,7 @@ def main():
         parser.error("--image and --queries go together")
     logging.set_verbosity_error()
     pipe = DiffusionPipeline.from_pretrained(
-        args.checkpoint, custom_pipeline=str(ROOT), trust_remote_code=True, torch_dtype=torch.float32
+        args.checkpoint, custom_pipeline=str(ROOT), trust_remote_code=True, dtype=torch.float32
     )
     pipe.load_ssr(args.checkpoint)
 

@@ -86,7 +86,7 @@ def sd15_pipeline() -> StableDiffusionSSRPipeline:
 
 
 def pocket_pipeline() -> StableDiffusionSSRPipeline:
-    pipe = StableDiffusionSSRPipeline.from_pretrained(POCKET, torch_dtype=torch.float32)
+    pipe = StableDiffusionSSRPipeline.from_pretrained(POCKET, dtype=torch.float32)
     pipe.load_ssr(POCKET)
     return pipe
 

@@ -59,7 +59,7 @@ def main():
     args = parse_args()
     logging.set_verbosity_error()
     pipe = DiffusionPipeline.from_pretrained(
-        args.checkpoint, custom_pipeline=str(ROOT), trust_remote_code=True, torch_dtype=torch.float32
+        args.checkpoint, custom_pipeline=str(ROOT), trust_remote_code=True, dtype=torch.float32
     )
     pipe.load_ssr(args.checkpoint)
     pipe.set_progress_bar_config(disable=True)

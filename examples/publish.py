@@ -34,11 +34,11 @@ def write_weights(weights: Path, folder: Path, variants: list[str]) -> None:
     # full precision last: its configs are the ones that stay
     for variant in [*variants, None]:
         dtype = torch.float16 if variant == "fp16" else torch.float32
-        encoder = SSREncoder.from_pretrained(weights, subfolder="ssr_encoder", torch_dtype=dtype)
+        encoder = SSREncoder.from_pretrained(weights, subfolder="ssr_encoder", dtype=dtype)
         image_encoder = CLIPVisionModel.from_pretrained(weights, subfolder="ssr_image_encoder", dtype=dtype)
         if whole:
-            pipe = DiffusionPipeline.from_pretrained(weights, torch_dtype=dtype, trust_remote_code=True)
-            pipe = StableDiffusionSSRPipeline.from_pipe(pipe, torch_dtype=dtype)
+            pipe = DiffusionPipeline.from_pretrained(weights, dtype=dtype, trust_remote_code=True)
+            pipe = StableDiffusionSSRPipeline.from_pipe(pipe, dtype=dtype)
             pipe.load_ssr(encoder, image_encoder=image_encoder)
             pipe.save_pretrained(folder, variant=variant)
         else:

@@ -8,6 +8,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "pocket")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# workers that run side by side share the cores, and so do the processes that they start
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(os.cpu_count() // workers, 1)))
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

@@ -73,7 +73,7 @@ def test_the_pocket_draws_the_queried_subject():
     from judge import load_judge
     from world import CATEGORY_NAMES
 
-    pipe = StableDiffusionSSRPipeline.from_pretrained(POCKET, torch_dtype=torch.float32)
+    pipe = StableDiffusionSSRPipeline.from_pretrained(POCKET, dtype=torch.float32)
     pipe.load_ssr(POCKET)
     pipe.set_progress_bar_config(disable=True)
     judge = load_judge(POCKET)

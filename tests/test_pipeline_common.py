@@ -5,10 +5,13 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from conftest import call_args, make_components, make_ssr_components
+from conftest import call_args, make_components, make_picture, make_ssr_components
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers.hooks.group_offloading import ModuleGroup
+from diffusers.models.attention_dispatch import attention_backend
 from diffusers.utils.testing_utils import torch_device
 from diffusers_ssr import StableDiffusionSSRPipeline
+from diffusers_ssr.mixin_ssr import _caches
 from peft import LoraConfig
 from test_attention_processors import snapshot
 from test_pipeline_ssr import stock_of, subject_args
@@ -131,16 +134,59 @@ def test_offloading_hooks_run_for_every_entry(pipe):
             return args, kwargs
 
     pipe.ssr_encoder._hf_hook = Hook()
-    subject = torch.zeros(1, 3, 32)
-    for call in (
-        lambda: pipe.ssr_encoder.project(subject),
-        lambda: pipe.ssr_encoder.attention_probs(torch.zeros(1, 2, 32), torch.zeros(1, 17, 24)),
-    ):
-        brought.clear()
-        call()
-        assert brought
+    pipe.ssr_encoder.project(torch.zeros(1, 3, 32))
+    assert brought
     sequence = pipe.model_cpu_offload_seq.split("->")
     assert sequence.index("ssr_image_encoder") < sequence.index("ssr_encoder") < sequence.index("unet")
+
+
+@pytest.mark.parametrize("offload", ["block_level", "leaf_level"])
+def test_group_offloading(pipe, offload, monkeypatch):
+    """Each group of weights is brought in before it is used, also where keys and values are projected alone."""
+    expected = pipe(**subject_args()).images
+    heat = pipe.subject_attention_map(make_picture(), "cat").heat
+    _caches.clear()
+    leaders, original = [], ModuleGroup.onload_
+
+    def onload(group):
+        leaders.append(group.onload_leader)
+        return original(group)
+
+    monkeypatch.setattr(ModuleGroup, "onload_", onload)
+    groups = {"num_blocks_per_group": 1} if offload == "block_level" else {}
+    pipe.ssr_encoder.enable_group_offload(torch.device("cpu"), offload_type=offload, **groups)
+    pipe.ssr_encoder.project(torch.zeros(1, 3, 32))
+    layers = pipe.ssr_encoder.layers
+    assert set(leaders) >= (
+        {layers} if offload == "block_level" else {m for m in layers.modules() if hasattr(m, "weight")}
+    )
+    np.testing.assert_allclose(pipe(**subject_args()).images, expected, atol=1e-6)
+    np.testing.assert_allclose(pipe.subject_attention_map(make_picture(), "cat").heat, heat, atol=1e-6)
+
+
+def test_layerwise_casting(pipe):
+    """Weights rest in 8 bits: the picture changes a little, the subject still acts, and nothing of it stays behind."""
+    expected = pipe(**subject_args()).images
+    for part in (pipe.unet, pipe.ssr_encoder):
+        part.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert any(parameter.dtype == torch.float8_e4m3fn for parameter in pipe.ssr_encoder.parameters())
+    state = snapshot(pipe.unet)
+    images = pipe(**subject_args()).images
+    assert 0 < np.abs(images - expected).max() < 0.2
+    assert np.abs(images - pipe(**call_args()).images).max() > 1e-3 and snapshot(pipe.unet) == state
+
+
+def test_channels_last(pipe):
+    expected = pipe(**subject_args()).images
+    pipe.unet.to(memory_format=torch.channels_last)
+    np.testing.assert_allclose(pipe(**subject_args()).images, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["native", "_native_math"])
+def test_attention_backends(pipe, backend):
+    expected = pipe(**subject_args()).images
+    with attention_backend(backend):
+        np.testing.assert_allclose(pipe(**subject_args()).images, expected, atol=1e-5)
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ class Measurement:
         download_designs(args.work_dir / "designs")
         self.world, self.judge = World(args.work_dir / "designs"), load_judge(args.checkpoint)
         self.pipe = DiffusionPipeline.from_pretrained(
-            args.checkpoint, custom_pipeline=str(ROOT), trust_remote_code=True, torch_dtype=torch.float32
+            args.checkpoint, custom_pipeline=str(ROOT), trust_remote_code=True, dtype=torch.float32
         )
         self.pipe.load_ssr(args.checkpoint)
         self.pipe.set_progress_bar_config(disable=True)
@@ -195,8 +195,8 @@ def main():
     parser.add_argument("--checkpoint", default=str(ROOT / "pocket"))
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/pocket-training"), help="for the design sets")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help="for the sample sheet")
-    parser.add_argument("--num_references", type=int, default=240)
-    parser.add_argument("--num_inference_steps", type=int, default=20)
+    parser.add_argument("--num_references", type=int, default=200)
+    parser.add_argument("--num_inference_steps", type=int, default=15)
     parser.add_argument("--guidance_scale", type=float, default=3.0)
     parser.add_argument("--eta", type=float, default=0.9, help="DDIM's noise: it corrects errors on the way")
     parser.add_argument("--scale", type=float, default=1.0)

@@ -1,7 +1,8 @@
 """Train the pocket's SSR-Encoder on the frozen pocket base model (section 3.4 of the paper).
 
-A sample is a pair of scenes: a reference with one to three subjects, of which one is queried, and a target that shows that
-very instance elsewhere. A tenth of the samples has no subject (empty query, zeros), as the unconditional branch does.
+A sample is a pair of scenes: a reference with two or three subjects, of which one is queried, and a target that shows that
+very instance elsewhere. A tenth of the samples has no subject (empty query, zeros), as the unconditional branch does. A third
+of the rest says it with a mask, and with an empty query or a caption of the whole reference.
 """
 
 import numpy as np
@@ -43,6 +44,7 @@ def main():
     parser = options(__doc__, max_train_steps=12000, train_batch_size=10, learning_rate=1e-3, sample_steps=500)
     parser.add_argument("--prompt_dropout", type=float, default=0.5)
     parser.add_argument("--consistency_weight", type=float, default=5e-4)
+    parser.add_argument("--mask_weight", type=float, default=3.0)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -71,12 +73,21 @@ def main():
         rows = several[torch.randint(len(several), (size,), generator=generator).numpy()]
         rng = np.random.default_rng(int(rows.sum()))
         queries, targets, prompts = [], [], []
+        # a mask of this value everywhere raises every patch's logit by the class token's 1: it changes nothing
+        masks = torch.full((size, 1, 8, 8), 1 / args.mask_weight)
         empty = rng.random(size) < 0.1
-        for row, nothing in zip(rows, empty, strict=True):
-            number = rng.choice(scenes.instances[row][scenes.instances[row] >= 0])
+        for index, (row, nothing) in enumerate(zip(rows, empty, strict=True)):
+            present = scenes.instances[row][scenes.instances[row] >= 0]
+            slot = rng.integers(len(present))
+            number = present[slot]
             target = row if nothing else rng.choice(singles[number])
             name = INSTANCES[number].name
-            queries.append("" if nothing else rng.choice([name, describe([name], None), f"the {name}"]))
+            query = "" if nothing else rng.choice([name, describe([name], None), f"the {name}"])
+            if not nothing and rng.random() < 0.33:
+                masks[index, 0] = torch.from_numpy(scenes.cover[row, slot] / 255.0)
+                whole = describe([INSTANCES[n].name for n in present], PLACE_NAMES[scenes.places[row]])
+                query = rng.choice(["", whole])
+            queries.append(query)
             targets.append(target)
             prompts.append("" if rng.random() < args.prompt_dropout else caption(scenes, target, rng))
         pixels = (torch.from_numpy(scenes.pictures[rows]).permute(0, 3, 1, 2).float() / 255 - mean) / std
@@ -84,7 +95,8 @@ def main():
         with torch.no_grad():
             hidden_states = vision(pixels, output_hidden_states=True).hidden_states
         query_states = encode_texts(tokenizer, text_encoder, queries)
-        subject = encoder(query_states, [hidden_states[level] for level in encoder.config.image_levels])
+        levels = [hidden_states[level] for level in encoder.config.image_levels]
+        subject = encoder(query_states, levels, masks, args.mask_weight)
         conditions = SubjectConditions(encoder.project(subject))
 
         clean = latents[targets].float()
