@@ -397,13 +397,7 @@ class SSRPipelineMixin:
             if subjects[key] is None:
                 mask = None if mask is None else mask.to(device).expand(2, -1, -1, -1)
                 embeds = encoder(query_states[[0, index + 1]], levels[:, [0, place[id(image)]]], mask, mask_weight)
-                subjects[key] = Subject(
-                    embeds[1:],
-                    embeds[:1],
-                    query,
-                    num_levels=len(encoder.config.image_levels),
-                    num_query_tokens=len(self._tokenize(query)),
-                )
+                subjects[key] = Subject(embeds[1:], embeds[:1], query)
                 cache.keep(key, subjects[key])
         return [SubjectEmbeds((subjects[key],), fingerprint) for key in keys]
 
@@ -414,13 +408,6 @@ class SSRPipelineMixin:
         else:
             states = self._encode_prompt(queries, device, 1, False)  # InstructPix2Pix has no other
         return states.to(self.ssr_encoder.dtype)
-
-    def _tokenize(self, query: str) -> list[int]:
-        """The query's own tokens, with start and end, without padding."""
-        if hasattr(self, "maybe_convert_prompt"):
-            # a textual inversion may be several tokens long
-            query = self.maybe_convert_prompt(query, self.tokenizer)
-        return self.tokenizer(query, truncation=True).input_ids
 
     @torch.no_grad()
     def subject_attention_map(
@@ -456,7 +443,7 @@ class SSRPipelineMixin:
         _, probs = encoder(query_states, levels, mask, mask_weight, output_attentions=True)
         probs = probs[0].mean(0)
 
-        ids = self._tokenize(query)
+        ids = self.tokenizer(query, truncation=True).input_ids
         own = [i for i, token in enumerate(ids) if token not in self.tokenizer.all_special_ids]
         names = self.tokenizer.convert_ids_to_tokens([ids[i] for i in own])
         # the empty caption has no tokens of its own, so all of them stand for it

@@ -19,16 +19,13 @@ FORMAT = "ssr-subject-1"
 class Subject:
     """One subject of a [`SubjectEmbeds`]: its tokens and those of nothing, each `(1, num_tokens, cross_attention_dim)`, the
     query that selected it, its scale (`None`: the call's) and where in the output it may appear, `(height, width)` from 0
-    to 1 (`None`: anywhere). The tokens are those of the query, padding included, once for each of `num_levels`; the first
-    `num_query_tokens` of a level are the query's own."""
+    to 1 (`None`: anywhere)."""
 
     embeds: torch.Tensor
     negative_embeds: torch.Tensor
     query: str = ""
     scale: float | None = None
     region: torch.Tensor | None = None
-    num_levels: int | None = None
-    num_query_tokens: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,25 +75,6 @@ class SubjectEmbeds:
         """
         scale = check_scale("scale", scale)
         return replace(self, subjects=tuple(replace(subject, scale=scale) for subject in self.subjects))
-
-    def trimmed(self) -> "SubjectEmbeds":
-        r"""
-        The same without the tokens of the query's padding, which are most of them: a step costs next to nothing more than
-        the stock pipeline's, and the picture changes a little. How much, `docs/performance.md` says.
-
-        Returns:
-            [`SubjectEmbeds`] with fewer tokens.
-
-        Raises:
-            `ValueError`: if it is not known which tokens are the query's own.
-
-        Example:
-
-        ```py
-        >>> image = pipe("a cat in a spacesuit", subject=cat.trimmed()).images[0]
-        ```
-        """
-        return replace(self, subjects=tuple(_trim(subject) for subject in self.subjects))
 
     def inside(self, region) -> "SubjectEmbeds":
         r"""
@@ -162,8 +140,7 @@ class SubjectEmbeds:
                 tensor = getattr(subject, name)
                 if tensor is not None:
                     tensors[f"{index}.{name}"] = tensor.detach().cpu().contiguous()
-        names = ("query", "scale", "num_levels", "num_query_tokens")
-        subjects = [{name: getattr(subject, name) for name in names} for subject in self.subjects]
+        subjects = [{"query": subject.query, "scale": subject.scale} for subject in self.subjects]
         partial = Path(f"{os.fspath(path)}.part")
         save_file(tensors, partial, metadata={"format": FORMAT, "subjects": json.dumps(subjects)})
         partial.replace(path)
@@ -207,17 +184,6 @@ class SubjectEmbeds:
             for index, described in enumerate(json.loads(metadata["subjects"]))
         )
         return cls(subjects, tensors.get("fingerprint"))
-
-
-def _trim(subject: Subject) -> Subject:
-    levels, own = subject.num_levels, subject.num_query_tokens
-    if levels is None or own is None:
-        raise ValueError("The subject does not say which tokens are its query's own: encode its picture again.")
-    embeds, negative_embeds = (
-        tokens.unflatten(1, (levels, -1))[:, :, :own].flatten(1, 2)
-        for tokens in (subject.embeds, subject.negative_embeds)
-    )
-    return replace(subject, embeds=embeds, negative_embeds=negative_embeds)
 
 
 def same_fingerprint(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from conftest import call_args, make_picture, make_ssr_encoder
+from conftest import make_picture, make_ssr_encoder
 from diffusers_ssr import SubjectEmbeds
-from diffusers_ssr.subject_embeds import Subject, same_fingerprint
+from diffusers_ssr.subject_embeds import same_fingerprint
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -71,28 +71,3 @@ def test_a_fingerprint_tells_encoders_apart_but_not_precisions(dtype):
     changed = make_ssr_encoder()
     next(iter(changed.layers.values()))["to_v"].weight.data *= 2
     assert not same_fingerprint(fingerprint, changed.fingerprint())
-
-
-def test_trimmed_keeps_the_querys_own_tokens(pipe, tmp_path):
-    subject = pipe.encode_subject(make_picture(), "a cat")
-    whole = subject.subjects[0]
-    trimmed = subject.trimmed()
-    own = len(pipe.tokenizer("a cat").input_ids)
-    assert trimmed.subjects[0].embeds.shape == trimmed.subjects[0].negative_embeds.shape == (1, 3 * own, 32)
-    for level in range(3):
-        start = level * pipe.tokenizer.model_max_length
-        torch.testing.assert_close(
-            trimmed.subjects[0].embeds[:, level * own : (level + 1) * own], whole.embeds[:, start : start + own]
-        )
-    trimmed.save(tmp_path / "cat.safetensors")
-    assert torch.equal(
-        SubjectEmbeds.load(tmp_path / "cat.safetensors").trimmed().subjects[0].embeds, trimmed.subjects[0].embeds
-    )
-    pictures = [pipe(**call_args(subject=each)).images for each in (subject, trimmed, trimmed + subject)]
-    assert np.isfinite(pictures[2]).all() and np.abs(pictures[0] - pictures[1]).max() > 1e-4
-
-
-def test_unknown_tokens_cannot_be_trimmed():
-    tokens = torch.zeros(1, 6, 4)
-    with pytest.raises(ValueError, match="which tokens are its query's own"):
-        SubjectEmbeds((Subject(tokens, tokens),)).trimmed()

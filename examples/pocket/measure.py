@@ -111,13 +111,11 @@ class Measurement:
         print(f"  place asked for:    {share(verdict.places.argmax(1).numpy() == place)}")
 
     def selection(self) -> None:
-        """One query a reference, with SSR, whole and without the query's padding, and without SSR, the prompt naming the
-        category or not."""
+        """One query a reference, with SSR and without, the prompt naming the category or not."""
         queried, other = self.wanted("category"), self.wanted("category", 1)
         subjects = self.encode(0)
         for naming, categories in (("a thing", None), ("its category", queried)):
-            trimmed = [subject.trimmed() for subject in subjects]
-            for method, given in (("with SSR", subjects), ("with SSR, trimmed", trimmed), ("without", None)):
+            for method, given in (("with SSR", subjects), ("without", None)):
                 verdict = self.draw(self.prompts(categories), given, f"{naming}, {method}")
                 shown, present = verdict.categories.argmax(1).numpy(), verdict.categories.numpy() > 0
                 design = verdict.designs[self.rows, queried].argmax(1).numpy() == self.wanted("design")
