@@ -92,4 +92,4 @@ def test_the_pocket_draws_the_queried_subject():
         output_type="np",
     ).images
     shown = judge.look_at((images * 255).round().astype(np.uint8)).categories.argmax(1).numpy()
-    assert (shown == np.array(queried)).mean() >= 0.4, (shown, queried)
+    assert (shown == np.array(queried)).mean() >= 0.6, (shown, queried)
