@@ -243,7 +243,7 @@ SCHEDULERS = {scheduler.__name__: scheduler for scheduler in make_components()["
 NEEDS = {"LMSDiscreteScheduler": "scipy", "DPMSolverSDEScheduler": "torchsde"}
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", sorted(SCHEDULERS))
 def test_every_scheduler(pipe, name):
     """The subject acts, also in half of the denoising, and without it the stock pipeline draws the same."""
     if name in NEEDS:
