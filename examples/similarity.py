@@ -1,6 +1,7 @@
 """How alike pictures and texts are, as papers on subject-driven generation measure it: cosines between features of DINO
 (DINO score) and of CLIP (CLIP-I between pictures, CLIP-T between picture and text)."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image
 from transformers import AutoModel, CLIPImageProcessor, CLIPModel, CLIPTokenizer, CLIPVisionModel
 
 
-class ImageFeatures:
+class ImageFeatures(ABC):
     """
     Unit vectors of pictures.
 
@@ -26,9 +27,9 @@ class ImageFeatures:
         self.processor = processor
         self.batch_size = batch_size
 
+    @abstractmethod
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Of `(batch_size, 3, height, width)`, the vectors `(batch_size, width)`."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def __call__(self, pictures: Sequence[Image.Image]) -> torch.Tensor:

@@ -156,3 +156,12 @@ def pipe(components) -> StableDiffusionSSRPipeline:
 @pytest.fixture
 def picture() -> Image.Image:
     return make_picture()
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Tiny models gain nothing from more threads, and wait for them where cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
