@@ -112,6 +112,8 @@ class SubjectConditions:
             there are regions.
         regions (`torch.Tensor` of shape `(batch_size, num_subjects, height, width)`, *optional*):
             1 where in the output each subject may appear, 0 elsewhere.
+        counts (`torch.Tensor` of shape `(batch_size, num_subject_tokens)`, *optional*):
+            How often each token counts in the softmax; once by default.
     """
 
     def __init__(
@@ -119,30 +121,39 @@ class SubjectConditions:
         pairs: list[tuple[torch.Tensor, torch.Tensor]],
         token_subject: torch.Tensor | None = None,
         regions: torch.Tensor | None = None,
+        counts: torch.Tensor | None = None,
     ):
         self.pairs = pairs
         self.token_subject = token_subject
         self.regions = regions
+        self.counts = counts
 
     def as_image_embeds(self) -> list[torch.Tensor]:
         """As the list of tensors, each with the batch first, that pipelines repeat, split and pass on."""
-        batch_size = self.pairs[0][0].shape[0]
         example = self.pairs[0][0]
-        token_subject = example.new_zeros(batch_size, 0) if self.token_subject is None else self.token_subject
-        regions = example.new_zeros(batch_size, 0) if self.regions is None else self.regions
-        return [*(states for pair in self.pairs for states in pair), token_subject, regions]
+        nothing = example.new_zeros(example.shape[0], 0)
+        further = (nothing if each is None else each for each in (self.token_subject, self.regions, self.counts))
+        return [*(states for pair in self.pairs for states in pair), *further]
 
     @classmethod
     def from_image_embeds(cls, image_embeds: list[torch.Tensor]) -> "SubjectConditions":
         """The reverse of `as_image_embeds`."""
-        *states, token_subject, regions = image_embeds
+        *states, token_subject, regions, counts = image_embeds
         pairs = list(zip(states[::2], states[1::2], strict=True))
-        return cls(pairs, token_subject if token_subject.shape[1] else None, regions if regions.shape[1] else None)
+        return cls(pairs, *(each if each.shape[1] else None for each in (token_subject, regions, counts)))
 
     def attention_mask(self, num_queries: int, frames: int = 1) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """For a layer of `num_queries` positions in each of `frames`: which tokens each may attend to, `(batch_size, 1,
-        frames * num_queries or 1, num_subject_tokens)`, and which positions any subject may reach, `(batch_size, frames *
-        num_queries, 1)`."""
+        """For a layer of `num_queries` positions in each of `frames`: which tokens each may attend to, as booleans or, where
+        tokens have counts, as what is added to the logits, `(batch_size, 1, frames * num_queries or 1,
+        num_subject_tokens)`, and which positions any subject may reach, `(batch_size, frames * num_queries, 1)`."""
+        allowed, reached = self._allowed(num_queries, frames)
+        if self.counts is None:
+            return allowed, reached
+        # a key that counts n times adds n times its exponential to the softmax
+        bias = self.counts.log()[:, None, None, :].to(self.pairs[0][0].dtype)
+        return bias if allowed is None else bias.masked_fill(~allowed, -torch.inf), reached
+
+    def _allowed(self, num_queries: int, frames: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if self.token_subject is None:
             return None, None
         present = self.token_subject[:, None, None, :] >= 0
@@ -189,7 +200,7 @@ class _Arrived:
         conditions = self.conditions
         if conditions is not None:
             conditions = SubjectConditions(
-                conditions.pairs[index : index + 1], conditions.token_subject, conditions.regions
+                conditions.pairs[index : index + 1], conditions.token_subject, conditions.regions, conditions.counts
             )
         return _Arrived(self.shape, self.ip_hidden_states, conditions, self.frames)
 
@@ -208,7 +219,7 @@ class SubjectProjection(nn.Module):
 
     def __init__(self, num_layers: int, ip_projection: nn.Module | None = None):
         super().__init__()
-        self.num_embeds = 2 * num_layers + 2
+        self.num_embeds = 2 * num_layers + 3
         self.ip_projection = ip_projection
         self.active = True
 

@@ -30,7 +30,7 @@ from .attention_processors import SubjectConditions, SubjectProjection, alone_in
 from .image_processing_ssr import check_resize_mode, preprocess, preprocess_mask, to_mask, to_pil, unfit
 from .modeling_ssr import SSREncoder
 from .subject_cache import SubjectCache, digest, version
-from .subject_embeds import Subject, SubjectEmbeds, check_scale, same_fingerprint
+from .subject_embeds import Subject, SubjectEmbeds, check_scale, is_subject_embeds, same_fingerprint
 
 
 logger = logging.get_logger(__name__)
@@ -191,6 +191,10 @@ class SSRPipelineMixin:
                 f" {sorted(counts)}."
             )
 
+        merged = any(s.counts is not None for each in subjects if each is not None for s in each.subjects)
+        if subject_in_controlnet and merged:
+            raise ValueError("`subject_in_controlnet` needs a subject with all of its tokens, not a compact one.")
+
         if not _acts(subjects, layer_scales):
             with alone_in_unet(self.unet):
                 return stock_call(*args, **kwargs)
@@ -311,13 +315,14 @@ class SSRPipelineMixin:
             pairs.append((key.to(dtype), (value * scales).to(dtype)))
 
         regions = _stack_regions(request.subjects, len(branches))
+        counts = _stack_counts(request.subjects, example, branches, longest, device)
         if regions is None and len(set(map(sum, lengths))) == 1:
-            return SubjectConditions(pairs)
+            return SubjectConditions(pairs, counts=counts)
         token_subject = torch.full((len(rows), longest), -1.0)
         for row, each in zip(token_subject, lengths, strict=True):
             row[: sum(each)] = torch.arange(len(each)).repeat_interleave(torch.tensor(each))
         regions = None if regions is None else regions.to(device)
-        return SubjectConditions(pairs, token_subject.to(device), regions)
+        return SubjectConditions(pairs, token_subject.to(device), regions, counts)
 
     def encode_subject(
         self,
@@ -670,7 +675,7 @@ class SSRPipelineMixin:
         for each in subjects:
             if each is None and isinstance(subject, list):
                 continue
-            if not isinstance(each, SubjectEmbeds):
+            if not is_subject_embeds(each):
                 raise ValueError(
                     f"`subject` has to be a SubjectEmbeds, or a list of them and None, but holds {type(each).__name__}."
                 )
@@ -901,6 +906,27 @@ def _stack_regions(rows: list[SubjectEmbeds | None], branches: int) -> torch.Ten
             if subject.region is not None:
                 regions[index, slot] = F.interpolate(subject.region[None, None], size, mode="nearest")[0, 0]
     return regions.repeat(branches, 1, 1, 1)
+
+
+def _stack_counts(
+    rows: list[SubjectEmbeds | None], example: Subject, branches: list[str], longest: int, device
+) -> torch.Tensor | None:
+    """How often each row's tokens count, `(branches * num_rows, longest)`, or `None` if all count once. A row without a
+    subject holds the tokens of `example`."""
+    subjects = [(example,) if row is None else row.subjects for row in rows]
+    if all(subject.counts is None for row in subjects for subject in row):
+        return None
+    stacked = torch.ones(len(branches), len(rows), longest)
+    for branch, counts_of_branch in zip(branches, stacked, strict=True):
+        for row, counts in zip(subjects, counts_of_branch, strict=True):
+            start = 0
+            for subject in row:
+                length = subject.embeds.shape[1]
+                given = subject.counts if branch == "positive" else subject.negative_counts
+                if given is not None:
+                    counts[start : start + length] = given[0]
+                start += length
+    return stacked.flatten(0, 1).to(device)
 
 
 def _with_signature(ours: Callable, stock: Callable) -> Callable:

@@ -12,3 +12,4 @@ from .modeling_ssr import SSREncoder  # noqa: F401
 from .pipeline_ssr import StableDiffusionSSRPipeline  # noqa: F401
 from .subject_cache import SubjectCache  # noqa: F401
 from .subject_embeds import SubjectEmbeds  # noqa: F401
+from .token_merging import merge_tokens  # noqa: F401

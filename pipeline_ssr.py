@@ -9,6 +9,7 @@ from .mixin_ssr import SSRPipelineMixin
 from .modeling_ssr import SSREncoder  # noqa: F401
 from .subject_cache import SubjectCache  # noqa: F401
 from .subject_embeds import SubjectEmbeds  # noqa: F401
+from .token_merging import merge_tokens  # noqa: F401
 
 
 class StableDiffusionSSRPipeline(SSRPipelineMixin, StableDiffusionPipeline):

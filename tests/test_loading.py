@@ -10,7 +10,8 @@ import venv
 import numpy as np
 import pytest
 from conftest import ROOT, call_args, make_picture, make_ssr_components
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers_ssr import StableDiffusionSSRPipeline
 from test_chains import make_controlnet, make_motion_adapter
 
 
@@ -66,6 +67,25 @@ pipe = DiffusionPipeline.from_pretrained("base", custom_pipeline={str(ROOT / ent
 pipe.load_ssr("ssr")
 """
     assert np.array_equal(draw_elsewhere(load, folder), expected)
+
+
+def test_custom_code_and_the_package_go_together(saved, monkeypatch):
+    """`custom_pipeline=` imports a copy of its own; its subjects are drawn by the package's pipelines, and the reverse."""
+    folder, expected = saved
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(folder / "modules"))
+    monkeypatch.syspath_prepend(str(folder / "modules"))
+    theirs = DiffusionPipeline.from_pretrained(
+        folder / "base", custom_pipeline=str(ROOT / "pipeline_ssr.py"), trust_remote_code=True
+    )
+    theirs.load_ssr(folder / "ssr")
+    ours = StableDiffusionSSRPipeline.from_pipe(theirs)
+    assert type(theirs).__name__ == type(ours).__name__ and type(theirs) is not type(ours)
+    cats = [each.encode_subject(make_picture(), "cat").scaled(1.0) for each in (theirs, ours)]
+    for each in (theirs, ours):
+        each.set_progress_bar_config(disable=True)
+        for cat in cats:
+            assert np.array_equal(each(**call_args(subject=cat)).images, expected)
+        each(**call_args(subject=cats[0] + cats[1]))
 
 
 def test_a_saved_pipeline_loads_whole(saved, pipe):

@@ -1,5 +1,7 @@
 """Masks, several subjects, batches, windows, blocks, regions and attention maps, on tiny random components."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -117,6 +119,45 @@ def test_mixed_numbers_of_subjects_in_one_batch(pipe, guidance_scale, num_images
             **{**arguments, "prompt": prompts[number], "latents": latents[index : index + 1]}, subject=subjects[number]
         ).images[0]
         np.testing.assert_allclose(image, alone, atol=2e-5)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_merged_tokens_in_one_batch(pipe, guidance_scale):
+    """Subjects of few tokens beside whole ones, pairs and none, in regions too, as drawn one by one."""
+    left = np.zeros((8, 8))
+    left[:, :4] = 1
+    cat, dog = pipe.encode_subject(make_picture(1), query=["cat", "dog"])
+    subjects = [cat.compact(9), dog, cat.scaled(0.4).compact(20) + dog.inside(left), None]
+    latents = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    arguments = call_args(guidance_scale=guidance_scale, generator=None)
+    images = pipe(**{**arguments, "prompt": ["a cat"] * 4, "latents": latents}, subject=subjects).images
+    for index, subject in enumerate(subjects):
+        one = {**arguments, "prompt": "a cat", "latents": latents[index : index + 1]}
+        np.testing.assert_allclose(images[index], pipe(**one, subject=subject).images[0], atol=2e-5)
+
+
+def test_merging_equal_tokens_changes_nothing(pipe):
+    cat = pipe.encode_subject(make_picture(), "cat")
+    (subject,) = cat.subjects
+    length = subject.embeds.shape[1]
+    twice = {name: getattr(subject, name)[:, [*range(length), *range(7)]] for name in ("embeds", "negative_embeds")}
+    twice = SubjectEmbeds((replace(subject, **twice),), cat.fingerprint)
+    merged = twice.compact(length)
+    assert (
+        merged.subjects[0].embeds.shape[1] == length and sorted(merged.subjects[0].counts[0].tolist())[-7:] == [2] * 7
+    )
+    images = [pipe(**call_args(subject=each)).images for each in (twice, merged, cat)]
+    np.testing.assert_allclose(images[0], images[1], atol=2e-5)
+    assert np.abs(images[0] - images[2]).max() > 1e-4
+
+
+def test_fewer_tokens_change_the_picture_more(pipe):
+    cat = pipe.encode_subject(make_picture(), "cat")
+    length = cat.subjects[0].embeds.shape[1]
+    whole = pipe(**call_args(subject=cat)).images
+    change = [np.abs(pipe(**call_args(subject=cat.compact(n))).images - whole).mean() for n in (length, 48, 12, 1)]
+    assert change[0] == 0 and change == sorted(change)
+    assert change[1] < 0.3 * np.abs(pipe(**call_args()).images - whole).mean()
 
 
 def test_references_one_to_one_with_the_prompts(pipe):

@@ -29,6 +29,24 @@ def test_save_and_load(pair, tmp_path):
         assert '"query": "cat"' in file.metadata()["subjects"]
 
 
+def test_merged_tokens_are_saved_and_merged_further(pair, tmp_path):
+    few = pair.compact(9)
+    few.save(tmp_path / "few.safetensors")
+    loaded = SubjectEmbeds.load(tmp_path / "few.safetensors")
+    length = pair.subjects[0].embeds.shape[1]
+    for subject, fewer in zip(loaded.subjects, loaded.compact(4).subjects, strict=True):
+        assert subject.embeds.shape[1] == 9 and fewer.negative_embeds.shape[1] == 4
+        for counts in (subject.counts, subject.negative_counts, fewer.counts, fewer.negative_counts):
+            assert counts.sum() == length
+    assert pair.subjects[0].embeds.shape[1] == length and pair.compact(length).subjects == pair.subjects
+
+
+@pytest.mark.parametrize("num_tokens", [0, -1, 2.5, True, "few"])
+def test_a_number_of_tokens_that_is_none_is_refused(pair, num_tokens):
+    with pytest.raises(ValueError, match="`num_tokens`"):
+        pair.compact(num_tokens)
+
+
 @pytest.mark.parametrize("fault", ["cut off", "another file", "empty"])
 def test_a_broken_file_is_named(pair, tmp_path, fault):
     path = tmp_path / "pair.safetensors"

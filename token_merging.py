@@ -1,0 +1,46 @@
+"""Fewer tokens for nearly the same attention."""
+
+import torch
+
+
+def merge_tokens(
+    embeds: torch.Tensor, counts: torch.Tensor | None, num_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""
+    Merge the tokens that are most alike until few are left. Each merged token is the mean of what it holds and counts that
+    often in the softmax; since keys and values are linear in the tokens, merging equal tokens changes nothing. Which two
+    are merged next is Ward's criterion: those whose merging adds least to the squared error.
+
+    Args:
+        embeds (`torch.Tensor` of shape `(1, length, width)`):
+            A subject's tokens.
+        counts (`torch.Tensor` of shape `(1, length)`, *optional*):
+            How many tokens each of them stands for already; one by default.
+        num_tokens (`int`):
+            How many are left.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: tokens `(1, num_tokens, width)` and counts `(1, num_tokens)`.
+    """
+    tokens = embeds[0].detach().double().cpu()
+    weights = torch.ones(len(tokens), dtype=torch.float64) if counts is None else counts[0].double().cpu()
+    cost = _cost(tokens, weights, tokens, weights)
+    cost.fill_diagonal_(torch.inf)
+    alive = torch.ones(len(tokens), dtype=torch.bool)
+    for _ in range(len(tokens) - num_tokens):
+        first, second = divmod(int(cost.argmin()), len(tokens))
+        total = weights[first] + weights[second]
+        tokens[first] = (weights[first] * tokens[first] + weights[second] * tokens[second]) / total
+        weights[first] = total
+        alive[second] = False
+        cost[second], cost[:, second] = torch.inf, torch.inf
+        row = _cost(tokens[[first]], weights[[first]], tokens, weights)[0]
+        row[~alive], row[first] = torch.inf, torch.inf
+        cost[first], cost[:, first] = row, row
+    return tokens[alive][None].to(embeds), weights[alive][None].to(embeds.device, torch.float32)
+
+
+def _cost(first: torch.Tensor, first_weights, second: torch.Tensor, second_weights) -> torch.Tensor:
+    """Ward's criterion for each pair."""
+    shared = first_weights[:, None] * second_weights / (first_weights[:, None] + second_weights)
+    return shared * torch.cdist(first, second).square()
