@@ -604,7 +604,8 @@ class SSRPipelineMixin:
     def from_pipe(cls, pipeline, **kwargs):
         r"""
         Make this pipeline from another one's components, its SSR-Encoder included. Arguments are those of
-        `DiffusionPipeline.from_pipe`.
+        `DiffusionPipeline.from_pipe`, but for `dtype`: where that one turns the shared components into float32 unless
+        told otherwise, this one leaves them as they are.
 
         Example:
 
@@ -613,6 +614,8 @@ class SSRPipelineMixin:
         ```
         """
         ours = {name: getattr(pipeline, name) for name in COMPONENTS if getattr(pipeline, name, None) is not None}
+        if kwargs.get("torch_dtype") is None and kwargs.get("dtype") is None:
+            kwargs["dtype"] = pipeline.unet.dtype
         return super().from_pipe(pipeline, **{**ours, **kwargs})
 
     def _check_ssr_loaded(self, encoding: bool = True):

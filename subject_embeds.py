@@ -232,7 +232,9 @@ def same_fingerprint(first: torch.Tensor | None, second: torch.Tensor | None) ->
         return True
     if first.shape != second.shape:
         return False
-    return torch.allclose(first.float().cpu(), second.float().cpu(), atol=0.05, rtol=0.05)
+    first, second = first.float().cpu(), second.float().cpu()
+    # by row: single numbers may be small differences of large ones, which bfloat16 loses
+    return bool(((first - second).norm(dim=-1) <= 0.05 * second.norm(dim=-1)).all())
 
 
 def check_scale(name: str, scale) -> float:

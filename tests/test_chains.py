@@ -374,6 +374,14 @@ def test_a_controlnet_sees_the_text_alone_unless_asked(control_pipe, guidance_sc
     assert torch.equal(seen[0], texts[0])
 
 
+def test_from_pipe_leaves_the_precision_as_it_is(pipe):
+    pipe.to(torch.bfloat16)
+    other = StableDiffusionSSRControlNetPipeline.from_pipe(pipe, controlnet=make_controlnet())
+    for name in ("unet", "vae", "text_encoder", "ssr_encoder", "controlnet"):
+        assert getattr(other, name).dtype == torch.bfloat16, name
+    assert StableDiffusionSSRPipeline.from_pipe(other, dtype=torch.float32).unet.dtype == torch.float32
+
+
 def test_several_controlnets(pipe):
     """Also with the subject in them: each gets it once."""
     nets = [make_controlnet(3), make_controlnet(12)]
@@ -423,6 +431,7 @@ def test_a_control_picture_of_another_size_is_fitted_as_the_stock_pipeline_does(
     "arguments,message",
     [
         ({"subject_in_controlnet": True, "subject": "both"}, "`subject_in_controlnet` needs as many subjects"),
+        ({"subject_in_controlnet": True, "subject": "compact"}, "`subject_in_controlnet` needs a subject with all"),
         ({"controlnet": 64}, "`controlnet` reads text of width 64"),
     ],
 )
@@ -430,7 +439,7 @@ def test_bad_input_with_a_controlnet(control_pipe, arguments, message):
     cat, dog = control_pipe.encode_subject(make_picture(), query=["cat", "dog"])
     if "controlnet" in arguments:
         control_pipe.controlnet = make_controlnet(cross_attention_dim=arguments.pop("controlnet"))
-    subject = [cat, cat + dog] if arguments.pop("subject", None) else cat
+    subject = {"both": [cat, cat + dog], "compact": cat.compact(9), None: cat}[arguments.pop("subject", None)]
     prompt = ["a cat", "a cat and a dog"] if isinstance(subject, list) else "a cat"
     with pytest.raises(ValueError, match=message):
         control_pipe(**control_args(prompt=prompt, subject=subject, **arguments))
