@@ -5,6 +5,7 @@ machine. Seconds do: only their ratios within one run say something. Weights are
 """
 
 import argparse
+import gc
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from diffusers_ssr import AnimateDiffSSRPipeline, SSREncoder, StableDiffusionSSR
 from diffusers_ssr.attention_processors import SubjectConditions, subject_in_unet
 from PIL import Image
 from torch import nn
+from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModel
@@ -35,6 +37,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisio
 
 POCKET = Path(__file__).resolve().parent.parent / "pocket"
 IP_TOKENS = 16
+PEAK_RESET = Path("/proc/self/clear_refs")
 METHODS = ("stock", "ssr", "released", "ip_adapter_plus")
 
 
@@ -56,6 +59,8 @@ def random_model(make: Callable[[], nn.Module]) -> nn.Module:
     for name, buffer in model.named_buffers():
         if name.endswith("position_ids"):
             buffer.copy_(torch.arange(buffer.shape[-1])[None])
+        else:
+            buffer.zero_()
     return model
 
 
@@ -268,8 +273,26 @@ def make_draws(pipe: StableDiffusionSSRPipeline, args: argparse.Namespace) -> tu
     return {name: draws[name] for name in args.methods}, encode_seconds
 
 
+def reset_peak(on_gpu: bool) -> None:
+    """Let the peak of memory begin anew: the GPU's, or on Linux this process's."""
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    elif PEAK_RESET.exists():
+        PEAK_RESET.write_text("5")
+
+
+def peak_bytes(on_gpu: bool) -> int:
+    """The peak of memory since `reset_peak`; 0 where it is not known."""
+    if on_gpu:
+        return torch.cuda.max_memory_allocated()
+    if not PEAK_RESET.exists():
+        return 0
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return 1024 * int(line.split()[1])
+
+
 def time_draws(draws: dict[str, Callable], args: argparse.Namespace, device: torch.device) -> dict[str, dict]:
-    """Seconds of each step, the methods taking turns, and on a GPU each one's peak of memory."""
+    """Seconds of each step, the methods taking turns, and each one's peak of memory."""
     on_gpu = device.type == "cuda"
     result = {name: {"seconds": [], "peak_bytes": 0} for name in draws}
     marks = []
@@ -287,8 +310,8 @@ def time_draws(draws: dict[str, Callable], args: argparse.Namespace, device: tor
     for turn in range(args.rounds + on_gpu):
         for name, draw in draws.items():
             marks.clear()
-            if on_gpu:
-                torch.cuda.reset_peak_memory_stats()
+            gc.collect()
+            reset_peak(on_gpu)
             # the first step also prepares the call, so it only starts the clock
             draw(args.steps + 1, mark)
             if on_gpu:
@@ -298,11 +321,34 @@ def time_draws(draws: dict[str, Callable], args: argparse.Namespace, device: tor
             # on a GPU the first turn warms up
             if turn or not on_gpu:
                 result[name]["seconds"] += seconds
-            if on_gpu:
-                result[name]["peak_bytes"] = max(result[name]["peak_bytes"], torch.cuda.max_memory_allocated())
+            result[name]["peak_bytes"] = max(result[name]["peak_bytes"], peak_bytes(on_gpu))
             bar.update()
     bar.close()
     return result
+
+
+def profile_draws(draws: dict[str, Callable]) -> str:
+    """Where one step's time goes, the first one apart: for each operator its calls and seconds under each method."""
+    operators: dict[str, dict[str, tuple[int, float]]] = {}
+    for name, draw in draws.items():
+        profiler = profile()
+
+        def begin(pipeline, step, timestep, callback_kwargs, profiler=profiler):
+            if step == 0:
+                profiler.__enter__()
+            return {}
+
+        draw(2, begin)
+        profiler.__exit__(None, None, None)
+        for event in profiler.key_averages():
+            seconds = (event.self_cpu_time_total + event.self_device_time_total) / 1e6
+            operators.setdefault(event.key, {})[name] = (event.count, seconds)
+    rows = sorted(operators.items(), key=lambda row: -max(seconds for _, seconds in row[1].values()))[:12]
+    lines = ["| operator | " + " | ".join(draws) + " |", "|---" * (1 + len(draws)) + "|"]
+    for operator, found in rows:
+        cells = ("{} calls, {:.3f} s".format(*found.get(name, (0, 0.0))) for name in draws)
+        lines.append(f"| {operator} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def plot(pipe, size: int, file: Path) -> None:
@@ -362,6 +408,7 @@ def main():
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     parser.add_argument("--count_only", action="store_true", help="FLOPs alone, which takes seconds")
+    parser.add_argument("--profile", action="store_true", help="also print where one step's time goes")
     parser.add_argument("--json", type=Path, help="write the results there, too")
     parser.add_argument("--plot", type=Path, help="draw FLOPs against the number of subjects and of frames")
     args = parser.parse_args()
@@ -387,6 +434,8 @@ def main():
         f"{args.preset}, {args.size} px, {what}, {args.subjects} subject(s) each, guidance, {results['settings']['device']}"
     )
     print(report(results, args))
+    if args.profile and not args.count_only:
+        print(profile_draws(draws))
     if "encode_seconds" in results:
         print(f"encoding one subject: {results['encode_seconds']:.3f} s, once")
     if args.json is not None:
