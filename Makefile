@@ -32,6 +32,9 @@ pocket: $(VENV)/.installed
 	$(POCKET)/train_vae.py --part encoder --max_train_steps 2000 --work_dir $(WORK_DIR)
 	$(POCKET)/train_unet.py --work_dir $(WORK_DIR)
 	$(POCKET)/train_ssr.py --work_dir $(WORK_DIR)
+	$(POCKET)/train_controlnet.py --work_dir $(WORK_DIR)
+	$(POCKET)/train_motion.py --work_dir $(WORK_DIR)
+	$(POCKET)/train_look.py --work_dir $(WORK_DIR)
 	$(POCKET)/assemble.py --work_dir $(WORK_DIR) --output_dir pocket
 
 # Repeat the figures of pocket/README.md from the shipped weights.

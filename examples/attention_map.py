@@ -4,31 +4,24 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
-from demo import ROOT, write_contact_sheet
-from diffusers import DiffusionPipeline
-from diffusers.utils import logging
+from drawing import POCKET, load_pipeline, write_contact_sheet
 from PIL import Image
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--checkpoint", default=str(ROOT / "pocket"), help="base model and SSR-Encoder")
+    parser.add_argument("--checkpoint", default=str(POCKET), help="base model and SSR-Encoder")
     parser.add_argument("--image", type=Path, help="a picture; without it, the pocket's references and their queries")
     parser.add_argument("--queries", nargs="+", help="what to look for in it")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs"))
     args = parser.parse_args()
     if (args.image is None) != (args.queries is None):
         parser.error("--image and --queries go together")
-    logging.set_verbosity_error()
-    pipe = DiffusionPipeline.from_pretrained(
-        args.checkpoint, custom_pipeline=str(ROOT), trust_remote_code=True, dtype=torch.float32
-    )
-    pipe.load_ssr(args.checkpoint)
+    pipe = load_pipeline(args.checkpoint)
 
     references = {args.image: args.queries}
     if args.image is None:
-        folder = ROOT / "pocket" / "references"
+        folder = POCKET / "references"
         references = {
             folder / name: queries for name, queries in json.loads((folder / "queries.json").read_text()).items()
         }

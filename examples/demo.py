@@ -1,91 +1,111 @@
 """Draw each subject of a few reference pictures on its own, with the embedded pocket checkpoint.
 
 Every reference holds two or three things, and none of these very things was seen in training. A contact sheet shows the
-reference, each query and what was drawn for it.
+reference, each query and what was drawn for it; then the same subjects in another checkpoint's look, along the edges of a
+ControlNet, and in a video, whose GIF lies beside the sheet.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-import torch
-from diffusers import DiffusionPipeline
-from diffusers.utils import logging
-from PIL import Image, ImageDraw, ImageFont
+from diffusers import ControlNetModel, DiffusionPipeline, MotionAdapter, UNet2DConditionModel
+from diffusers.utils import export_to_gif
+from diffusers_ssr import AnimateDiffSSRPipeline, StableDiffusionSSRControlNetPipeline
+from drawing import POCKET, call_arguments, load_pipeline, options, write_contact_sheet
+from PIL import Image
 from tqdm.auto import tqdm
 
 
-ROOT = Path(__file__).resolve().parent.parent
-ZOOM = 2
-GAP = 12
-LABEL = 22
+Row = list[tuple[str, Image.Image | None]]
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--checkpoint", default=str(ROOT / "pocket"), help="base model and SSR-Encoder")
-    parser.add_argument("--references", type=Path, default=ROOT / "pocket" / "references", help="pictures and queries")
-    parser.add_argument("--places", nargs="+", default=["in the snow", "on the beach"], help="where to draw them")
-    parser.add_argument("--scale", type=float, default=1.0, help="how strongly the subject acts")
-    parser.add_argument("--num_inference_steps", type=int, default=25)
-    parser.add_argument("--guidance_scale", type=float, default=3.0)
-    parser.add_argument("--eta", type=float, default=0.9, help="DDIM's noise: it corrects errors on the way")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs"))
-    return parser.parse_args()
+def named(thing: str) -> str:
+    return f"{'an' if thing[0] in 'aeiou' else 'a'} {thing}"
 
 
-def write_contact_sheet(rows: list[list[tuple[str, Image.Image | None]]], file: Path) -> None:
-    """Rows of labelled pictures, `None` leaving a place empty, into a file."""
-    side = max(picture.width for row in rows for _, picture in row if picture) * ZOOM
-    columns = max(len(row) for row in rows)
-    cell_width, cell_height = side + GAP, side + LABEL + GAP
-    sheet = Image.new("RGB", (columns * cell_width + GAP, len(rows) * cell_height + GAP), "white")
-    draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(size=12)
-    for y, row in enumerate(rows):
-        for x, (label, picture) in enumerate(row):
-            if picture is None:
-                continue
-            left, top = GAP + x * cell_width, GAP + y * cell_height
-            draw.text((left, top), label, fill="black", font=font)
-            sheet.paste(picture.resize((side, side), Image.Resampling.BICUBIC), (left, top + LABEL))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(file)
-    print(f"The contact sheet is in {file}")
-
-
-def main():
-    args = parse_args()
-    logging.set_verbosity_error()
-    pipe = DiffusionPipeline.from_pretrained(
-        args.checkpoint, custom_pipeline=str(ROOT), trust_remote_code=True, dtype=torch.float32
-    )
-    pipe.load_ssr(args.checkpoint)
-    pipe.set_progress_bar_config(disable=True)
-
-    references = json.loads((args.references / "queries.json").read_text())
-    bar = tqdm(total=sum(map(len, references.values())), desc="subjects")
+def draw_subjects(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> list[Row]:
+    """A row for each reference: each of its subjects in each place."""
     rows = []
-    for name, queries in references.items():
+    for name, queries in args.queries.items():
         reference = Image.open(args.references / name)
         row = [("reference", reference)]
         for query in queries:
             subject = pipe.encode_subject(reference, query=query).scaled(args.scale)
-            article = "an" if query[0] in "aeiou" else "a"
-            images = pipe(
-                [f"{article} {query} {place}" for place in args.places],
-                subject=subject,
-                num_inference_steps=args.num_inference_steps,
-                guidance_scale=args.guidance_scale,
-                eta=args.eta,
-                generator=torch.Generator().manual_seed(args.seed),
-            ).images
+            prompts = [f"{named(query)} {place}" for place in args.places]
+            images = pipe(prompts, subject=subject, **call_arguments(args)).images
             places = [place.split()[-1] for place in args.places]
             row += [(f'"{query}", {place}', image) for place, image in zip(places, images, strict=True)]
             bar.update()
         rows.append(row)
-    bar.close()
+    return rows
+
+
+def first_subjects(pipe: DiffusionPipeline, args: argparse.Namespace, count: int) -> list[tuple]:
+    """For the first references: picture, query, and its first subject."""
+    found = []
+    for name, (query, *_) in list(args.queries.items())[:count]:
+        reference = Image.open(args.references / name)
+        found.append((reference, query, pipe.encode_subject(reference, query=query).scaled(args.scale)))
+    return found
+
+
+def draw_look(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> Row:
+    """The first subjects, drawn by another checkpoint: a UNet of the same layout with a look of its own."""
+    unet = UNet2DConditionModel.from_pretrained(POCKET / "unet", dtype=pipe.unet.dtype).to(pipe.device)
+    pipe = type(pipe).from_pipe(pipe, unet=unet)
+    pipe.load_lora_weights(str(POCKET / "look"))
+    pipe.fuse_lora()
+    row = []
+    for reference, query, subject in first_subjects(pipe, args, 3):
+        image = pipe(f"{named(query)} {args.places[-1]}", subject=subject, **call_arguments(args)).images[0]
+        row += [("reference", reference), (f'"{query}", other look', image)]
+        bar.update()
+    return row
+
+
+def draw_along_edges(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> Row:
+    """The first subjects where the edges of another picture want them."""
+    pipe = StableDiffusionSSRControlNetPipeline.from_pipe(
+        pipe, controlnet=ControlNetModel.from_pretrained(POCKET / "controlnet", dtype=pipe.unet.dtype)
+    )
+    row = []
+    for reference, query, subject in first_subjects(pipe, args, 2):
+        edges = Image.open(POCKET / "controls" / f"{query}.png")
+        image = pipe(f"{named(query)} {args.places[-1]}", image=edges, subject=subject, **call_arguments(args)).images[
+            0
+        ]
+        row += [("reference", reference), ("edges", edges), (f'"{query}" along them', image)]
+        bar.update()
+    return row
+
+
+def draw_video(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> Row:
+    """The first subject in motion: a few frames for the sheet, all of them as a GIF."""
+    pipe = AnimateDiffSSRPipeline.from_pipe(
+        pipe, motion_adapter=MotionAdapter.from_pretrained(POCKET / "motion_adapter", dtype=pipe.unet.dtype)
+    )
+    ((reference, query, subject),) = first_subjects(pipe, args, 1)
+    frames = pipe(
+        f"{named(query)} {args.places[0]}", subject=subject, num_frames=8, **call_arguments(args)
+    ).frames[0]  # fmt: skip
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    larger = [frame.resize((256, 256), Image.Resampling.BICUBIC) for frame in frames]
+    export_to_gif(larger, str(args.output_dir / "demo.gif"), fps=8)
+    bar.update()
+    return [("reference", reference), *((f"frame {i + 1} of 8", frames[i]) for i in range(0, 8, 2))]
+
+
+def main():
+    parser = options(__doc__)
+    parser.add_argument("--references", type=Path, default=POCKET / "references", help="pictures and queries.json")
+    parser.add_argument("--places", nargs="+", default=["in the snow", "on the beach"], help="where to draw them")
+    args = parser.parse_args()
+    args.queries = json.loads((args.references / "queries.json").read_text())
+    pipe = load_pipeline(args.checkpoint)
+    with tqdm(total=sum(map(len, args.queries.values())) + 3 + 2 + 1, desc="subjects") as bar:
+        rows = draw_subjects(pipe, args, bar)
+        rows += [draw(pipe, args, bar) for draw in (draw_look, draw_along_edges, draw_video)]
     write_contact_sheet(rows, args.output_dir / "demo.png")
 
 

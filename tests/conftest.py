@@ -2,12 +2,16 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "pocket")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# what tests download or import as custom code stays out of the user's own cache
+cache = tempfile.TemporaryDirectory(prefix="hf-home-")
+os.environ["HF_HOME"] = cache.name
 # workers that run side by side share the cores, and so do the processes that they start
 workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 os.environ.setdefault("OMP_NUM_THREADS", str(max(os.cpu_count() // workers, 1)))

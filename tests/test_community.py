@@ -137,8 +137,8 @@ def test_one_encoder_for_many_unets(pipe):
 # LoRA and textual inversion
 
 
-def write_lora(folder, seed: int) -> None:
-    unet = make_unet()
+def write_lora(folder, seed: int, **config) -> None:
+    unet = make_unet(**config)
     torch.manual_seed(seed)
     unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False))
     StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(unet))
@@ -163,6 +163,16 @@ def test_loras_from_files(pipe, tmp_path):
     pipe.unfuse_lora()
     pipe.unload_lora_weights()
     np.testing.assert_allclose(pipe(**subject_args()).images, plain, atol=1e-4)
+
+
+def test_a_lora_of_another_family_is_refused(pipe, tmp_path):
+    """Stable Diffusion 2 reads text of another width: diffusers says so, and the next call draws as before."""
+    before = pipe(**subject_args()).images
+    write_lora(tmp_path, seed=40, cross_attention_dim=48)
+    with pytest.raises((ValueError, RuntimeError), match="size mismatch"):
+        pipe.load_lora_weights(tmp_path)
+    pipe.unload_lora_weights()
+    assert np.array_equal(pipe(**subject_args()).images, before)
 
 
 def test_lcm_lora_in_four_steps(pipe, tmp_path):
@@ -241,6 +251,8 @@ def test_inpainting_unets(in_channels):
 
 SCHEDULERS = {scheduler.__name__: scheduler for scheduler in make_components()["scheduler"].compatibles}
 NEEDS = {"LMSDiscreteScheduler": "scipy", "DPMSolverSDEScheduler": "torchsde"}
+# this one's noise is not the call's generator's
+SEEDS = {"DPMSolverSDEScheduler": {"noise_sampler_seed": 0}}
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULERS))
@@ -248,7 +260,7 @@ def test_every_scheduler(pipe, name):
     """The subject acts, also in half of the denoising, and without it the stock pipeline draws the same."""
     if name in NEEDS:
         pytest.importorskip(NEEDS[name], reason=f"{name} needs {NEEDS[name]}; the other schedulers cover the subject")
-    pipe.scheduler = SCHEDULERS[name].from_config(pipe.scheduler.config)
+    pipe.scheduler = SCHEDULERS[name].from_config(pipe.scheduler.config, **SEEDS.get(name, {}))
     arguments = {"num_inference_steps": 4}
     expected = stock_of(pipe)(**call_args(**arguments)).images
     assert np.array_equal(pipe(**call_args(**arguments)).images, expected)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 
@@ -9,42 +10,69 @@ import numpy as np
 import pytest
 import torch
 from conftest import POCKET, ROOT, make_image_encoder, make_image_processor
+from diffusers.utils import logging
 from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline
 from PIL import Image
 from test_modeling_ssr import ALIGNER, LAYERS, random_released
 
 
-def run(script: str, *arguments, cwd) -> str:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "hf")}
-    command = [sys.executable, str(ROOT / "examples" / script), *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+@pytest.fixture
+def run(tmp_path, monkeypatch, capfd):
+    """Run a script with arguments in an empty folder, in this process, which has everything imported already."""
+
+    def run(script: str, *arguments) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
+        return capfd.readouterr().out
+
+    yield run
+    logging.set_verbosity_warning()
 
 
 def test_demo_writes_its_contact_sheet(tmp_path):
-    output = run("demo.py", "--num_inference_steps", 2, cwd=tmp_path)
-    assert "outputs/demo.png" in output
+    """In a process of its own, as a user runs it."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    command = [sys.executable, str(ROOT / "examples" / "demo.py"), "--num_inference_steps", "2"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "outputs/demo.png" in done.stdout
     sheet = Image.open(tmp_path / "outputs" / "demo.png")
-    assert sheet.width > 800 and sheet.height > 800
+    assert sheet.width > 800 and sheet.height > 1300
+    with Image.open(tmp_path / "outputs" / "demo.gif") as video:
+        assert video.n_frames == 8
 
 
-def test_attention_maps_are_drawn(tmp_path):
-    assert "outputs/attention_map.png" in run("attention_map.py", cwd=tmp_path)
+def test_attention_maps_are_drawn(run, tmp_path):
+    assert "outputs/attention_map.png" in run("attention_map.py")
     picture = next((POCKET / "references").glob("*.png"))
-    run("attention_map.py", "--image", picture, "--queries", "a cat", "car", cwd=tmp_path)
+    run("attention_map.py", "--image", picture, "--queries", "a cat", "car")
     sheet = Image.open(tmp_path / "outputs" / "attention_map.png")
     assert sheet.width > 4 * 64
 
 
-def test_released_files_are_converted(tmp_path):
+@pytest.mark.parametrize("detector", ["canny", "lineart"])
+def test_a_photo_steers_the_picture(run, tmp_path, detector):
+    run("controlnet.py", "--detector", detector, "--num_inference_steps", 3)
+    sheet = np.asarray(Image.open(tmp_path / "outputs" / "controlnet.png"))
+    assert sheet.shape[1] > 6 * 128 and sheet[40:160, 40:-40].std() > 30
+
+
+def test_a_subject_is_animated(run, tmp_path):
+    run("animatediff.py", "--num_inference_steps", 3, "--num_frames", 4)
+    with Image.open(tmp_path / "outputs" / "animatediff.gif") as video:
+        assert video.n_frames == 4
+    assert (tmp_path / "outputs" / "animatediff.mp4").read_bytes()[4:8] == b"ftyp"
+
+
+def test_released_files_are_converted(run, tmp_path):
     torch.save(random_released(ALIGNER), tmp_path / "pytorch_model.bin")
     torch.save(random_released(LAYERS), tmp_path / "pytorch_model_1.bin")
     make_image_encoder().save_pretrained(tmp_path / "clip")
     make_image_processor().save_pretrained(tmp_path / "clip")
     run(
         "convert_released_checkpoint.py", "--aligner", "pytorch_model.bin", "--layers", "pytorch_model_1.bin",
-        "--image_encoder", "clip", "--output_dir", "converted", cwd=tmp_path,
+        "--image_encoder", "clip", "--output_dir", "converted",
     )  # fmt: skip
     expected = SSREncoder.from_released(random_released(ALIGNER), random_released(LAYERS))
     converted = SSREncoder.from_pretrained(tmp_path / "converted", subfolder="ssr_encoder")
@@ -53,19 +81,23 @@ def test_released_files_are_converted(tmp_path):
     assert (tmp_path / "converted" / "ssr_image_processor" / "preprocessor_config.json").exists()
 
 
-@pytest.mark.parametrize("extra", [(), ("--subjects", 2, "--batch_size", 2), ("--frames", 2)])
-def test_benchmark_compares_the_methods(tmp_path, extra):
+@pytest.mark.parametrize("extra", [("--profile",), ("--subjects", 2, "--batch_size", 2), ("--frames", 2)])
+def test_benchmark_compares_the_methods(run, tmp_path, extra):
     arguments = ("--preset", "pocket", "--size", 64, "--steps", 1, "--rounds", 1, "--json", "result.json", *extra)
-    output = run("benchmark.py", *arguments, cwd=tmp_path)
+    output = run("benchmark.py", *arguments)
     methods = json.loads((tmp_path / "result.json").read_text())["methods"]
     assert all(f"| {name} |" in output and each["seconds"] > 0 for name, each in methods.items())
     flops = {name: each["step"] for name, each in methods.items()}
     assert flops["stock"] < flops["ip_adapter_plus"] < flops["ssr"] < flops["released"]
+    if sys.platform == "linux":
+        assert all(each["peak_bytes"] > 2**27 for each in methods.values())
 
 
 @pytest.mark.parametrize("script", sorted(file.name for file in (ROOT / "examples" / "pocket").glob("train_*.py")))
-def test_training_scripts_show_their_options(script, tmp_path):
-    assert "--max_train_steps" in run(f"pocket/{script}", "--help", cwd=tmp_path)
+def test_training_scripts_show_their_options(script, run, capfd):
+    with pytest.raises(SystemExit, match="0"):
+        run(f"pocket/{script}", "--help")
+    assert "--max_train_steps" in capfd.readouterr().out
 
 
 def test_the_pocket_draws_the_queried_subject():

@@ -5,14 +5,23 @@ import json
 from pathlib import Path
 
 import numpy as np
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    DDIMScheduler,
+    MotionAdapter,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers_ssr import SSREncoder
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from train_controlnet import edges
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModel
-from world import CATEGORY_NAMES, HELD_OUT, World, draw_scene
+from world import CATEGORY_NAMES, HELD_OUT, PLACE_NAMES, World, draw_scene
 
 
+LORA = "pytorch_lora_weights.safetensors"
 # What the references show; the instances are taken from the held-out ones.
 REFERENCES = (
     ("cat", "car"),
@@ -35,6 +44,16 @@ def draw_references(world: World, folder: Path) -> None:
         Image.fromarray(draw_scene(world, rng, instances).picture).save(folder / file)
         queries[file] = list(names)
     (folder / "queries.json").write_text(json.dumps(queries, indent=2) + "\n")
+
+
+def draw_controls(world: World, folder: Path) -> None:
+    """Edges for the first references' first subjects: of other instances, elsewhere in the picture."""
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(11)
+    for (name, *_), shift in zip(REFERENCES, ((-12, -10), (12, 4)), strict=False):
+        pool = [i for i in HELD_OUT if i.category == CATEGORY_NAMES.index(name)]
+        scene = draw_scene(world, rng, [pool[rng.integers(len(pool))]], PLACE_NAMES.index("beach"), shift=shift)
+        Image.fromarray(edges(scene.picture)).save(folder / f"{name}.png")
 
 
 def main():
@@ -65,11 +84,18 @@ def main():
     judge = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in judge.items()}
     (output / "judge").mkdir(exist_ok=True)
     save_file(judge, output / "judge" / "model.safetensors")
+    ControlNetModel.from_pretrained(trained / "controlnet").half().save_pretrained(output / "controlnet")
+    MotionAdapter.from_pretrained(trained / "motion_adapter").half().save_pretrained(output / "motion_adapter")
+    (output / "look").mkdir(exist_ok=True)
+    look = {name: tensor.half() for name, tensor in load_file(trained / "look" / LORA).items()}
+    save_file(look, output / "look" / LORA)
+    world = World(trained / "designs")
+    draw_references(world, output / "references")
+    draw_controls(world, output / "controls")
     for config in output.rglob("config.json"):
         described = json.loads(config.read_text())
         described.pop("_name_or_path", None)
         config.write_text(json.dumps(described, indent=2) + "\n")
-    draw_references(World(trained / "designs"), output / "references")
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     print(f"{output} holds {size / 1e6:.1f} MB")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from scenes import Scenes
+from scenes import Scenes, load_scenes
 
 
 CHANNELS = 24
@@ -35,6 +35,18 @@ class Codes:
         weights = weights / (variance * weights**2).mean().sqrt()
         return cls(mean, basis * weights)
 
+    @classmethod
+    def from_latents(cls, pictures: np.ndarray, latents: torch.Tensor) -> "Codes":
+        """The codes nearest to given latents (n, 24, 8, 8) of these pictures, by least squares."""
+        patches = _patches(pictures).flatten(0, 2).double()
+        mean = patches.mean(0)
+        # the latents of the mean patch are zero
+        basis = torch.linalg.lstsq(patches - mean, latents.permute(0, 2, 3, 1).flatten(0, 2).double()).solution
+        return cls(mean.float(), basis.float())
+
+    def save(self, file: Path) -> None:
+        save_file({"mean": self.mean, "basis": self.basis.contiguous()}, file)
+
     def importance(self) -> torch.Tensor:
         """How much a latent channel shows in the picture, (1, 24, 1, 1) with mean 1: colours and shapes before details."""
         squares = self.basis.square().sum(0).reciprocal()
@@ -50,16 +62,15 @@ def _patches(pictures: np.ndarray) -> torch.Tensor:
     return pixels.unflatten(2, (-1, PATCH)).unflatten(1, (-1, PATCH)).transpose(2, 3).flatten(3)
 
 
-def load_codes(work_dir: Path, scenes: Scenes) -> Codes:
+def load_codes(work_dir: Path) -> Codes:
     """The codes of the training scenes, fitted at the first call."""
     file = work_dir / "codes.safetensors"
     if not file.exists():
-        codes = Codes.fit(scenes.pictures[:3000])
-        save_file({"mean": codes.mean, "basis": codes.basis.contiguous()}, file)
+        Codes.fit(load_scenes(work_dir).pictures[:3000]).save(file)
     return Codes(**load_file(file))
 
 
 def load_latents(work_dir: Path, scenes: Scenes) -> torch.Tensor:
     """Latents of all training scenes, (n, 24, 8, 8) in half precision."""
-    codes = load_codes(work_dir, scenes)
+    codes = load_codes(work_dir)
     return torch.cat([codes.encode(scenes.pictures[i : i + 500]).half() for i in range(0, len(scenes), 500)])

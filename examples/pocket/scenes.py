@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from tqdm.auto import tqdm
-from world import INSTANCES, SEEN, World, download_designs, draw_instances, draw_scene
+from world import INSTANCES, SEEN, Instance, World, download_designs, draw_instances, draw_scene
 
 
 PATCHES = 8  # the vision encoder's grid is PATCHES x PATCHES
@@ -28,6 +28,9 @@ class Scenes:
 
     def __len__(self) -> int:
         return len(self.pictures)
+
+    def instances_of(self, row: int) -> list[Instance]:
+        return [INSTANCES[number] for number in self.instances[row] if number >= 0]
 
     @property
     def counts(self) -> np.ndarray:

@@ -5,23 +5,28 @@ very instance elsewhere. A tenth of the samples has no subject (empty query, zer
 of the rest says it with a mask, and with an empty query or a caption of the whole reference.
 """
 
+from pathlib import Path
+
 import numpy as np
 import torch
-from codes import load_codes, load_latents
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from base import Base, caption
+from codes import load_latents
+from diffusers import UNet2DConditionModel
 from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline
 from diffusers_ssr.attention_processors import SubjectConditions, subject_in_unet
 from diffusers_ssr.modeling_ssr import consistency_loss
 from judge import load_judge
 from scenes import load_scenes
-from train_unet import caption, encode_texts
 from training import options, train
-from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModel
+from transformers import CLIPImageProcessor, CLIPVisionModel
 from world import INSTANCES, PLACE_NAMES, describe, sheet
 
 
-def build(unet: UNet2DConditionModel, vision: CLIPVisionModel) -> SSREncoder:
-    """An encoder for `unet` whose layers' keys and values start as the text's."""
+def build(trained: Path, unet: UNet2DConditionModel, vision: CLIPVisionModel) -> SSREncoder:
+    """The encoder that was trained already, if there is one, or a new one whose layers' keys and values start as the
+    text's."""
+    if trained.exists():
+        return SSREncoder.from_pretrained(trained)
     layers = {name: module for name, module in unet.named_modules() if name.endswith("attn2")}
     order = [name.removesuffix(".processor") for name in unet.attn_processors]
     layers = {name: layers[name] for name in order if name in layers}
@@ -49,16 +54,12 @@ def main():
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     scenes = load_scenes(args.work_dir)
-    vae = AutoencoderKL.from_pretrained(args.work_dir / "vae").eval()
-    unet = UNet2DConditionModel.from_pretrained(args.work_dir / "unet").eval().requires_grad_(False)
-    scheduler = DDIMScheduler.from_pretrained(args.work_dir / "scheduler")
-    tokenizer = CLIPTokenizer.from_pretrained(args.work_dir / "clip")
-    text_encoder = CLIPTextModel.from_pretrained(args.work_dir / "clip").eval()
+    base = Base(args.work_dir)
+    unet = base.unet
     vision = CLIPVisionModel.from_pretrained(args.work_dir / "clip").eval().requires_grad_(False)
     processor = CLIPImageProcessor.from_pretrained(args.work_dir / "clip")
     latents = load_latents(args.work_dir, scenes)
-    importance = load_codes(args.work_dir, scenes).importance()
-    encoder = build(unet, vision).train()
+    encoder = build(args.work_dir / "ssr_encoder", unet, vision).train()
     print(f"SSR-Encoder: {sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} M parameters")
     mean, std = (torch.tensor(s).view(3, 1, 1) for s in (processor.image_mean, processor.image_std))
 
@@ -89,41 +90,38 @@ def main():
                 query = rng.choice(["", whole])
             queries.append(query)
             targets.append(target)
-            prompts.append("" if rng.random() < args.prompt_dropout else caption(scenes, target, rng))
+            prompts.append(
+                ""
+                if rng.random() < args.prompt_dropout
+                else caption(scenes.instances_of(target), scenes.places[target], rng)
+            )
         pixels = (torch.from_numpy(scenes.pictures[rows]).permute(0, 3, 1, 2).float() / 255 - mean) / std
         pixels[torch.from_numpy(empty)] = 0
         with torch.no_grad():
             hidden_states = vision(pixels, output_hidden_states=True).hidden_states
-        query_states = encode_texts(tokenizer, text_encoder, queries)
+        query_states = base.encode_texts(queries)
         levels = [hidden_states[level] for level in encoder.config.image_levels]
         subject = encoder(query_states, levels, masks, args.mask_weight)
         conditions = SubjectConditions(encoder.project(subject))
 
-        clean = latents[targets].float()
-        noise = torch.randn(clean.shape, generator=generator)
         # more often at the noisy end, where colour and shape are decided
         share = torch.rand(size, generator=generator).sqrt()
-        steps = (share * scheduler.config.num_train_timesteps).long().clamp(max=999)
-        prompt_states = encode_texts(tokenizer, text_encoder, prompts)
+        steps = (share * base.scheduler.config.num_train_timesteps).long().clamp(max=999)
         with subject_in_unet(unet, encoder.config.attention_layers):
-            predicted = unet(
-                scheduler.add_noise(clean, noise, steps),
-                steps,
-                encoder_hidden_states=prompt_states,
+            denoising = base.loss(
+                unet, latents[targets].float(), generator, steps=steps,
+                encoder_hidden_states=base.encode_texts(prompts),
                 added_cond_kwargs={"image_embeds": conditions.as_image_embeds()},
-            ).sample
-        denoising = ((predicted - scheduler.get_velocity(clean, noise, steps)).square() * importance).mean()
+            )  # fmt: skip
         consistency = consistency_loss(subject, query_states)
         return denoising + args.consistency_weight * consistency, {"mse": denoising.item(), "reg": consistency.item()}
 
     references = [row for row in range(2000) if scenes.counts[row] == 2][:18]
 
     def sample_fn(file):
-        pipe = StableDiffusionSSRPipeline(
-            vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False,
-            ssr_encoder=encoder, ssr_image_encoder=vision, ssr_image_processor=processor,
-        )  # fmt: skip
-        pipe.set_progress_bar_config(disable=True)
+        pipe = base.pipeline(
+            StableDiffusionSSRPipeline, ssr_encoder=encoder, ssr_image_encoder=vision, ssr_image_processor=processor
+        )
         rows, judge, right, same = [], load_judge(args.work_dir), 0, 0
         for index, row in enumerate(references):
             rows.append(scenes.pictures[row])

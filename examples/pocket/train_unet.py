@@ -4,17 +4,23 @@ Captions name category and place; nearly half also name colour and design, as ca
 saw a colour asked for could not be asked for one by a subject either.
 """
 
+from pathlib import Path
+
 import numpy as np
 import torch
+from base import caption, diffusion_loss, encode_texts
 from codes import CHANNELS, load_codes, load_latents
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from scenes import Scenes, load_scenes
+from scenes import load_scenes
 from training import options, picture_array, train
 from transformers import CLIPTextModel, CLIPTokenizer
-from world import CATEGORY_NAMES, INSTANCES, PLACE_NAMES, describe, sheet
+from world import CATEGORY_NAMES, PLACE_NAMES, describe, sheet
 
 
-def build() -> UNet2DConditionModel:
+def build(trained: Path) -> UNet2DConditionModel:
+    """The UNet that was trained already, if there is one, or a new one."""
+    if trained.exists():
+        return UNet2DConditionModel.from_pretrained(trained)
     return UNet2DConditionModel(
         sample_size=8,
         in_channels=CHANNELS,
@@ -42,32 +48,6 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def caption(scenes: Scenes, row: int, rng: np.random.Generator) -> str:
-    """A caption of one scene: plain, rich, without naming the things, or empty."""
-    kind = rng.random()
-    if kind < 0.1:
-        return ""
-    present = [INSTANCES[n] for n in scenes.instances[row] if n >= 0]
-    rng.shuffle(present)
-    things = [i.words if kind < 0.5 else "thing" if kind > 0.85 else i.name for i in present]
-    return describe(things, PLACE_NAMES[scenes.places[row]] if rng.random() < 0.95 else None)
-
-
-def encode_texts(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, texts: list[str]) -> torch.Tensor:
-    tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
-    with torch.no_grad():
-        return text_encoder(tokens.input_ids).last_hidden_state
-
-
-def diffusion_loss(scheduler, unet, latents, importance, generator, **conditions) -> torch.Tensor:
-    """Mean squared error of the velocity, at uniform times, each channel weighted by what it shows."""
-    noise = torch.randn(latents.shape, generator=generator)
-    steps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), generator=generator)
-    noisy = scheduler.add_noise(latents, noise, steps)
-    predicted = unet(noisy, steps, **conditions).sample
-    return ((predicted - scheduler.get_velocity(latents, noise, steps)).square() * importance).mean()
-
-
 def main():
     parser = options(__doc__, max_train_steps=17000, train_batch_size=10, learning_rate=1.3e-3, sample_steps=1000)
     args = parser.parse_args()
@@ -77,15 +57,15 @@ def main():
     tokenizer = CLIPTokenizer.from_pretrained(args.work_dir / "clip")
     text_encoder = CLIPTextModel.from_pretrained(args.work_dir / "clip").eval()
     latents = load_latents(args.work_dir, scenes)
-    importance = load_codes(args.work_dir, scenes).importance()
+    importance = load_codes(args.work_dir).importance()
     scheduler = build_scheduler()
-    unet = build().train()
+    unet = build(args.work_dir / "unet").train()
     print(f"UNet: {sum(p.numel() for p in unet.parameters()) / 1e6:.1f} M parameters")
 
     def loss_fn(generator):
         rows = torch.randint(len(scenes), (args.train_batch_size,), generator=generator)
         rng = np.random.default_rng(int(rows.sum()))
-        texts = [caption(scenes, row, rng) for row in rows.tolist()]
+        texts = [caption(scenes.instances_of(row), scenes.places[row], rng) for row in rows.tolist()]
         states = encode_texts(tokenizer, text_encoder, texts)
         clean = latents[rows].float()
         return diffusion_loss(scheduler, unet, clean, importance, generator, encoder_hidden_states=states), {}

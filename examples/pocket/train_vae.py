@@ -42,7 +42,7 @@ def main():
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     scenes = load_scenes(args.work_dir)
-    codes = load_codes(args.work_dir, scenes)
+    codes = load_codes(args.work_dir)
     latents = load_latents(args.work_dir, scenes)
     folder = args.work_dir / "vae"
     vae = AutoencoderKL.from_pretrained(folder) if (folder / "config.json").exists() else build()

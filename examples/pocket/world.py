@@ -266,14 +266,21 @@ def draw_scene(
     instances: list[Instance],
     place: int | None = None,
     size: int = SIZE,
+    shift: tuple[int, int] = (0, 0),
+    canvas: np.ndarray | None = None,
 ) -> Scene:
-    """Put one to three instances side by side, in any order, on a place (a random one if `None`)."""
+    """Put one to three instances side by side, in any order, on a place (a random one if `None`).
+
+    `shift` moves them by pixels to the right and down, at most to the picture's edge; `canvas` is a place that is
+    painted already.
+    """
     place = int(rng.integers(len(PLACES))) if place is None else place
-    canvas = paint_place(place, rng, size)
+    canvas = paint_place(place, rng, size) if canvas is None else canvas.copy()
     masks: list = [None] * len(instances)
     side, lefts, top = (np.array(pixels) * size // SIZE for pixels in LAYOUTS[len(instances)])
     for column, index in enumerate(rng.permutation(len(instances))):
-        masks[index] = world.paste(canvas, instances[index], int(lefts[column]), int(top), int(side))
+        x, y = np.clip((lefts[column] + shift[0], top + shift[1]), 0, size - side)
+        masks[index] = world.paste(canvas, instances[index], int(x), int(y), int(side))
     alphas = [mask > 0.5 for mask in masks]
     return Scene((canvas.clip(0, 1) * 255).round().astype(np.uint8), place, list(instances), alphas)
 

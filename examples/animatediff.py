@@ -1,0 +1,41 @@
+"""Animate a subject with AnimateDiff; the video is written as GIF and as MP4.
+
+The MP4 needs `pip install imageio imageio-ffmpeg`.
+"""
+
+from diffusers import MotionAdapter
+from diffusers.utils import export_to_gif, export_to_video, load_image
+from diffusers_ssr import AnimateDiffSSRPipeline
+from drawing import POCKET, call_arguments, load_pipeline, options, reference_options
+from PIL import Image
+
+
+def main():
+    parser = options(__doc__)
+    reference_options(parser)
+    parser.add_argument("--motion_adapter", default=str(POCKET / "motion_adapter"))
+    parser.add_argument("--num_frames", type=int, default=8)
+    parser.add_argument("--fps", type=int, default=8)
+    args = parser.parse_args()
+
+    pipe = load_pipeline(args.checkpoint)
+    adapter = MotionAdapter.from_pretrained(args.motion_adapter, dtype=pipe.unet.dtype).to(pipe.device)
+    pipe = AnimateDiffSSRPipeline.from_pipe(pipe, motion_adapter=adapter)
+    frames = pipe(
+        args.prompt,
+        subject_image=load_image(args.reference),
+        subject_query=args.query,
+        subject_scale=args.scale,
+        num_frames=args.num_frames,
+        **call_arguments(args),
+    ).frames[0]
+    side = max(256, frames[0].width)  # the pocket's frames are too small to look at
+    frames = [frame.resize((side, side * frame.height // frame.width), Image.Resampling.BICUBIC) for frame in frames]
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    for file, export in (("animatediff.gif", export_to_gif), ("animatediff.mp4", export_to_video)):
+        export(frames, str(args.output_dir / file), fps=args.fps)
+        print(f"The video is in {args.output_dir / file}")
+
+
+if __name__ == "__main__":
+    main()

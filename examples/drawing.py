@@ -1,0 +1,81 @@
+"""What the examples that draw share: their options, the pipeline, and the contact sheet."""
+
+import argparse
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging
+from PIL import Image, ImageDraw, ImageFont
+
+
+ROOT = Path(__file__).resolve().parent.parent
+POCKET = ROOT / "pocket"
+ZOOM = 2
+GAP = 12
+LABEL = 22
+
+
+def options(description: str | None) -> argparse.ArgumentParser:
+    """How to draw; the defaults are the pocket checkpoint's."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--checkpoint", default=str(POCKET), help="base model and SSR-Encoder")
+    parser.add_argument("--scale", type=float, default=1.0, help="how strongly the subject acts")
+    parser.add_argument("--num_inference_steps", type=int, default=25)
+    parser.add_argument("--guidance_scale", type=float, default=3.0)
+    parser.add_argument("--eta", type=float, default=0.9, help="DDIM's noise: it corrects errors on the way")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs"))
+    return parser
+
+
+def reference_options(parser: argparse.ArgumentParser) -> None:
+    """Which subject, and the prompt for it."""
+    parser.add_argument("--reference", default=str(POCKET / "references" / "1_cat_car.png"), help="file or address")
+    parser.add_argument("--query", default="cat", help="which thing in the reference is meant")
+    parser.add_argument("--prompt", default="a cat in the snow")
+
+
+def load_pipeline(checkpoint: str) -> DiffusionPipeline:
+    """The SSR pipeline of a checkpoint that holds base model and SSR-Encoder, on a GPU in half precision."""
+    logging.set_verbosity_error()
+    on_gpu = torch.cuda.is_available()
+    pipe = DiffusionPipeline.from_pretrained(
+        checkpoint,
+        custom_pipeline=str(ROOT),
+        trust_remote_code=True,
+        dtype=torch.float16 if on_gpu else torch.float32,
+    )
+    pipe.load_ssr(checkpoint)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to("cuda" if on_gpu else "cpu")
+
+
+def call_arguments(args: argparse.Namespace) -> dict:
+    """The arguments of a call that `options` set."""
+    return {
+        "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": args.guidance_scale,
+        "eta": args.eta,
+        "generator": torch.Generator().manual_seed(args.seed),
+    }
+
+
+def write_contact_sheet(rows: list[list[tuple[str, Image.Image | None]]], file: Path) -> None:
+    """Rows of labelled pictures, `None` leaving a place empty, into a file."""
+    side = max(picture.width for row in rows for _, picture in row if picture) * ZOOM
+    columns = max(len(row) for row in rows)
+    cell_width, cell_height = side + GAP, side + LABEL + GAP
+    sheet = Image.new("RGB", (columns * cell_width + GAP, len(rows) * cell_height + GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=12)
+    for y, row in enumerate(rows):
+        for x, (label, picture) in enumerate(row):
+            if picture is None:
+                continue
+            left, top = GAP + x * cell_width, GAP + y * cell_height
+            draw.text((left, top), label, fill="black", font=font)
+            sheet.paste(picture.resize((side, side), Image.Resampling.BICUBIC), (left, top + LABEL))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(file)
+    print(f"The contact sheet is in {file}")

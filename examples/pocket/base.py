@@ -1,0 +1,74 @@
+"""The trained base model of a work folder, and what everything that is trained on top of it shares."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from codes import load_codes
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from training import picture_array
+from transformers import CLIPTextModel, CLIPTokenizer
+from world import PLACE_NAMES, Instance, describe
+
+
+def caption(instances: list[Instance], place: int, rng: np.random.Generator) -> str:
+    """A caption of a scene: plain, rich, without naming the things, or empty."""
+    kind = rng.random()
+    if kind < 0.1:
+        return ""
+    shuffled = [instances[i] for i in rng.permutation(len(instances))]
+    things = [i.words if kind < 0.5 else "thing" if kind > 0.85 else i.name for i in shuffled]
+    return describe(things, PLACE_NAMES[place] if rng.random() < 0.95 else None)
+
+
+def encode_texts(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, texts: list[str]) -> torch.Tensor:
+    tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        return text_encoder(tokens.input_ids).last_hidden_state
+
+
+def diffusion_loss(scheduler, model, latents, importance, generator, steps=None, **conditions) -> torch.Tensor:
+    """Mean squared error of the velocity, at uniform times if `steps` says nothing else, each channel weighted by what
+    it shows. `latents` are (batch_size, channels, ...) and `model` is called as a UNet is."""
+    noise = torch.randn(latents.shape, generator=generator)
+    if steps is None:
+        steps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), generator=generator)
+    predicted = model(scheduler.add_noise(latents, noise, steps), steps, **conditions)[0]
+    squared = (predicted - scheduler.get_velocity(latents, noise, steps)).square()
+    return (squared * importance.view(1, -1, *[1] * (latents.ndim - 2))).mean()
+
+
+class Base:
+    """The frozen base model in `work_dir`: its components, its latents, its loss."""
+
+    def __init__(self, work_dir: Path):
+        self.tokenizer = CLIPTokenizer.from_pretrained(work_dir / "clip")
+        self.text_encoder = CLIPTextModel.from_pretrained(work_dir / "clip").eval().requires_grad_(False)
+        self.vae = AutoencoderKL.from_pretrained(work_dir / "vae").eval().requires_grad_(False)
+        self.unet = UNet2DConditionModel.from_pretrained(work_dir / "unet").eval().requires_grad_(False)
+        self.scheduler = DDIMScheduler.from_pretrained(work_dir / "scheduler")
+        self.codes = load_codes(work_dir)
+
+    def encode_texts(self, texts: list[str]) -> torch.Tensor:
+        return encode_texts(self.tokenizer, self.text_encoder, texts)
+
+    def loss(self, model, latents, generator, **kwargs) -> torch.Tensor:
+        return diffusion_loss(self.scheduler, model, latents, self.codes.importance(), generator, **kwargs)
+
+    def pipeline(self, pipeline_class: type[DiffusionPipeline] = StableDiffusionPipeline, **components):
+        """A pipeline of the base model and further components."""
+        arguments = {
+            "vae": self.vae, "text_encoder": self.text_encoder, "tokenizer": self.tokenizer, "unet": self.unet,
+            "scheduler": self.scheduler, "feature_extractor": None,
+        }  # fmt: skip
+        if "motion_adapter" not in components:  # AnimateDiff knows no safety checker
+            arguments.update(safety_checker=None, requires_safety_checker=False)
+        pipe = pipeline_class(**{**arguments, **components})
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def draw(self, pipe, prompts: list[str], **kwargs) -> np.ndarray:
+        """Sample pictures (n, 64, 64, 3) uint8 of a pipeline."""
+        settings = {"num_inference_steps": 20, "guidance_scale": 3.0, **kwargs}
+        images = pipe(prompts, generator=torch.Generator().manual_seed(0), output_type="pt", **settings).images
+        return picture_array(images * 2 - 1)

@@ -1,0 +1,78 @@
+"""What the base model draws from text, and whether SSR-Encoder draws the queried subject."""
+
+import numpy as np
+from measuring import References, draw, share
+from world import CATEGORY_NAMES, PLACE_NAMES, describe
+
+
+def from_text(refs: References) -> None:
+    """What the base model draws without any subject."""
+    pairs = [(c, p) for c in range(len(CATEGORY_NAMES)) for p in range(len(PLACE_NAMES))] * 3
+    prompts = [describe([CATEGORY_NAMES[c]], PLACE_NAMES[p]) for c, p in pairs]
+    verdict = refs.judge.look_at(draw(refs.pipe, refs.args, prompts, None, "text alone"))
+    category, place = np.array(pairs).T
+    print(f"from text alone ({len(pairs)} pictures):")
+    print(f"  category asked for: {share(verdict.categories.argmax(1).numpy() == category)}")
+    print(f"  place asked for:    {share(verdict.places.argmax(1).numpy() == place)}")
+
+
+def selection(refs: References) -> None:
+    """One query a reference, with SSR and without, the prompt naming the category or not."""
+    queried, other = refs.wanted("category"), refs.wanted("category", 1)
+    subjects = refs.encode(0)
+    for naming, categories in (("a thing", None), ("its category", queried)):
+        for method, given in (("with SSR", subjects), ("without", None)):
+            verdict = refs.judge.look_at(refs.draw(refs.prompts(categories), given, f"{naming}, {method}"))
+            present = verdict.categories.numpy() > 0
+            design = verdict.designs[refs.rows, queried].argmax(1).numpy() == refs.wanted("design")
+            variant = verdict.variants[refs.rows, queried].argmax(1).numpy() == refs.wanted("variant")
+            place = verdict.places.argmax(1).numpy() == refs.places
+            print(f"one query a reference, the prompt names {naming}, {method} ({len(refs.rows)} pictures):")
+            refs.report_queried(verdict)
+            print(f"  the other one is there:                {share(present[refs.rows, other])}")
+            print(f"  its design (of 3):                     {share(design)}")
+            print(f"  design and colour:                     {share(design & variant)}")
+            print(f"  place asked for:                       {share(place)}")
+
+
+def both_subjects(refs: References) -> None:
+    """Both queries of each reference with the same seed, by text and by mask."""
+    for by_mask in (False, True):
+        own = []
+        for slot in (0, 1):
+            subjects = refs.encode(slot, by_mask)
+            verdict = refs.judge.look_at(refs.draw(refs.prompts(None), subjects, "masks" if by_mask else "texts"))
+            category, other = refs.wanted("category", slot), refs.wanted("category", 1 - slot)
+            scores = verdict.categories.numpy()
+            own.append((scores.argmax(1) == category) & (scores[refs.rows, other] < 0))
+        how = f"masks of weight {refs.args.mask_weight:g}" if by_mask else "text"
+        print(f"both subjects of a reference, the same seed, by {how} ({len(refs.rows)} references):")
+        print(f"  each picture shows its own subject: {share(np.concatenate(own))}")
+        print(f"  both pictures of a reference do:    {share(own[0] & own[1])}")
+
+
+def together(refs: References) -> None:
+    """The first subjects of two references in one picture, each kept to its half."""
+    first, partner = refs.encode(0), np.roll(refs.rows, 1)
+    category = refs.wanted("category")
+    use = category != category[partner]
+    left = np.zeros((64, 64), np.float32)
+    left[:, :32] = 1
+    prompts, plain, halves = [], [], []
+    for i in refs.rows[use]:
+        names = [CATEGORY_NAMES[category[i]], CATEGORY_NAMES[category[partner[i]]]]
+        prompts.append(describe(names, PLACE_NAMES[refs.places[i]]))
+        plain.append(first[i] + first[partner[i]])
+        halves.append(first[i].inside(left) + first[partner[i]].inside(1 - left))
+    for how, subjects in (("", plain), (", each in its half", halves), (", without SSR", None)):
+        verdict = refs.judge.look_at(draw(refs.pipe, refs.args, prompts, subjects, "together"))
+        present = verdict.categories.numpy() > 0
+        rows = np.arange(len(prompts))
+        both = present[rows, category[use]] & present[rows, category[partner][use]]
+        looks = []
+        for index in (refs.rows[use], partner[use]):
+            judged = verdict.variants[rows, category[index]].argmax(1).numpy()
+            looks.append(judged == refs.wanted("variant")[index])
+        print(f"subjects of two references in one picture{how} ({len(prompts)} pictures):")
+        print(f"  both are there:                       {share(both)}")
+        print(f"  each in its colour or look (of 12):   {share(np.concatenate(looks))}")

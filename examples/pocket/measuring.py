@@ -1,0 +1,118 @@
+"""What every measurement of the pocket shares: held-out references, what draws, what judges, how shares are reported."""
+
+import argparse
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from judge import Verdict, load_judge
+from tqdm.auto import tqdm
+from world import (
+    CATEGORY_NAMES,
+    HELD_OUT,
+    PLACE_NAMES,
+    World,
+    describe,
+    download_designs,
+    draw_instances,
+    draw_scene,
+    sheet,
+)
+
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def share(hits: np.ndarray) -> str:
+    """A share in per cent with its 95 % Wilson interval."""
+    count, rate, z = len(hits), float(np.mean(hits)), 1.96
+    centre = (rate + z * z / (2 * count)) / (1 + z * z / count)
+    half = z * math.sqrt(rate * (1 - rate) / count + z * z / (4 * count * count)) / (1 + z * z / count)
+    return f"{100 * rate:.1f} % ({100 * max(centre - half, 0):.1f} to {100 * min(centre + half, 1):.1f})"
+
+
+def draw(pipe, args, prompts: list[str], subjects: list | None, label: str, **each) -> np.ndarray:
+    """Pictures (n, 64, 64, 3) uint8, the i-th always from the i-th seed; `each` holds further arguments, one a picture.
+    Of AnimateDiff the videos, (n, frames, 64, 64, 3)."""
+    pictures = []
+    for start in tqdm(range(0, len(prompts), args.batch_size), desc=label):
+        part = slice(start, start + args.batch_size)
+        extra = {name: values[part] for name, values in each.items()}
+        if subjects is not None:
+            extra.update(subject=subjects[part], subject_scale=args.scale)
+        drawn = pipe(
+            prompts[part],
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
+            eta=args.eta,
+            generator=[torch.Generator().manual_seed(start + i) for i in range(len(prompts[part]))],
+            output_type="np",
+            **extra,
+        )
+        pictures.append((drawn[0] * 255).round().astype(np.uint8))
+    return np.concatenate(pictures)
+
+
+class References:
+    """References of two subjects, what draws and what judges."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        download_designs(args.work_dir / "designs")
+        self.world, self.judge = World(args.work_dir / "designs"), load_judge(args.checkpoint)
+        self.pipe = DiffusionPipeline.from_pretrained(
+            args.checkpoint, custom_pipeline=str(ROOT), trust_remote_code=True, dtype=torch.float32
+        )
+        self.pipe.load_ssr(args.checkpoint)
+        self.pipe.set_progress_bar_config(disable=True)
+        rng = np.random.default_rng(12345)
+        count = args.num_references
+        self.scenes = [draw_scene(self.world, rng, draw_instances(rng, HELD_OUT, 2)) for _ in range(count)]
+        self.places = rng.integers(len(PLACE_NAMES), size=count)
+        self.rows = np.arange(count)
+        self.columns: list[np.ndarray] = []
+
+    def wanted(self, part: str, slot: int = 0) -> np.ndarray:
+        """The category, design or variant of each reference's first or second subject; either may be left or right."""
+        return np.array([getattr(scene.instances[slot], part) for scene in self.scenes])
+
+    def prompts(self, categories: np.ndarray | None) -> list[str]:
+        names = ["thing"] * len(self.rows) if categories is None else [CATEGORY_NAMES[c] for c in categories]
+        return [describe([name], PLACE_NAMES[place]) for name, place in zip(names, self.places, strict=True)]
+
+    def draw(self, prompts: list[str], subjects: list | None, label: str, pipe=None, **each) -> np.ndarray:
+        """As `draw`, by this pipeline or another; the pictures also go into the sheet."""
+        pictures = draw(pipe or self.pipe, self.args, prompts, subjects, label, **each)
+        self.columns += [pictures] if pictures.ndim == 4 else [pictures[:, frame] for frame in (0, 4, 7)]
+        return pictures
+
+    def encode(self, slot: int, by_mask: bool = False) -> list:
+        return [
+            self.pipe.encode_subject(
+                scene.picture,
+                query=None if by_mask else scene.instances[slot].name,
+                mask=scene.masks[slot] if by_mask else None,
+                mask_weight=self.args.mask_weight,
+            )
+            for scene in tqdm(self.scenes, desc="encoding")
+        ]
+
+    def report_queried(self, verdict: Verdict) -> None:
+        """Whether pictures show the first subject of their reference, and in its colour."""
+        queried, other = self.wanted("category"), self.wanted("category", 1)
+        shown, present = verdict.categories.argmax(1).numpy(), verdict.categories.numpy() > 0
+        variant = verdict.variants[self.rows, queried].argmax(1).numpy() == self.wanted("variant")
+        print(f"  the queried subject and not the other: {share((shown == queried) & ~present[self.rows, other])}")
+        print(f"  its colour or look (of 12):            {share(variant)}")
+
+    def save_sheet(self) -> Path:
+        pictures = []
+        for i in range(min(20, len(self.rows))):
+            pictures += [self.scenes[i].picture, *(column[i] for column in self.columns)]
+        self.args.output_dir.mkdir(parents=True, exist_ok=True)
+        file = self.args.output_dir / "measure.png"
+        across = 1 + len(self.columns)
+        sheet(pictures, across * (2 if across < 8 else 1)).save(file)
+        return file

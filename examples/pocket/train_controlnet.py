@@ -1,0 +1,83 @@
+"""Train the pocket's ControlNet on the frozen base model: edges in, and the picture follows them.
+
+Single subjects stand anywhere here, not only where the base model draws them: that is what a ControlNet is for.
+"""
+
+import cv2
+import numpy as np
+import torch
+from base import Base, caption
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+from training import options, train
+from world import (
+    CATEGORY_NAMES,
+    INSTANCES,
+    PLACE_NAMES,
+    SEEN,
+    Scene,
+    World,
+    describe,
+    draw_instances,
+    draw_scene,
+    sheet,
+)
+
+
+def edges(picture: np.ndarray) -> np.ndarray:
+    """White edges on black, as controlnet-aux's CannyDetector finds them; (height, width, 3) uint8, both."""
+    return np.repeat(cv2.Canny(picture, 100, 200)[..., None], 3, axis=-1)
+
+
+def draw_anywhere(world: World, rng: np.random.Generator, pool=SEEN) -> Scene:
+    """One subject somewhere in the picture, or sometimes two side by side."""
+    count = 1 if rng.random() < 0.8 else 2
+    shift = (int(rng.integers(-12, 13)), int(rng.integers(-18, 7))) if count == 1 else (0, 0)
+    return draw_scene(world, rng, draw_instances(rng, pool, count), shift=shift)
+
+
+def control_tensor(pictures: list[np.ndarray]) -> torch.Tensor:
+    """Control pictures as (n, 3, height, width) from 0 to 1."""
+    return torch.from_numpy(np.stack([edges(picture) for picture in pictures])).permute(0, 3, 1, 2).float() / 255
+
+
+def main():
+    args = options(
+        __doc__, max_train_steps=5000, train_batch_size=10, learning_rate=7e-4, sample_steps=500
+    ).parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    base, world = Base(args.work_dir), World(args.work_dir / "designs")
+    controlnet = ControlNetModel.from_unet(base.unet).requires_grad_(True).train()
+    print(f"ControlNet: {sum(p.numel() for p in controlnet.parameters()) / 1e6:.1f} M parameters")
+
+    def loss_fn(generator):
+        rng = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
+        scenes = [draw_anywhere(world, rng) for _ in range(args.train_batch_size)]
+        pictures = [scene.picture for scene in scenes]
+        conditions = control_tensor(pictures)
+        texts = base.encode_texts([caption(scene.instances, scene.place, rng) for scene in scenes])
+
+        def controlled(noisy, steps):
+            down, mid = controlnet(noisy, steps, texts, conditions, return_dict=False)
+            return base.unet(
+                noisy, steps, texts, down_block_additional_residuals=down, mid_block_additional_residual=mid
+            )
+
+        return base.loss(controlled, base.codes.encode(np.stack(pictures)), generator), {}
+
+    def sample_fn(file):
+        rng, rows = np.random.default_rng(1), []
+        pipe = base.pipeline(StableDiffusionControlNetPipeline, controlnet=controlnet)
+        scenes = [draw_anywhere(world, rng, INSTANCES) for _ in range(12)]
+        named = [describe([CATEGORY_NAMES[i.category] for i in s.instances], PLACE_NAMES[s.place]) for s in scenes]
+        control = control_tensor([s.picture for s in scenes])
+        for index, picture in enumerate(base.draw(pipe, named, image=control)):
+            rows += [scenes[index].picture, edges(scenes[index].picture), picture]
+        sheet(rows, 9).save(file)
+
+    train("controlnet", args, {"controlnet": controlnet}, loss_fn, sample_fn)
+    controlnet.save_pretrained(args.work_dir / "controlnet")
+
+
+if __name__ == "__main__":
+    main()

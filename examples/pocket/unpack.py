@@ -1,0 +1,62 @@
+"""Fill a work folder from the shipped checkpoint, so that a part can be trained on, or a new one on top of it."""
+
+import argparse
+from pathlib import Path
+
+import torch
+from codes import Codes
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers_ssr import SSREncoder
+from safetensors.torch import load_file, save_file
+from scenes import load_scenes
+from training import picture_tensor
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionModel
+
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def _inner(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """State of a text or vision model without the name that some versions of transformers put in front."""
+    return {name.split("_model.", 1)[-1]: tensor for name, tensor in model.state_dict().items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, default=ROOT / "pocket")
+    parser.add_argument("--work_dir", type=Path, default=Path("outputs/pocket-training"))
+    args = parser.parse_args()
+    shipped, output = args.checkpoint, args.work_dir
+    output.mkdir(parents=True, exist_ok=True)
+    for name, model in (("vae", AutoencoderKL), ("unet", UNet2DConditionModel), ("ssr_encoder", SSREncoder)):
+        model.from_pretrained(shipped, subfolder=name, dtype=torch.float32).save_pretrained(output / name)
+    DDIMScheduler.from_pretrained(shipped, subfolder="scheduler").save_pretrained(output / "scheduler")
+    clip = output / "clip"
+    text = CLIPTextModel.from_pretrained(shipped, subfolder="text_encoder", dtype=torch.float32)
+    vision = CLIPVisionModel.from_pretrained(shipped, subfolder="ssr_image_encoder", dtype=torch.float32)
+    both = CLIPModel(CLIPConfig(text_config=text.config.to_dict(), vision_config=vision.config.to_dict()))
+    # the projections that matched pictures with captions are not shipped: nothing uses them any more
+    both.load_state_dict({f"text_model.{n}": t for n, t in _inner(text).items()}, strict=False)
+    both.load_state_dict({f"vision_model.{n}": t for n, t in _inner(vision).items()}, strict=False)
+    both.save_pretrained(clip)
+    CLIPTokenizer.from_pretrained(shipped, subfolder="tokenizer").save_pretrained(clip)
+    CLIPImageProcessor.from_pretrained(shipped, subfolder="ssr_image_processor").save_pretrained(clip)
+    judge = load_file(shipped / "judge" / "model.safetensors")
+    (output / "judge").mkdir(exist_ok=True)
+    save_file(judge, output / "judge" / "model.safetensors")
+
+    # the shipped autoencoder knows which codes it was trained on: the linear ones that are nearest to its latents
+    scenes, vae = load_scenes(output), AutoencoderKL.from_pretrained(output / "vae")
+    with torch.no_grad():
+        parts = (scenes.pictures[start : start + 250] for start in range(0, 3000, 250))
+        latents = torch.cat([vae.encode(picture_tensor(part)).latent_dist.mode() for part in parts])
+    codes = Codes.from_latents(scenes.pictures[: len(latents)], latents)
+    codes.save(output / "codes.safetensors")
+    error = (codes.encode(scenes.pictures[: len(latents)]) - latents).square().mean() / latents.var()
+    print(
+        f"{output} holds the shipped checkpoint; its latents are linear codes but for {100 * error:.1f} % of variance"
+    )
+
+
+if __name__ == "__main__":
+    main()
