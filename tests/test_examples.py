@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import POCKET, ROOT, make_image_encoder, make_image_processor
 from diffusers.utils import logging
-from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline
+from diffusers_ssr import SSREncoder
 from PIL import Image
 from test_modeling_ssr import ALIGNER, LAYERS, random_released
 
@@ -98,30 +98,3 @@ def test_training_scripts_show_their_options(script, run, capfd):
     with pytest.raises(SystemExit, match="0"):
         run(f"pocket/{script}", "--help")
     assert "--max_train_steps" in capfd.readouterr().out
-
-
-def test_the_pocket_draws_the_queried_subject():
-    """The embedded checkpoint itself: for each reference, the judge looks at each query's picture; chance is 1 in 12."""
-    from judge import load_judge
-    from world import CATEGORY_NAMES
-
-    pipe = StableDiffusionSSRPipeline.from_pretrained(POCKET, dtype=torch.float32)
-    pipe.load_ssr(POCKET)
-    pipe.set_progress_bar_config(disable=True)
-    judge = load_judge(POCKET)
-    subjects, queried = [], []
-    for name, queries in json.loads((POCKET / "references" / "queries.json").read_text()).items():
-        for query in queries:
-            subjects.append(pipe.encode_subject(Image.open(POCKET / "references" / name), query).scaled(1.0))
-            queried.append(CATEGORY_NAMES.index(query))
-    images = pipe(
-        ["a thing in the snow"] * len(subjects),
-        subject=subjects,
-        num_inference_steps=12,
-        guidance_scale=3.0,
-        eta=0.9,
-        generator=torch.Generator().manual_seed(0),
-        output_type="np",
-    ).images
-    shown = judge.look_at((images * 255).round().astype(np.uint8)).categories.argmax(1).numpy()
-    assert (shown == np.array(queried)).mean() >= 0.6, (shown, queried)

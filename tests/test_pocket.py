@@ -1,0 +1,88 @@
+"""What the embedded checkpoint draws, alone and in chains: a few pictures and a low bar; pocket/README.md has the figures."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import POCKET
+from diffusers import ControlNetModel, MotionAdapter, UNet2DConditionModel
+from diffusers_ssr import AnimateDiffSSRPipeline, StableDiffusionSSRControlNetPipeline, StableDiffusionSSRPipeline
+from judge import load_judge
+from measure_chains import edge_agreement, rise
+from PIL import Image
+from train_look import is_framed, without_look
+from world import CATEGORY_NAMES
+
+
+@pytest.fixture(scope="module")
+def pocket():
+    pipe = StableDiffusionSSRPipeline.from_pretrained(POCKET, dtype=torch.float32)
+    pipe.load_ssr(POCKET)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return load_judge(POCKET)
+
+
+def references() -> list[tuple[Image.Image, str]]:
+    """Every picture with each of its queries."""
+    queries = json.loads((POCKET / "references" / "queries.json").read_text())
+    return [(Image.open(POCKET / "references" / name), query) for name, each in queries.items() for query in each]
+
+
+def draw(pipe, prompts: list[str], **kwargs) -> np.ndarray:
+    arguments = {"num_inference_steps": 12, "guidance_scale": 3.0, "eta": 0.9, "output_type": "np"}
+    drawn = pipe(prompts, generator=torch.Generator().manual_seed(0), **{**arguments, **kwargs})[0]
+    return (drawn * 255).round().astype(np.uint8)
+
+
+def test_it_draws_the_queried_subject(pocket, judge):
+    """Chance is 1 in 12."""
+    subjects = [pocket.encode_subject(image, query).scaled(1.0) for image, query in references()]
+    queried = np.array([CATEGORY_NAMES.index(query) for _, query in references()])
+    shown = judge.look_at(draw(pocket, ["a thing in the snow"] * len(subjects), subject=subjects)).categories.argmax(1)
+    assert (shown.numpy() == queried).mean() >= 0.6, (shown, queried)
+
+
+def test_another_checkpoint_keeps_its_look_and_the_subject(pocket, judge):
+    unet = UNet2DConditionModel.from_pretrained(POCKET, subfolder="unet", dtype=torch.float32)
+    pipe = type(pocket).from_pipe(pocket, unet=unet)
+    pipe.load_lora_weights(str(POCKET / "look"))
+    pipe.fuse_lora()
+    pipe.set_progress_bar_config(disable=True)
+    some = references()[:8]
+    subjects = [pipe.encode_subject(image, query).scaled(1.0) for image, query in some]
+    pictures = draw(pipe, [f"a {query} on the beach" for _, query in some], subject=subjects)
+    shown = judge.look_at(without_look(pictures)).categories.argmax(1).numpy()
+    assert is_framed(pictures).mean() >= 0.7
+    assert np.mean([CATEGORY_NAMES[each] == query for each, (_, query) in zip(shown, some, strict=True)]) >= 0.6
+
+
+def test_a_controlnet_says_where_and_the_subject_what(pocket, judge):
+    controlnet = ControlNetModel.from_pretrained(POCKET, subfolder="controlnet", dtype=torch.float32)
+    pipe = StableDiffusionSSRControlNetPipeline.from_pipe(pocket, controlnet=controlnet)
+    pipe.set_progress_bar_config(disable=True)
+    control = Image.open(POCKET / "controls" / "cat.png")
+    cat = pipe.encode_subject(Image.open(POCKET / "references" / "1_cat_car.png"), "cat").scaled(1.0)
+    pictures = draw(pipe, ["a cat on the beach"] * 4, subject=[cat] * 4, image=[control] * 4)
+    assert (judge.look_at(pictures).categories.argmax(1) == CATEGORY_NAMES.index("cat")).float().mean() >= 0.5
+    recall = np.array([[edge_agreement(p, c)[1] for c in (np.asarray(control), np.asarray(control)[:, ::-1])]
+                       for p in pictures]).mean(0)  # fmt: skip
+    assert recall[0] > recall[1] + 0.1, recall
+
+
+def test_a_subject_hops_and_stays_itself(pocket, judge):
+    adapter = MotionAdapter.from_pretrained(POCKET, subfolder="motion_adapter", dtype=torch.float32)
+    pipe = AnimateDiffSSRPipeline.from_pipe(pocket, motion_adapter=adapter)
+    pipe.set_progress_bar_config(disable=True)
+    some = references()[:4]
+    subjects = [pipe.encode_subject(image, query).scaled(1.0) for image, query in some]
+    videos = draw(pipe, [f"a {query} on the beach" for _, query in some], subject=subjects, num_frames=8)
+    assert np.median([rise(video[0], video[4]) for video in videos]) >= 8
+    queried = np.array([CATEGORY_NAMES.index(query) for _, query in some])
+    shown = np.stack([judge.look_at(videos[:, frame]).categories.argmax(1).numpy() for frame in (0, 7)])
+    assert (shown == queried).mean() >= 0.6, (shown, queried)
