@@ -30,9 +30,12 @@ def step(unet, batch_size: int = 1, frames: int | None = None, conditions: Subje
     return count(lambda: unet(sample, torch.empty((), dtype=torch.long, device="meta"), text, **extra))
 
 
-def conditions_of(encoder, batch_size: int, subjects: int) -> SubjectConditions:
+def conditions_of(encoder, batch_size: int, subjects: int, tokens: int | None = None) -> SubjectConditions:
+    """`tokens` is what `SubjectEmbeds.compact` leaves of each subject."""
+    length = subjects * (tokens or TOKENS)
+    counts = torch.empty(batch_size, length, device="meta") if tokens else None
     with torch.no_grad():
-        return SubjectConditions(encoder.project(torch.empty(batch_size, subjects * TOKENS, 768, device="meta")))
+        return SubjectConditions(encoder.project(torch.empty(batch_size, length, 768, device="meta")), counts=counts)
 
 
 @pytest.mark.parametrize("subjects,most", [(1, 1.027), (3, 1.080)])
@@ -47,6 +50,14 @@ def test_flops_of_a_step(models, subjects, most, batch_size):
         projection.active = False
         assert step(unet, batch_size, conditions=conditions) == stock
     assert step(unet, batch_size) == stock
+
+
+@pytest.mark.parametrize("tokens,most", [(96, 1.006), (24, 1.002)])
+def test_fewer_tokens_cost_less(models, tokens, most):
+    unet, encoder = models
+    with subject_in_unet(unet, encoder.config.attention_layers):
+        with_subject = step(unet, conditions=conditions_of(encoder, 1, 1, tokens))
+    assert 1 < with_subject / step(unet) <= most
 
 
 def test_flops_of_a_video(models):
