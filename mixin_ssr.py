@@ -31,6 +31,7 @@ from .image_processing_ssr import check_resize_mode, preprocess, preprocess_mask
 from .modeling_ssr import SSREncoder
 from .subject_cache import SubjectCache, digest, version
 from .subject_embeds import Subject, SubjectEmbeds, check_scale, is_subject_embeds, same_fingerprint
+from .token_merging import merge_tokens  # noqa: F401  (saved pipelines of made classes load this file: see pipeline.py)
 
 
 logger = logging.get_logger(__name__)
