@@ -135,7 +135,7 @@ class SubjectEmbeds:
         Example:
 
         ```py
-        >>> image = pipe("a cat in a spacesuit", subject=cat.compact(96)).images[0]
+        >>> image = pipe("a cat in a spacesuit", subject=cat.compact(48)).images[0]
         ```
         """
         if not isinstance(num_tokens, int) or isinstance(num_tokens, bool) or num_tokens < 1:

@@ -1,4 +1,5 @@
-"""What a subject costs a step: the stock pipeline, this one, the released recipe and an IP-Adapter-Plus, taking turns.
+"""What a subject costs a step: the stock pipeline, this one (with all tokens, and with a few), the released recipe and an
+IP-Adapter-Plus, taking turns.
 
 FLOPs are counted with PyTorch's FlopCounterMode on the meta device, one sample and step, so they do not depend on the
 machine. Seconds do: only their ratios within one run say something. Weights are random, except for the pocket's.
@@ -38,7 +39,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisio
 POCKET = Path(__file__).resolve().parent.parent / "pocket"
 IP_TOKENS = 16
 PEAK_RESET = Path("/proc/self/clear_refs")
-METHODS = ("stock", "ssr", "released", "ip_adapter_plus")
+COMPACT_TOKENS = 48
+METHODS = ("stock", "ssr", "ssr_compact", "released", "ip_adapter_plus")
 
 
 def random_model(make: Callable[[], nn.Module]) -> nn.Module:
@@ -209,9 +211,13 @@ def count_flops(pipe, method: str, size: int, subjects: int = 1, frames: int = 0
         with ip_adapter_plus(unet), torch.device("meta"):
             flops = step(image_embeds=[torch.empty(1, 1, IP_TOKENS, width)])
     else:
+        counts = None
+        if method == "ssr_compact":
+            subject_embeds = subject_embeds[:, : subjects * COMPACT_TOKENS]
+            counts = torch.empty(subject_embeds.shape[:2], device="meta")
         once = counted(lambda: encoder.project(subject_embeds))
         with torch.no_grad():
-            conditions = SubjectConditions(encoder.project(subject_embeds))
+            conditions = SubjectConditions(encoder.project(subject_embeds), counts=counts)
         with subject_in_unet(unet, encoder.config.attention_layers):
             flops = step(image_embeds=conditions.as_image_embeds())
     return {"step": flops, "once": once}
@@ -262,6 +268,7 @@ def make_draws(pipe: StableDiffusionSSRPipeline, args: argparse.Namespace) -> tu
     draws = {
         "stock": drawing(stock, nothing),
         "ssr": drawing(pipe, nothing, subject=subjects),
+        "ssr_compact": drawing(pipe, nothing, subject=[each.compact(COMPACT_TOKENS) for each in subjects]),
         "released": drawing(
             stock, lambda: released(stock.unet, pipe.ssr_encoder, tokens),
             *(torch.cat([text, torch.cat(row)], dim=1) for text, row in zip((embeds, negative), rows, strict=True)),
@@ -357,7 +364,7 @@ def plot(pipe, size: int, file: Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     for axis, (what, numbers) in zip(axes, (("subjects", (1, 2, 3, 4)), ("frames", (1, 4, 8, 16))), strict=True):
-        for method in ("ssr", "released", "ip_adapter_plus"):
+        for method in METHODS[1:]:
             ratios = []
             for number in numbers:
                 counts = {"subjects": number} if what == "subjects" else {"frames": number}

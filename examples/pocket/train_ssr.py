@@ -46,7 +46,7 @@ def build(trained: Path, unet: UNet2DConditionModel, vision: CLIPVisionModel) ->
 
 
 def main():
-    parser = options(__doc__, max_train_steps=12000, train_batch_size=10, learning_rate=1e-3, sample_steps=500)
+    parser = options(__doc__, max_train_steps=27000, train_batch_size=10, learning_rate=1e-3, sample_steps=500)
     parser.add_argument("--prompt_dropout", type=float, default=0.5)
     parser.add_argument("--consistency_weight", type=float, default=5e-4)
     parser.add_argument("--mask_weight", type=float, default=3.0)
