@@ -606,7 +606,16 @@ class SSRPipelineMixin:
         r"""
         Make this pipeline from another one's components, its SSR-Encoder included. Arguments are those of
         `DiffusionPipeline.from_pipe`, but for `dtype`: where that one turns the shared components into float32 unless
-        told otherwise, this one leaves them as they are.
+        told otherwise, this one keeps the precision that they have in common.
+
+        Args:
+            pipeline (`DiffusionPipeline`):
+                Any Stable Diffusion 1.5 pipeline, with or without an SSR-Encoder.
+            kwargs:
+                Components to put in, such as `controlnet`, and `dtype`.
+
+        Returns:
+            This class's pipeline, on the same components. A UNet with motion modules is a new one, on the CPU.
 
         Example:
 
@@ -615,8 +624,10 @@ class SSRPipelineMixin:
         ```
         """
         ours = {name: getattr(pipeline, name) for name in COMPONENTS if getattr(pipeline, name, None) is not None}
-        if kwargs.get("torch_dtype") is None and kwargs.get("dtype") is None:
-            kwargs["dtype"] = pipeline.unet.dtype
+        models = (each for each in pipeline.components.values() if isinstance(each, torch.nn.Module))
+        dtypes = {getattr(each, "dtype", None) for each in models} - {None}
+        if kwargs.get("torch_dtype") is None and kwargs.get("dtype") is None and len(dtypes) == 1:
+            (kwargs["dtype"],) = dtypes
         return super().from_pipe(pipeline, **{**ours, **kwargs})
 
     def _check_ssr_loaded(self, encoding: bool = True):

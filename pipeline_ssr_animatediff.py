@@ -27,7 +27,7 @@ class AnimateDiffSSRPipeline(SSRPipelineMixin, AnimateDiffPipeline):
     >>> from diffusers.utils import export_to_gif, load_image
 
     >>> adapter = MotionAdapter.from_pretrained("guoyww/animatediff-motion-adapter-v1-5-2", dtype=torch.float16)
-    >>> pipe = AnimateDiffSSRPipeline.from_pipe(ssr_pipe, motion_adapter=adapter.to("cuda"))
+    >>> pipe = AnimateDiffSSRPipeline.from_pipe(ssr_pipe, motion_adapter=adapter).to("cuda")
     >>> cat = pipe.encode_subject(load_image("cat_and_dog.png"), query="cat")
     >>> export_to_gif(pipe("a cat walking", subject=cat, num_frames=16).frames[0], "cat.gif")
     ```

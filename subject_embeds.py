@@ -209,6 +209,13 @@ class SubjectEmbeds:
             Subject(**{name: tensors.get(f"{index}.{name}") for name in TENSORS}, **described)
             for index, described in enumerate(json.loads(metadata["subjects"]))
         )
+        for index, subject in enumerate(subjects):
+            of_tokens = (subject.embeds, subject.negative_embeds, subject.counts, subject.negative_counts)
+            lengths = {tensor.shape[1] for tensor in of_tokens if tensor is not None}
+            if subject.embeds is None or subject.negative_embeds is None or len(lengths) != 1:
+                raise ValueError(
+                    f"`path`: {path} lacks tokens of its subject {index}, or holds other counts than tokens."
+                )
         return cls(subjects, tensors.get("fingerprint"))
 
 
@@ -223,7 +230,7 @@ def _compact(subject: Subject, num_tokens: int) -> Subject:
 
 def is_subject_embeds(value) -> bool:
     """Whether it is a [`SubjectEmbeds`], be it of another copy of this module: `custom_pipeline=` imports its own."""
-    return type(value).__name__ == SubjectEmbeds.__name__ and hasattr(value, "subjects")
+    return isinstance(value, SubjectEmbeds) or type(value).__name__ == SubjectEmbeds.__name__
 
 
 def same_fingerprint(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:

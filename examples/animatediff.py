@@ -19,8 +19,9 @@ def main():
     args = parser.parse_args()
 
     pipe = load_pipeline(args.checkpoint)
-    adapter = MotionAdapter.from_pretrained(args.motion_adapter, dtype=pipe.unet.dtype).to(pipe.device)
-    pipe = AnimateDiffSSRPipeline.from_pipe(pipe, motion_adapter=adapter)
+    adapter = MotionAdapter.from_pretrained(args.motion_adapter, dtype=pipe.unet.dtype)
+    # the UNet with motion modules is a new one
+    pipe = AnimateDiffSSRPipeline.from_pipe(pipe, motion_adapter=adapter).to(pipe.device)
     frames = pipe(
         args.prompt,
         subject_image=load_image(args.reference),

@@ -8,9 +8,10 @@ machine. Seconds do: only their ratios within one run say something. Weights are
 import argparse
 import gc
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -231,8 +232,8 @@ def make_draws(pipe: StableDiffusionSSRPipeline, args: argparse.Namespace) -> tu
     device = pipe.device
     arguments = {"height": args.size, "width": args.size, "output_type": "latent"}
     if args.frames:
-        adapter = random_model(lambda: motion_adapter(pipe.unet)).to(device)
-        pipe = AnimateDiffSSRPipeline.from_pipe(pipe, motion_adapter=adapter)
+        adapter = random_model(lambda: motion_adapter(pipe.unet))
+        pipe = AnimateDiffSSRPipeline.from_pipe(pipe, motion_adapter=adapter).to(device)
         stock = AnimateDiffPipeline.from_pipe(pipe)
         arguments["num_frames"] = args.frames
     else:
@@ -284,18 +285,18 @@ def reset_peak(on_gpu: bool) -> None:
     """Let the peak of memory begin anew: the GPU's, or on Linux this process's."""
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    elif PEAK_RESET.exists():
-        PEAK_RESET.write_text("5")
+    else:
+        with suppress(OSError):  # not Linux, or not allowed
+            PEAK_RESET.write_text("5")
 
 
 def peak_bytes(on_gpu: bool) -> int:
     """The peak of memory since `reset_peak`; 0 where it is not known."""
     if on_gpu:
         return torch.cuda.max_memory_allocated()
-    if not PEAK_RESET.exists():
-        return 0
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
-    return 1024 * int(line.split()[1])
+    status = Path("/proc/self/status")
+    found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
+    return 1024 * int(found[1]) if found else 0
 
 
 def time_draws(draws: dict[str, Callable], args: argparse.Namespace, device: torch.device) -> dict[str, dict]:

@@ -52,9 +52,9 @@ def first_subjects(pipe: DiffusionPipeline, args: argparse.Namespace, count: int
 
 def draw_look(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> Row:
     """The first subjects, drawn by another checkpoint: a UNet of the same layout with a look of its own."""
-    unet = UNet2DConditionModel.from_pretrained(POCKET / "unet", dtype=pipe.unet.dtype).to(pipe.device)
-    pipe = type(pipe).from_pipe(pipe, unet=unet)
-    pipe.load_lora_weights(str(POCKET / "look"))
+    unet = UNet2DConditionModel.from_pretrained(args.checkpoint, subfolder="unet", dtype=pipe.unet.dtype)
+    pipe = type(pipe).from_pipe(pipe, unet=unet.to(pipe.device))
+    pipe.load_lora_weights(f"{args.checkpoint}/look")
     pipe.fuse_lora()
     row = []
     for reference, query, subject in first_subjects(pipe, args, 3):
@@ -66,12 +66,14 @@ def draw_look(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> R
 
 def draw_along_edges(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> Row:
     """The first subjects where the edges of another picture want them."""
-    pipe = StableDiffusionSSRControlNetPipeline.from_pipe(
-        pipe, controlnet=ControlNetModel.from_pretrained(POCKET / "controlnet", dtype=pipe.unet.dtype)
-    )
+    controlnet = ControlNetModel.from_pretrained(args.checkpoint, subfolder="controlnet", dtype=pipe.unet.dtype)
+    pipe = StableDiffusionSSRControlNetPipeline.from_pipe(pipe, controlnet=controlnet.to(pipe.device))
     row = []
     for reference, query, subject in first_subjects(pipe, args, 2):
-        edges = Image.open(POCKET / "controls" / f"{query}.png")
+        file = Path(args.checkpoint) / "controls" / f"{query}.png"
+        if not file.exists():
+            continue
+        edges = Image.open(file)
         image = pipe(f"{named(query)} {args.places[-1]}", image=edges, subject=subject, **call_arguments(args)).images[
             0
         ]
@@ -82,9 +84,9 @@ def draw_along_edges(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqd
 
 def draw_video(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> Row:
     """The first subject in motion: a few frames for the sheet, all of them as a GIF."""
-    pipe = AnimateDiffSSRPipeline.from_pipe(
-        pipe, motion_adapter=MotionAdapter.from_pretrained(POCKET / "motion_adapter", dtype=pipe.unet.dtype)
-    )
+    adapter = MotionAdapter.from_pretrained(args.checkpoint, subfolder="motion_adapter", dtype=pipe.unet.dtype)
+    # the UNet with motion modules is a new one
+    pipe = AnimateDiffSSRPipeline.from_pipe(pipe, motion_adapter=adapter).to(pipe.device)
     ((reference, query, subject),) = first_subjects(pipe, args, 1)
     frames = pipe(
         f"{named(query)} {args.places[0]}", subject=subject, num_frames=8, **call_arguments(args)
@@ -96,6 +98,9 @@ def draw_video(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> 
     return [("reference", reference), *((f"frame {i + 1} of 8", frames[i]) for i in range(0, 8, 2))]
 
 
+CHAINS = {"look": draw_look, "controlnet": draw_along_edges, "motion_adapter": draw_video}
+
+
 def main():
     parser = options(__doc__)
     parser.add_argument("--references", type=Path, default=POCKET / "references", help="pictures and queries.json")
@@ -105,7 +110,9 @@ def main():
     pipe = load_pipeline(args.checkpoint)
     with tqdm(total=sum(map(len, args.queries.values())) + 3 + 2 + 1, desc="subjects") as bar:
         rows = draw_subjects(pipe, args, bar)
-        rows += [draw(pipe, args, bar) for draw in (draw_look, draw_along_edges, draw_video)]
+        for part, draw in CHAINS.items():
+            if (Path(args.checkpoint) / part).is_dir():  # another checkpoint may come alone
+                rows.append(draw(pipe, args, bar))
     write_contact_sheet(rows, args.output_dir / "demo.png")
 
 

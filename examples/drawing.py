@@ -6,12 +6,13 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
 ROOT = Path(__file__).resolve().parent.parent
 POCKET = ROOT / "pocket"
 ZOOM = 2
+LARGEST = 512
 GAP = 12
 LABEL = 22
 
@@ -63,7 +64,7 @@ def call_arguments(args: argparse.Namespace) -> dict:
 
 def write_contact_sheet(rows: list[list[tuple[str, Image.Image | None]]], file: Path) -> None:
     """Rows of labelled pictures, `None` leaving a place empty, into a file."""
-    side = max(picture.width for row in rows for _, picture in row if picture) * ZOOM
+    side = min(max(picture.width for row in rows for _, picture in row if picture) * ZOOM, LARGEST)
     columns = max(len(row) for row in rows)
     cell_width, cell_height = side + GAP, side + LABEL + GAP
     sheet = Image.new("RGB", (columns * cell_width + GAP, len(rows) * cell_height + GAP), "white")
@@ -75,7 +76,7 @@ def write_contact_sheet(rows: list[list[tuple[str, Image.Image | None]]], file: 
                 continue
             left, top = GAP + x * cell_width, GAP + y * cell_height
             draw.text((left, top), label, fill="black", font=font)
-            sheet.paste(picture.resize((side, side), Image.Resampling.BICUBIC), (left, top + LABEL))
+            sheet.paste(ImageOps.contain(picture, (side, side), Image.Resampling.BICUBIC), (left, top + LABEL))
     file.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(file)
     print(f"The contact sheet is in {file}")

@@ -380,6 +380,8 @@ def test_from_pipe_leaves_the_precision_as_it_is(pipe):
     for name in ("unet", "vae", "text_encoder", "ssr_encoder", "controlnet"):
         assert getattr(other, name).dtype == torch.bfloat16, name
     assert StableDiffusionSSRPipeline.from_pipe(other, dtype=torch.float32).unet.dtype == torch.float32
+    pipe.unet.to(torch.float16)  # of different precisions diffusers makes the one that loses nothing
+    assert StableDiffusionSSRPipeline.from_pipe(pipe).unet.dtype == torch.float32
 
 
 def test_several_controlnets(pipe):

@@ -88,7 +88,8 @@ def test_benchmark_compares_the_methods(run, tmp_path, extra):
     methods = json.loads((tmp_path / "result.json").read_text())["methods"]
     assert all(f"| {name} |" in output and each["seconds"] > 0 for name, each in methods.items())
     flops = {name: each["step"] for name, each in methods.items()}
-    assert flops["stock"] < flops["ip_adapter_plus"] < flops["ssr_compact"] < flops["ssr"] < flops["released"]
+    assert flops["stock"] < min(flops["ip_adapter_plus"], flops["ssr_compact"])
+    assert max(flops["ip_adapter_plus"], flops["ssr_compact"]) < flops["ssr"] < flops["released"]
     if sys.platform == "linux":
         assert all(each["peak_bytes"] > 2**27 for each in methods.values())
 

@@ -41,6 +41,21 @@ def test_merged_tokens_are_saved_and_merged_further(pair, tmp_path):
     assert pair.subjects[0].embeds.shape[1] == length and pair.compact(length).subjects == pair.subjects
 
 
+@pytest.mark.parametrize("missing", ["0.embeds", "1.negative_embeds", "counts"])
+def test_a_file_without_all_its_tokens_is_refused(pair, tmp_path, missing):
+    path = tmp_path / "pair.safetensors"
+    pair.compact(9).save(path)
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    if missing == "counts":
+        tensors["0.counts"] = tensors["0.counts"][:, 1:]
+    else:
+        del tensors[missing]
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(ValueError, match="lacks tokens"):
+        SubjectEmbeds.load(path)
+
+
 @pytest.mark.parametrize("num_tokens", [0, -1, 2.5, True, "few"])
 def test_a_number_of_tokens_that_is_none_is_refused(pair, num_tokens):
     with pytest.raises(ValueError, match="`num_tokens`"):

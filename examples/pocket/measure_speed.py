@@ -46,15 +46,19 @@ def deepcache(pipe, interval: int) -> Iterator[None]:
     helper = DeepCacheSDHelper(pipe=pipe)
     helper.set_params(cache_interval=interval, cache_branch_id=0)
     helper.enable()
-    yield
-    helper.disable()
+    try:
+        yield
+    finally:
+        helper.disable()
 
 
 @contextmanager
 def tome(pipe) -> Iterator[None]:
     tomesd.apply_patch(pipe, ratio=0.5)
-    yield
-    tomesd.remove_patch(pipe)
+    try:
+        yield
+    finally:
+        tomesd.remove_patch(pipe)
 
 
 @dataclass
