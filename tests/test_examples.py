@@ -81,7 +81,7 @@ def test_released_files_are_converted(run, tmp_path):
     assert (tmp_path / "converted" / "ssr_image_processor" / "preprocessor_config.json").exists()
 
 
-@pytest.mark.parametrize("extra", [("--profile",), ("--subjects", 2, "--batch_size", 2), ("--frames", 2)])
+@pytest.mark.parametrize("extra", [("--profile", "--subjects", 2, "--batch_size", 2), ("--frames", 2)])
 def test_benchmark_compares_the_methods(run, tmp_path, extra):
     arguments = ("--preset", "pocket", "--size", 64, "--steps", 1, "--rounds", 1, "--json", "result.json", *extra)
     output = run("benchmark.py", *arguments)
