@@ -12,9 +12,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # what tests download or import as custom code stays out of the user's own cache
 cache = tempfile.TemporaryDirectory(prefix="hf-home-")
 os.environ["HF_HOME"] = cache.name
-# workers that run side by side share the cores, and so do the processes that they start
-workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-os.environ.setdefault("OMP_NUM_THREADS", str(max(os.cpu_count() // workers, 1)))
+# workers that run side by side share the cores, and so do the processes that they start; the process that starts the workers
+# leaves this alone, or they would inherit its number
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", str(max(os.cpu_count() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]), 1))
+    )
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
