@@ -1,9 +1,6 @@
 """Chains at Stable Diffusion 1.5's full size, with random weights: small pictures, two steps, and nothing left changed."""
 
-import os
-
 import numpy as np
-import pytest
 import torch
 from benchmark import motion_adapter, random_model, sd15_pipeline
 from conftest import make_picture
@@ -28,10 +25,6 @@ def state(pipe) -> dict:
     return found
 
 
-@pytest.mark.skipif(
-    not os.environ.get("RUN_SLOW"),
-    reason="needs 14 GB and a minute: RUN_SLOW=1; test_chains.py does it with tiny models",
-)
 def test_controlnet_and_animatediff_leave_every_component_as_it_was():
     pipe = sd15_pipeline()
     pipe.set_progress_bar_config(disable=True)
