@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 WORK_DIR ?= outputs/pocket-training
 POCKET = $(BIN)/python examples/pocket
 
-.PHONY: demo test lint pocket measure
+.PHONY: demo test lint pocket measure compare
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
@@ -31,12 +31,18 @@ pocket: $(VENV)/.installed
 	$(POCKET)/train_vae.py --part decoder --work_dir $(WORK_DIR)
 	$(POCKET)/train_vae.py --part encoder --max_train_steps 2000 --work_dir $(WORK_DIR)
 	$(POCKET)/train_unet.py --work_dir $(WORK_DIR)
-	$(POCKET)/train_ssr.py --work_dir $(WORK_DIR)
 	$(POCKET)/train_controlnet.py --work_dir $(WORK_DIR)
 	$(POCKET)/train_motion.py --work_dir $(WORK_DIR)
 	$(POCKET)/train_look.py --work_dir $(WORK_DIR)
+	$(POCKET)/assemble.py --work_dir $(WORK_DIR) --output_dir pocket
+	$(POCKET)/make_pairs.py --work_dir $(WORK_DIR)
+	$(POCKET)/train_adapters.py --work_dir $(WORK_DIR)
 	$(POCKET)/assemble.py --work_dir $(WORK_DIR) --output_dir pocket
 
 # Repeat the figures of pocket/README.md from the shipped weights.
 measure: $(VENV)/.installed
 	$(POCKET)/measure.py --work_dir $(WORK_DIR)
+
+# SSR-Encoder against its rival and its ablations, over 500 references, from the shipped weights.
+compare: $(VENV)/.installed
+	$(POCKET)/measure.py --work_dir $(WORK_DIR) --parts comparison --num_references 500

@@ -74,9 +74,8 @@ def draw_along_edges(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqd
         if not file.exists():
             continue
         edges = Image.open(file)
-        image = pipe(f"{named(query)} {args.places[-1]}", image=edges, subject=subject, **call_arguments(args)).images[
-            0
-        ]
+        prompt = f"{named(query)} {args.places[-1]}"
+        image = pipe(prompt, image=edges, subject=subject, **call_arguments(args)).images[0]
         row += [("reference", reference), ("edges", edges), (f'"{query}" along them', image)]
         bar.update()
     return row

@@ -12,7 +12,7 @@ import copy
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,12 +42,14 @@ def default_levels(num_layers: int) -> tuple[int, ...]:
     return tuple(sorted({round(num_layers * part / 6) for part in range(1, 7)} - {0}))
 
 
-def new_encoder(unet, text_width: int, vision_config, args: argparse.Namespace) -> SSREncoder:
+def new_encoder(
+    unet, text_width: int, vision_config, args: argparse.Namespace, encoder_class: type[SSREncoder] = SSREncoder
+) -> SSREncoder:
     """A fresh encoder that fits the loaded models; with `init_from_text`, the layers' keys and values start as the text's,
     since subject embeddings are kept near the text's (equation 7)."""
     names = [name.removesuffix(".processor") for name in unet.attn_processors]
     layers = {name: unet.get_submodule(name) for name in names if name.endswith("attn2")}
-    encoder = SSREncoder(
+    encoder = encoder_class(
         cross_attention_dim=text_width,
         vision_hidden_size=vision_config.hidden_size,
         inner_dim=args.inner_dim,
@@ -63,8 +65,10 @@ def new_encoder(unet, text_width: int, vision_config, args: argparse.Namespace) 
     return encoder
 
 
-def load_models(args: argparse.Namespace) -> tuple[StableDiffusionSSRPipeline, SSREncoder]:
-    """The pipeline with everything frozen in it, and the encoder to train, in full precision.
+def load_models(
+    args: argparse.Namespace, build: Callable[..., SSREncoder] = new_encoder
+) -> tuple[StableDiffusionSSRPipeline, SSREncoder]:
+    """The pipeline with everything frozen in it, and the encoder to train, in full precision; `build` makes a fresh one.
 
     Raises:
         `ValueError`: if the parts do not fit together.
@@ -84,7 +88,7 @@ def load_models(args: argparse.Namespace) -> tuple[StableDiffusionSSRPipeline, S
     elif args.released_aligner is not None:
         encoder = SSREncoder.from_released(args.released_aligner, args.released_layers)
     else:
-        encoder = new_encoder(pipe.unet, pipe.text_encoder.config.hidden_size, vision.config, args)
+        encoder = build(pipe.unet, pipe.text_encoder.config.hidden_size, vision.config, args)
     pipe.load_ssr(copy.deepcopy(encoder), image_encoder=vision.float(), image_processor=processor)
     # that copy was for the checks of `load_ssr`
     pipe.register_modules(ssr_encoder=None)
@@ -92,6 +96,11 @@ def load_models(args: argparse.Namespace) -> tuple[StableDiffusionSSRPipeline, S
     for model in (pipe.unet, pipe.vae, pipe.text_encoder, vision):
         model.requires_grad_(False).eval()
     return pipe, encoder.float().train()
+
+
+def weight_sum(model: nn.Module) -> float:
+    """A number that other weights do not have."""
+    return sum(parameter.abs().sum(dtype=torch.float64).item() for parameter in model.parameters())
 
 
 class SubjectEncoding(nn.Module):
@@ -277,7 +286,8 @@ class Run:
             if model is not None:
                 if not (Path(folder) / name).is_dir():
                     raise ValueError(f"`use_ema`: the checkpoint {folder} was written without an average.")
-                model.load_state_dict(SSREncoder.from_pretrained(folder, subfolder=name).to(device).state_dict())
+                saved = type(self.encoder).from_pretrained(folder, subfolder=name)
+                model.load_state_dict(saved.to(device).state_dict())
 
     def save(self) -> Path:
         """A checkpoint, written beside and renamed, so that every `checkpoint-*` is whole; then the oldest ones go."""
@@ -409,7 +419,8 @@ def make_optimizer(parameters, args: argparse.Namespace) -> torch.optim.Optimize
     )  # fmt: skip
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None, build: Callable[..., SSREncoder] = new_encoder) -> None:
+    """Train. `arguments` stand for the command line's; `build`, called as `new_encoder` is, makes another kind of encoder."""
     args = parse_args(__doc__, [each.value for each in SchedulerType], arguments)
     check_args(args)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
@@ -428,7 +439,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     seed = 0 if args.seed is None else args.seed
     set_seed(seed)
 
-    pipe, encoder = load_models(args)
+    pipe, encoder = load_models(args, build)
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     pipe.to(accelerator.device)
@@ -441,7 +452,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.cache_features is not None:
         names = ("pretrained_model_name_or_path", "revision", "variant", "image_encoder_name_or_path",
                  "ssr_encoder_name_or_path", "resolution")  # fmt: skip
-        settings = {name: str(getattr(args, name)) for name in names}
+        settings: dict[str, object] = {name: str(getattr(args, name)) for name in names}
+        # a folder may have got other weights since
+        settings["weights"] = [weight_sum(part) for part in (pipe.vae, pipe.text_encoder, pipe.ssr_image_encoder)]
         levels = list(encoder.config.image_levels)
         cache = FeatureCache(args.cache_features, {**settings, "levels": levels, "dtype": str(dtype)})
     frozen = FrozenFeatures(pipe, encoder.config.image_levels, dtype, cache, f"{accelerator.process_index}")

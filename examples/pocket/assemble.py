@@ -13,9 +13,9 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from diffusers_ssr import SSREncoder
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from train_adapters import METHODS, PLACE
 from train_controlnet import edges
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModel
 from world import CATEGORY_NAMES, HELD_OUT, PLACE_NAMES, World, draw_scene
@@ -77,18 +77,23 @@ def main():
         part.half()
     for name in ("vae", "text_encoder", "unet"):
         getattr(pipe, name).save_pretrained(output / name)
-    SSREncoder.from_pretrained(trained / "ssr_encoder").half().save_pretrained(output / "ssr_encoder")
+    for name, method in METHODS.items():
+        encoder = trained / "adapters" / name / "ssr_encoder"
+        if encoder.exists():  # the adapters are trained on what is put together without them
+            method.encoder_class.from_pretrained(encoder).half().save_pretrained(output / PLACE[name])
     CLIPVisionModel.from_pretrained(trained / "clip").half().save_pretrained(output / "ssr_image_encoder")
     CLIPImageProcessor.from_pretrained(trained / "clip").save_pretrained(output / "ssr_image_processor")
     judge = load_file(trained / "judge" / "model.safetensors")
     judge = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in judge.items()}
     (output / "judge").mkdir(exist_ok=True)
     save_file(judge, output / "judge" / "model.safetensors")
-    ControlNetModel.from_pretrained(trained / "controlnet").half().save_pretrained(output / "controlnet")
-    MotionAdapter.from_pretrained(trained / "motion_adapter").half().save_pretrained(output / "motion_adapter")
-    (output / "look").mkdir(exist_ok=True)
-    look = {name: tensor.half() for name, tensor in load_file(trained / "look" / LORA).items()}
-    save_file(look, output / "look" / LORA)
+    for name, model in (("controlnet", ControlNetModel), ("motion_adapter", MotionAdapter)):
+        if (trained / name).exists():
+            model.from_pretrained(trained / name).half().save_pretrained(output / name)
+    if (trained / "look").exists():
+        (output / "look").mkdir(exist_ok=True)
+        look = {name: tensor.half() for name, tensor in load_file(trained / "look" / LORA).items()}
+        save_file(look, output / "look" / LORA)
     world = World(trained / "designs")
     draw_references(world, output / "references")
     draw_controls(world, output / "controls")

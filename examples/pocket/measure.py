@@ -1,4 +1,4 @@
-"""Measure the pocket checkpoint: selection, chains, and what cheaper drawing costs in the picture.
+"""Measure the pocket checkpoint: selection, the comparison with other methods, chains, and what cheaper drawing costs in the picture.
 
 The judge (see judge.py) looks at the pictures. References hold two subjects; their instances were held out from everything
 that was trained, the judge apart. Needs the design sets, which are downloaded from the npm registry at the first call.
@@ -8,6 +8,7 @@ import argparse
 from pathlib import Path
 
 import measure_chains
+import measure_comparison
 import measure_selection
 import measure_speed
 from diffusers.utils import logging
@@ -19,6 +20,7 @@ PARTS = {
     "selection": measure_selection.selection,
     "both": measure_selection.both_subjects,
     "together": measure_selection.together,
+    "comparison": measure_comparison.comparison,
     "controlnet": measure_chains.controlnet,
     "video": measure_chains.video,
     "look": measure_chains.look,

@@ -11,6 +11,9 @@ import torch
 from tqdm.auto import tqdm
 
 
+SYNC_STEPS = 20
+
+
 def options(description: str, **defaults) -> argparse.ArgumentParser:
     """The options every script has; each `defaults` entry sets the default of one of them."""
     parser = argparse.ArgumentParser(description=description)
@@ -40,7 +43,13 @@ def train(
     Cosine learning rate with warm-up, AdamW, gradient norm 1. At the end, and while `sample_fn` runs, the modules hold
     the moving average of their weights. A checkpoint is written beside the old one and renamed, so that an interruption
     leaves a whole one; batches are drawn from a generator that depends on seed and step alone.
+
+    Started by `torchrun --nproc_per_node 2`, each process takes batches of its own and the weights are averaged every
+    `SYNC_STEPS` steps. On a CPU that is nearly twice as fast as two threads, of which such small layers make little use.
     """
+    rank, workers = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if workers > 1:
+        torch.distributed.init_process_group("gloo")
     checkpoint = args.work_dir / f"{name}.pt"
     parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
     average = [p.detach().clone() for p in parameters]
@@ -59,6 +68,8 @@ def train(
             parameter.data, mean.data = mean.data, parameter.data
 
     def save():
+        if rank:
+            return
         state = {
             "step": step,
             "modules": {n: m.state_dict() for n, m in modules.items()},
@@ -68,8 +79,17 @@ def train(
         torch.save(state, checkpoint.with_suffix(".part"))
         checkpoint.with_suffix(".part").rename(checkpoint)
 
+    def sync():
+        if workers > 1:
+            flat = torch.cat([p.detach().flatten() for p in parameters])
+            torch.distributed.all_reduce(flat)
+            mean = (flat / workers).split([p.numel() for p in parameters])
+            torch._foreach_copy_(
+                [p.detach() for p in parameters], [m.view_as(p) for m, p in zip(mean, parameters, strict=True)]
+            )
+
     def sample():
-        if sample_fn is None:
+        if sample_fn is None or rank:
             return
         swap()
         for module in modules.values():
@@ -80,8 +100,8 @@ def train(
             module.train()
         swap()
 
-    bar = tqdm(total=args.max_train_steps, initial=step, desc=name, mininterval=10)
-    log = (args.work_dir / f"{name}.log").open("a")
+    bar = tqdm(total=args.max_train_steps, initial=step, desc=name, mininterval=10, disable=rank > 0)
+    log = (args.work_dir / f"{name}.log" if not rank else Path(os.devnull)).open("a")
     sums: dict[str, float] = {}
     started = time.time()
     while step < args.max_train_steps:
@@ -89,14 +109,17 @@ def train(
         cosine = 0.5 * (1 + math.cos(math.pi * step / args.max_train_steps))
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * warmup * (0.02 + 0.98 * cosine)
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        torch.manual_seed(args.seed * 1_000_003 + step + 1)
+        draw = args.seed * 1_000_003 + step * workers + rank
+        generator = torch.Generator().manual_seed(draw)
+        torch.manual_seed(draw + 1)
         loss, parts = loss_fn(generator)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         step += 1
+        if step % SYNC_STEPS == 0:
+            sync()
         decay = min(args.ema_decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
         for key, value in {"loss": loss.item(), **parts}.items():
@@ -111,6 +134,9 @@ def train(
             save()
         if step % args.sample_steps == 0 or step == 100:
             sample()
+    sync()
+    if rank:
+        raise SystemExit
     save()
     sample()
     swap()

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from codes import Codes
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from diffusers_ssr import SSREncoder
 from safetensors.torch import load_file, save_file
 from scenes import load_scenes
+from train_adapters import METHODS, PLACE
 from training import picture_tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionModel
 
@@ -28,8 +28,13 @@ def main():
     args = parser.parse_args()
     shipped, output = args.checkpoint, args.work_dir
     output.mkdir(parents=True, exist_ok=True)
-    for name, model in (("vae", AutoencoderKL), ("unet", UNet2DConditionModel), ("ssr_encoder", SSREncoder)):
+    for name, model in (("vae", AutoencoderKL), ("unet", UNet2DConditionModel)):
         model.from_pretrained(shipped, subfolder=name, dtype=torch.float32).save_pretrained(output / name)
+    for name, method in METHODS.items():
+        encoder = shipped / PLACE[name]
+        if encoder.exists():
+            loaded = method.encoder_class.from_pretrained(encoder, dtype=torch.float32)
+            loaded.save_pretrained(output / "adapters" / name / "ssr_encoder")
     DDIMScheduler.from_pretrained(shipped, subfolder="scheduler").save_pretrained(output / "scheduler")
     clip = output / "clip"
     text = CLIPTextModel.from_pretrained(shipped, subfolder="text_encoder", dtype=torch.float32)

@@ -1,0 +1,76 @@
+"""SSR-Encoder against an adapter of IP-Adapter-Plus's kind and its own ablations, all from the shipped weights."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers_ssr import SSREncoder
+from drawing import write_contact_sheet
+from measuring import References, draw, share
+from PIL import Image
+from train_adapters import METHODS, PLACE
+from world import INSTANCES
+
+
+NUM_CANDIDATES = 16
+FIGURE_COLUMNS = 8
+WITHOUT = "without a reference"
+
+
+def load_adapter(checkpoint: str | Path, name: str) -> SSREncoder:
+    """A method's encoder."""
+    return METHODS[name].encoder_class.from_pretrained(Path(checkpoint) / PLACE[name], dtype=torch.float32).eval()
+
+
+def nearest_is_own(designs: np.ndarray, variants: np.ndarray, scenes: list, rng: np.random.Generator) -> np.ndarray:
+    """For each picture whether, out of 16 instances of the queried category, the queried one is nearest to it: the one whose
+    design and colour the judge finds likeliest. `designs` (n, designs) and `variants` (n, variants) are its logits."""
+    designs, variants = (x - np.log(np.exp(x).sum(1, keepdims=True)) for x in (designs, variants))
+    hits = []
+    for scene, design, variant in zip(scenes, designs, variants, strict=True):
+        queried = scene.instances[0]
+        others = [i for i in INSTANCES if i.category == queried.category and i != queried]
+        chosen = rng.choice(len(others), NUM_CANDIDATES - 1, replace=False)
+        candidates = [queried, *(others[c] for c in chosen)]
+        hits.append(np.argmax([design[i.design] + variant[i.variant] for i in candidates]) == 0)
+    return np.array(hits)
+
+
+def comparison(refs: References) -> None:
+    """Every method on the same references, prompts and seeds; writes a figure with a row for each."""
+    processor, vision = refs.pipe.ssr_image_processor, refs.pipe.ssr_image_encoder
+    queried, other = refs.wanted("category"), refs.wanted("category", 1)
+    shipped = [name for name in METHODS if (Path(refs.args.checkpoint) / PLACE[name]).exists()]
+    rows = {}
+    for naming, categories in (("a thing", None), ("its category", queried)):
+        for name in (*shipped, None):
+            label = METHODS[name].label if name else WITHOUT
+            if name:
+                refs.pipe.load_ssr(
+                    load_adapter(refs.args.checkpoint, name), image_encoder=vision, image_processor=processor
+                )
+            subjects = refs.encode(0) if name else None
+            pictures = draw(refs.pipe, refs.args, refs.prompts(categories), subjects, f"{naming}, {label}")
+            rows.setdefault(label, pictures)
+            verdict = refs.judge.look_at(pictures)
+            scores = verdict.categories.numpy()
+            logits = (part[refs.rows, queried].numpy() for part in (verdict.designs, verdict.variants))
+            instance = nearest_is_own(*logits, refs.scenes, np.random.default_rng(16))
+            shown = scores.argmax(1) == queried
+            print(f"{label}, the prompt names {naming} ({len(pictures)} pictures):")
+            print(f"  right subject (category):              {share(shown)}")
+            print(f"  right instance (nearest of 16):        {share(instance)}")
+            print(f"  both:                                  {share(shown & instance)}")
+            print(f"  the wrong subject is there:            {share(scores[refs.rows, other] > 0)}")
+            print(f"  the place asked for:                   {share(verdict.places.argmax(1).numpy() == refs.places)}")
+    refs.pipe.load_ssr(load_adapter(refs.args.checkpoint, "ssr"), image_encoder=vision, image_processor=processor)
+    save_figure(refs, rows)
+
+
+def save_figure(refs: References, rows: dict[str, np.ndarray]) -> None:
+    """References with their queries, and below them a row of pictures for each method."""
+    some = range(min(FIGURE_COLUMNS, len(refs.scenes)))
+    table = [[(f'"{refs.scenes[i].instances[0].name}"', Image.fromarray(refs.scenes[i].picture)) for i in some]]
+    for label, pictures in rows.items():
+        table.append([(label if i == 0 else "", Image.fromarray(pictures[i])) for i in some])
+    write_contact_sheet(table, refs.args.output_dir / "comparison.png")

@@ -1,0 +1,92 @@
+"""Train the pocket's SSR-Encoder with ../train_ssr.py, and what it is compared with: an adapter of IP-Adapter-Plus's kind and
+three ablations, on the same pairs, for the same steps and batches, with as many parameters within a tenth.
+
+    python examples/pocket/make_pairs.py
+    torchrun --nproc_per_node 2 examples/pocket/train_adapters.py --methods ssr
+
+The base model is that of `--checkpoint`, and the vision encoder that of the work folder. Every method resumes.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers_ssr import SSREncoder
+from rivals import MeanPatchEncoder, WholePictureEncoder
+
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.append(str(ROOT / "examples"))
+
+import train_ssr  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to read the reference: what is trained, and the options of train_ssr.py that are its own."""
+
+    label: str
+    options: str = "--inner_dim 128 --num_attention_heads 4 --image_levels 1 2 3 4 5 6"
+    encoder_class: type[SSREncoder] = SSREncoder
+    unused: tuple[str, ...] = ()
+
+    def build(self, *models) -> SSREncoder:
+        """A fresh encoder, as `train_ssr.new_encoder` makes it; what it does not use is not trained."""
+        encoder = train_ssr.new_encoder(*models, encoder_class=self.encoder_class)
+        for name in self.unused:
+            encoder.get_submodule(name).requires_grad_(False)
+        return encoder
+
+
+METHODS = {
+    "ssr": Method("SSR-Encoder"),
+    "ip_adapter_plus": Method(
+        "IP-Adapter-Plus style: the whole picture, no query",
+        # the last but one level, heads of 64 and four blocks, as IP-Adapter Plus has them
+        "--inner_dim 64 --num_attention_heads 1 --image_levels 5 --consistency_form paper --consistency_weight 0",
+        WholePictureEncoder,
+    ),
+    "mean_patch": Method("without alignment: the mean patch", encoder_class=MeanPatchEncoder, unused=("to_q", "to_k")),
+    # wider, so that it has as many parameters
+    "one_level": Method("one level", "--inner_dim 448 --num_attention_heads 14 --image_levels 6"),
+    "no_consistency": Method("without the consistency loss", f"{Method.options} --consistency_weight 0"),
+}
+# Where each one lies in a checkpoint.
+PLACE = {name: "ssr_encoder" if name == "ssr" else f"comparison/{name}" for name in METHODS}
+COMMON = (
+    "--reference_column reference --mask_column mask --mask_weight 3 --resolution 64 --min_image_size 64 --latents mode"
+    " --learning_rate 1e-3 --lr_scheduler cosine --lr_warmup_steps 100 --adam_weight_decay 1e-3 --use_ema --ema_decay 0.998"
+    " --prompt_dropout 0.5 --subject_dropout 0.1 --timestep_bias 0.5 --consistency_weight 0.002"
+    " --checkpointing_steps 250 --checkpoints_total_limit 1 --resume_from_checkpoint latest --report_to none"
+)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--checkpoint", default=str(ROOT / "pocket"), help="the base model")
+    parser.add_argument("--work_dir", type=Path, default=Path("outputs/pocket-training"))
+    parser.add_argument("--max_train_steps", type=int, default=6000)
+    parser.add_argument("--train_batch_size", type=int, default=8, help="of each process")
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    for name in args.methods:
+        method = METHODS[name]
+        own = {
+            "pretrained_model_name_or_path": args.checkpoint,
+            "image_encoder_name_or_path": args.work_dir / "clip",
+            "train_data_dir": args.work_dir / "pairs",
+            "cache_features": args.work_dir / "features",
+            "output_dir": args.work_dir / "adapters" / name,
+            "max_train_steps": args.max_train_steps,
+            "train_batch_size": args.train_batch_size,
+        }
+        options = [str(part) for option, value in own.items() for part in (f"--{option}", value)]
+        train_ssr.main([*options, *COMMON.split(), *method.options.split()], method.build)
+
+
+if __name__ == "__main__":
+    main()

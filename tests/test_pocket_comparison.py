@@ -1,0 +1,147 @@
+"""What SSR-Encoder is compared with on the pocket, how, and on what it is trained."""
+
+import io
+from types import SimpleNamespace
+
+import measure_comparison
+import numpy as np
+import pytest
+import torch
+import train_ssr
+from conftest import POCKET, UNET_LAYERS, call_args, make_picture, make_ssr_encoder, make_unet
+from diffusers import UNet2DConditionModel
+from diffusers_ssr import SSREncoder
+from make_pairs import rows
+from PIL import Image
+from rivals import MeanPatchEncoder, WholePictureEncoder
+from train_adapters import COMMON, METHODS
+from training_options import check_args, parse_args
+from world import DESIGN_SETS, DESIGNS, HELD_OUT, NUM_VARIANTS, SEEN, Instance, _code_points
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SIZES = {"cross_attention_dim": 32, "vision_hidden_size": 24, "attention_layers": UNET_LAYERS}
+
+
+def whole_picture(**config) -> WholePictureEncoder:
+    torch.manual_seed(5)
+    sizes = {"inner_dim": 16, "num_attention_heads": 2, "image_levels": (2,), "num_queries": 3, "depth": 2}
+    return WholePictureEncoder(**SIZES, **{**sizes, **config}).eval()
+
+
+def mean_patch() -> MeanPatchEncoder:
+    torch.manual_seed(5)
+    return MeanPatchEncoder(**SIZES, inner_dim=16, num_attention_heads=2, image_levels=(1, 2, 3)).eval()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_as_many_parameters(name):
+    """Within a tenth of SSR-Encoder's."""
+    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(POCKET, subfolder="unet"))
+    vision = SimpleNamespace(hidden_size=128, num_hidden_layers=6)
+    counts = []
+    for method in (METHODS["ssr"], METHODS[name]):
+        required = "--pretrained_model_name_or_path x --image_encoder_name_or_path x --train_data_dir x".split()
+        args = parse_args("", ["cosine"], [*required, *COMMON.split(), *method.options.split()])
+        check_args(args)
+        encoder = method.build(unet, 96, vision, args)
+        counts.append(sum(p.numel() for p in encoder.parameters() if p.requires_grad))
+    assert abs(counts[1] / counts[0] - 1) < 0.1, counts
+
+
+@pytest.mark.parametrize("make, asks", [(make_ssr_encoder, True), (whole_picture, False), (mean_patch, False)])
+def test_only_ssr_encoder_asks_what_is_meant(make, asks):
+    encoder = make()
+    levels = torch.randn(len(encoder.config.image_levels), 1, 17, 24)
+    cat, dog = (encoder(torch.randn(1, 4, 32), levels) for _ in range(2))
+    assert torch.allclose(cat, dog, atol=1e-6) != asks
+    assert not torch.allclose(cat, encoder(torch.randn(1, 4, 32), levels + torch.randn_like(levels)))
+
+
+def test_the_mean_patch_knows_no_places():
+    encoder, levels = mean_patch(), torch.randn(3, 1, 17, 24)
+    shuffled = torch.cat([levels[:, :, :1], levels[:, :, 1:].flip(2)], 2)
+    query = torch.randn(1, 4, 32)
+    assert torch.allclose(encoder(query, levels), encoder(query, shuffled), atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [whole_picture, mean_patch])
+def test_a_rival_draws_in_the_same_pipeline_and_is_saved(make, pipe, tmp_path):
+    make().save_pretrained(tmp_path)
+    encoder = type(make()).from_pretrained(tmp_path)
+    stock = pipe(**call_args()).images
+    pipe.load_ssr(encoder, image_encoder=pipe.ssr_image_encoder, image_processor=pipe.ssr_image_processor)
+    subjects = [pipe.encode_subject(make_picture(seed), query="cat") for seed in (0, 1)]
+    drawn = [pipe(**call_args(), subject=subject).images for subject in subjects]
+    assert not np.allclose(drawn[0], stock) and not np.allclose(drawn[0], drawn[1])
+
+
+def test_a_rival_is_trained_as_ssr_encoder_is():
+    unet, method = make_unet(), METHODS["ip_adapter_plus"]
+    args = SimpleNamespace(inner_dim=16, num_attention_heads=2, image_levels=[2], init_from_text=True)
+    encoder = method.build(unet, 32, SimpleNamespace(hidden_size=24, num_hidden_layers=3), args)
+    assert isinstance(encoder, WholePictureEncoder)
+    embeds, pairs = train_ssr.SubjectEncoding(encoder)(torch.randn(2, 4, 32), torch.randn(1, 2, 17, 24))
+    assert embeds.shape == (2, 16, 32) and len(pairs) == len(UNET_LAYERS)
+    # what holds subject embeddings near the query compares means: there is no token for each of the query's
+    assert train_ssr.consistency_loss(embeds, torch.randn(2, 4, 32), "paper").isfinite()
+
+
+def test_the_nearest_of_sixteen():
+    """Own design and colour: a hit. Another design: a miss, if that one is among the sixteen; chance is 1 in 16."""
+    own = HELD_OUT[0]
+    scenes = [SimpleNamespace(instances=[own])] * 400
+    designs, variants = np.full((400, len(DESIGNS)), -5.0), np.full((400, NUM_VARIANTS), -5.0)
+    variants[:, own.variant] = 5
+    designs[:, own.design] = 5
+    rng = np.random.default_rng(0)
+    assert measure_comparison.nearest_is_own(designs, variants, scenes, rng).all()
+    wrong = np.roll(designs, 1, axis=1)
+    # one of 35 others has this design and colour; 15 of them are drawn
+    assert 0.45 < measure_comparison.nearest_is_own(wrong, variants, scenes, rng).mean() < 0.7
+    noise = np.random.default_rng(1)
+    blind = noise.normal(size=designs.shape), noise.normal(size=variants.shape)
+    assert measure_comparison.nearest_is_own(*blind, scenes, rng).mean() < 0.12
+
+
+@pytest.fixture(scope="module")
+def designs(tmp_path_factory):
+    """Design sets of plain squares."""
+    folder = tmp_path_factory.mktemp("designs")
+    for number, (name, (_, _, ending, _)) in enumerate(DESIGN_SETS.items()):
+        (folder / name).mkdir()
+        for index, code in enumerate(_code_points()):
+            Image.new("RGBA", (16, 16), (index * 10, 40 + number * 80, 120, 255)).save(
+                folder / name / f"{code}.{ending}"
+            )
+    return folder
+
+
+def test_pairs_depend_on_their_number_alone(designs):
+    together, alone = list(rows(str(designs), [0, 1, 2], 7)), list(rows(str(designs), [2], 7))
+    assert together[2] == alone[0]
+    assert together[2] != next(rows(str(designs), [2], 8))
+
+
+def test_pairs_show_the_queried_thing_and_never_name_its_colour(designs):
+    pairs = list(rows(str(designs), list(range(60)), 0))
+    masked = [pair for pair in pairs if pair["mask"]]
+    assert 3 <= len(masked) <= 25
+    for pair in pairs:
+        pictures = [Image.open(io.BytesIO(pair[name]["bytes"])) for name in ("image", "reference")]
+        assert all(picture.size == (64, 64) for picture in pictures)
+        assert not any(word in pair["text"].split() + pair["query"].split() for word in ("red", "blue", *DESIGNS))
+        if not pair["mask"]:
+            name = pair["query"].split()[-1]
+            assert name in pair["text"] or "a thing" in pair["text"]
+
+
+def test_held_out_instances_are_not_trained_on():
+    assert len(HELD_OUT) * 3 == len(SEEN) and not set(HELD_OUT) & set(SEEN)
+    for category in range(12):
+        for design in range(len(DESIGNS)):
+            assert sum(Instance(category, design, v) in HELD_OUT for v in range(NUM_VARIANTS)) == 3
+
+
+def test_ssr_encoder_is_the_checkpoints_own():
+    assert type(measure_comparison.load_adapter(POCKET, "ssr")) is SSREncoder
