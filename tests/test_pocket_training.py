@@ -1,9 +1,13 @@
 """What the pocket's training loop promises: it resumes exactly, and an interruption leaves a checkpoint that loads."""
 
+import os
+import subprocess
+import sys
 from argparse import Namespace
 
 import pytest
 import torch
+from conftest import ROOT
 from training import train
 
 
@@ -38,3 +42,42 @@ def test_a_resumed_run_ends_where_an_uncut_one_does(tmp_path):
         run(tmp_path / "cut", stop_at=5)
     assert torch.equal(run(tmp_path / "cut"), uncut)
     assert not list(tmp_path.rglob("*.part"))
+
+
+WORKER = """
+import sys
+from argparse import Namespace
+from pathlib import Path
+import torch
+sys.path.insert(0, sys.argv[1])
+from training import train
+torch.manual_seed(1)
+model = torch.nn.Linear(3, 3)
+folder = Path(sys.argv[2])
+args = Namespace(**OPTIONS, work_dir=folder)
+try:
+    train("test", args, {"m": model}, lambda g: ((model(torch.randn(4, 3, generator=g)) ** 2).mean(), {}))
+except SystemExit:
+    torch.save(model.state_dict(), folder / "other.pt")
+"""
+
+
+def test_two_workers_average_what_they_learn(tmp_path):
+    """Each takes batches of its own, both end with the same weights, and only one of them writes."""
+    settings = vars(options(tmp_path, 25))
+    settings.pop("work_dir")
+    (tmp_path / "worker.py").write_text(WORKER.replace("OPTIONS", repr(settings)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launch, str(tmp_path / "worker.py"), str(ROOT / "examples" / "pocket"), str(tmp_path)],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    first = torch.load(tmp_path / "test.pt", weights_only=True)
+    other = torch.load(tmp_path / "other.pt", weights_only=True)
+    assert first["step"] == 25
+    for name, tensor in first["modules"]["m"].items():
+        assert torch.equal(tensor, other[name])
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    assert not torch.allclose(run(alone, steps=25), other["weight"])
