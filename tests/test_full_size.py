@@ -1,11 +1,17 @@
-"""Chains at Stable Diffusion 1.5's full size, with random weights: small pictures, two steps, and nothing left changed."""
+"""Chains and training at Stable Diffusion 1.5's full size, with random weights."""
+
+import json
+import os
 
 import numpy as np
+import pytest
 import torch
+import train_ssr
 from benchmark import motion_adapter, random_model, sd15_pipeline
 from conftest import make_picture
-from diffusers import ControlNetModel
-from diffusers_ssr import AnimateDiffSSRPipeline, StableDiffusionSSRControlNetPipeline
+from diffusers import ControlNetModel, StableDiffusionPipeline
+from diffusers_ssr import AnimateDiffSSRPipeline, StableDiffusionSSRControlNetPipeline, StableDiffusionSSRPipeline
+from transformers import CLIPImageProcessor
 
 
 def state(pipe) -> dict:
@@ -51,3 +57,40 @@ def test_controlnet_and_animatediff_leave_every_component_as_it_was():
         assert drawn[0].shape == shape and np.isfinite(drawn[0]).all()
         assert not np.array_equal(drawn[0], drawn[1])
         assert state(chain) == before and state(pipe) == base
+
+
+@pytest.mark.skipif(
+    "RUN_SLOW" not in os.environ,
+    reason="RUN_SLOW=1 runs it: minutes, and 5 GB on the disk; test_train_ssr.py trains small models in the same way",
+)
+def test_three_steps_of_training_give_an_encoder_that_loads(tmp_path):
+    pipe = sd15_pipeline()
+    pipe.ssr_image_encoder.save_pretrained(tmp_path / "clip")
+    CLIPImageProcessor().save_pretrained(tmp_path / "clip")
+    StableDiffusionPipeline.from_pipe(pipe).save_pretrained(tmp_path / "base")
+    del pipe
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    rows = []
+    for index in range(3):
+        make_picture(index, (600, 512)).save(pictures / f"{index}.png")
+        rows.append({"file_name": f"{index}.png", "text": "a cat on the beach", "query": "cat"})
+    (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = {
+        "pretrained_model_name_or_path": tmp_path / "base", "image_encoder_name_or_path": tmp_path / "clip",
+        "train_data_dir": pictures, "output_dir": tmp_path / "trained", "train_batch_size": 1, "max_train_steps": 3,
+        "learning_rate": 1e-4, "lr_scheduler": "constant", "prompt_dropout": 0, "subject_dropout": 0,
+        "report_to": "none",
+    }  # fmt: skip
+    train_ssr.main([str(part) for name, value in options.items() for part in (f"--{name}", value)])
+
+    pipe = StableDiffusionSSRPipeline.from_pretrained(tmp_path / "base", safety_checker=None)
+    pipe.load_ssr(tmp_path / "trained")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.ssr_encoder.config.image_levels == [4, 8, 12, 16, 20, 24]
+    arguments = {"num_inference_steps": 1, "height": 64, "width": 64, "output_type": "np"}
+    drawn = [
+        pipe("a cat", generator=torch.Generator().manual_seed(0), **arguments, **subject).images
+        for subject in ({}, {"subject_image": make_picture(), "subject_query": "cat"})
+    ]
+    assert np.isfinite(drawn[1]).all() and not np.array_equal(*drawn)

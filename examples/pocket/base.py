@@ -17,7 +17,7 @@ def caption(instances: list[Instance], place: int, rng: np.random.Generator) -> 
     if kind < 0.1:
         return ""
     shuffled = [instances[i] for i in rng.permutation(len(instances))]
-    things = [i.words if kind < 0.5 else "thing" if kind > 0.85 else i.name for i in shuffled]
+    things = [i.words if kind < 0.65 else "thing" if kind > 0.85 else i.name for i in shuffled]
     return describe(things, PLACE_NAMES[place] if rng.random() < 0.95 else None)
 
 

@@ -48,9 +48,9 @@ class Codes:
         save_file({"mean": self.mean, "basis": self.basis.contiguous()}, file)
 
     def importance(self) -> torch.Tensor:
-        """How much weight a latent channel has in the loss, (1, 24, 1, 1) with mean 1: colours and shapes before details, but
-        not by as much as they show in the picture, or the designs would never be learnt."""
-        weights = self.basis.norm(dim=0).reciprocal()
+        """How much weight a latent channel has in the loss, (1, 24, 1, 1) with mean 1: the weaker a channel, the more. Weighted by
+        what they show in the picture, the details that tell one design from another are never learnt."""
+        weights = self.basis.norm(dim=0)
         return (weights / weights.mean())[None, :, None, None]
 
     def encode(self, pictures: np.ndarray) -> torch.Tensor:

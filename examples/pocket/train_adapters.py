@@ -2,12 +2,13 @@
 three ablations, on the same pairs, for the same steps and batches, with as many parameters within a tenth.
 
     python examples/pocket/make_pairs.py
-    torchrun --nproc_per_node 2 examples/pocket/train_adapters.py --methods ssr
+    python examples/pocket/train_adapters.py --methods ssr
 
 The base model is that of `--checkpoint`, and the vision encoder that of the work folder. Every method resumes.
 """
 
 import argparse
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ METHODS = {
 PLACE = {name: "ssr_encoder" if name == "ssr" else f"comparison/{name}" for name in METHODS}
 COMMON = (
     "--reference_column reference --mask_column mask --mask_weight 3 --resolution 64 --min_image_size 64 --latents mode"
-    " --learning_rate 1e-3 --lr_scheduler cosine --lr_warmup_steps 100 --adam_weight_decay 1e-3 --use_ema --ema_decay 0.998"
+    " --learning_rate 1.5e-3 --lr_scheduler cosine --lr_warmup_steps 100 --adam_weight_decay 1e-3 --use_ema --ema_decay 0.998"
     " --prompt_dropout 0.5 --subject_dropout 0.1 --timestep_bias 0.5 --consistency_weight 0.002"
     " --checkpointing_steps 250 --checkpoints_total_limit 1 --resume_from_checkpoint latest --report_to none"
 )
@@ -68,9 +69,9 @@ def main():
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--checkpoint", default=str(ROOT / "pocket"), help="the base model")
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/pocket-training"))
-    parser.add_argument("--max_train_steps", type=int, default=6000)
-    parser.add_argument("--train_batch_size", type=int, default=8, help="of each process")
-    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--max_train_steps", type=int, default=4800)
+    parser.add_argument("--train_batch_size", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     for name in args.methods:

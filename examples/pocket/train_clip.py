@@ -103,7 +103,7 @@ def vary(pictures: torch.Tensor, cover: torch.Tensor, generator: torch.Generator
 
 
 def main():
-    parser = options(__doc__, max_train_steps=2000, train_batch_size=32, learning_rate=1e-3, ema_decay=0.99)
+    parser = options(__doc__, max_train_steps=5000, train_batch_size=32, learning_rate=1e-3, ema_decay=0.995)
     parser.add_argument("--part", choices=("all", "vision"), default="all")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

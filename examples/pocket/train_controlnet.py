@@ -1,6 +1,7 @@
 """Train the pocket's ControlNet on the frozen base model: edges in, and the picture follows them.
 
-Single subjects stand anywhere here, not only where the base model draws them: that is what a ControlNet is for.
+Single subjects stand anywhere here, not only where the base model draws them: that is what a ControlNet is for. It goes on
+from one that the work folder has already.
 """
 
 import cv2
@@ -47,7 +48,9 @@ def main():
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     base, world = Base(args.work_dir), World(args.work_dir / "designs")
-    controlnet = ControlNetModel.from_unet(base.unet).requires_grad_(True).train()
+    trained = args.work_dir / "controlnet"
+    controlnet = ControlNetModel.from_pretrained(trained) if trained.exists() else ControlNetModel.from_unet(base.unet)
+    controlnet.requires_grad_(True).train()
     print(f"ControlNet: {sum(p.numel() for p in controlnet.parameters()) / 1e6:.1f} M parameters")
 
     def loss_fn(generator):
@@ -76,7 +79,7 @@ def main():
         sheet(rows, 9).save(file)
 
     train("controlnet", args, {"controlnet": controlnet}, loss_fn, sample_fn)
-    controlnet.save_pretrained(args.work_dir / "controlnet")
+    controlnet.save_pretrained(trained)
 
 
 if __name__ == "__main__":

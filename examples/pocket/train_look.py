@@ -58,7 +58,7 @@ def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
 
 def main():
     parser = options(__doc__, max_train_steps=3000, train_batch_size=10, learning_rate=1e-3, sample_steps=500)
-    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rank", type=int, default=4)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)

@@ -1,11 +1,14 @@
-"""Train the pocket's motion adapter on the frozen base model: in eight frames the subject hops once, and can go on for ever."""
+"""Train the pocket's motion adapter on the frozen base model: in eight frames the subject hops once, and can go on for ever.
+
+It goes on from one that the work folder has already.
+"""
 
 import math
 
 import numpy as np
 import torch
 from base import Base, caption
-from diffusers import AnimateDiffPipeline, MotionAdapter, UNetMotionModel
+from diffusers import AnimateDiffPipeline, MotionAdapter, UNet2DConditionModel, UNetMotionModel
 from training import options, picture_array, train
 from world import (
     CATEGORY_NAMES,
@@ -33,15 +36,10 @@ def draw_hop(world: World, rng: np.random.Generator, instance: Instance, place: 
     return np.stack([draw_scene(world, rng, [instance], place, shift=s, canvas=canvas).picture for s in shifts])
 
 
-def main():
-    args = options(
-        __doc__, max_train_steps=4000, train_batch_size=2, learning_rate=1e-3, sample_steps=500
-    ).parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    base, world = Base(args.work_dir), World(args.work_dir / "designs")
-    config = base.unet.config
-    adapter = MotionAdapter(
+def build(unet: UNet2DConditionModel) -> MotionAdapter:
+    """A new adapter of the UNet's sizes."""
+    config = unet.config
+    return MotionAdapter(
         block_out_channels=tuple(config.block_out_channels),
         motion_layers_per_block=config.layers_per_block,
         motion_mid_block_layers_per_block=1,
@@ -49,6 +47,17 @@ def main():
         motion_norm_num_groups=config.norm_num_groups,
         motion_max_seq_length=32,
     )
+
+
+def main():
+    args = options(
+        __doc__, max_train_steps=4000, train_batch_size=2, learning_rate=1e-3, sample_steps=500
+    ).parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    base, world = Base(args.work_dir), World(args.work_dir / "designs")
+    trained = args.work_dir / "motion_adapter"
+    adapter = MotionAdapter.from_pretrained(trained) if trained.exists() else build(base.unet)
     unet = UNetMotionModel.from_unet2d(base.unet, adapter).train()
     unet.requires_grad_(False)
     for name, parameter in unet.named_parameters():
@@ -81,7 +90,7 @@ def main():
         sheet(rows, FRAMES).save(file)
 
     train("motion_adapter", args, {"unet": unet}, loss_fn, sample_fn)
-    unet.save_motion_modules(args.work_dir / "motion_adapter")
+    unet.save_motion_modules(trained)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from codes import Codes
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, MotionAdapter, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from scenes import load_scenes
 from train_adapters import METHODS, PLACE
@@ -28,7 +28,10 @@ def main():
     args = parser.parse_args()
     shipped, output = args.checkpoint, args.work_dir
     output.mkdir(parents=True, exist_ok=True)
-    for name, model in (("vae", AutoencoderKL), ("unet", UNet2DConditionModel)):
+    models = {
+        "vae": AutoencoderKL, "unet": UNet2DConditionModel, "controlnet": ControlNetModel, "motion_adapter": MotionAdapter,
+    }  # fmt: skip
+    for name, model in models.items():
         model.from_pretrained(shipped, subfolder=name, dtype=torch.float32).save_pretrained(output / name)
     for name, method in METHODS.items():
         encoder = shipped / PLACE[name]
