@@ -5,6 +5,9 @@
 
 `pictures` holds `metadata.jsonl` with lines like {"file_name": "1.jpg", "text": "a cat on a sofa", "query": "cat"}; see
 training_data.py for Parquet files, datasets of the Hub and WebDataset shards. `pipe.load_ssr("my-ssr")` takes the result.
+
+Several processes on CPUs alone are started by `torchrun` with ACCELERATE_USE_CPU=1; without it accelerate takes each of them for
+a run of its own.
 """
 
 import argparse

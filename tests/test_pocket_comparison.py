@@ -1,6 +1,9 @@
 """What SSR-Encoder is compared with on the pocket, how, and on what it is trained."""
 
 import io
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import measure_comparison
@@ -8,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 import train_ssr
-from conftest import POCKET, UNET_LAYERS, call_args, make_picture, make_ssr_encoder, make_unet
+from conftest import POCKET, ROOT, UNET_LAYERS, call_args, make_picture, make_ssr_encoder, make_unet
 from diffusers import UNet2DConditionModel
-from diffusers_ssr import SSREncoder
 from make_pairs import rows
 from PIL import Image
 from rivals import MeanPatchEncoder, WholePictureEncoder
@@ -143,5 +145,17 @@ def test_held_out_instances_are_not_trained_on():
             assert sum(Instance(category, design, v) in HELD_OUT for v in range(NUM_VARIANTS)) == 3
 
 
-def test_ssr_encoder_is_the_checkpoints_own():
-    assert type(measure_comparison.load_adapter(POCKET, "ssr")) is SSREncoder
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_shipped(name):
+    encoder = measure_comparison.load_adapter(POCKET, name)
+    assert type(encoder) is METHODS[name].encoder_class
+    assert encoder.dtype == torch.float32
+    assert all(parameter.isfinite().all() and parameter.std() > 0 for parameter in encoder.parameters())
+
+
+def test_the_measurements_start_as_a_script():
+    """Where pytest's path does not help."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, str(ROOT / "examples" / "pocket" / "measure.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "comparison" in done.stdout, done.stderr[-2000:]
