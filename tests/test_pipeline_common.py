@@ -12,7 +12,7 @@ from diffusers.models.attention_dispatch import attention_backend
 from diffusers.utils.testing_utils import torch_device
 from diffusers_ssr import StableDiffusionSSRPipeline
 from diffusers_ssr.mixin_ssr import _caches
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from test_attention_processors import snapshot
 from test_pipeline_ssr import stock_of, subject_args
 
@@ -189,10 +189,15 @@ def test_attention_backends(pipe, backend):
         np.testing.assert_allclose(pipe(**subject_args()).images, expected, atol=1e-5)
 
 
+def _lora_config(*layers: str) -> LoraConfig:
+    return LoraConfig(r=2, target_modules=list(layers), init_lora_weights=False)
+
+
 @pytest.fixture
 def lora(pipe):
-    for part, targets in ((pipe.unet, ["to_q", "to_k", "to_v", "to_out.0"]), (pipe.text_encoder, ["q_proj"])):
-        part.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False), adapter_name="style")
+    pipe.unet.add_adapter(_lora_config("to_q", "to_k", "to_v", "to_out.0"), adapter_name="style")
+    # by peft itself: transformers' `add_adapter` may want a newer peft than there is
+    inject_adapter_in_model(_lora_config("q_proj"), pipe.text_encoder, adapter_name="style")
     return pipe
 
 
