@@ -6,14 +6,14 @@
 `pictures` holds `metadata.jsonl` with lines like {"file_name": "1.jpg", "text": "a cat on a sofa", "query": "cat"}; see
 training_data.py for Parquet files, datasets of the Hub and WebDataset shards. `pipe.load_ssr("my-ssr")` takes the result.
 
-Several processes on CPUs alone are started by `torchrun` with ACCELERATE_USE_CPU=1; without it accelerate takes each of them for
-a run of its own.
+Several processes on CPUs alone are started by `torchrun` with ACCELERATE_USE_CPU=1.
 """
 
 import argparse
 import copy
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -438,6 +438,13 @@ def main(arguments: Sequence[str] | None = None, build: Callable[..., SSREncoder
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes < started:
+        # each would train alone and write over the others' files
+        raise ValueError(
+            f"`WORLD_SIZE` is {started}, but accelerate sees {accelerator.num_processes} process: on CPUs it needs"
+            " ACCELERATE_USE_CPU=1 in the environment."
+        )
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     seed = 0 if args.seed is None else args.seed
     set_seed(seed)

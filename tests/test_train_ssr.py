@@ -241,6 +241,17 @@ def test_two_processes_train_as_one_does(models, pictures, tmp_path):
         assert (two[name] - tensor).norm() < 0.02 * moved, name
 
 
+def test_processes_that_do_not_know_each_other_are_refused(models, pictures, tmp_path):
+    """As `torchrun` on CPUs starts them: each would write over the other's files."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, str(ROOT / "examples" / "train_ssr.py"), *arguments(models, pictures, tmp_path / "out")]
+    environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
+    environment.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode != 0 and "ACCELERATE_USE_CPU=1" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def frozen_and_batch(models, pictures, tmp_path, **changes):
     args = parse_args("", ["constant"], arguments(models, pictures, tmp_path, **changes))
     train_ssr.set_seed(0)
