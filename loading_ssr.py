@@ -195,6 +195,13 @@ class SSRLoaderMixin:
             _copy_code(file, folder)
         return entry
 
+    def __getstate__(self) -> dict:
+        """For pickling, to send a pipeline to another process."""
+        state = dict(self.__dict__)
+        if state.get("ssr_image_encoder") is not None:
+            state["ssr_image_encoder"] = library_internals.without_capturing_hooks(state["ssr_image_encoder"])
+        return state
+
     # A whole pipeline that `save_pretrained` wrote names its own class and code. Loaded by the name of one of our classes
     # (`StableDiffusionSSRControlNetPipeline.from_pretrained(folder, controlnet=...)`) it becomes that class, of the code that
     # is running: otherwise diffusers would give back the saved class and drop the ControlNet.

@@ -284,7 +284,9 @@ def test_a_region_of_the_whole_picture_changes_nothing(pipe):
 def test_attention_maps_have_the_pictures_size(pipe, size, resize_mode):
     attention = pipe.subject_attention_map(make_picture(size=size), "a cat", resize_mode=resize_mode)
     assert attention.heat.shape == size[::-1] and attention.overlay().size == size
-    assert attention.heat.max() == pytest.approx(min(2 * attention.gathered, 1), abs=1e-6) and attention.heat.min() >= 0
+    assert (
+        attention.heat.max() == pytest.approx(min(2 * attention.gathered, 1), abs=1e-6) and attention.heat.min() >= 0
+    )
     assert 0 < attention.gathered < 1 and "gathered=" in repr(attention)
     assert [name for name, _ in attention.tokens] == ["a</w>", "cat</w>"]
     assert all(heat.shape == size[::-1] for _, heat in attention.tokens)
