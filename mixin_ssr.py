@@ -27,7 +27,7 @@ from transformers import CLIPImageProcessor, CLIPVisionModel, PreTrainedModel
 
 from .attention_map import SubjectAttentionMap
 from .attention_processors import SubjectConditions, SubjectProjection, alone_in_unet, subject_in_unet, unwrap
-from .image_processing_ssr import check_resize_mode, preprocess, preprocess_mask, to_mask, to_pil, unfit
+from .image_processing_ssr import check_resize_mode, postprocess_map, preprocess, preprocess_mask, to_mask, to_pil
 from .modeling_ssr import SSREncoder
 from .subject_cache import SubjectCache, digest, version
 from .subject_embeds import Subject, SubjectEmbeds, check_scale, is_subject_embeds, same_fingerprint
@@ -455,7 +455,9 @@ class SSRPipelineMixin:
         # the empty caption has no tokens of its own, so all of them stand for it
         probs = probs[own or slice(None), 1:].float().cpu()
         side = round(probs.shape[1] ** 0.5)
-        maps = unfit(torch.cat([probs.mean(0)[None], probs]).unflatten(1, (side, side)), picture.size, resize_mode)
+        maps = postprocess_map(
+            torch.cat([probs.mean(0)[None], probs]).unflatten(1, (side, side)), picture.size, resize_mode
+        )
         maps = (maps / maps.amax((1, 2), keepdim=True)).numpy()
         return SubjectAttentionMap(maps[0], list(zip(names, maps[1:], strict=False)), picture)
 
