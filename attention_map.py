@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SubjectAttentionMap:
     r"""
     The token-to-patch attention of a query over its picture (figure 5 of the paper), averaged over the heads.
@@ -30,6 +30,12 @@ class SubjectAttentionMap:
     heat: np.ndarray
     tokens: list[tuple[str, np.ndarray]]
     picture: Image.Image
+
+    def __repr__(self) -> str:
+        height, width = self.heat.shape
+        tokens = [token.removesuffix("</w>") for token, _ in self.tokens]
+        shown = tokens if len(tokens) <= 8 else [*tokens[:8], f"... {len(tokens) - 8} more"]
+        return f"SubjectAttentionMap({' '.join(shown)!r}, {len(tokens)} tokens, {width} x {height} pixels)"
 
     def overlay(self, heat: np.ndarray | None = None) -> Image.Image:
         r"""

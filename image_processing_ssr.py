@@ -1,7 +1,6 @@
 """From pictures and masks as people have them to the pixels that the vision encoder sees, and back to the picture."""
 
 import os
-import stat
 import threading
 from collections.abc import Sequence
 from functools import cache
@@ -14,6 +13,8 @@ import torch.nn.functional as F
 from diffusers.utils import logging
 from PIL import Image, ImageCms, ImageOps
 from transformers import CLIPImageProcessor
+
+from .file_utils import check_regular_file
 
 
 logger = logging.get_logger(__name__)
@@ -253,17 +254,6 @@ def check_resize_mode(resize_mode: Any) -> None:
     """Raises a `ValueError` if `resize_mode` is not one of `RESIZE_MODES`."""
     if resize_mode not in RESIZE_MODES:
         raise ValueError(f"`resize_mode` has to be one of {RESIZE_MODES}, but is {resize_mode!r}.")
-
-
-def check_regular_file(file: str | os.PathLike, name: str) -> None:
-    """Raises a `ValueError` that names the argument `name` if `file` is a folder, a device or a named pipe, which would let
-    the reader wait for ever, or is no possible name; an `OSError` if it is not there."""
-    try:
-        regular = stat.S_ISREG(os.stat(file).st_mode)
-    except ValueError as error:  # a zero byte, or a character that file names cannot hold
-        raise ValueError(f"`{name}`: {os.fspath(file)!r} is no name of a file: {_reason(error)}.") from error
-    if not regular:
-        raise ValueError(f"`{name}`: {os.fspath(file)!r} is no regular file.")
 
 
 def _check_pixels(count: int, name: str, max_pixels: int | None) -> None:

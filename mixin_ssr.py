@@ -27,10 +27,12 @@ from transformers import CLIPImageProcessor, CLIPVisionModel, PreTrainedModel
 
 from .attention_map import SubjectAttentionMap
 from .attention_processors import SubjectConditions, SubjectProjection, alone_in_unet, subject_in_unet, unwrap
+from .file_utils import atomic_folder  # noqa: F401  (see below)
 from .image_processing_ssr import check_resize_mode, postprocess_map, preprocess, preprocess_mask, to_mask, to_pil
 from .modeling_ssr import SSREncoder
 from .subject_cache import SubjectCache, digest, version
 from .subject_embeds import Subject, SubjectEmbeds, check_scale, is_subject_embeds, same_fingerprint
+from .subject_file import read_subject_file  # noqa: F401  (see below)
 from .token_merging import merge_tokens  # noqa: F401  (saved pipelines of made classes load this file: see pipeline.py)
 
 

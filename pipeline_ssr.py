@@ -4,11 +4,13 @@ from diffusers import StableDiffusionPipeline
 
 from .attention_map import SubjectAttentionMap  # noqa: F401  (see pipeline.py)
 from .attention_processors import SSRAttnProcessor2_0  # noqa: F401
+from .file_utils import atomic_folder  # noqa: F401
 from .image_processing_ssr import preprocess  # noqa: F401
 from .mixin_ssr import SSRPipelineMixin
 from .modeling_ssr import SSREncoder  # noqa: F401
 from .subject_cache import SubjectCache  # noqa: F401
 from .subject_embeds import SubjectEmbeds  # noqa: F401
+from .subject_file import read_subject_file  # noqa: F401
 from .token_merging import merge_tokens  # noqa: F401
 
 

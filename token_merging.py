@@ -40,7 +40,9 @@ def merge_tokens(
     return tokens[alive][None].to(embeds), weights[alive][None].to(embeds.device, torch.float32)
 
 
-def _cost(first: torch.Tensor, first_weights, second: torch.Tensor, second_weights) -> torch.Tensor:
+def _cost(
+    first: torch.Tensor, first_weights: torch.Tensor, second: torch.Tensor, second_weights: torch.Tensor
+) -> torch.Tensor:
     """Ward's criterion for each pair."""
     shared = first_weights[:, None] * second_weights / (first_weights[:, None] + second_weights)
     return shared * torch.cdist(first, second).square()

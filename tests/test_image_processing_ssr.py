@@ -216,7 +216,7 @@ def test_what_is_no_file_of_a_picture_is_named(tmp_path):
     for file in (tmp_path, tmp_path / "pipe"):
         with pytest.raises(ValueError, match="`photo`.*is no regular file"):
             open_image(file, "photo")
-    with pytest.raises(ValueError, match="`photo`.*is no name of a file"):
+    with pytest.raises(ValueError, match="`photo`.*cannot be the name of a file"):
         open_image("photo\0.png", "photo")
     with pytest.raises(FileNotFoundError):
         open_image(tmp_path / "nowhere.png")
