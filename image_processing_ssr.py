@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.utils import logging
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from transformers import CLIPImageProcessor
 
 from .file_utils import check_regular_file
@@ -63,6 +63,8 @@ def open_image(file: str | os.PathLike | bytes, name: str = "image", max_pixels:
     formats = [each for each in FORMATS if each in Image.OPEN]
     try:
         image = Image.open(BytesIO(file) if isinstance(file, bytes) else file, formats=formats)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"`{name}` cannot be decoded: it is of no known format, or cut off in its header.") from error
     except Exception as error:  # a parser that meets arbitrary bytes may raise anything
         raise ValueError(f"`{name}` cannot be decoded: {_reason(error)}.") from error
     with image:
