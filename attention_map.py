@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from PIL import Image
+
+from . import image_processing_ssr
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -30,6 +33,7 @@ class SubjectAttentionMap:
     heat: np.ndarray
     tokens: list[tuple[str, np.ndarray]]
     picture: Image.Image
+    gathered: float = 0.0
 
     def __repr__(self) -> str:
         height, width = self.heat.shape
@@ -53,3 +57,13 @@ class SubjectAttentionMap:
         grey = pixels.mean(-1, keepdims=True).repeat(3, -1) * 0.6
         mixed = grey * (1 - heat) + (0.55 * pixels + 0.45 * np.array([255, 40, 0])) * heat
         return Image.fromarray(mixed.round().clip(0, 255).astype(np.uint8))
+
+
+def make_attention_map(probs, empty_probs, own, picture, resize_mode, tokens):
+    heat = probs[list(own) or slice(None)] if tokens == "own" else probs
+    heat = torch.cat([heat.mean(0, keepdim=True), probs[list(own)]])[:, 1:]
+    side = round(heat.shape[1] ** 0.5)
+    maps = image_processing_ssr.postprocess_map(heat.unflatten(1, (side, side)), picture.size, resize_mode)
+    maps = (maps / maps.amax((1, 2), keepdim=True)).numpy()
+    gathered = float((probs.mean(0) - empty_probs.mean(0)).abs().sum() / 2)
+    return SubjectAttentionMap(maps[0], list(zip(own.values(), maps[1:], strict=False)), picture, gathered)

@@ -14,7 +14,7 @@ from diffusers.utils import logging
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from transformers import CLIPImageProcessor
 
-from .file_utils import check_regular_file
+from . import file_utils
 
 
 logger = logging.get_logger(__name__)
@@ -58,7 +58,7 @@ def open_image(file: str | os.PathLike | bytes, name: str = "image", max_pixels:
     ```
     """
     if not isinstance(file, bytes):
-        check_regular_file(file, name)
+        file_utils.check_regular_file(file, name)
     Image.init()
     formats = [each for each in FORMATS if each in Image.OPEN]
     try:
@@ -427,3 +427,9 @@ def _crop_or_fill(pixels: torch.Tensor, processor: CLIPImageProcessor) -> torch.
     height, width = processor.crop_size["height"], processor.crop_size["width"]
     left, top = (width - pixels.shape[2]) // 2, (height - pixels.shape[1]) // 2
     return F.pad(pixels, (left, width - pixels.shape[2] - left, top, height - pixels.shape[1] - top))[None]
+
+
+def default_image_processor(image_encoder) -> CLIPImageProcessor:
+    """The image processor of a vision encoder that has none: its size, and CLIP's normalisation."""
+    side = image_encoder.config.image_size
+    return CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})

@@ -10,10 +10,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from .file_utils import atomic_file
-from .image_processing_ssr import mask_values
-from .subject_file import FORMAT, MAX_BYTES, MAX_REGION_VALUES, MAX_SUBJECTS, TENSORS, read_subject_file
-from .token_merging import merge_tokens
+from . import file_utils, image_processing_ssr, subject_file, token_merging
 
 
 # Far beyond any use; what is larger makes NaN in half precision.
@@ -198,20 +195,20 @@ class SubjectEmbeds:
         """
         tensors = {} if self.fingerprint is None else {"fingerprint": self.fingerprint}
         for index, subject in enumerate(self.subjects):
-            for name in TENSORS:
+            for name in subject_file.TENSORS:
                 tensor = getattr(subject, name)
                 if tensor is not None:
                     # a copy: subjects may share a region, and safetensors refuses tensors that share memory
                     tensors[f"{index}.{name}"] = tensor.detach().cpu().contiguous().clone()
         size = sum(tensor.nbytes for tensor in tensors.values())
-        if len(self.subjects) > MAX_SUBJECTS or size > MAX_BYTES:
+        if len(self.subjects) > subject_file.MAX_SUBJECTS or size > subject_file.MAX_BYTES:
             raise ValueError(
-                f"A file holds at most {MAX_SUBJECTS} subjects and {MAX_BYTES:,} bytes, but these are"
+                f"A file holds at most {subject_file.MAX_SUBJECTS} subjects and {subject_file.MAX_BYTES:,} bytes, but these are"
                 f" {len(self.subjects)} and {size:,}: make their regions smaller, or save them one by one."
             )
         subjects = [{"query": subject.query, "scale": subject.scale} for subject in self.subjects]
-        with atomic_file(path) as partial:
-            save_file(tensors, partial, metadata={"format": FORMAT, "subjects": json.dumps(subjects)})
+        with file_utils.atomic_file(path) as partial:
+            save_file(tensors, partial, metadata={"format": subject_file.FORMAT, "subjects": json.dumps(subjects)})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "SubjectEmbeds":
@@ -236,7 +233,7 @@ class SubjectEmbeds:
         >>> image = pipe("a cat on the beach", subject=SubjectEmbeds.load("cat.safetensors")).images[0]
         ```
         """
-        described, tensors = read_subject_file(path, check_scale)
+        described, tensors = subject_file.read_subject_file(path, check_scale)
         subjects = tuple(
             Subject(
                 embeds=tensors[f"{index}.embeds"],
@@ -254,16 +251,19 @@ class SubjectEmbeds:
 def _region_values(region: Any) -> np.ndarray:
     """`(height, width)`, or `(frames, height, width)` of more than one frame, from 0 to 1."""
     if isinstance(region, (list, tuple)):
-        frames = [mask_values(frame, f"region[{index}]", MAX_REGION_VALUES) for index, frame in enumerate(region)]
+        frames = [
+            image_processing_ssr.mask_values(frame, f"region[{index}]", subject_file.MAX_REGION_VALUES)
+            for index, frame in enumerate(region)
+        ]
         shapes = {frame.shape for frame in frames}
-        if len(shapes) != 1 or frames[0].ndim != 2 or len(frames) * frames[0].size > MAX_REGION_VALUES:
+        if len(shapes) != 1 or frames[0].ndim != 2 or len(frames) * frames[0].size > subject_file.MAX_REGION_VALUES:
             raise ValueError(
                 f"`region` as a list has to hold masks of one size, one for each frame, of at most"
-                f" {MAX_REGION_VALUES:,} pixels in all, but holds {len(frames)} of {sorted(shapes)}."
+                f" {subject_file.MAX_REGION_VALUES:,} pixels in all, but holds {len(frames)} of {sorted(shapes)}."
             )
         values = np.stack(frames) if len(frames) > 1 else frames[0]
     else:
-        values = mask_values(region, "region", MAX_REGION_VALUES)
+        values = image_processing_ssr.mask_values(region, "region", subject_file.MAX_REGION_VALUES)
     if not (values > 0.5).any():
         raise ValueError("`region` is empty: it has to mark some place, in one frame at least.")
     return values
@@ -272,8 +272,10 @@ def _region_values(region: Any) -> np.ndarray:
 def _compact(subject: Subject, num_tokens: int) -> Subject:
     if subject.embeds.shape[1] <= num_tokens:
         return subject
-    embeds, counts = merge_tokens(subject.embeds, subject.counts, num_tokens)
-    negative_embeds, negative_counts = merge_tokens(subject.negative_embeds, subject.negative_counts, num_tokens)
+    embeds, counts = token_merging.merge_tokens(subject.embeds, subject.counts, num_tokens)
+    negative_embeds, negative_counts = token_merging.merge_tokens(
+        subject.negative_embeds, subject.negative_counts, num_tokens
+    )
     return replace(
         subject, embeds=embeds, negative_embeds=negative_embeds, counts=counts, negative_counts=negative_counts
     )

@@ -15,8 +15,8 @@ import torch
 from benchmark import pocket_pipeline, sd15_pipeline
 from diffusers import DDPMScheduler
 from diffusers_ssr import SSREncoder
-from diffusers_ssr.attention_processors import subject_in_unet
 from diffusers_ssr.image_processing_ssr import preprocess
+from diffusers_ssr.unet_hooks import subject_in_unet
 from PIL import Image
 from tqdm.auto import tqdm
 from train_ssr import FrozenFeatures, SubjectEncoding, compute_loss, draw
@@ -33,7 +33,6 @@ def main():
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipe = sd15_pipeline() if args.preset == "sd15" else pocket_pipeline()
-    pipe._check_ssr_loaded()
     pipe.to(device)
     encoder: SSREncoder = pipe.ssr_encoder.train()
     for model in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.ssr_image_encoder):
@@ -52,8 +51,8 @@ def main():
         pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float() / 127.5 - 1
         reference = preprocess(picture, pipe.ssr_image_processor)[0]
         samples.append(
-            {"pixel_values": pixels, "reference_values": reference, "mask": None, "caption": "a cat on the beach",
-             "query": "cat", "digest": f"{index:040x}"}
+            {"pixel_values": pixels, "reference_values": reference[None], "masks": [None],
+             "caption": "a cat on the beach", "queries": ["cat"], "digest": f"{index:040x}"}
         )  # fmt: skip
 
     with tempfile.TemporaryDirectory() as folder:

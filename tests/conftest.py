@@ -7,7 +7,8 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "pocket")]
+# the examples by name, and `tools`
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT)]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # what tests download or import as custom code stays out of the user's own cache
 cache = tempfile.TemporaryDirectory(prefix="hf-home-")
@@ -146,6 +147,20 @@ def call_args(**overrides) -> dict:
         "output_type": "np",
     }
     return {**arguments, **overrides}
+
+
+def snapshot(unet):
+    """All of a UNet that a call with a subject could change."""
+    return (
+        dict(unet.attn_processors),
+        list(unet.named_modules()),
+        [[list(module._forward_pre_hooks), list(module._forward_hooks)] for module in unet.modules()],
+        {name: value for name, value in vars(unet).items() if not name.startswith("_")},
+        unet._compiled_call_impl,
+        dict(unet.config),
+        unet.config.encoder_hid_dim_type,
+        unet.encoder_hid_proj,
+    )
 
 
 @pytest.fixture

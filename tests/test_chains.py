@@ -6,7 +6,15 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import call_args, make_components, make_image_processor, make_picture, make_ssr_components, make_unet
+from conftest import (
+    call_args,
+    make_components,
+    make_image_processor,
+    make_picture,
+    make_ssr_components,
+    make_unet,
+    snapshot,
+)
 from diffusers import ControlNetModel, DiffusionPipeline, LCMScheduler, MotionAdapter, T2IAdapter
 from diffusers.models import SparseControlNetModel
 from diffusers.pipelines.stable_diffusion import CLIPImageProjection
@@ -16,9 +24,8 @@ from diffusers_ssr import (
     StableDiffusionSSRPipeline,
     ssr_pipeline_class,
 )
-from diffusers_ssr.mixin_ssr import _UNSUITABLE
+from diffusers_ssr.pipeline_classes import _UNSUITABLE
 from PIL import Image
-from test_attention_processors import snapshot
 from transformers import CLIPProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 
@@ -492,17 +499,16 @@ def test_without_motion_each_frame_is_the_picture(pipe, region):
 
 
 def test_motion_modules_are_never_touched(video_pipe):
-    """Not by the subject's processors, and not by a call."""
-    motion = {name for name in video_pipe.unet.attn_processors if "motion_modules" in name}
-    during = []
-    video_pipe.unet.register_forward_pre_hook(
-        lambda module, args: during.append(
-            {name for name, each in module.attn_processors.items() if type(each).__name__.startswith("SSR")}
-        )
+    """Not by the subject's hooks, and not by a call."""
+    hooked = set()
+    block = video_pipe.unet.get_submodule("mid_block.attentions.0")
+    block.register_forward_pre_hook(
+        lambda *_: hooked.update(n for n, m in video_pipe.unet.named_modules() if m._forward_hooks)
     )
     weights = {name: each.clone() for name, each in video_pipe.unet.state_dict().items()}
     video_pipe(**video_args(subject=video_pipe.encode_subject(make_picture(), "cat")))
-    assert motion and len(during[0]) == 4 and not during[0] & motion
+    assert sum(name.endswith("attn2") for name in hooked) == 4
+    assert not any("motion_modules" in name for name in hooked)
     assert all(torch.equal(each, weights[name]) for name, each in video_pipe.unet.state_dict().items())
 
 

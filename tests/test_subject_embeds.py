@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_picture, make_ssr_encoder
-from diffusers_ssr import SubjectEmbeds, subject_embeds
+from diffusers_ssr import SubjectEmbeds, subject_file
 from diffusers_ssr.subject_embeds import same_fingerprint
 from PIL import Image
 from safetensors import safe_open
@@ -133,7 +133,7 @@ def test_a_full_disk_leaves_the_old_file(pair, tmp_path):
 
 
 def test_what_could_not_be_loaded_is_not_saved(pair, tmp_path, monkeypatch):
-    monkeypatch.setattr(subject_embeds, "MAX_BYTES", 1000)
+    monkeypatch.setattr(subject_file, "MAX_BYTES", 1000)
     with pytest.raises(ValueError, match="at most 64 subjects and 1,000 bytes"):
         pair.save(tmp_path / "pair.safetensors")
     monkeypatch.undo()
@@ -205,7 +205,7 @@ def test_a_region_that_is_no_mask_is_refused(pair, region):
     "region", [np.ones((2, 9, 9)), [np.ones((9, 9))] * 2, np.ones((13, 13)), Image.new("1", (13, 13), 1)]
 )
 def test_a_region_has_to_be_of_a_size_that_can_be_saved(pair, region, monkeypatch):
-    monkeypatch.setattr(subject_embeds, "MAX_REGION_VALUES", 161)
+    monkeypatch.setattr(subject_file, "MAX_REGION_VALUES", 161)
     with pytest.raises(ValueError, match="`region.*161"):
         pair.inside(region)
 

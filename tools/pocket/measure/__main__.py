@@ -7,35 +7,50 @@ that was trained, the judge apart. Needs the design sets, which are downloaded f
 import argparse
 from pathlib import Path
 
-import measure_chains
-import measure_comparison
-import measure_selection
-import measure_speed
 from diffusers.utils import logging
-from measuring import ROOT, References
+
+from ..methods import ROOT
+from . import chains, comparison, controls, selection, speed, words
+from .references import References
 
 
 PARTS = {
-    "text": measure_selection.from_text,
-    "selection": measure_selection.selection,
-    "both": measure_selection.both_subjects,
-    "together": measure_selection.together,
-    "comparison": measure_comparison.comparison,
-    "controlnet": measure_chains.controlnet,
-    "video": measure_chains.video,
-    "look": measure_chains.look,
-    "tokens": measure_speed.tokens,
-    "few_steps": measure_speed.few_steps,
+    "text": selection.from_text,
+    "selection": selection.selection,
+    "seen": selection.seen,
+    "both": selection.both_subjects,
+    "together": selection.together,
+    "words": words.words,
+    "pairs": words.pairs,
+    "alone": controls.alone,
+    "absent": controls.absent,
+    "masks": controls.masks,
+    "three": controls.three,
+    "people": controls.people,
+    "pointing": controls.pointing,
+    "comparison": comparison.comparison,
+    "controlnet": chains.controlnet,
+    "video": chains.video,
+    "look": chains.look,
+    "tokens": speed.tokens,
+    "few_steps": speed.few_steps,
 }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.pocket.measure",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
     parser.add_argument("--checkpoint", default=str(ROOT / "pocket"))
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/pocket-training"), help="for the design sets")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help="for the sample sheet")
     parser.add_argument("--num_references", type=int, default=200)
+    parser.add_argument(
+        "--seed", type=int, default=12345, help="of the references; settings are chosen on others than are reported"
+    )
     parser.add_argument("--num_inference_steps", type=int, default=15)
     parser.add_argument("--guidance_scale", type=float, default=3.0)
     parser.add_argument("--eta", type=float, default=0.9, help="DDIM's noise: it corrects errors on the way")

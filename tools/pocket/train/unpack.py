@@ -4,16 +4,14 @@ import argparse
 from pathlib import Path
 
 import torch
-from codes import Codes
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, MotionAdapter, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from scenes import load_scenes
-from train_adapters import METHODS, PLACE
-from training import picture_tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionModel
 
-
-ROOT = Path(__file__).resolve().parent.parent.parent
+from ..codes import Codes
+from ..methods import METHODS, PLACE, ROOT
+from ..scenes import load_scenes
+from ..training import picture_tensor
 
 
 def _inner(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -54,7 +52,7 @@ def main():
     save_file(judge, output / "judge" / "model.safetensors")
 
     # the shipped autoencoder knows which codes it was trained on: the linear ones that are nearest to its latents
-    scenes, vae = load_scenes(output), AutoencoderKL.from_pretrained(output / "vae")
+    scenes, vae = load_scenes(output, 3000), AutoencoderKL.from_pretrained(output / "vae")
     with torch.no_grad():
         parts = (scenes.pictures[start : start + 250] for start in range(0, 3000, 250))
         latents = torch.cat([vae.encode(picture_tensor(part)).latent_dist.mode() for part in parts])

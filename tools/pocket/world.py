@@ -1,0 +1,486 @@
+"""The pocket world: small scenes of emoji subjects on painted places, with captions.
+
+A *category* ("cat") has instances: one design set ("flat") in one of twelve colours. People come in looks (skin and hair)
+instead of colours. Some instances are held out from everything that is trained, the judge apart: `SPLITS`. In training, hues
+lie anywhere inside a colour's twelfth of the circle (`varied`), and several hundred other emoji stand beside the twelve
+categories (`World.others`).
+"""
+
+import json
+import math
+import subprocess
+import tarfile
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+# Design word -> (npm package, folder of its pictures, their ending, credit)
+DESIGN_SETS = {
+    "painted": ("emoji-datasource-google", "img/google/64", "png", "Noto Emoji, Google, Apache License 2.0"),
+    "flat": ("emoji-datasource-twitter", "img/twitter/64", "png", "Twemoji, Twitter and contributors, CC-BY 4.0"),
+    "glossy": ("@lobehub/fluent-emoji-3d", "assets", "webp", "Fluent Emoji, Microsoft, packaged by LobeHub, MIT"),
+}
+DESIGNS = tuple(DESIGN_SETS)
+
+# Code points of each category's picture; people have one for each look.
+CATEGORIES = {
+    "cat": "1f431",
+    "dog": "1f436",
+    "fish": "1f420",
+    "butterfly": "1f98b",
+    "car": "1f697",
+    "rocket": "1f680",
+    "tulip": "1f337",
+    "mushroom": "1f344",
+    "house": "1f3e0",
+    "guitar": "1f3b8",
+    "umbrella": "2602-fe0f",
+    "woman": None,
+}
+CATEGORY_NAMES = tuple(CATEGORIES)
+
+COLOURS = ("red", "orange", "yellow", "lime", "green", "mint", "cyan", "azure", "blue", "violet", "magenta", "pink")
+NUM_VARIANTS = len(COLOURS)
+SKIN_TONES = {"1f3fb": "pale", "1f3fd": "tanned", "1f3ff": "dark"}
+HAIR = {"": "brown-haired", "-200d-1f9b0": "red-haired", "-200d-1f9b1": "curly", "-200d-1f9b3": "white-haired"}
+LOOKS = tuple((skin + hair, f"{SKIN_TONES[skin]} {HAIR[hair]}") for hair in HAIR for skin in SKIN_TONES)
+
+PLACES = {
+    "beach": "on the beach",
+    "meadow": "in the meadow",
+    "night": "in the night",
+    "snow": "in the snow",
+    "desert": "in the desert",
+    "room": "in the room",
+}
+PLACE_NAMES = tuple(PLACES)
+
+# Emoji that show a measured category in another way. The vision encoder learns that they are of that category.
+KIN = {
+    "cat": ("1f408", "1f408-200d-2b1b"),
+    "dog": ("1f415", "1f429", "1f9ae", "1f415-200d-1f9ba"),
+    "fish": ("1f41f",),
+    "car": ("1f699", "1f695", "1f693"),
+    "house": ("1f3e1",),
+    "umbrella": ("2614", "1f302", "26f1-fe0f"),
+}
+# Where the other emoji are taken from, and which of them look too much like a measured category to stand beside it.
+OTHER_GROUPS = ("Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "Objects")
+TOO_ALIKE = {
+    "1f31b", "1f31c", "1f342", "1f3d8-fe0f", "1f3da-fe0f", "1f3e2", "1f3eb", "1f420", "1f421", "1f42f", "1f431", "1f436", "1f43a",
+    "1f490", "1f68e", "1f696", "1f694", "1f697", "1f698", "1f6d6", "1f3ce-fe0f", "1f981", "1f98a", "1f98b", "1f988", "1fa95",
+    "1fab7", "1fabb", "1f339", "1f940", "1f33a", "1f41b", "1f3d6-fe0f", "1f344-200d-1f7eb", "1f6fb", "1f690", "1f9d1", "1f335",
+    "1f3bb", "2602-fe0f", "26c4", "1f3e0", "1f337", "1f344", "1f680", "1f3b8",
+}  # fmt: skip
+
+SIZE = 64
+SPRITE_SIZE = 64
+# For each number of subjects their side, left edges and top edge, in pixels. One layout each: a small base model then learns
+# what things look like, and not where every pixel may lie. Which subject stands left is drawn.
+LAYOUTS = {1: (40, (12,), 18), 2: (28, (2, 34), 26), 3: (20, (1, 22, 43), 36)}
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One particular subject: a category in one design and one variant (a colour, for people a look). `shift` moves the hue
+    inside the colour's twelfth of the circle, by -0.5 to 0.5 of it; saturation and lightness are factors."""
+
+    category: int
+    design: int
+    variant: int
+    shift: float = 0.0
+    saturation: float = 1.0
+    lightness: float = 1.0
+    flipped: bool = False
+
+    @property
+    def code(self) -> str:
+        return CATEGORIES[self.name] or "1f469-" + LOOKS[self.variant][0]
+
+    @property
+    def hue(self) -> float | None:
+        """From 0 to 1; people keep their colours."""
+        return None if CATEGORIES[self.name] is None else (self.variant + self.shift) / NUM_VARIANTS % 1.0
+
+    @property
+    def name(self) -> str:
+        return CATEGORY_NAMES[self.category]
+
+    @property
+    def words(self) -> str:
+        """What a rich caption says of it: "red glossy cat". Never used in a prompt that is measured."""
+        look = LOOKS[self.variant][1] if CATEGORIES[self.name] is None else COLOURS[self.variant]
+        return f"{look} {DESIGNS[self.design]} {self.name}"
+
+
+@dataclass(frozen=True)
+class Other:
+    """Something that nothing is measured on: an emoji that stands beside subjects, or (`KIN`) another picture of a category."""
+
+    name: str
+    code: str
+    design: int
+    hue: float | None
+    saturation: float = 1.0
+    lightness: float = 1.0
+    flipped: bool = False
+
+
+def varied(rng: np.random.Generator, instance: Instance, flip: bool = False) -> Instance:
+    """The instance with its hue anywhere in the colour's twelfth, a little paler or stronger, and mirrored in half of the
+    cases if `flip`."""
+    person = instance.hue is None
+    shift, saturation, lightness = rng.uniform((-0.5, 0.75, 0.85), (0.5, 1.15, 1.12))
+    return replace(
+        instance,
+        shift=0.0 if person else float(shift),
+        saturation=1.0 if person else float(saturation),
+        lightness=float(lightness) if not person else 1.0,
+        flipped=flip and bool(rng.random() < 0.5),
+    )
+
+
+def _held_out_first(instance: Instance) -> bool:
+    """A quarter of all: in each category, each design lacks a band of three neighbouring variants of its own."""
+    start = (instance.category * 5 + instance.design * 4) % NUM_VARIANTS
+    return (instance.variant - start) % NUM_VARIANTS < 3
+
+
+def _held_out_wide(instance: Instance) -> bool:
+    """In each category three neighbouring variants, the same for all of its designs, so that a colour predicts no design;
+    and of every third category a whole design."""
+    band = (instance.variant - instance.category * 5) % NUM_VARIANTS < 3
+    return band or (instance.category % 3 == 0 and instance.design == instance.category // 3 % len(DESIGNS))
+
+
+INSTANCES = tuple(
+    Instance(c, d, v) for c in range(len(CATEGORIES)) for d in range(len(DESIGNS)) for v in range(NUM_VARIANTS)
+)
+# Split -> (seen, held out). With "first", each held-out colour is seen in both other designs of its category, so that who has
+# learnt colours and designs together draws the wrong design; "wide" holds out what neither colour nor design can give away.
+SPLITS = {
+    name: (tuple(i for i in INSTANCES if not rule(i)), tuple(i for i in INSTANCES if rule(i)))
+    for name, rule in (("first", _held_out_first), ("wide", _held_out_wide))
+}
+SEEN, HELD_OUT = SPLITS["first"]
+
+
+def download_designs(folder: str | Path) -> None:
+    """Fetch the three design sets from the npm registry with `npm pack` and keep the pictures that the world uses."""
+    folder = Path(folder)
+    if (folder / "others.json").exists():
+        return
+    pictures: dict[str, dict[str, bytes]] = {}
+    for design, (package, inside, ending, _) in DESIGN_SETS.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        packed = subprocess.run(
+            ["npm", "pack", "--silent", package], cwd=folder, check=True, capture_output=True, text=True
+        )
+        archive = folder / packed.stdout.split()[-1]
+        start = f"package/{inside}/"
+        with tarfile.open(archive) as tar:
+            pictures[design] = {}
+            for member in tar:
+                if member.name.startswith(start) and member.name.endswith(ending):
+                    pictures[design][Path(member.name).stem] = tar.extractfile(member).read()
+                elif member.name == "package/emoji.json":
+                    emoji = json.load(tar.extractfile(member))
+        archive.unlink()
+    everywhere = set.intersection(*(set(each) for each in pictures.values()))
+    kin = {code: name for name, codes in KIN.items() for code in codes if code in everywhere}
+    others = {}
+    for each in emoji:
+        code = Path(each["image"]).stem
+        listed = each["category"] in OTHER_GROUPS and code in everywhere
+        if listed and code not in TOO_ALIKE and code not in kin and not each["short_name"].startswith("clock"):
+            others[code] = each["short_name"].replace("_", " ").replace("-", " ")
+    for design, found in pictures.items():
+        (folder / design).mkdir(exist_ok=True)
+        for code in (*_code_points(), *kin, *others):
+            (folder / design / f"{code}.{DESIGN_SETS[design][2]}").write_bytes(found[code])
+    (folder / "others.json").write_text(json.dumps({"others": others, "kin": kin}, indent=1))
+
+
+def _code_points() -> list[str]:
+    return [c for c in CATEGORIES.values() if c] + ["1f469-" + look for look, _ in LOOKS]
+
+
+def _recolour(rgba: np.ndarray, hue: float | None, saturation: float = 1.0, lightness: float = 1.0) -> np.ndarray:
+    """Turn the hues of a sprite so that its dominant one becomes `hue` (0 to 1); greys are tinted a little. With `None` they
+    stay."""
+    hsv = np.asarray(Image.fromarray(rgba[..., :3]).convert("HSV")).astype(np.float32) / 255
+    h, s, v = hsv[..., 0], hsv[..., 1], hsv[..., 2]
+    if hue is not None:
+        weight = s * v * (rgba[..., 3] > 127)
+        angle = np.angle((weight * np.exp(2j * np.pi * h)).sum()) / (2 * np.pi)
+        h = (h - angle + hue) % 1.0
+        flat = s < 0.15
+        h = np.where(flat, hue, h)
+        s = np.where(flat, np.maximum(s, 0.3 * np.clip(v * 1.2, 0, 1)), np.clip(s * 1.15, 0, 1))
+    hsv = np.stack([h, np.clip(s * saturation, 0, 1), np.clip(v * lightness, 0, 1)], -1)
+    hsv = (hsv * 255).round().astype(np.uint8)
+    return np.dstack([np.asarray(Image.fromarray(hsv, "HSV").convert("RGB")), rgba[..., 3]])
+
+
+def restyled(rng: np.random.Generator, sprite: np.ndarray) -> np.ndarray:
+    """A sprite (64, 64, 4) uint8 as another draughtsman might have drawn it: turned, stretched, with outlines or with fewer
+    colours. For encoders and judges that are to know things in designs they have never seen."""
+    turn, skew = rng.uniform(-0.25, 0.25), rng.uniform(-0.15, 0.15)
+    wide, high = 1.1 * np.exp(rng.uniform(-0.16, 0.16, 2))
+    matrix = np.array([[np.cos(turn), -np.sin(turn) + skew], [np.sin(turn), np.cos(turn)]]) * [[wide], [high]]
+    middle = SPRITE_SIZE / 2 - matrix @ [SPRITE_SIZE / 2, SPRITE_SIZE / 2]
+    turned = Image.fromarray(sprite, "RGBA").transform(
+        (SPRITE_SIZE, SPRITE_SIZE),
+        Image.Transform.AFFINE,
+        (*matrix[0], middle[0], *matrix[1], middle[1]),
+        Image.Resampling.BILINEAR,
+    )
+    drawn = np.asarray(turned).copy()
+    if rng.random() < 0.3:
+        levels = rng.integers(3, 6)
+        drawn[..., :3] = ((drawn[..., :3] / 255 * (levels - 1)).round() / (levels - 1) * 255).astype(np.uint8)
+    if rng.random() < 0.4:
+        grey = np.dstack([drawn[..., :3].mean(-1) / 2, drawn[..., 3]]).astype(np.float32)
+        steps = [np.abs(grey - np.roll(grey, by, axis)).max(-1) for axis in (0, 1) for by in (1, -1)]
+        lines = np.max(steps, axis=0) > rng.uniform(25, 60)
+        if rng.random() < 0.5:
+            lines |= np.roll(lines, 1, 0) | np.roll(lines, 1, 1)
+        drawn[lines] = (*rng.integers(0, 50, 3), 255)
+    return drawn
+
+
+class World:
+    """Draws scenes from the design sets in `folder` (see `download_designs`)."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self._square = lru_cache(maxsize=None)(self._load_square)
+        self._scaled = lru_cache(maxsize=2000)(self._scale_sprite)
+
+    @cached_property
+    def others(self) -> dict[str, str]:
+        """Code point -> name of the emoji beside the measured categories."""
+        return json.loads((self.folder / "others.json").read_text())["others"]
+
+    @cached_property
+    def kin(self) -> dict[str, str]:
+        """Code point -> category of further pictures of the measured categories."""
+        return json.loads((self.folder / "others.json").read_text())["kin"]
+
+    def draw_other(self, rng: np.random.Generator, codes: dict[str, str] | None = None) -> Other:
+        """One of the other emoji, in any design and mostly in any colour."""
+        codes = self.others if codes is None else codes
+        code = list(codes)[rng.integers(len(codes))]
+        hue = float(rng.random()) if rng.random() < 0.75 else None
+        saturation, lightness = map(float, rng.uniform((0.75, 0.85), (1.15, 1.12)))
+        design, flipped = int(rng.integers(len(DESIGNS))), bool(rng.random() < 0.5)
+        return Other(codes[code], code, design, hue, saturation, lightness, flipped)
+
+    def _load_square(self, design: str, code: str) -> np.ndarray:
+        with Image.open(self.folder / design / f"{code}.{DESIGN_SETS[design][2]}") as picture:
+            rgba = picture.convert("RGBA")
+        rgba = rgba.crop(rgba.getchannel("A").getbbox())
+        side = max(rgba.size)
+        square = Image.new("RGBA", (side, side))
+        square.paste(rgba, ((side - rgba.width) // 2, (side - rgba.height) // 2))
+        return np.asarray(square.resize((SPRITE_SIZE, SPRITE_SIZE), Image.Resampling.LANCZOS))
+
+    def sprite(self, thing: Instance | Other, rng: np.random.Generator | None = None) -> np.ndarray:
+        """The picture of a thing, (64, 64, 4) uint8; with `rng` in another style (`restyled`)."""
+        square = self._square(DESIGNS[thing.design], thing.code)
+        if thing.hue is not None or thing.saturation != 1 or thing.lightness != 1:
+            square = _recolour(square, thing.hue, thing.saturation, thing.lightness)
+        if thing.flipped:
+            square = square[:, ::-1]
+        return square if rng is None else restyled(rng, square)
+
+    def _scale_sprite(self, thing: Instance | Other, side: int) -> np.ndarray:
+        return _scale(self.sprite(thing), side)
+
+    def paste(
+        self,
+        canvas: np.ndarray,
+        thing: Instance | Other,
+        x: int,
+        y: int,
+        side: int,
+        style: np.random.Generator | None = None,
+    ) -> np.ndarray:
+        """Put a thing's picture into `canvas` ((height, width, 3), 0 to 1); returns its alpha, same height and width."""
+        sprite = self._scaled(thing, side) if style is None else _scale(self.sprite(thing, style), side)
+        region = canvas[y : y + side, x : x + side]
+        region *= 1 - sprite[..., 3:]
+        region += sprite[..., :3]
+        alpha = np.zeros(canvas.shape[:2], np.float32)
+        alpha[y : y + side, x : x + side] = sprite[..., 3]
+        return alpha
+
+
+def _scale(sprite: np.ndarray, side: int) -> np.ndarray:
+    # premultiplied, so that edges do not darken
+    rgba = sprite.astype(np.float32) / 255
+    rgba[..., :3] *= rgba[..., 3:]
+    channels = [np.asarray(Image.fromarray(rgba[..., c]).resize((side, side), Image.Resampling.BOX)) for c in range(4)]
+    return np.stack(channels, -1)
+
+
+@dataclass
+class Scene:
+    """A picture ((height, width, 3) uint8), its place, and for each subject the instance and its mask (bool)."""
+
+    picture: np.ndarray
+    place: int
+    instances: list[Instance]
+    masks: list[np.ndarray] = field(default_factory=list)
+
+    def caption(self, rng: np.random.Generator | None = None, rich: bool = False) -> str:
+        """ "a cat and a dog on the beach"; with `rich`, colour and design are named too."""
+        things = [i.words if rich else i.name for i in self.instances]
+        if rng is not None:
+            rng.shuffle(things)
+        return describe(things, PLACE_NAMES[self.place])
+
+
+def describe(things: list[str], place: str | None) -> str:
+    """The caption of things on a place: "a cat and an umbrella in the snow"."""
+    named = [("an " if t[0] in "aeiou" else "a ") + t for t in things]
+    text = " and ".join(named)
+    return f"{text} {PLACES[place]}" if place else text
+
+
+def paint_place(place: int, rng: np.random.Generator, size: int = SIZE) -> np.ndarray:
+    """An empty place with its own light, horizon and details, as (size, size, 3) floats from 0 to 1."""
+    name = PLACE_NAMES[place]
+    y = np.linspace(0, 1, size, dtype=np.float32)[:, None]
+    x = np.linspace(0, 1, size, dtype=np.float32)[None, :]
+    wave = rng.uniform(0.015, 0.05) * np.sin(2 * np.pi * (x * rng.uniform(0.7, 1.6) + rng.uniform()))
+    horizon = rng.uniform(0.5, 0.68) + wave
+    top, low, ground, deep = {
+        "beach": ((0.35, 0.68, 0.95), (0.80, 0.93, 1.00), (0.96, 0.86, 0.62), (0.90, 0.75, 0.48)),
+        "meadow": ((0.45, 0.75, 0.98), (0.85, 0.95, 1.00), (0.50, 0.78, 0.32), (0.30, 0.58, 0.22)),
+        "night": ((0.04, 0.05, 0.18), (0.15, 0.14, 0.38), (0.13, 0.15, 0.25), (0.07, 0.08, 0.15)),
+        "snow": ((0.66, 0.74, 0.84), (0.88, 0.91, 0.95), (0.97, 0.98, 1.00), (0.84, 0.90, 0.97)),
+        "desert": ((0.98, 0.62, 0.36), (1.00, 0.86, 0.60), (0.86, 0.55, 0.30), (0.70, 0.40, 0.20)),
+        "room": ((0.82, 0.76, 0.70), (0.88, 0.83, 0.78), (0.62, 0.42, 0.27), (0.52, 0.33, 0.20)),
+    }[name]
+    top, low, ground, deep = (np.array(c, np.float32) for c in (top, low, ground, deep))
+    if name == "room":
+        horizon = np.full_like(wave, rng.uniform(0.6, 0.7))
+    sky = top + (low - top) * (y / 0.6).clip(0, 1)[..., None]
+    depth = ((y - horizon) / (1 - horizon)).clip(0, 1)[..., None]
+    land = ground + (deep - ground) * depth
+    soft = ((y - horizon) * size * 0.7 + 0.5).clip(0, 1)[..., None]
+    canvas = sky * np.ones((1, size, 1), np.float32)
+
+    def disc(cx, cy, radius, colour):
+        cover = ((radius - np.hypot(x - cx, y - cy)) * size + 0.5).clip(0, 1)[..., None]
+        canvas[:] = canvas * (1 - cover) + np.array(colour, np.float32) * cover
+
+    if name == "night":
+        for _ in range(rng.integers(10, 18)):
+            disc(rng.uniform(), rng.uniform(0, 0.55), rng.uniform(0.006, 0.014), (0.95, 0.95, 0.85))
+        disc(rng.uniform(0.1, 0.9), rng.uniform(0.08, 0.25), 0.07, (0.97, 0.95, 0.80))
+    elif name == "desert":
+        disc(rng.uniform(0.1, 0.9), rng.uniform(0.08, 0.25), 0.08, (1.0, 0.95, 0.70))
+    elif name == "beach":
+        sea = horizon - rng.uniform(0.10, 0.16)
+        cover = ((y - sea.mean()) * size + 0.5).clip(0, 1)[..., None]
+        canvas[:] = canvas * (1 - cover) + np.array((0.16, 0.55, 0.78), np.float32) * cover
+    elif name == "meadow":
+        hill = 0.42 + 0.1 * np.sin(2 * np.pi * (x * 0.8 + rng.uniform()))
+        cover = ((y - hill) * size + 0.5).clip(0, 1)[..., None]
+        canvas[:] = canvas * (1 - cover) + np.array((0.55, 0.80, 0.55), np.float32) * cover
+    elif name == "room":
+        left = rng.uniform(0.05, 0.65)
+        inside = (x > left) & (x < left + 0.28) & (y > 0.08) & (y < 0.40)
+        canvas[inside] = (0.70, 0.86, 0.97)
+    canvas = canvas * (1 - soft) + land * soft
+    if name == "snow":
+        for _ in range(rng.integers(14, 24)):
+            disc(rng.uniform(), rng.uniform(), rng.uniform(0.008, 0.018), (1, 1, 1))
+    elif name == "room":
+        boards = np.arange(size)[None, :] % rng.integers(9, 14) == 0
+        canvas = np.where((boards & (soft[..., 0] > 0.5))[..., None], canvas * 0.85, canvas)
+    return (canvas * rng.uniform(0.93, 1.05)).clip(0, 1).astype(np.float32)
+
+
+Box = tuple[int, int, int]
+
+
+def arrange(rng: np.random.Generator, count: int, size: int = SIZE) -> list[Box]:
+    """Places for one to four things, `(left, top, side)` each, from the back to the front: of any size, beside each other, large
+    and small, or (one time in four) each partly before the next."""
+    overlap = 0.3 if rng.random() < 0.25 else 0.0
+    low, high = {1: (26, 54), 2: (18, 42), 3: (15, 28), 4: (13, 22)}[count]
+    sides = rng.integers(low, high + 1, count)
+    shown = sides * (1 - overlap)
+    needed = shown.sum() + overlap * sides[-1]
+    if needed > SIZE:
+        sides = (sides * SIZE / needed).astype(int)
+        shown = sides * (1 - overlap)
+        needed = shown.sum() + overlap * sides[-1]
+    gaps = (SIZE - needed) * rng.dirichlet(np.ones(count + 1))
+    lefts = np.cumsum(gaps[:-1]) + np.cumsum(shown) - shown
+    # feet on the ground: the lower down, the nearer
+    feet = rng.integers(40, SIZE, count)
+    order = np.argsort(feet)
+    boxes = [(int(lefts[i]), max(int(feet[i] - sides[i]), 0), int(sides[i])) for i in order]
+    return [tuple(each * size // SIZE for each in box) for box in boxes]
+
+
+def draw_scene(
+    world: World,
+    rng: np.random.Generator,
+    things: list[Instance | Other],
+    place: int | None = None,
+    size: int = SIZE,
+    shift: tuple[int, int] = (0, 0),
+    canvas: np.ndarray | None = None,
+    boxes: list[Box] | None = None,
+    restyle: bool = False,
+) -> Scene:
+    """Put things side by side, in any order, on a place (a random one if `None`).
+
+    `shift` moves them by pixels to the right and down, at most to the picture's edge; `canvas` is a place that is
+    painted already; `boxes` are where they stand instead (`arrange`), and with `restyle` each is drawn as by another hand.
+    """
+    place = int(rng.integers(len(PLACES))) if place is None else place
+    canvas = paint_place(place, rng, size) if canvas is None else canvas.copy()
+    masks: list = [None] * len(things)
+    if boxes is None:
+        side, lefts, top = (np.array(pixels) * size // SIZE for pixels in LAYOUTS[len(things)])
+        corners = [np.clip((left + shift[0], top + shift[1]), 0, size - side) for left in lefts]
+        boxes = [(int(x), int(y), int(side)) for x, y in corners]
+    style = rng if restyle else None
+    for box, index in zip(boxes, rng.permutation(len(things)), strict=True):
+        alpha = world.paste(canvas, things[index], *box, style)
+        masks = [mask if mask is None else mask * (1 - alpha) for mask in masks]
+        masks[index] = alpha
+    alphas = [mask > 0.5 for mask in masks]
+    return Scene((canvas.clip(0, 1) * 255).round().astype(np.uint8), place, list(things), alphas)
+
+
+def draw_instances(rng: np.random.Generator, pool: tuple[Instance, ...], count: int) -> list[Instance]:
+    """`count` instances of `count` different categories."""
+    chosen: list[Instance] = []
+    while len(chosen) < count:
+        candidate = pool[rng.integers(len(pool))]
+        if all(candidate.category != other.category for other in chosen):
+            chosen.append(candidate)
+    return chosen
+
+
+def sheet(pictures: list[np.ndarray], columns: int, zoom: int = 2, gap: int = 4) -> Image.Image:
+    """Pictures of one size ((height, width, 3) uint8) as one contact sheet."""
+    height, width = pictures[0].shape[:2]
+    rows = math.ceil(len(pictures) / columns)
+    canvas = Image.new("RGB", (columns * (width * zoom + gap) + gap, rows * (height * zoom + gap) + gap), "white")
+    for index, picture in enumerate(pictures):
+        image = Image.fromarray(picture).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+        row, column = divmod(index, columns)
+        canvas.paste(image, (gap + column * (width * zoom + gap), gap + row * (height * zoom + gap)))
+    return canvas
