@@ -37,6 +37,7 @@ ERROR_COLUMN = "__error__"
 MAX_ROW_BYTES = 2**27
 MAX_TEXT_BYTES = 2**20
 MAX_TEXT = 2**15
+MAX_SUBJECTS = 16
 
 Position = tuple[int, int]
 
@@ -79,10 +80,6 @@ def read_folder(folder: Path) -> list[dict]:
     return [_with_paths(row, file.parent, folder) for file in files for row in _metadata_rows(file)]
 
 
-def _is_inside(path: Path, root: Path) -> bool:
-    return path.is_relative_to(os.path.normpath(root))
-
-
 def _metadata_rows(file: Path) -> Iterator[dict]:
     try:
         for number, row in read_rows(file, errors="replace"):
@@ -95,15 +92,15 @@ def _with_paths(row: dict, folder: Path, root: Path) -> dict:
     columns = {}
     for name, value in row.items():
         columns[name] = value
-        if value and isinstance(name, str) and (name == "file_name" or name.endswith("_file_name")):
-            # a `Path` is opened later; text from a file of somebody else never is
+        if value and (name == "file_name" or name.endswith("_file_name")):
             listed = value if isinstance(value, list) else [value]
+            # a `Path` is opened later; text from a file of somebody else never is
             paths = [each and Path(os.path.normpath(folder / str(each))) for each in listed]
-            outside = [each for each, path in zip(listed, paths, strict=True) if path and not _is_inside(path, root)]
-            if outside:
-                columns[ERROR_COLUMN] = f"{name} is {outside[0]!r}, which lies outside of {root}"
-            column = name.removesuffix("file_name").removesuffix("_") or "image"
-            columns[column] = paths if isinstance(value, list) else paths[0]
+            if not all(path.is_relative_to(os.path.normpath(root)) for path in paths if path):
+                columns[ERROR_COLUMN] = f"{name} is {value!r:.80}, which lies outside of {root}"
+            columns[name.removesuffix("file_name").removesuffix("_") or "image"] = (
+                paths if isinstance(value, list) else paths[0]
+            )
     return columns
 
 
@@ -185,21 +182,21 @@ def _shard_columns(field: str, content: bytes) -> dict:
     return {field: content}
 
 
-def _with_lists(row: dict) -> dict:
-    """The columns `name.0`, `name.1`, ... as one list in `name`."""
-    columns: dict = {}
-    for name in sorted(row):
-        stem, _, number = name.rpartition(".")
-        if stem and number.isdigit():
-            columns.setdefault(stem, []).append(row[name])
-        else:
-            columns[name] = row[name]
-    return columns
-
-
 def _own_columns(columns: dict) -> dict:
     """Without the names that mean something here."""
     return {name: value for name, value in columns.items() if not name.startswith("__")}
+
+
+def _with_lists(row: dict) -> dict:
+    """The columns `name.0`, `name.1`, ... as one list in `name`."""
+    columns, lists = {}, {}
+    for name, value in row.items():
+        stem, _, number = name.rpartition(".")
+        if stem and number.isdecimal() and len(number) < 9:
+            lists.setdefault(stem, {})[int(number)] = value
+        else:
+            columns[name] = value
+    return {**columns, **{stem: [values[number] for number in sorted(values)] for stem, values in lists.items()}}
 
 
 def load_rows(
@@ -475,6 +472,8 @@ class Preparation:
         if len(set(lengths.values())) > 1 or 0 in lengths.values():
             raise BadSample(f"lists of several subjects have to be of one length and not empty, but are {lengths}")
         count = max(lengths.values(), default=1)
+        if count > MAX_SUBJECTS:
+            raise BadSample(f"a row may have at most {MAX_SUBJECTS} subjects, but has {count}")
         cells = {part: cell if isinstance(cell, list) else [cell] * count for part, cell in cells.items()}
         return [
             {

@@ -236,6 +236,7 @@ def test_shards_that_ask_for_too_much_are_left_out(tmp_path, kind):
     [
         {"image": "/etc/hostname"}, {"image": {"path": "good.png"}}, {"image": ["good.png"]}, {"image": 3}, {"text": None},
         {"text": "half of a letter: \ud83d"}, {"query": "x" * 10**5}, {"query": {"a": 1}}, {"text": ["a cat"]},
+        {"query": ["cat"] * 10**5}, {"query": ["cat", 3]}, {"query": []},
     ],
 )  # fmt: skip
 def test_what_a_shards_json_says_is_a_bad_sample_at_worst(tmp_path, columns):
@@ -257,6 +258,16 @@ def test_a_shards_own_picture_counts_whatever_its_json_names(tmp_path, order):
         next(StreamedRows(load_rows(tmp_path), 0, 1).read((0, 0))),
     )
     assert row["image"] == again["image"] == PICTURE and row["__key__"].endswith("0.tar:0") and "__error__" not in row
+
+
+def test_numbered_files_of_a_shard_are_a_list_in_their_order(tmp_path):
+    order = [10, 0, 2]
+    entries = [entry(f"0.reference.{number}.png", bytes([number]) * 9) for number in order]
+    described = {"reference": "named in JSON as well", "a.1": "x", "a": "y"}
+    (tmp_path / "0.tar").write_bytes(b"".join(entries) + entry("0.json", json.dumps(described).encode()) + GOOD)
+    first, second = read_shards([str(tmp_path / "0.tar")])
+    assert first["reference"] == [bytes([number]) * 9 for number in sorted(order)]
+    assert second["image"] == PICTURE
 
 
 def test_pipes_and_folders_are_left_out_and_named(tmp_path):
