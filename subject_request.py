@@ -225,7 +225,7 @@ def _region_of_frames(regions: list[torch.Tensor | None], keyframes: tuple[int, 
     """The regions of one subject at its keyframes as one, `(1 or num_frames, height, width)`: each frame has the region of
     the nearest keyframe."""
     given = [region if region is None or region.ndim == 3 else region[None] for region in regions]
-    if all(region is given[0] or region is not None and torch.equal(region, given[0]) for region in given):
+    if all(region is regions[0] for region in regions):
         return given[0]
     size = next(region for region in given if region is not None).shape[-2:]
     masks = []
