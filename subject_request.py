@@ -138,7 +138,7 @@ class SubjectRequest:
             regions,
             None if counts is None else counts[::num_keyframes].to(device),
             frames,
-            _places_between(self.rows[0].frames, frames).to(device) if self._moves else None,
+            torch.from_numpy(_places_between(self.rows[0].frames, frames)).to(device) if self._moves else None,
         )
 
     def _embeds(self, entries: list, device: torch.device) -> tuple[torch.Tensor, list[list[int]]]:
@@ -190,10 +190,9 @@ def check_frames(row: SubjectRow, frames: int) -> None:
                 raise ValueError(f"`subject` has a region of {masks} masks, one for each frame, but {what}.")
 
 
-def _places_between(keyframes: tuple[int, ...], frames: int) -> torch.Tensor:
+def _places_between(keyframes: tuple[int, ...], frames: int) -> np.ndarray:
     """For each frame its place between the keyframes: 1.25 is a quarter of the way from the second to the third."""
-    places = np.interp(range(frames), keyframes, range(len(keyframes)))
-    return torch.tensor(places, dtype=torch.float32, device="cpu")
+    return np.interp(range(frames), keyframes, range(len(keyframes))).astype(np.float32)
 
 
 def _token_subject(lengths: list[list[int]], longest: int) -> torch.Tensor:
