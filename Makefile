@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 
 WORK_DIR ?= outputs/pocket-training
-POCKET = $(BIN)/python examples/pocket
+POCKET = $(BIN)/python -m tools.pocket
 
 .PHONY: demo test lint docs pocket measure compare
 
@@ -39,23 +39,23 @@ $(VENV)/.installed: pyproject.toml
 
 # Make the pocket checkpoint anew, from registry packages alone. Every step resumes where it was cut off.
 pocket: $(VENV)/.installed
-	$(POCKET)/train_clip.py --work_dir $(WORK_DIR)
-	$(POCKET)/train_judge.py --work_dir $(WORK_DIR)
-	$(POCKET)/train_vae.py --part decoder --work_dir $(WORK_DIR)
-	$(POCKET)/train_vae.py --part encoder --max_train_steps 2000 --work_dir $(WORK_DIR)
-	$(POCKET)/train_unet.py --work_dir $(WORK_DIR)
-	$(POCKET)/train_controlnet.py --work_dir $(WORK_DIR)
-	$(POCKET)/train_motion.py --work_dir $(WORK_DIR)
-	$(POCKET)/train_look.py --work_dir $(WORK_DIR)
-	$(POCKET)/assemble.py --work_dir $(WORK_DIR) --output_dir pocket
-	$(POCKET)/make_pairs.py --work_dir $(WORK_DIR)
-	$(POCKET)/train_adapters.py --work_dir $(WORK_DIR)
-	$(POCKET)/assemble.py --work_dir $(WORK_DIR) --output_dir pocket
+	$(POCKET).train.clip --work_dir $(WORK_DIR)
+	$(POCKET).train.judge --work_dir $(WORK_DIR)
+	$(POCKET).train.vae --part decoder --work_dir $(WORK_DIR)
+	$(POCKET).train.vae --part encoder --max_train_steps 2000 --work_dir $(WORK_DIR)
+	$(POCKET).train.unet --work_dir $(WORK_DIR)
+	$(POCKET).train.controlnet --work_dir $(WORK_DIR)
+	$(POCKET).train.motion --work_dir $(WORK_DIR)
+	$(POCKET).train.look --work_dir $(WORK_DIR)
+	$(POCKET).train.assemble --work_dir $(WORK_DIR) --output_dir pocket
+	$(POCKET).train.pairs --work_dir $(WORK_DIR)
+	$(POCKET).train.adapters --work_dir $(WORK_DIR)
+	$(POCKET).train.assemble --work_dir $(WORK_DIR) --output_dir pocket
 
 # Repeat the figures of pocket/README.md from the shipped weights.
 measure: $(VENV)/.installed
-	$(POCKET)/measure.py --work_dir $(WORK_DIR)
+	$(POCKET).measure --work_dir $(WORK_DIR)
 
 # SSR-Encoder against its rival and its ablations, over 500 references, from the shipped weights.
 compare: $(VENV)/.installed
-	$(POCKET)/measure.py --work_dir $(WORK_DIR) --parts comparison --num_references 500
+	$(POCKET).measure --work_dir $(WORK_DIR) --parts comparison --num_references 500

@@ -7,7 +7,8 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "pocket")]
+# the examples by name, and `tools`
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT)]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # what tests download or import as custom code stays out of the user's own cache
 cache = tempfile.TemporaryDirectory(prefix="hf-home-")

@@ -8,11 +8,12 @@ import torch
 from conftest import POCKET
 from diffusers import ControlNetModel, MotionAdapter, UNet2DConditionModel
 from diffusers_ssr import AnimateDiffSSRPipeline, StableDiffusionSSRControlNetPipeline, StableDiffusionSSRPipeline
-from judge import load_judge
-from measure_chains import edge_agreement, rise
 from PIL import Image
-from train_look import is_framed, without_look
-from world import CATEGORY_NAMES
+
+from tools.pocket.judge import load_judge
+from tools.pocket.measure.chains import edge_agreement, rise
+from tools.pocket.pictures import is_framed, without_look
+from tools.pocket.world import CATEGORY_NAMES
 
 
 @pytest.fixture(scope="module")

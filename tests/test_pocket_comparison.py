@@ -6,19 +6,20 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import measure_comparison
 import numpy as np
 import pytest
 import torch
 import train_ssr
 from conftest import POCKET, ROOT, UNET_LAYERS, call_args, make_picture, make_ssr_encoder, make_unet
 from diffusers import UNet2DConditionModel
-from make_pairs import rows
 from PIL import Image
-from rivals import MeanPatchEncoder, WholePictureEncoder
-from train_adapters import COMMON, METHODS
 from training_options import check_args, parse_args
-from world import DESIGN_SETS, DESIGNS, HELD_OUT, NUM_VARIANTS, SEEN, Instance, _code_points
+
+from tools.pocket.measure import comparison
+from tools.pocket.methods import COMMON, METHODS
+from tools.pocket.rivals import MeanPatchEncoder, WholePictureEncoder
+from tools.pocket.train.pairs import rows
+from tools.pocket.world import DESIGN_SETS, DESIGNS, HELD_OUT, NUM_VARIANTS, SEEN, Instance, _code_points
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -97,13 +98,13 @@ def test_the_nearest_of_sixteen():
     variants[:, own.variant] = 5
     designs[:, own.design] = 5
     rng = np.random.default_rng(0)
-    assert measure_comparison.nearest_is_own(designs, variants, scenes, rng).all()
+    assert comparison.nearest_is_own(designs, variants, scenes, rng).all()
     wrong = np.roll(designs, 1, axis=1)
     # one of 35 others has this design and colour; 15 of them are drawn
-    assert 0.45 < measure_comparison.nearest_is_own(wrong, variants, scenes, rng).mean() < 0.7
+    assert 0.45 < comparison.nearest_is_own(wrong, variants, scenes, rng).mean() < 0.7
     noise = np.random.default_rng(1)
     blind = noise.normal(size=designs.shape), noise.normal(size=variants.shape)
-    assert measure_comparison.nearest_is_own(*blind, scenes, rng).mean() < 0.12
+    assert comparison.nearest_is_own(*blind, scenes, rng).mean() < 0.12
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +148,7 @@ def test_held_out_instances_are_not_trained_on():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_shipped(name):
-    encoder = measure_comparison.load_adapter(POCKET, name)
+    encoder = comparison.load_adapter(POCKET, name)
     assert type(encoder) is METHODS[name].encoder_class
     assert encoder.dtype == torch.float32
     assert all(parameter.isfinite().all() and parameter.std() > 0 for parameter in encoder.parameters())
@@ -156,6 +157,6 @@ def test_every_method_is_shipped(name):
 def test_the_measurements_start_as_a_script():
     """Where pytest's path does not help."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, str(ROOT / "examples" / "pocket" / "measure.py"), "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    command = [sys.executable, "-m", "tools.pocket.measure", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0 and "comparison" in done.stdout, done.stderr[-2000:]

@@ -8,7 +8,8 @@ from argparse import Namespace
 import pytest
 import torch
 from conftest import ROOT
-from training import train
+
+from tools.pocket.training import train
 
 
 def options(folder, steps):
@@ -50,7 +51,7 @@ from argparse import Namespace
 from pathlib import Path
 import torch
 sys.path.insert(0, sys.argv[1])
-from training import train
+from tools.pocket.training import train
 torch.manual_seed(1)
 model = torch.nn.Linear(3, 3)
 folder = Path(sys.argv[2])
@@ -69,7 +70,7 @@ def test_two_workers_average_what_they_learn(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER.replace("OPTIONS", repr(settings)))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*launch, str(tmp_path / "worker.py"), str(ROOT / "examples" / "pocket"), str(tmp_path)],
+        [*launch, str(tmp_path / "worker.py"), str(ROOT), str(tmp_path)],
         capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

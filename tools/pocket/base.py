@@ -4,11 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from codes import load_codes
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
-from training import picture_array
 from transformers import CLIPTextModel, CLIPTokenizer
-from world import PLACE_NAMES, Instance, describe
+
+from .codes import load_codes
+from .training import picture_array
+from .world import PLACE_NAMES, Instance, describe
 
 
 def caption(instances: list[Instance], place: int, rng: np.random.Generator) -> str:

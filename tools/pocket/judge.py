@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from training import picture_tensor
-from world import CATEGORY_NAMES, DESIGNS, NUM_VARIANTS, PLACE_NAMES
+
+from .training import picture_tensor
+from .world import CATEGORY_NAMES, DESIGNS, NUM_VARIANTS, PLACE_NAMES
 
 
 @dataclass

@@ -13,7 +13,8 @@ from pathlib import Path
 import datasets
 import numpy as np
 from PIL import Image
-from world import PLACE_NAMES, SEEN, World, describe, download_designs, draw_instances, draw_scene
+
+from ..world import PLACE_NAMES, SEEN, World, describe, download_designs, draw_instances, draw_scene
 
 
 def _png(picture: np.ndarray) -> dict:

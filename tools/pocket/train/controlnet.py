@@ -4,13 +4,14 @@ Single subjects stand anywhere here, not only where the base model draws them: t
 from one that the work folder has already.
 """
 
-import cv2
 import numpy as np
 import torch
-from base import Base, caption
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
-from training import options, train
-from world import (
+
+from ..base import Base, caption
+from ..pictures import edges
+from ..training import options, train
+from ..world import (
     CATEGORY_NAMES,
     INSTANCES,
     PLACE_NAMES,
@@ -22,11 +23,6 @@ from world import (
     draw_scene,
     sheet,
 )
-
-
-def edges(picture: np.ndarray) -> np.ndarray:
-    """White edges on black, as controlnet-aux's CannyDetector finds them; (height, width, 3) uint8, both."""
-    return np.repeat(cv2.Canny(picture, 100, 200)[..., None], 3, axis=-1)
 
 
 def draw_anywhere(world: World, rng: np.random.Generator, pool=SEEN) -> Scene:

@@ -5,11 +5,12 @@
 
 import torch
 import torch.nn.functional as F
-from codes import CHANNELS, load_codes, load_latents
 from diffusers import AutoencoderKL
-from scenes import load_scenes
-from training import options, picture_array, picture_tensor, train
-from world import sheet
+
+from ..codes import CHANNELS, load_codes, load_latents
+from ..scenes import load_scenes
+from ..training import options, picture_array, picture_tensor, train
+from ..world import sheet
 
 
 LOG_VARIANCE = -10.0

@@ -4,16 +4,14 @@ import argparse
 from pathlib import Path
 
 import torch
-from codes import Codes
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, MotionAdapter, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from scenes import load_scenes
-from train_adapters import METHODS, PLACE
-from training import picture_tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionModel
 
-
-ROOT = Path(__file__).resolve().parent.parent.parent
+from ..codes import Codes
+from ..methods import METHODS, PLACE, ROOT
+from ..scenes import load_scenes
+from ..training import picture_tensor
 
 
 def _inner(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -6,11 +6,12 @@ Pictures are blurred, moved and recoloured a little, as generated ones are.
 import numpy as np
 import torch
 import torch.nn.functional as F
-from judge import Judge
 from safetensors.torch import save_file
-from scenes import load_scenes
-from training import options, picture_tensor, train
-from world import CATEGORY_NAMES, INSTANCES
+
+from ..judge import Judge
+from ..scenes import load_scenes
+from ..training import options, picture_tensor, train
+from ..world import CATEGORY_NAMES, INSTANCES
 
 
 def spoil(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

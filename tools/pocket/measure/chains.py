@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from diffusers import ControlNetModel, MotionAdapter, UNet2DConditionModel
 from diffusers_ssr import AnimateDiffSSRPipeline, StableDiffusionSSRControlNetPipeline
-from measuring import References, share
-from train_controlnet import edges
-from train_look import is_framed, without_look
-from world import HELD_OUT, draw_scene
+
+from ..pictures import edges, is_framed, without_look
+from ..world import HELD_OUT, draw_scene
+from .references import References, share
 
 
 def edge_agreement(drawn: np.ndarray, control: np.ndarray) -> tuple[float, float]:

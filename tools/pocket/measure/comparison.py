@@ -1,20 +1,15 @@
 """SSR-Encoder against an adapter of IP-Adapter-Plus's kind and its own ablations, all from the shipped weights."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers_ssr import SSREncoder
-from measuring import ROOT, References, draw, share
 from PIL import Image
-from train_adapters import METHODS, PLACE
-from world import INSTANCES
 
-
-sys.path.append(str(ROOT / "examples"))
-
-from drawing import write_contact_sheet  # noqa: E402
+from ..methods import METHODS, PLACE, write_contact_sheet
+from ..world import INSTANCES
+from .references import References, draw, share
 
 
 NUM_CANDIDATES = 16

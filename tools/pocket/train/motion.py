@@ -7,10 +7,11 @@ import math
 
 import numpy as np
 import torch
-from base import Base, caption
 from diffusers import AnimateDiffPipeline, MotionAdapter, UNet2DConditionModel, UNetMotionModel
-from training import options, picture_array, train
-from world import (
+
+from ..base import Base, caption
+from ..training import options, picture_array, train
+from ..world import (
     CATEGORY_NAMES,
     PLACE_NAMES,
     PLACES,

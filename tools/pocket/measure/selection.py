@@ -1,8 +1,9 @@
 """What the base model draws from text, and whether SSR-Encoder draws the queried subject."""
 
 import numpy as np
-from measuring import References, draw, share
-from world import CATEGORY_NAMES, PLACE_NAMES, describe
+
+from ..world import CATEGORY_NAMES, PLACE_NAMES, describe
+from .references import References, draw, share
 
 
 def from_text(refs: References) -> None:

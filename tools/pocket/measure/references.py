@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from judge import Verdict, load_judge
 from tqdm.auto import tqdm
-from world import (
+
+from ..judge import Verdict, load_judge
+from ..methods import ROOT
+from ..world import (
     CATEGORY_NAMES,
     HELD_OUT,
     PLACE_NAMES,
@@ -20,9 +22,6 @@ from world import (
     draw_scene,
     sheet,
 )
-
-
-ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def share(hits: np.ndarray) -> str:

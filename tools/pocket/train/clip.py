@@ -11,11 +11,12 @@ design in a known colour, and only the two together are new.
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scenes import load_scenes
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from training import options, train
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
-from world import CATEGORY_NAMES, COLOURS, DESIGNS, INSTANCES, LOOKS, NUM_VARIANTS, PLACE_NAMES, PLACES, describe
+
+from ..scenes import load_scenes
+from ..training import options, train
+from ..world import CATEGORY_NAMES, COLOURS, DESIGNS, INSTANCES, LOOKS, NUM_VARIANTS, PLACE_NAMES, PLACES, describe
 
 
 TEXT_WIDTH = 96

@@ -15,10 +15,11 @@ from diffusers import (
 )
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from train_adapters import METHODS, PLACE
-from train_controlnet import edges
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModel
-from world import CATEGORY_NAMES, HELD_OUT, PLACE_NAMES, World, draw_scene
+
+from ..methods import METHODS, PLACE
+from ..pictures import edges
+from ..world import CATEGORY_NAMES, HELD_OUT, PLACE_NAMES, World, draw_scene
 
 
 LORA = "pytorch_lora_weights.safetensors"

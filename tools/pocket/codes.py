@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from scenes import Scenes, load_scenes
+
+from .scenes import Scenes, load_scenes
 
 
 CHANNELS = 24

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from base import caption, diffusion_loss, encode_texts
-from codes import CHANNELS, load_codes, load_latents
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from scenes import load_scenes
-from training import options, picture_array, train
 from transformers import CLIPTextModel, CLIPTokenizer
-from world import CATEGORY_NAMES, PLACE_NAMES, describe, sheet
+
+from ..base import caption, diffusion_loss, encode_texts
+from ..codes import CHANNELS, load_codes, load_latents
+from ..scenes import load_scenes
+from ..training import options, picture_array, train
+from ..world import CATEGORY_NAMES, PLACE_NAMES, describe, sheet
 
 
 def build(trained: Path) -> UNet2DConditionModel:

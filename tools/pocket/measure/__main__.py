@@ -7,30 +7,33 @@ that was trained, the judge apart. Needs the design sets, which are downloaded f
 import argparse
 from pathlib import Path
 
-import measure_chains
-import measure_comparison
-import measure_selection
-import measure_speed
 from diffusers.utils import logging
-from measuring import ROOT, References
+
+from ..methods import ROOT
+from . import chains, comparison, selection, speed
+from .references import References
 
 
 PARTS = {
-    "text": measure_selection.from_text,
-    "selection": measure_selection.selection,
-    "both": measure_selection.both_subjects,
-    "together": measure_selection.together,
-    "comparison": measure_comparison.comparison,
-    "controlnet": measure_chains.controlnet,
-    "video": measure_chains.video,
-    "look": measure_chains.look,
-    "tokens": measure_speed.tokens,
-    "few_steps": measure_speed.few_steps,
+    "text": selection.from_text,
+    "selection": selection.selection,
+    "both": selection.both_subjects,
+    "together": selection.together,
+    "comparison": comparison.comparison,
+    "controlnet": chains.controlnet,
+    "video": chains.video,
+    "look": chains.look,
+    "tokens": speed.tokens,
+    "few_steps": speed.few_steps,
 }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.pocket.measure",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
     parser.add_argument("--checkpoint", default=str(ROOT / "pocket"))
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/pocket-training"), help="for the design sets")

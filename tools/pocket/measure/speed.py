@@ -11,7 +11,8 @@ import numpy as np
 import tomesd
 from DeepCache import DeepCacheSDHelper
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, LCMScheduler
-from measuring import References, draw
+
+from .references import References, draw
 
 
 def tokens(refs: References) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 from tqdm.auto import tqdm
-from world import INSTANCES, SEEN, Instance, World, download_designs, draw_instances, draw_scene
+
+from .world import INSTANCES, SEEN, Instance, World, download_designs, draw_instances, draw_scene
 
 
 PATCHES = 8  # the vision encoder's grid is PATCHES x PATCHES

@@ -1,27 +1,19 @@
-"""Train the pocket's SSR-Encoder with ../train_ssr.py, and what it is compared with: an adapter of IP-Adapter-Plus's kind and
-three ablations, on the same pairs, for the same steps and batches, with as many parameters within a tenth.
+"""What is compared on the pocket: SSR-Encoder, an adapter of IP-Adapter-Plus's kind, and three ablations."""
 
-    python examples/pocket/make_pairs.py
-    python examples/pocket/train_adapters.py --methods ssr
-
-The base model is that of `--checkpoint`, and the vision encoder that of the work folder. Every method resumes.
-"""
-
-import argparse
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from diffusers_ssr import SSREncoder
-from rivals import MeanPatchEncoder, WholePictureEncoder
+
+from .rivals import MeanPatchEncoder, WholePictureEncoder
 
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "examples"))
 
 import train_ssr  # noqa: E402
+from drawing import write_contact_sheet  # noqa: E402, F401
 
 
 @dataclass(frozen=True)
@@ -62,32 +54,3 @@ COMMON = (
     " --prompt_dropout 0.5 --subject_dropout 0.1 --timestep_bias 0.5 --consistency_weight 0.002"
     " --checkpointing_steps 250 --checkpoints_total_limit 1 --resume_from_checkpoint latest --report_to none"
 )
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--checkpoint", default=str(ROOT / "pocket"), help="the base model")
-    parser.add_argument("--work_dir", type=Path, default=Path("outputs/pocket-training"))
-    parser.add_argument("--max_train_steps", type=int, default=4800)
-    parser.add_argument("--train_batch_size", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    for name in args.methods:
-        method = METHODS[name]
-        own = {
-            "pretrained_model_name_or_path": args.checkpoint,
-            "image_encoder_name_or_path": args.work_dir / "clip",
-            "train_data_dir": args.work_dir / "pairs",
-            "cache_features": args.work_dir / "features",
-            "output_dir": args.work_dir / "adapters" / name,
-            "max_train_steps": args.max_train_steps,
-            "train_batch_size": args.train_batch_size,
-        }
-        options = [str(part) for option, value in own.items() for part in (f"--{option}", value)]
-        train_ssr.main([*options, *COMMON.split(), *method.options.split()], method.build)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,1 @@
+"""Tools of the project itself; users need none of them."""

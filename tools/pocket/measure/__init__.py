@@ -1,0 +1,1 @@
+"""Measures the pocket checkpoint: `python -m tools.pocket.measure`."""

@@ -1,0 +1,1 @@
+"""Trains the pocket checkpoint, part by part: `python -m tools.pocket.train.vae`."""
