@@ -99,9 +99,7 @@ def sd15_pipeline() -> StableDiffusionSSRPipeline:
 
 
 def pocket_pipeline() -> StableDiffusionSSRPipeline:
-    pipe = StableDiffusionSSRPipeline.from_pretrained(POCKET, dtype=torch.float32)
-    pipe.load_ssr(POCKET)
-    return pipe
+    return StableDiffusionSSRPipeline.from_pretrained(POCKET, trust_remote_code=True)
 
 
 def motion_adapter(unet: UNet2DConditionModel) -> MotionAdapter:

@@ -65,8 +65,8 @@ def main():
         pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float() / 127.5 - 1
         reference = preprocess(picture, pipe.ssr_image_processor)[0]
         samples.append(
-            {"pixel_values": pixels, "reference_values": reference, "mask": None, "caption": "a cat on the beach",
-             "query": "cat", "digest": f"{index:040x}"}
+            {"pixel_values": pixels, "reference_values": reference[None], "masks": [None],
+             "caption": "a cat on the beach", "queries": ["cat"], "digest": f"{index:040x}"}
         )  # fmt: skip
 
     with tempfile.TemporaryDirectory() as folder:

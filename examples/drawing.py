@@ -65,7 +65,8 @@ def load_pipeline(checkpoint: str) -> DiffusionPipeline:
         trust_remote_code=True,
         dtype=torch.float16 if on_gpu else torch.float32,
     )
-    pipe.load_ssr(checkpoint)
+    if pipe.ssr_encoder is None:
+        pipe.load_ssr(checkpoint)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to("cuda" if on_gpu else "cpu")
 

@@ -245,7 +245,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hide_library_output()
         dtype = DTYPES[args.dtype or ("fp16" if state.device.type == "cuda" else "fp32")]
         pipe = StableDiffusionSSRPipeline.from_pretrained(
-            args.pretrained_model_name_or_path, dtype=dtype, safety_checker=None, requires_safety_checker=False
+            args.pretrained_model_name_or_path,
+            dtype=dtype,
+            safety_checker=None,
+            requires_safety_checker=False,
+            ssr_encoder=None,
+            ssr_image_encoder=None,
         ).to(state.device)
         pipe.load_ssr(args.ssr)
         pipe.set_progress_bar_config(disable=True)

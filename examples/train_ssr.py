@@ -6,6 +6,14 @@
 `pictures` holds `metadata.jsonl` with lines like {"file_name": "1.jpg", "text": "a cat on a sofa", "query": "cat"}; see
 training_data.py for Parquet files, datasets of the Hub and WebDataset shards. `pipe.load_ssr("my-ssr")` takes the result.
 
+A target that shows several subjects together has lists, here with `--reference_column reference`:
+
+    {"file_name": "2.jpg", "text": "a cat and a dog", "reference_file_name": ["3.jpg", "4.jpg"], "query": ["cat", "dog"]}
+
+One reference for several queries, or masks beside them (null where there is none), work as well; rows with one subject and with
+several mix freely. A row whose query names nothing that its reference shows, with the picture of its caption alone as the target,
+teaches the encoder to add nothing then.
+
 Several processes on CPUs alone are started by `torchrun` with ACCELERATE_USE_CPU=1.
 """
 
@@ -83,7 +91,7 @@ def load_models(
     """
     pipe = StableDiffusionSSRPipeline.from_pretrained(
         args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, dtype=torch.float32,
-        safety_checker=None, requires_safety_checker=False,
+        safety_checker=None, requires_safety_checker=False, ssr_encoder=None, ssr_image_encoder=None,
     )  # fmt: skip
     source, start = args.image_encoder_name_or_path, args.ssr_encoder_name_or_path
     if source is not None:
@@ -128,7 +136,7 @@ class SubjectEncoding(nn.Module):
 
 class FrozenFeatures:
     """What the frozen models make of samples: the latents' mean and deviation, the picture's levels, and the text states of
-    caption and query. With a cache each sample is computed once, and alone: then it does not matter in which batch."""
+    caption and queries. With a cache each sample is computed once, and alone: then it does not matter in which batch."""
 
     def __init__(self, pipe, levels: Sequence[int], dtype: torch.dtype, cache: FeatureCache | None, writer: str):
         self.pipe = pipe
@@ -156,34 +164,40 @@ class FrozenFeatures:
         vae = self.pipe.vae
         pixels = torch.stack([sample["pixel_values"] for sample in samples]).to(vae.device, vae.dtype)
         latents = vae.encode(pixels).latent_dist
-        texts = self._text_states([sample[name] for name in ("caption", "query") for sample in samples])
+        queries = [query for sample in samples for query in sample["queries"]]
+        texts = self._text_states([*(sample["caption"] for sample in samples), *queries])
         return {
             "latent_mean": latents.mean,
             "latent_std": latents.std,
-            "levels": self._picture_levels(torch.stack([sample["reference_values"] for sample in samples])),
+            "levels": self._picture_levels(torch.cat([sample["reference_values"] for sample in samples])),
             "caption_states": texts[: len(samples)],
             "query_states": texts[len(samples) :],
         }
 
     def __call__(self, samples: list[dict], mask_weight: float = 1.0) -> dict[str, torch.Tensor]:
-        """Stacked over the samples, each `(batch_size, ...)`; `mask` only if one of them has a mask, the others' being one
-        that changes nothing."""
+        """
+        Of the samples `latent_mean`, `latent_std` and `caption_states`, `(batch_size, ...)`, and of their subjects, one after the
+        other, `levels` and `query_states`, `(num_subjects, ...)`; `row`, `(num_subjects,)`, says whose each one is. `mask` only if
+        one of them has a mask, the others' being one that changes nothing.
+        """
         device = self.pipe.unet.device
         if self.cache is None:
             features = self._compute(samples)
-            masks = [sample["mask"] for sample in samples]
+            masks = [mask for sample in samples for mask in sample["masks"]]
         else:
-            each = []
+            each, masks = [], []
             for sample in samples:
                 known = sample.get("features")
                 if known is None:
-                    known = {name: tensor[0] for name, tensor in self._compute([sample]).items()}
-                    if sample["mask"] is not None:
-                        known["mask"] = sample["mask"]
+                    known = self._compute([sample])
+                    given = {f"mask_{i}": mask for i, mask in enumerate(sample["masks"]) if mask is not None}
+                    known.update(given)
                     self.cache.save(sample["digest"], known, self.writer)
+                masks += [known.get(f"mask_{i}") for i in range(len(sample["queries"]))]
                 each.append({name: tensor.to(device) for name, tensor in known.items()})
-            features = {name: torch.stack([known[name] for known in each]) for name in each[0] if name != "mask"}
-            masks = [known.get("mask") for known in each]
+            features = {name: torch.cat([known[name] for known in each]) for name in each[0] if "mask" not in name}
+        counts = torch.tensor([len(sample["queries"]) for sample in samples])
+        features["row"] = torch.arange(len(samples)).repeat_interleave(counts).to(device)
         given = next((mask for mask in masks if mask is not None), None)
         if given is not None:
             # with it, each patch's logit grows by the class token's 1
@@ -191,6 +205,24 @@ class FrozenFeatures:
             masks = [torch.full_like(given, blank) if mask is None else mask for mask in masks]
             features["mask"] = torch.stack(masks).to(device)
         return features
+
+
+def join_subjects(pairs: list[tuple[torch.Tensor, torch.Tensor]], row: torch.Tensor) -> SubjectConditions:
+    """The keys and values of subjects, `(num_subjects, num_tokens, width)` each, side by side for the row that they belong to, as
+    a pipeline puts several subjects of one picture together."""
+    counts = row.bincount()
+    most = int(counts.max())
+    if most == 1:
+        return SubjectConditions(pairs)
+    # which of its row's subjects each one is
+    place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+
+    def spread(states: torch.Tensor) -> torch.Tensor:
+        return states.new_zeros(len(counts), most, *states.shape[1:]).index_put((row, place), states).flatten(1, 2)
+
+    slots = torch.arange(most, device=row.device)
+    subject = torch.where(slots < counts[:, None], slots, -1).float().repeat_interleave(pairs[0][0].shape[1], dim=1)
+    return SubjectConditions([(spread(key), spread(value)) for key, value in pairs], subject)
 
 
 def draw(seed: int, first: int, count: int, latent_shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
@@ -205,6 +237,19 @@ def draw(seed: int, first: int, count: int, latent_shape: tuple[int, ...]) -> di
         for name in ("noise", "latent_noise"):
             drawn[name].append(torch.randn(latent_shape, generator=generator))
     return {name: torch.stack(values) for name, values in drawn.items()}
+
+
+def mean_consistency(
+    subject_embeds: torch.Tensor, query_states: torch.Tensor, row: torch.Tensor, form: str
+) -> torch.Tensor:
+    """The regulariser, each row counting once however many subjects it has: or it would matter how processes share the rows."""
+    counts = row.bincount()
+    total = subject_embeds.new_zeros(())
+    for count in counts.unique():
+        chosen = counts[row] == count
+        share = (counts == count).sum() / len(counts)
+        total = total + share * consistency_loss(subject_embeds[chosen], query_states[chosen], form)
+    return total
 
 
 def compute_loss(
@@ -229,10 +274,12 @@ def compute_loss(
     noisy_latents = scheduler.add_noise(latents, noise, timesteps)
 
     prompt_states = torch.where(no_prompt[:, None, None], frozen.empty_text, features["caption_states"])
-    query_states = torch.where(no_subject[:, None, None], frozen.empty_text, features["query_states"]).float()
-    levels = torch.where(no_subject[:, None, None, None], frozen.empty_levels, features["levels"]).float()
+    row = features["row"]
+    without = no_subject[row]
+    query_states = torch.where(without[:, None, None], frozen.empty_text, features["query_states"]).float()
+    levels = torch.where(without[:, None, None, None], frozen.empty_levels, features["levels"]).float()
     subject_embeds, pairs = model(query_states, levels.transpose(0, 1), features.get("mask"), args.mask_weight)
-    conditions = SubjectConditions([(key.to(frozen.dtype), value.to(frozen.dtype)) for key, value in pairs])
+    conditions = join_subjects([(key.to(frozen.dtype), value.to(frozen.dtype)) for key, value in pairs], row)
     predicted = pipe.unet(
         noisy_latents.to(frozen.dtype),
         timesteps,
@@ -245,7 +292,7 @@ def compute_loss(
     if target is None:
         target = scheduler.get_velocity(latents, noise, timesteps)
     denoising = F.mse_loss(predicted.float(), target.float())
-    consistency = consistency_loss(subject_embeds.float(), query_states, args.consistency_form)
+    consistency = mean_consistency(subject_embeds.float(), query_states, row, args.consistency_form)
     loss = denoising + args.consistency_weight * consistency
     return loss, {"loss": loss.detach(), "mse": denoising.detach(), "consistency": consistency.detach()}
 
@@ -473,7 +520,8 @@ def main(arguments: Sequence[str] | None = None, build: Callable[..., SSREncoder
         # a folder may have got other weights since
         settings["weights"] = [weight_sum(part) for part in (pipe.vae, pipe.text_encoder, pipe.ssr_image_encoder)]
         levels = list(encoder.config.image_levels)
-        cache = FeatureCache(args.cache_features, {**settings, "levels": levels, "dtype": str(dtype)})
+        # the form in which features are kept; files of another are not read
+        cache = FeatureCache(args.cache_features, {**settings, "levels": levels, "dtype": str(dtype), "form": 2})
     frozen = FrozenFeatures(pipe, encoder.config.image_levels, dtype, cache, f"{accelerator.process_index}")
 
     run = Run(accelerator, encoder, args)
@@ -493,7 +541,9 @@ def main(arguments: Sequence[str] | None = None, build: Callable[..., SSREncoder
     columns = Columns(
         args.image_column, args.caption_column, args.query_column, args.reference_column, args.mask_column
     )
-    prepare = Preparation(columns, pipe.ssr_image_processor, args.resolution, args.min_image_size, cache)
+    prepare = Preparation(
+        columns, pipe.ssr_image_processor, args.resolution, args.min_image_size, cache, args.mask_query
+    )
     place = (accelerator.process_index, accelerator.num_processes)
     if hasattr(rows, "set_epoch"):
         reader = StreamedRows(rows, seed, args.shuffle_buffer_size, *place)

@@ -41,7 +41,12 @@ class BadSample(Exception):
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column holds what. `reference` and `mask` may be `None`: the picture itself is the reference, without mask."""
+    """
+    Which column holds what. `reference` and `mask` may be `None`: the picture itself is the reference, without mask.
+
+    A row with several subjects has lists in `query`, `reference` or `mask`, all of one length; what is no list holds for each of
+    them. The picture then shows the subjects together.
+    """
 
     image: str = "image"
     caption: str = "text"
@@ -92,7 +97,11 @@ def _with_paths(row: dict, folder: Path) -> dict:
     columns = {}
     for name, value in row.items():
         if value and isinstance(name, str) and (name == "file_name" or name.endswith("_file_name")):
-            columns[name.removesuffix("file_name").removesuffix("_") or "image"] = str(folder / str(value))
+            listed = value if isinstance(value, list) else [value]
+            paths = [each and str(folder / str(each)) for each in listed]
+            columns[name.removesuffix("file_name").removesuffix("_") or "image"] = (
+                paths if isinstance(value, list) else paths[0]
+            )
             columns[name] = value
         else:
             columns[name] = value
@@ -102,7 +111,8 @@ def _with_paths(row: dict, folder: Path) -> dict:
 def read_shards(shards: list[str]) -> Iterator[dict]:
     """
     The rows of WebDataset shards, one after the other: files of one key are one row. `key.jpg` (or another picture) is
-    the column `image`, `key.txt` is `text`, `key.mask.png` is `mask`, and what `key.json` holds are columns of their own.
+    the column `image`, `key.txt` is `text`, `key.mask.png` is `mask`, and what `key.json` holds are columns of their own;
+    `key.reference.0.png`, `key.reference.1.png` and so on are a list in `reference`.
     A shard that is cut off gives the rows before the cut, and one that says what happened.
     """
     for shard in shards:
@@ -116,16 +126,16 @@ def read_shards(shards: list[str]) -> Iterator[dict]:
                         continue
                     member_key = f"{folder}/{stem}" if folder else stem
                     if key is not None and member_key != key:
-                        yield row
+                        yield _with_lists(row)
                         row = {}
                     key = member_key
                     row["__key__"] = f"{shard}:{key}"
                     row.update(_shard_columns(field, archive.extractfile(member).read()))
             if row:
-                yield row
+                yield _with_lists(row)
         except (OSError, tarfile.TarError, EOFError) as error:
             if row:
-                yield row
+                yield _with_lists(row)
             yield {"__key__": shard, ERROR_COLUMN: f"the rest of this shard cannot be read: {error}"}
 
 
@@ -142,6 +152,18 @@ def _shard_columns(field: str, content: bytes) -> dict:
     if suffix == "txt":
         return {prefix or "text": content.decode("utf-8", errors="replace").strip()}
     return {field: content}
+
+
+def _with_lists(row: dict) -> dict:
+    """The columns `name.0`, `name.1`, ... as one list in `name`."""
+    columns: dict = {}
+    for name in sorted(row):
+        stem, _, number = name.rpartition(".")
+        if stem and number.isdigit():
+            columns.setdefault(stem, []).append(row[name])
+        else:
+            columns[name] = row[name]
+    return columns
 
 
 def load_rows(
@@ -187,6 +209,8 @@ def _undecoded(dataset):
     for name, feature in (dataset.features or {}).items():
         if isinstance(feature, datasets.Image):
             dataset = dataset.cast_column(name, datasets.Image(decode=False))
+        elif isinstance(getattr(feature, "feature", None), datasets.Image):
+            dataset = dataset.cast_column(name, datasets.List(datasets.Image(decode=False)))
     return dataset
 
 
@@ -267,7 +291,7 @@ def _flat(row: dict) -> dict:
             columns.update(value)
         else:
             columns["text" if name == "txt" else name] = value
-    return columns
+    return _with_lists(columns)
 
 
 def open_picture(value, min_size: int = 1, name: str = "image") -> Image.Image:
@@ -330,7 +354,7 @@ def crop_square(picture: Image.Image, side: int) -> Image.Image:
 @dataclass(frozen=True)
 class Preparation:
     """
-    Turns a row into a sample: the target's pixels for the VAE, the reference's for the vision encoder, caption and query.
+    Turns a row into a sample: the target's pixels for the VAE, the references' for the vision encoder, caption and queries.
     A reference that is the target itself is cropped like it, so that it shows nothing which the target does not.
 
     Args:
@@ -339,6 +363,7 @@ class Preparation:
         resolution (`int`): side of the target in pixels.
         min_image_size (`int`): a picture smaller than this on a side is a bad sample.
         cache ([`FeatureCache`], *optional*): where the features of samples seen before lie.
+        mask_query (`"caption"` or `"empty"`): the query of a subject that has a mask and no query.
     """
 
     columns: Columns
@@ -346,13 +371,14 @@ class Preparation:
     resolution: int
     min_image_size: int = 1
     cache: "FeatureCache | None" = None
+    mask_query: str = "caption"
 
     def __call__(self, row: dict) -> dict:
         """
         Returns:
-            `dict` with `caption`, `query` and either `features` from the cache or `pixel_values` `(3, resolution,
-            resolution)` from -1 to 1, `reference_values` `(3, height, width)` and `mask` `(1, height, width)` or `None`;
-            with a cache also `digest`.
+            `dict` with `caption`, `queries` and either `features` from the cache or `pixel_values` `(3, resolution,
+            resolution)` from -1 to 1 and, for each subject, `reference_values` `(num_subjects, 3, height, width)` and `masks`, a list
+            of `(1, height, width)` or `None`; with a cache also `digest`.
 
         Raises:
             [`BadSample`]: if the row cannot be used.
@@ -360,38 +386,68 @@ class Preparation:
         columns = self.columns
         if row.get(ERROR_COLUMN):
             raise BadSample(row[ERROR_COLUMN])
-        mask = row.get(columns.mask) if columns.mask else None
-        mask = mask if mask is not None and mask != "" else None
         caption = _text(row.get(columns.caption), columns.caption)
-        # with a mask, the query is a caption of the whole picture, and may be the caption itself
-        query = row.get(columns.query) or (caption if mask is not None else None)
-        sample = {"caption": caption, "query": _text(query, columns.query)}
+        subjects = self._subjects(row)
+        sample = {"caption": caption, "queries": [self._query(each, caption) for each in subjects]}
         if self.cache is not None:
-            parts = {name: row.get(name) for name in (columns.image, columns.reference) if name}
-            contents = [read_bytes(value, name) for name, value in parts.items()]
-            contents.append(b"" if mask is None else read_bytes(mask, columns.mask))
-            sample["digest"] = self.cache.digest(*contents, caption.encode(), sample["query"].encode())
+            contents = [read_bytes(row.get(columns.image), columns.image)]
+            for each in subjects:
+                if columns.reference is not None:
+                    contents.append(read_bytes(each["reference"], columns.reference))
+                contents.append(b"" if each["mask"] is None else read_bytes(each["mask"], columns.mask))
+            texts = (text.encode() for text in (caption, *sample["queries"]))
+            sample["digest"] = self.cache.digest(*contents, *texts)
             features = self.cache.load(sample["digest"])
             if features is not None:
                 return {**sample, "features": features}
 
         picture = open_picture(row.get(columns.image), self.min_image_size, columns.image)
         target = crop_square(picture, self.resolution)
-        whole = picture
-        if columns.reference is not None:
-            whole = open_picture(row.get(columns.reference), self.min_image_size, columns.reference)
+        sample["pixel_values"] = torch.from_numpy(np.array(target)).permute(2, 0, 1).float() / 127.5 - 1
+        references = [self._reference(each, picture) for each in subjects]
+        sample["reference_values"] = torch.stack([reference for reference, _ in references])
+        return {**sample, "masks": [mask for _, mask in references]}
+
+    def _subjects(self, row: dict) -> list[dict]:
+        """Query, reference and mask of each subject; an empty cell is `None`."""
+        columns = self.columns
+        names = {"query": columns.query, "reference": columns.reference, "mask": columns.mask}
+        cells = {part: row.get(name) if name else None for part, name in names.items()}
+        cells = {part: list(cell) if isinstance(cell, (list, tuple)) else cell for part, cell in cells.items()}
+        lengths = {names[part]: len(cell) for part, cell in cells.items() if isinstance(cell, list)}
+        if len(set(lengths.values())) > 1 or 0 in lengths.values():
+            raise BadSample(f"lists of several subjects have to be of one length and not empty, but are {lengths}")
+        count = max(lengths.values(), default=1)
+        cells = {part: cell if isinstance(cell, list) else [cell] * count for part, cell in cells.items()}
+        return [
+            {
+                part: None if isinstance(each, str) and not each.strip() else each
+                for part, each in zip(cells, subject, strict=True)
+            }
+            for subject in zip(*cells.values(), strict=True)
+        ]
+
+    def _query(self, subject: dict, caption: str) -> str:
+        query = subject["query"]
+        if query is None and subject["mask"] is not None:
+            # with a mask, the query is a caption of the whole picture, and may be the caption itself
+            return caption if self.mask_query == "caption" else ""
+        return _text(query, self.columns.query)
+
+    def _reference(self, subject: dict, picture: Image.Image) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Pixels and mask of a subject's reference, as the vision encoder sees them."""
+        columns, own = self.columns, self.columns.reference is not None
+        whole = open_picture(subject["reference"], self.min_image_size, columns.reference) if own else picture
         edge = min(whole.size)
-        reference = whole if columns.reference is not None else crop_square(whole, edge)
+        mask = subject["mask"]
         if mask is not None:
             try:
                 mask = to_mask(_decode(mask, columns.mask), whole.size, columns.mask)
-                mask = mask if columns.reference is not None else crop_square(mask, edge)
+                mask = mask if own else crop_square(mask, edge)
                 mask = preprocess_mask(mask, self.processor)[0]
             except ValueError as error:
                 raise BadSample(str(error)) from error
-        sample["pixel_values"] = torch.from_numpy(np.array(target)).permute(2, 0, 1).float() / 127.5 - 1
-        sample["reference_values"] = preprocess(reference, self.processor)[0]
-        return {**sample, "mask": mask}
+        return preprocess(whole if own else crop_square(whole, edge), self.processor)[0], mask
 
 
 def _text(value, name: str) -> str:

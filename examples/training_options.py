@@ -36,9 +36,12 @@ def parse_args(
     add("--shuffle_buffer_size", type=int, default=1000, help="rows that a stream is shuffled in")
     add("--image_column", default="image", help="the target picture")
     add("--caption_column", default="text", help="the prompt")
-    add("--query_column", default="query", help="which thing in the reference is meant")
-    add("--reference_column", help="the reference, where it is not the target itself")
-    add("--mask_column", help="white where in the reference the subject is; rows may leave it empty")
+    add("--query_column", default="query",
+        help="which thing in the reference is meant; a list, where the target shows several subjects together")  # fmt: skip
+    add("--reference_column", help="the reference, where it is not the target itself; or a list of them")
+    add("--mask_column", help="white where in the reference the subject is; or a list; rows may leave it empty")
+    add("--mask_query", choices=("caption", "empty"), default="caption",
+        help="the query of a subject with a mask and no query; empty, if masks are to be used without words")  # fmt: skip
     add("--mask_weight", type=float, default=1.0, help="how strongly masks draw the attention inside")
     add("--min_image_size", type=int, default=64, help="smaller pictures are left out")
     add("--resolution", type=int, help="side of the square targets, in pixels; default: the base model's")

@@ -59,6 +59,12 @@ def pictures(tmp_path_factory):
     mask.paste(255, (8, 0, 24, 20))
     mask.save(folder / "mask.png")
     lines[2]["mask_file_name"] = "mask.png"
+    for line in lines[::3]:
+        line["reference_file_name"] = line["file_name"]
+    # two subjects together, one of them by its mask
+    lines[5] |= {
+        "reference_file_name": ["1.png", "0.png"], "query": ["dog", "cat"], "mask_file_name": [None, "mask.png"],
+    }  # fmt: skip
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return folder
 
@@ -263,6 +269,7 @@ def frozen_and_batch(models, pictures, tmp_path, **changes):
         "levels": torch.randn(4, 3, 17, 24),
         "caption_states": torch.randn(4, frozen.empty_text.shape[0], 32),
         "query_states": torch.randn(4, frozen.empty_text.shape[0], 32),
+        "row": torch.arange(4),
     }
     scheduler = train_ssr.DDPMScheduler.from_config(pipe.scheduler.config)
     return args, pipe, encoder, frozen, features, scheduler
@@ -350,14 +357,88 @@ def test_a_sample_without_mask_is_not_changed_by_anothers(models, pictures, tmp_
     """In a batch where only some have masks, the others get one that says nothing."""
     _, pipe, encoder, frozen, _, _ = frozen_and_batch(models, pictures, tmp_path)
     picture = torch.rand(3, 32, 32)
-    sample = {"pixel_values": torch.rand(3, 16, 16), "reference_values": picture, "caption": "a cat", "query": "cat"}
-    features = frozen([{**sample, "mask": None}, {**sample, "mask": torch.eye(32)[None]}], weight)
+    sample = {
+        "pixel_values": torch.rand(3, 16, 16), "reference_values": picture[None], "caption": "a cat", "queries": ["cat"],
+    }  # fmt: skip
+    features = frozen([{**sample, "masks": [None]}, {**sample, "masks": [torch.eye(32)[None]]}], weight)
     levels = features["levels"].transpose(0, 1)
     masked = encoder(features["query_states"], levels, features["mask"], weight)
     plain = encoder(features["query_states"], levels)
     torch.testing.assert_close(masked[0], plain[0], atol=1e-5, rtol=1e-5)
     assert (masked[1] - plain[1]).abs().max() > 1e-3
-    assert "mask" not in frozen([{**sample, "mask": None}], weight)
+    assert "mask" not in frozen([{**sample, "masks": [None]}], weight)
+
+
+def several(features: dict, row: list[int]) -> dict:
+    """Of four rows with four subjects, rows with as many as `row` says."""
+    index = torch.arange(len(row))
+    subjects = {name: features[name][index] for name in ("levels", "query_states")}
+    rows = {name: features[name][: row[-1] + 1] for name in ("latent_mean", "latent_std", "caption_states")}
+    return {**rows, **subjects, "row": torch.tensor(row)}
+
+
+def test_subjects_of_one_row_are_joined_as_a_pipeline_joins_them(models, pictures, tmp_path):
+    """Training sees what the UNet sees at `subject=cat + dog`, in a batch where rows differ in number."""
+    _, pipe, encoder, frozen, features, _ = frozen_and_batch(models, pictures, tmp_path)
+    pipe.load_ssr(encoder, image_encoder=pipe.ssr_image_encoder, image_processor=pipe.ssr_image_processor)
+    cat, dog = (pipe.encode_subject(make_picture(seed), name) for seed, name in ((1, "cat"), (2, "dog")))
+    seen = []
+    pipe.unet.register_forward_pre_hook(lambda module, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    pipe.unet.register_forward_hook(lambda module, args, out: seen.append(out[0]))
+    text = {"num_inference_steps": 1, "guidance_scale": 1.0, "height": 16, "width": 16, "output_type": "latent"}
+    pipe(["a", "b"], subject=[cat + dog, dog], subject_scale=1.0, **text)
+    (args, kwargs), expected = seen
+    embeds = torch.cat([each.subjects[0].embeds for each in (cat, dog, dog)])
+    conditions = train_ssr.join_subjects(encoder.project(embeds), torch.tensor([0, 0, 1]))
+    seen.clear()
+    kwargs = {**kwargs, "added_cond_kwargs": {"image_embeds": conditions.as_image_embeds()}}
+    with torch.no_grad(), subject_in_unet(pipe.unet, encoder.config.attention_layers):
+        pipe.unet(*args, **kwargs)
+    torch.testing.assert_close(seen[1], expected, atol=1e-6, rtol=1e-5)
+
+
+def test_gradients_reach_each_subject_of_a_row(models, pictures, tmp_path):
+    args, pipe, encoder, frozen, features, scheduler = frozen_and_batch(
+        models, pictures, tmp_path, subject_dropout=0.0, consistency_weight=0.0
+    )
+    features = several(features, [0, 0, 1, 1])
+    features["levels"].requires_grad_(True)
+    drawn = train_ssr.draw(0, 0, 2, (4, 8, 8))
+    with subject_in_unet(pipe.unet, encoder.config.attention_layers):
+        loss, _ = train_ssr.compute_loss(train_ssr.SubjectEncoding(encoder), frozen, features, drawn, scheduler, args)
+        loss.backward()
+    assert all(gradient.abs().max() > 0 for gradient in features["levels"].grad)
+
+
+def test_a_row_with_one_subject_does_not_notice_the_others(models, pictures, tmp_path):
+    """Beside a row with two subjects it gives the loss that it gives in a batch of its kind, and a dropped subject is dropped
+    for the whole row."""
+    args, pipe, encoder, frozen, features, scheduler = frozen_and_batch(
+        models, pictures, tmp_path, subject_dropout=0.0, consistency_weight=0.0
+    )
+
+    def predicted(features):
+        seen = []
+        handle = pipe.unet.register_forward_hook(lambda module, args, out: seen.append(out[0]))
+        drawn = train_ssr.draw(0, 0, len(features["latent_mean"]), (4, 8, 8))
+        with torch.no_grad(), subject_in_unet(pipe.unet, encoder.config.attention_layers):
+            train_ssr.compute_loss(train_ssr.SubjectEncoding(encoder), frozen, features, drawn, scheduler, args)
+        handle.remove()
+        return seen[0]
+
+    mixed, single = predicted(several(features, [0, 1, 1])), predicted(several(features, [0, 1]))
+    torch.testing.assert_close(mixed[0], single[0], atol=1e-6, rtol=1e-5)
+    assert (mixed[1] - single[1]).abs().max() > 1e-4
+    args.subject_dropout = 1.0
+    dropped = predicted(several(features, [0, 0, 1]))
+    other = {**features, "levels": torch.randn_like(features["levels"])}
+    torch.testing.assert_close(predicted(several(other, [0, 0, 1])), dropped)
+
+
+def test_rows_with_one_subject_are_left_as_they_are():
+    pairs = [(torch.randn(3, 5, 8), torch.randn(3, 5, 8))]
+    conditions = train_ssr.join_subjects(pairs, torch.arange(3))
+    assert conditions.pairs is pairs and conditions.token_subject is None
 
 
 def test_random_numbers_belong_to_the_sample():

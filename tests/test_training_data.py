@@ -139,7 +139,7 @@ def test_bad_rows_are_left_out_and_named(tmp_path, threads):
     told = []
     samples = Samples(FiniteRows(rows, 0, 1), PREPARE, threads=threads, log=told.append)
     for sample in islice(samples, 3):
-        assert (sample["caption"], sample["query"]) == ("a cat", "cat")
+        assert (sample["caption"], sample["queries"]) == ("a cat", ["cat"])
     assert len(samples.bad) == len(told) == len(rows) - 1
     for name, reason in BAD.items():
         ((_, given),) = [(row, bad) for row, bad in samples.bad.items() if row.endswith(f" {name}.png")]
@@ -240,18 +240,79 @@ def test_a_reference_that_is_the_target_shows_what_the_target_shows():
     mask.paste(255, (8, 0, 24, 32))
     row = {"image": encoded(striped()), "mask": encoded(mask), "text": "a wall"}
     sample = Preparation(Columns(mask="mask"), processor, 16)(row)
-    assert sample["query"] == "a wall"
+    assert sample["queries"] == ["a wall"]
     # the square holds the middle alone
     assert torch.equal(sample["pixel_values"], torch.tensor([-1.0, 1.0, -1.0]).view(3, 1, 1).expand(3, 16, 16))
-    assert sample["reference_values"].flatten(1).std(1).max() < 1e-5
-    assert sample["mask"].mean((0, 1)).round().tolist() == [1.0] * 16 + [0.0] * 16
+    assert sample["reference_values"][0].flatten(1).std(1).max() < 1e-5
+    assert sample["masks"][0].mean((0, 1)).round().tolist() == [1.0] * 16 + [0.0] * 16
+    empty = Preparation(Columns(mask="mask"), processor, 16, mask_query="empty")
+    assert empty(row)["queries"] == [""] and empty({**row, "query": "wall"})["queries"] == ["wall"]
 
 
 def test_a_reference_of_its_own_is_shown_whole():
     row = {"image": PICTURE, "reference": encoded(striped()), "text": "a wall", "query": "wall"}
     sample = Preparation(Columns(reference="reference"), make_image_processor(), 16)(row)
-    red, green, blue = sample["reference_values"]
+    red, green, blue = sample["reference_values"][0]
     assert red[16, 1] > green[16, 1] and blue[16, -2] > green[16, -2] and green[16, 16] > red[16, 16]
+
+
+@pytest.mark.parametrize("kind", ["folder", "parquet", "shard"])
+def test_a_row_may_hold_several_subjects(tmp_path, kind):
+    """Lists of references, queries and masks, with one mask left empty, from every kind of training set."""
+    references = [encoded(striped()), PICTURE]
+    mask = Image.new("L", (48, 32))
+    mask.paste(255, (8, 0, 24, 32))
+    row = {"text": "a wall and a cat", "query": ["wall", "cat"]}
+    if kind == "folder":
+        for name, content in (("0", PICTURE), ("1", references[0]), ("2", references[1]), ("mask", encoded(mask))):
+            (tmp_path / f"{name}.png").write_bytes(content)
+        row |= {"file_name": "0.png", "reference_file_name": ["1.png", "2.png"], "mask_file_name": ["mask.png", None]}
+        (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    elif kind == "parquet":
+        picture, pictures = datasets.Image(), datasets.List(datasets.Image())
+        features = {"image": picture, "reference": pictures, "mask": pictures}
+        features |= {"text": datasets.Value("string"), "query": datasets.List(datasets.Value("string"))}
+        each = {"image": PICTURE, "reference": references, "mask": [encoded(mask), None]}
+        each = {
+            name: [[{"bytes": b} if b else None for b in v] if isinstance(v, list) else {"bytes": v}]
+            for name, v in each.items()
+        }
+        table = datasets.Dataset.from_dict(
+            {**each, **{name: [value] for name, value in row.items()}}, datasets.Features(features)
+        )
+        table.to_parquet(tmp_path / "a.parquet")
+    else:
+        names = {"1.png": PICTURE, "1.reference.0.png": references[0], "1.reference.1.png": references[1]}
+        row["mask"] = None
+        write_shard(tmp_path / "a.tar", {**names, "1.json": json.dumps(row).encode()})
+    columns = Columns(reference="reference", mask="mask")
+    prepare = Preparation(columns, make_image_processor(), 16)
+    rows = load_rows(tmp_path)
+    reader = StreamedRows(rows, 0) if kind == "shard" else FiniteRows(rows, 0, 1)
+    (sample,) = islice(Samples(reader, prepare), 1)
+    assert sample["queries"] == ["wall", "cat"]
+    alone = [
+        prepare({"image": PICTURE, "text": "a", "query": "b", "reference": reference})["reference_values"]
+        for reference in references
+    ]
+    assert torch.equal(sample["reference_values"], torch.cat(alone))
+    assert [each is not None for each in sample["masks"]] == [kind != "shard", False]
+
+
+def test_what_is_no_list_holds_for_every_subject():
+    prepare = Preparation(Columns(reference="reference"), make_image_processor(), 16)
+    row = {"image": PICTURE, "text": "a wall", "reference": encoded(striped())}
+    sample = prepare({**row, "query": ["wall", "floor"]})
+    assert sample["queries"] == ["wall", "floor"] and torch.equal(*sample["reference_values"])
+
+
+@pytest.mark.parametrize(
+    "changed", [{"query": ["a", "b", "c"]}, {"query": []}, {"query": ["a", ""]}, {"query": ["a", 3]}]
+)
+def test_lists_that_do_not_fit_are_a_bad_sample(changed):
+    prepare = Preparation(Columns(reference="reference"), make_image_processor(), 16)
+    with pytest.raises(BadSample, match="query"):
+        prepare({"image": PICTURE, "text": "a wall", "reference": [PICTURE, PICTURE], **changed})
 
 
 def test_a_mask_that_does_not_fit_is_a_bad_sample():

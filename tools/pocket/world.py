@@ -1,14 +1,17 @@
 """The pocket world: small scenes of emoji subjects on painted places, with captions.
 
 A *category* ("cat") has instances: one design set ("flat") in one of twelve colours. People come in looks (skin and hair)
-instead of colours. Some instances are held out from everything that is trained, the judge apart: `is_held_out`.
+instead of colours. Some instances are held out from everything that is trained, the judge apart: `SPLITS`. In training, hues
+lie anywhere inside a colour's twelfth of the circle (`varied`), and several hundred other emoji stand beside the twelve
+categories (`World.others`).
 """
 
+import json
 import math
 import subprocess
 import tarfile
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +59,24 @@ PLACES = {
 }
 PLACE_NAMES = tuple(PLACES)
 
+# Emoji that show a measured category in another way. The vision encoder learns that they are of that category.
+KIN = {
+    "cat": ("1f408", "1f408-200d-2b1b"),
+    "dog": ("1f415", "1f429", "1f9ae", "1f415-200d-1f9ba"),
+    "fish": ("1f41f",),
+    "car": ("1f699", "1f695", "1f693"),
+    "house": ("1f3e1",),
+    "umbrella": ("2614", "1f302", "26f1-fe0f"),
+}
+# Where the other emoji are taken from, and which of them look too much like a measured category to stand beside it.
+OTHER_GROUPS = ("Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "Objects")
+TOO_ALIKE = {
+    "1f31b", "1f31c", "1f342", "1f3d8-fe0f", "1f3da-fe0f", "1f3e2", "1f3eb", "1f420", "1f421", "1f42f", "1f431", "1f436", "1f43a",
+    "1f490", "1f68e", "1f696", "1f694", "1f697", "1f698", "1f6d6", "1f3ce-fe0f", "1f981", "1f98a", "1f98b", "1f988", "1fa95",
+    "1fab7", "1fabb", "1f339", "1f940", "1f33a", "1f41b", "1f3d6-fe0f", "1f344-200d-1f7eb", "1f6fb", "1f690", "1f9d1", "1f335",
+    "1f3bb", "2602-fe0f", "26c4", "1f3e0", "1f337", "1f344", "1f680", "1f3b8",
+}  # fmt: skip
+
 SIZE = 64
 SPRITE_SIZE = 64
 # For each number of subjects their side, left edges and top edge, in pixels. One layout each: a small base model then learns
@@ -65,11 +86,25 @@ LAYOUTS = {1: (40, (12,), 18), 2: (28, (2, 34), 26), 3: (20, (1, 22, 43), 36)}
 
 @dataclass(frozen=True)
 class Instance:
-    """One particular subject: a category in one design and one variant (a colour, for people a look)."""
+    """One particular subject: a category in one design and one variant (a colour, for people a look). `shift` moves the hue
+    inside the colour's twelfth of the circle, by -0.5 to 0.5 of it; saturation and lightness are factors."""
 
     category: int
     design: int
     variant: int
+    shift: float = 0.0
+    saturation: float = 1.0
+    lightness: float = 1.0
+    flipped: bool = False
+
+    @property
+    def code(self) -> str:
+        return CATEGORIES[self.name] or "1f469-" + LOOKS[self.variant][0]
+
+    @property
+    def hue(self) -> float | None:
+        """From 0 to 1; people keep their colours."""
+        return None if CATEGORIES[self.name] is None else (self.variant + self.shift) / NUM_VARIANTS % 1.0
 
     @property
     def name(self) -> str:
@@ -82,55 +117,140 @@ class Instance:
         return f"{look} {DESIGNS[self.design]} {self.name}"
 
 
-def is_held_out(instance: Instance) -> bool:
-    """A quarter of all instances: in each category, each design lacks a band of three neighbouring variants."""
+@dataclass(frozen=True)
+class Other:
+    """Something that nothing is measured on: an emoji that stands beside subjects, or (`KIN`) another picture of a category."""
+
+    name: str
+    code: str
+    design: int
+    hue: float | None
+    saturation: float = 1.0
+    lightness: float = 1.0
+    flipped: bool = False
+
+
+def varied(rng: np.random.Generator, instance: Instance, flip: bool = False) -> Instance:
+    """The instance with its hue anywhere in the colour's twelfth, a little paler or stronger, and mirrored in half of the
+    cases if `flip`."""
+    person = instance.hue is None
+    shift, saturation, lightness = rng.uniform((-0.5, 0.75, 0.85), (0.5, 1.15, 1.12))
+    return replace(
+        instance,
+        shift=0.0 if person else float(shift),
+        saturation=1.0 if person else float(saturation),
+        lightness=float(lightness) if not person else 1.0,
+        flipped=flip and bool(rng.random() < 0.5),
+    )
+
+
+def _held_out_first(instance: Instance) -> bool:
+    """A quarter of all: in each category, each design lacks a band of three neighbouring variants of its own."""
     start = (instance.category * 5 + instance.design * 4) % NUM_VARIANTS
     return (instance.variant - start) % NUM_VARIANTS < 3
+
+
+def _held_out_wide(instance: Instance) -> bool:
+    """In each category three neighbouring variants, the same for all of its designs, so that a colour predicts no design;
+    and of every third category a whole design."""
+    band = (instance.variant - instance.category * 5) % NUM_VARIANTS < 3
+    return band or (instance.category % 3 == 0 and instance.design == instance.category // 3 % len(DESIGNS))
 
 
 INSTANCES = tuple(
     Instance(c, d, v) for c in range(len(CATEGORIES)) for d in range(len(DESIGNS)) for v in range(NUM_VARIANTS)
 )
-SEEN = tuple(i for i in INSTANCES if not is_held_out(i))
-HELD_OUT = tuple(i for i in INSTANCES if is_held_out(i))
+# Split -> (seen, held out). With "first", each held-out colour is seen in both other designs of its category, so that who has
+# learnt colours and designs together draws the wrong design; "wide" holds out what neither colour nor design can give away.
+SPLITS = {
+    name: (tuple(i for i in INSTANCES if not rule(i)), tuple(i for i in INSTANCES if rule(i)))
+    for name, rule in (("first", _held_out_first), ("wide", _held_out_wide))
+}
+SEEN, HELD_OUT = SPLITS["first"]
 
 
 def download_designs(folder: str | Path) -> None:
     """Fetch the three design sets from the npm registry with `npm pack` and keep the pictures that the world uses."""
     folder = Path(folder)
-    for design, (package, pictures, ending, _) in DESIGN_SETS.items():
-        target = folder / design
-        wanted = {f"package/{pictures}/{name}.{ending}" for name in _code_points()}
-        if target.is_dir() and len(list(target.iterdir())) == len(wanted):
-            continue
-        target.mkdir(parents=True, exist_ok=True)
+    if (folder / "others.json").exists():
+        return
+    pictures: dict[str, dict[str, bytes]] = {}
+    for design, (package, inside, ending, _) in DESIGN_SETS.items():
+        folder.mkdir(parents=True, exist_ok=True)
         packed = subprocess.run(
             ["npm", "pack", "--silent", package], cwd=folder, check=True, capture_output=True, text=True
         )
         archive = folder / packed.stdout.split()[-1]
+        start = f"package/{inside}/"
         with tarfile.open(archive) as tar:
+            pictures[design] = {}
             for member in tar:
-                if member.name in wanted:
-                    (target / Path(member.name).name).write_bytes(tar.extractfile(member).read())
+                if member.name.startswith(start) and member.name.endswith(ending):
+                    pictures[design][Path(member.name).stem] = tar.extractfile(member).read()
+                elif member.name == "package/emoji.json":
+                    emoji = json.load(tar.extractfile(member))
         archive.unlink()
+    everywhere = set.intersection(*(set(each) for each in pictures.values()))
+    kin = {code: name for name, codes in KIN.items() for code in codes if code in everywhere}
+    others = {}
+    for each in emoji:
+        code = Path(each["image"]).stem
+        listed = each["category"] in OTHER_GROUPS and code in everywhere
+        if listed and code not in TOO_ALIKE and code not in kin and not each["short_name"].startswith("clock"):
+            others[code] = each["short_name"].replace("_", " ").replace("-", " ")
+    for design, found in pictures.items():
+        (folder / design).mkdir(exist_ok=True)
+        for code in (*_code_points(), *kin, *others):
+            (folder / design / f"{code}.{DESIGN_SETS[design][2]}").write_bytes(found[code])
+    (folder / "others.json").write_text(json.dumps({"others": others, "kin": kin}, indent=1))
 
 
 def _code_points() -> list[str]:
     return [c for c in CATEGORIES.values() if c] + ["1f469-" + look for look, _ in LOOKS]
 
 
-def _recolour(rgba: np.ndarray, hue: float) -> np.ndarray:
-    """Turn the hues of a sprite so that its dominant one becomes `hue` (0 to 1); greys are tinted a little."""
+def _recolour(rgba: np.ndarray, hue: float | None, saturation: float = 1.0, lightness: float = 1.0) -> np.ndarray:
+    """Turn the hues of a sprite so that its dominant one becomes `hue` (0 to 1); greys are tinted a little. With `None` they
+    stay."""
     hsv = np.asarray(Image.fromarray(rgba[..., :3]).convert("HSV")).astype(np.float32) / 255
     h, s, v = hsv[..., 0], hsv[..., 1], hsv[..., 2]
-    weight = s * v * (rgba[..., 3] > 127)
-    angle = np.angle((weight * np.exp(2j * np.pi * h)).sum()) / (2 * np.pi)
-    h = (h - angle + hue) % 1.0
-    flat = s < 0.15
-    h = np.where(flat, hue, h)
-    s = np.where(flat, np.maximum(s, 0.3 * np.clip(v * 1.2, 0, 1)), np.clip(s * 1.15, 0, 1))
-    hsv = (np.stack([h, s, v], -1) * 255).round().astype(np.uint8)
+    if hue is not None:
+        weight = s * v * (rgba[..., 3] > 127)
+        angle = np.angle((weight * np.exp(2j * np.pi * h)).sum()) / (2 * np.pi)
+        h = (h - angle + hue) % 1.0
+        flat = s < 0.15
+        h = np.where(flat, hue, h)
+        s = np.where(flat, np.maximum(s, 0.3 * np.clip(v * 1.2, 0, 1)), np.clip(s * 1.15, 0, 1))
+    hsv = np.stack([h, np.clip(s * saturation, 0, 1), np.clip(v * lightness, 0, 1)], -1)
+    hsv = (hsv * 255).round().astype(np.uint8)
     return np.dstack([np.asarray(Image.fromarray(hsv, "HSV").convert("RGB")), rgba[..., 3]])
+
+
+def restyled(rng: np.random.Generator, sprite: np.ndarray) -> np.ndarray:
+    """A sprite (64, 64, 4) uint8 as another draughtsman might have drawn it: turned, stretched, with outlines or with fewer
+    colours. For encoders and judges that are to know things in designs they have never seen."""
+    turn, skew = rng.uniform(-0.25, 0.25), rng.uniform(-0.15, 0.15)
+    wide, high = 1.1 * np.exp(rng.uniform(-0.16, 0.16, 2))
+    matrix = np.array([[np.cos(turn), -np.sin(turn) + skew], [np.sin(turn), np.cos(turn)]]) * [[wide], [high]]
+    middle = SPRITE_SIZE / 2 - matrix @ [SPRITE_SIZE / 2, SPRITE_SIZE / 2]
+    turned = Image.fromarray(sprite, "RGBA").transform(
+        (SPRITE_SIZE, SPRITE_SIZE),
+        Image.Transform.AFFINE,
+        (*matrix[0], middle[0], *matrix[1], middle[1]),
+        Image.Resampling.BILINEAR,
+    )
+    drawn = np.asarray(turned).copy()
+    if rng.random() < 0.3:
+        levels = rng.integers(3, 6)
+        drawn[..., :3] = ((drawn[..., :3] / 255 * (levels - 1)).round() / (levels - 1) * 255).astype(np.uint8)
+    if rng.random() < 0.4:
+        grey = np.dstack([drawn[..., :3].mean(-1) / 2, drawn[..., 3]]).astype(np.float32)
+        steps = [np.abs(grey - np.roll(grey, by, axis)).max(-1) for axis in (0, 1) for by in (1, -1)]
+        lines = np.max(steps, axis=0) > rng.uniform(25, 60)
+        if rng.random() < 0.5:
+            lines |= np.roll(lines, 1, 0) | np.roll(lines, 1, 1)
+        drawn[lines] = (*rng.integers(0, 50, 3), 255)
+    return drawn
 
 
 class World:
@@ -138,46 +258,74 @@ class World:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self._sprite = lru_cache(maxsize=None)(self._load_sprite)
-        self._scaled = lru_cache(maxsize=60_000)(self._scale_sprite)
+        self._square = lru_cache(maxsize=None)(self._load_square)
+        self._scaled = lru_cache(maxsize=2000)(self._scale_sprite)
 
-    def _load_sprite(self, instance: Instance) -> Image.Image:
-        design = DESIGNS[instance.design]
-        ending = DESIGN_SETS[design][2]
-        code = CATEGORIES[instance.name]
-        person = code is None
-        if person:
-            code = "1f469-" + LOOKS[instance.variant][0]
-        with Image.open(self.folder / design / f"{code}.{ending}") as picture:
+    @cached_property
+    def others(self) -> dict[str, str]:
+        """Code point -> name of the emoji beside the measured categories."""
+        return json.loads((self.folder / "others.json").read_text())["others"]
+
+    @cached_property
+    def kin(self) -> dict[str, str]:
+        """Code point -> category of further pictures of the measured categories."""
+        return json.loads((self.folder / "others.json").read_text())["kin"]
+
+    def draw_other(self, rng: np.random.Generator, codes: dict[str, str] | None = None) -> Other:
+        """One of the other emoji, in any design and mostly in any colour."""
+        codes = self.others if codes is None else codes
+        code = list(codes)[rng.integers(len(codes))]
+        hue = float(rng.random()) if rng.random() < 0.75 else None
+        saturation, lightness = map(float, rng.uniform((0.75, 0.85), (1.15, 1.12)))
+        design, flipped = int(rng.integers(len(DESIGNS))), bool(rng.random() < 0.5)
+        return Other(codes[code], code, design, hue, saturation, lightness, flipped)
+
+    def _load_square(self, design: str, code: str) -> np.ndarray:
+        with Image.open(self.folder / design / f"{code}.{DESIGN_SETS[design][2]}") as picture:
             rgba = picture.convert("RGBA")
         rgba = rgba.crop(rgba.getchannel("A").getbbox())
         side = max(rgba.size)
         square = Image.new("RGBA", (side, side))
         square.paste(rgba, ((side - rgba.width) // 2, (side - rgba.height) // 2))
-        square = np.asarray(square.resize((SPRITE_SIZE, SPRITE_SIZE), Image.Resampling.LANCZOS))
-        if not person:
-            square = _recolour(square, instance.variant / NUM_VARIANTS)
-        return Image.fromarray(square, "RGBA")
+        return np.asarray(square.resize((SPRITE_SIZE, SPRITE_SIZE), Image.Resampling.LANCZOS))
 
-    def _scale_sprite(self, instance: Instance, side: int) -> np.ndarray:
-        sprite = self._sprite(instance)
-        # premultiplied, so that edges do not darken
-        rgba = np.asarray(sprite).astype(np.float32) / 255
-        rgba[..., :3] *= rgba[..., 3:]
-        channels = [
-            np.asarray(Image.fromarray(rgba[..., c]).resize((side, side), Image.Resampling.BOX)) for c in range(4)
-        ]
-        return np.stack(channels, -1)
+    def sprite(self, thing: Instance | Other, rng: np.random.Generator | None = None) -> np.ndarray:
+        """The picture of a thing, (64, 64, 4) uint8; with `rng` in another style (`restyled`)."""
+        square = self._square(DESIGNS[thing.design], thing.code)
+        if thing.hue is not None or thing.saturation != 1 or thing.lightness != 1:
+            square = _recolour(square, thing.hue, thing.saturation, thing.lightness)
+        if thing.flipped:
+            square = square[:, ::-1]
+        return square if rng is None else restyled(rng, square)
 
-    def paste(self, canvas: np.ndarray, instance: Instance, x: int, y: int, side: int) -> np.ndarray:
-        """Put an instance's picture into `canvas` ((height, width, 3), 0 to 1); returns its alpha, same height and width."""
-        sprite = self._scaled(instance, side)
+    def _scale_sprite(self, thing: Instance | Other, side: int) -> np.ndarray:
+        return _scale(self.sprite(thing), side)
+
+    def paste(
+        self,
+        canvas: np.ndarray,
+        thing: Instance | Other,
+        x: int,
+        y: int,
+        side: int,
+        style: np.random.Generator | None = None,
+    ) -> np.ndarray:
+        """Put a thing's picture into `canvas` ((height, width, 3), 0 to 1); returns its alpha, same height and width."""
+        sprite = self._scaled(thing, side) if style is None else _scale(self.sprite(thing, style), side)
         region = canvas[y : y + side, x : x + side]
         region *= 1 - sprite[..., 3:]
         region += sprite[..., :3]
         alpha = np.zeros(canvas.shape[:2], np.float32)
         alpha[y : y + side, x : x + side] = sprite[..., 3]
         return alpha
+
+
+def _scale(sprite: np.ndarray, side: int) -> np.ndarray:
+    # premultiplied, so that edges do not darken
+    rgba = sprite.astype(np.float32) / 255
+    rgba[..., :3] *= rgba[..., 3:]
+    channels = [np.asarray(Image.fromarray(rgba[..., c]).resize((side, side), Image.Resampling.BOX)) for c in range(4)]
+    return np.stack(channels, -1)
 
 
 @dataclass
@@ -260,29 +408,60 @@ def paint_place(place: int, rng: np.random.Generator, size: int = SIZE) -> np.nd
     return (canvas * rng.uniform(0.93, 1.05)).clip(0, 1).astype(np.float32)
 
 
+Box = tuple[int, int, int]
+
+
+def arrange(rng: np.random.Generator, count: int, size: int = SIZE) -> list[Box]:
+    """Places for one to four things, `(left, top, side)` each, from the back to the front: of any size, beside each other, large
+    and small, or (one time in four) each partly before the next."""
+    overlap = 0.3 if rng.random() < 0.25 else 0.0
+    low, high = {1: (26, 54), 2: (18, 42), 3: (15, 28), 4: (13, 22)}[count]
+    sides = rng.integers(low, high + 1, count)
+    shown = sides * (1 - overlap)
+    needed = shown.sum() + overlap * sides[-1]
+    if needed > SIZE:
+        sides = (sides * SIZE / needed).astype(int)
+        shown = sides * (1 - overlap)
+        needed = shown.sum() + overlap * sides[-1]
+    gaps = (SIZE - needed) * rng.dirichlet(np.ones(count + 1))
+    lefts = np.cumsum(gaps[:-1]) + np.cumsum(shown) - shown
+    # feet on the ground: the lower down, the nearer
+    feet = rng.integers(40, SIZE, count)
+    order = np.argsort(feet)
+    boxes = [(int(lefts[i]), max(int(feet[i] - sides[i]), 0), int(sides[i])) for i in order]
+    return [tuple(each * size // SIZE for each in box) for box in boxes]
+
+
 def draw_scene(
     world: World,
     rng: np.random.Generator,
-    instances: list[Instance],
+    things: list[Instance | Other],
     place: int | None = None,
     size: int = SIZE,
     shift: tuple[int, int] = (0, 0),
     canvas: np.ndarray | None = None,
+    boxes: list[Box] | None = None,
+    restyle: bool = False,
 ) -> Scene:
-    """Put one to three instances side by side, in any order, on a place (a random one if `None`).
+    """Put things side by side, in any order, on a place (a random one if `None`).
 
     `shift` moves them by pixels to the right and down, at most to the picture's edge; `canvas` is a place that is
-    painted already.
+    painted already; `boxes` are where they stand instead (`arrange`), and with `restyle` each is drawn as by another hand.
     """
     place = int(rng.integers(len(PLACES))) if place is None else place
     canvas = paint_place(place, rng, size) if canvas is None else canvas.copy()
-    masks: list = [None] * len(instances)
-    side, lefts, top = (np.array(pixels) * size // SIZE for pixels in LAYOUTS[len(instances)])
-    for column, index in enumerate(rng.permutation(len(instances))):
-        x, y = np.clip((lefts[column] + shift[0], top + shift[1]), 0, size - side)
-        masks[index] = world.paste(canvas, instances[index], int(x), int(y), int(side))
+    masks: list = [None] * len(things)
+    if boxes is None:
+        side, lefts, top = (np.array(pixels) * size // SIZE for pixels in LAYOUTS[len(things)])
+        corners = [np.clip((left + shift[0], top + shift[1]), 0, size - side) for left in lefts]
+        boxes = [(int(x), int(y), int(side)) for x, y in corners]
+    style = rng if restyle else None
+    for box, index in zip(boxes, rng.permutation(len(things)), strict=True):
+        alpha = world.paste(canvas, things[index], *box, style)
+        masks = [mask if mask is None else mask * (1 - alpha) for mask in masks]
+        masks[index] = alpha
     alphas = [mask > 0.5 for mask in masks]
-    return Scene((canvas.clip(0, 1) * 255).round().astype(np.uint8), place, list(instances), alphas)
+    return Scene((canvas.clip(0, 1) * 255).round().astype(np.uint8), place, list(things), alphas)
 
 
 def draw_instances(rng: np.random.Generator, pool: tuple[Instance, ...], count: int) -> list[Instance]:

@@ -10,15 +10,24 @@ from pathlib import Path
 from diffusers.utils import logging
 
 from ..methods import ROOT
-from . import chains, comparison, selection, speed
+from . import chains, comparison, controls, selection, speed, words
 from .references import References
 
 
 PARTS = {
     "text": selection.from_text,
     "selection": selection.selection,
+    "seen": selection.seen,
     "both": selection.both_subjects,
     "together": selection.together,
+    "words": words.words,
+    "pairs": words.pairs,
+    "alone": controls.alone,
+    "absent": controls.absent,
+    "masks": controls.masks,
+    "three": controls.three,
+    "people": controls.people,
+    "pointing": controls.pointing,
     "comparison": comparison.comparison,
     "controlnet": chains.controlnet,
     "video": chains.video,
@@ -39,6 +48,9 @@ def main():
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/pocket-training"), help="for the design sets")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help="for the sample sheet")
     parser.add_argument("--num_references", type=int, default=200)
+    parser.add_argument(
+        "--seed", type=int, default=12345, help="of the references; settings are chosen on others than are reported"
+    )
     parser.add_argument("--num_inference_steps", type=int, default=15)
     parser.add_argument("--guidance_scale", type=float, default=3.0)
     parser.add_argument("--eta", type=float, default=0.9, help="DDIM's noise: it corrects errors on the way")

@@ -1,6 +1,7 @@
 """What every measurement of the pocket shares: held-out references, what draws, what judges, how shares are reported."""
 
 import argparse
+import copy
 import math
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from ..methods import ROOT
 from ..world import (
     CATEGORY_NAMES,
     HELD_OUT,
+    NUM_VARIANTS,
     PLACE_NAMES,
+    Instance,
     World,
     describe,
     download_designs,
@@ -54,6 +57,19 @@ def draw(pipe, args, prompts: list[str], subjects: list | None, label: str, **ea
     return np.concatenate(pictures)
 
 
+def hues(verdict: Verdict) -> np.ndarray:
+    """The hue of what each picture shows most clearly, in turns, as the judge sees it: the mean direction of its colours."""
+    rows = torch.arange(len(verdict.categories))
+    colours = verdict.variants[rows, verdict.categories.argmax(1)].softmax(1).numpy()
+    direction = (colours * np.exp(2j * np.pi * np.arange(NUM_VARIANTS) / NUM_VARIANTS)).sum(1)
+    return np.angle(direction) / (2 * np.pi) % 1.0
+
+
+def hue_distance(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """In degrees, 0 to 180."""
+    return 360 * np.abs((first - second + 0.5) % 1.0 - 0.5)
+
+
 class References:
     """References of two subjects, what draws and what judges."""
 
@@ -66,12 +82,22 @@ class References:
         )
         self.pipe.load_ssr(args.checkpoint)
         self.pipe.set_progress_bar_config(disable=True)
-        rng = np.random.default_rng(12345)
-        count = args.num_references
-        self.scenes = [draw_scene(self.world, rng, draw_instances(rng, HELD_OUT, 2)) for _ in range(count)]
+        self.columns: list[np.ndarray] = []
+        self._sample(HELD_OUT, 2)
+
+    def _sample(self, pool: tuple[Instance, ...], things: int) -> None:
+        rng, count = np.random.default_rng(self.args.seed), self.args.num_references
+        self.scenes = [draw_scene(self.world, rng, draw_instances(rng, pool, things)) for _ in range(count)]
         self.places = rng.integers(len(PLACE_NAMES), size=count)
         self.rows = np.arange(count)
-        self.columns: list[np.ndarray] = []
+
+    def of(self, pool: tuple[Instance, ...] = HELD_OUT, things: int = 2) -> "References":
+        """Other references, of instances of `pool` and with so many things; what draws and judges is the same, and nothing of them
+        goes into the sheet."""
+        other = copy.copy(self)
+        other.columns = []
+        other._sample(pool, things)
+        return other
 
     def wanted(self, part: str, slot: int = 0) -> np.ndarray:
         """The category, design or variant of each reference's first or second subject; either may be left or right."""
@@ -87,11 +113,13 @@ class References:
         self.columns += [pictures] if pictures.ndim == 4 else [pictures[:, frame] for frame in (0, 4, 7)]
         return pictures
 
-    def encode(self, slot: int, by_mask: bool = False) -> list:
+    def encode(self, slot: int, by_mask: bool = False, by_name: bool | None = None) -> list:
+        """The subject of each reference in this slot, by its name or by its mask, or by both."""
+        by_name = not by_mask if by_name is None else by_name
         return [
             self.pipe.encode_subject(
                 scene.picture,
-                query=None if by_mask else scene.instances[slot].name,
+                query=scene.instances[slot].name if by_name else None,
                 mask=scene.masks[slot] if by_mask else None,
                 mask_weight=self.args.mask_weight,
             )

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from ..world import CATEGORY_NAMES, PLACE_NAMES, describe
+from ..world import CATEGORY_NAMES, HELD_OUT, PLACE_NAMES, SEEN, describe
+from .comparison import nearest_is_own
 from .references import References, draw, share
 
 
@@ -36,6 +37,28 @@ def selection(refs: References) -> None:
             print(f"  place asked for:                       {share(place)}")
 
 
+def seen(refs: References) -> None:
+    """The same for instances that were trained on, and with the nearest of 16 split up: what colour and design alone would say."""
+    for name, pool in (("held out", HELD_OUT), ("seen", SEEN)):
+        some = refs.of(pool, 2)
+        queried = some.wanted("category")
+        verdict = some.judge.look_at(some.draw(some.prompts(None), some.encode(0), name))
+        logits = [part[some.rows, queried].numpy() for part in (verdict.designs, verdict.variants)]
+        shown = verdict.categories.argmax(1).numpy() == queried
+        print(f'one query a reference, the prompt names "a thing", {name} ({len(queried)} pictures):')
+        print(f"  right subject:                             {share(shown)}")
+        print(f"  right subject, and clearly:                {share(shown & (verdict.categories.numpy().max(1) > 0))}")
+        for what, (design, variant) in {
+            "": (1, 1),
+            ", by colour or look alone": (0, 1),
+            ", by design alone": (1, 0),
+        }.items():
+            nearest = nearest_is_own(design * logits[0], variant * logits[1], some.scenes, np.random.default_rng(16))
+            print(f"  {f'right instance (nearest of 16){what}:':55} {share(nearest)}")
+        print(f"  its design (of 3):                         {share(logits[0].argmax(1) == some.wanted('design'))}")
+        print(f"  its colour or look (of 12):                {share(logits[1].argmax(1) == some.wanted('variant'))}")
+
+
 def both_subjects(refs: References) -> None:
     """Both queries of each reference with the same seed, by text and by mask."""
     for by_mask in (False, True):
@@ -53,20 +76,25 @@ def both_subjects(refs: References) -> None:
 
 
 def together(refs: References) -> None:
-    """The first subjects of two references in one picture, each kept to its half."""
+    """The first subjects of two references in one picture, each kept to its half or not, at full and at lower scale."""
     first, partner = refs.encode(0), np.roll(refs.rows, 1)
     category = refs.wanted("category")
     use = category != category[partner]
     left = np.zeros((64, 64), np.float32)
     left[:, :32] = 1
-    prompts, plain, halves = [], [], []
-    for i in refs.rows[use]:
-        names = [CATEGORY_NAMES[category[i]], CATEGORY_NAMES[category[partner[i]]]]
-        prompts.append(describe(names, PLACE_NAMES[refs.places[i]]))
-        plain.append(first[i] + first[partner[i]])
-        halves.append(first[i].inside(left) + first[partner[i]].inside(1 - left))
-    for how, subjects in (("", plain), (", each in its half", halves), (", without SSR", None)):
-        verdict = refs.judge.look_at(draw(refs.pipe, refs.args, prompts, subjects, "together"))
+    prompts = [
+        describe([CATEGORY_NAMES[category[i]], CATEGORY_NAMES[category[partner[i]]]], PLACE_NAMES[refs.places[i]])
+        for i in refs.rows[use]
+    ]
+    subjects: dict[str, list | None] = {", without SSR": None}
+    for scale in (1.0, 0.6):
+        pairs = [(first[i].scaled(scale), first[partner[i]].scaled(scale)) for i in refs.rows[use]]
+        subjects[f", scale {scale:g}"] = [a + b for a, b in pairs]
+        subjects[f", scale {scale:g}, each in its half"] = [a.inside(left) + b.inside(1 - left) for a, b in pairs]
+    for how, given in subjects.items():
+        pictures = draw(refs.pipe, refs.args, prompts, given, "together")
+        refs.columns.append(pictures)
+        verdict = refs.judge.look_at(pictures)
         present = verdict.categories.numpy() > 0
         rows = np.arange(len(prompts))
         both = present[rows, category[use]] & present[rows, category[partner][use]]

@@ -1,9 +1,9 @@
 """Train the pocket's CLIP: tokenizer, text encoder and vision encoder, on rich captions (colour and design named).
 
 The real CLIP learned colours, styles and where things are from hundreds of millions of captions. Here a second loss stands
-in for that scale: small heads, thrown away afterwards, name category, design and variant at each patch. Pictures come flipped,
-moved, faded and in other light, so that shapes are learned apart from colours: an instance that was held out is a known
-design in a known colour, and only the two together are new.
+in for that scale: small heads, thrown away afterwards, name at each patch the thing (of several hundred emoji), its design, its
+hue, and the look of people. Scenes hold one to four things of any size anywhere, many of them turned, outlined or in fewer colours,
+and come moved, faded and in other light, so that shapes are learned apart from colours and from the hand that drew them.
 
 `--part vision` trains the vision encoder alone, further or from nothing: models that were trained on the text encoder stay valid.
 """
@@ -14,28 +14,43 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
-from ..scenes import load_scenes
+from ..scenes import SceneStream, patch_cover
 from ..training import options, train
-from ..world import CATEGORY_NAMES, COLOURS, DESIGNS, INSTANCES, LOOKS, NUM_VARIANTS, PLACE_NAMES, PLACES, describe
+from ..world import (
+    CATEGORY_NAMES,
+    COLOURS,
+    DESIGNS,
+    LOOKS,
+    PLACE_NAMES,
+    PLACES,
+    SPLITS,
+    Instance,
+    Scene,
+    World,
+    describe,
+    download_designs,
+)
 
 
 TEXT_WIDTH = 96
 VISION_WIDTH = 128
 NUM_LAYERS = 6
 MOVE = 4  # pixels; covers are by patches of 8, and stay as they are
+CHUNK = 512  # scenes; drawing them takes longer than looking at them
+STEPS_A_CHUNK = 64
 NUM_TOKENS = 32  # the longest caption has 25; CLIP's 77 would only cost time here
 WORDS = "a an and of picture with thing something " + " ".join(
     [*CATEGORY_NAMES, *COLOURS, *DESIGNS, *(look for _, look in LOOKS), *PLACES.values()]
 )
 
 
-def build_tokenizer(folder) -> CLIPTokenizer:
+def build_tokenizer(folder, world: World) -> CLIPTokenizer:
     """A byte-pair tokenizer in CLIP's form in which every word of the world is one token."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
     alphabet = list(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=1200, end_of_word_suffix="</w>", initial_alphabet=alphabet)
-    bpe.train_from_iterator([WORDS] * 3, trainer)
+    trainer = trainers.BpeTrainer(vocab_size=4000, end_of_word_suffix="</w>", initial_alphabet=alphabet)
+    bpe.train_from_iterator([" ".join([WORDS, *world.others.values()])] * 3, trainer)
     bpe.model.save(str(folder))
     merges = [tuple(line.split()) for line in (folder / "merges.txt").read_text().splitlines()[1:]]
     tokens = alphabet + [letter + "</w>" for letter in alphabet] + ["".join(pair) for pair in merges]
@@ -70,12 +85,13 @@ def build(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 
 class PatchNamer(torch.nn.Module):
-    """Names what each patch shows: category (or background), design, variant; and the place from the class token."""
+    """Names what each patch shows: the thing (or background), its design, its hue as a direction, a person's look; and the place
+    from the class token."""
 
-    def __init__(self):
+    def __init__(self, num_things: int):
         super().__init__()
         self.norm = torch.nn.LayerNorm(VISION_WIDTH)
-        self.sizes = (len(CATEGORY_NAMES) + 1, len(DESIGNS), NUM_VARIANTS)
+        self.sizes = (num_things + 1, len(DESIGNS), 2, len(LOOKS))
         self.patch = torch.nn.Linear(VISION_WIDTH, sum(self.sizes))
         self.place = torch.nn.Linear(VISION_WIDTH, len(PLACES))
 
@@ -84,13 +100,34 @@ class PatchNamer(torch.nn.Module):
         return self.patch(hidden_states[:, 1:]).split(self.sizes, -1), self.place(hidden_states[:, 0])
 
 
-def vary(pictures: torch.Tensor, cover: torch.Tensor, generator: torch.Generator):
-    """Pictures (n, 3, 64, 64) from 0 to 1 as a photographer could have taken them as well, their covers (n, 3, 8, 8), and
-    which of them kept enough colour to name it, (n,). Hues never change: some of them are held out."""
+class Lesson:
+    """`CHUNK` scenes and what is to be learned from them, each used for some steps and then drawn anew; which ones depends on
+    seed and chunk alone. Attributes: `pictures`, `places`, `cover` (n, 4, 8, 8) and, one for each thing of a scene, `things`, `designs`,
+    `hues` (in turns, NaN where there is none to name) and `looks` (-1 where it is no person), each (n, 4)."""
+
+    def __init__(self, stream: SceneStream, number: dict[str, int], seed: tuple[int, ...]):
+        rng = np.random.default_rng(seed)
+        self.scenes = stream.draw(rng, CHUNK)
+        self.pictures = torch.from_numpy(np.stack([s.picture for s in self.scenes])).permute(0, 3, 1, 2)
+        self.places = torch.tensor([scene.place for scene in self.scenes])
+        self.cover = torch.zeros(CHUNK, 4, 8, 8)
+        self.things, self.designs, self.looks = (torch.full((CHUNK, 4), -1) for _ in range(3))
+        self.hues = torch.full((CHUNK, 4), torch.nan)
+        for row, scene in enumerate(self.scenes):
+            for slot, (thing, mask) in enumerate(zip(scene.instances, scene.masks, strict=True)):
+                self.cover[row, slot] = torch.from_numpy(patch_cover(mask))
+                self.things[row, slot] = number[thing.name]
+                self.designs[row, slot] = thing.design
+                if thing.hue is not None:
+                    self.hues[row, slot] = thing.hue
+                elif isinstance(thing, Instance):
+                    self.looks[row, slot] = thing.variant
+
+
+def vary(pictures: torch.Tensor, generator: torch.Generator):
+    """Pictures (n, 3, 64, 64) from 0 to 1 as a photographer could have taken them as well, and which of them kept enough colour
+    to name it, (n,). Hues never change: some of them are held out."""
     count = len(pictures)
-    flipped = torch.rand(count, generator=generator) < 0.5
-    pictures = torch.where(flipped[:, None, None, None], pictures.flip(-1), pictures)
-    cover = torch.where(flipped[:, None, None, None], cover.flip(-1), cover)
     padded = F.pad(pictures, (MOVE,) * 4, mode="replicate")
     down, right = torch.randint(2 * MOVE + 1, (2, count), generator=generator).tolist()
     size = pictures.shape[-1]
@@ -100,79 +137,111 @@ def vary(pictures: torch.Tensor, cover: torch.Tensor, generator: torch.Generator
     pictures = torch.lerp(pictures.mean(1, keepdim=True), pictures, saturation)
     middle = pictures.mean((1, 2, 3), keepdim=True)
     pictures = (middle + (pictures - middle) * (0.8 + 0.4 * contrast)) * (0.85 + 0.3 * light)
-    return pictures.clamp(0, 1), cover, saturation.flatten() > 0.5
+    return pictures.clamp(0, 1), saturation.flatten() > 0.5
+
+
+def name_things(scene: Scene, rng: np.random.Generator) -> str:
+    """A caption of a scene, rich in four of five cases. Of three and more things it names one or all."""
+    named = list(scene.instances)
+    if len(named) > 2 and rng.random() < 0.5:
+        named = [named[rng.integers(len(named))]]
+    words = [
+        thing.words if isinstance(thing, Instance) and rng.random() < 0.8 else f"{DESIGNS[thing.design]} {thing.name}"
+        for thing in named
+    ]
+    rng.shuffle(words)
+    return describe(words, PLACE_NAMES[scene.place])
 
 
 def main():
-    parser = options(__doc__, max_train_steps=5000, train_batch_size=32, learning_rate=1e-3, ema_decay=0.995)
+    parser = options(__doc__, max_train_steps=8000, train_batch_size=32, learning_rate=1e-3, ema_decay=0.995)
     parser.add_argument("--part", choices=("all", "vision"), default="all")
+    parser.add_argument("--split", choices=SPLITS, default="wide", help="which instances stay unseen")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    scenes = load_scenes(args.work_dir)
+    download_designs(args.work_dir / "designs")
+    world = World(args.work_dir / "designs")
+    stream = SceneStream(
+        world,
+        args.split,
+        (0.2, 0.35, 0.25, 0.2),
+        varied_share=0.85,
+        others_share=0.35,
+        kin_share=0.15,
+        restyled_share=0.5,
+    )
+    number = {name: index for index, name in enumerate(dict.fromkeys([*CATEGORY_NAMES, *world.others.values()]))}
     folder = args.work_dir / "clip"
     folder.mkdir(exist_ok=True)
     alone = args.part == "vision"
-    tokenizer = CLIPTokenizer.from_pretrained(folder) if alone else build_tokenizer(folder)
+    tokenizer = CLIPTokenizer.from_pretrained(folder) if alone else build_tokenizer(folder, world)
     processor = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
-    clip, namer = CLIPModel.from_pretrained(folder) if alone else build(tokenizer), PatchNamer()
+    clip, namer = CLIPModel.from_pretrained(folder) if alone else build(tokenizer), PatchNamer(len(number))
     clip.train()
     if alone:
         clip.text_model.requires_grad_(False)
     mean, std = (torch.tensor(s).view(3, 1, 1) for s in (processor.image_mean, processor.image_std))
     # most patches show background
-    category_weights = torch.tensor([1.0] * len(CATEGORY_NAMES) + [0.1])
-    attributes = torch.tensor([(i.category, i.design, i.variant) for i in INSTANCES])
+    thing_weights = torch.tensor([1.0] * len(number) + [0.1])
+    lessons: dict[int, Lesson] = {}
 
-    def captions(rows, rng):
-        texts = []
-        for row in rows:
-            present = [INSTANCES[n] for n in scenes.instances[row] if n >= 0]
-            things = [i.words if rng.random() < 0.8 else i.name for i in present]
-            rng.shuffle(things)
-            texts.append(describe(things, PLACE_NAMES[scenes.places[row]]))
-        return texts
+    def lesson(generator) -> Lesson:
+        turn = generator.initial_seed() // STEPS_A_CHUNK
+        if turn not in lessons:
+            lessons.clear()
+            lessons[turn] = Lesson(stream, number, (args.seed, turn))
+        return lessons[turn]
 
-    several = np.flatnonzero(scenes.counts > 1)
+    def contrast_loss(scenes, pooled, generator):
+        rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+        texts = [name_things(scene, rng) for scene in scenes]
+        tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+        text = clip.text_model(input_ids=tokens.input_ids).pooler_output
+        text = F.normalize(clip.text_projection(text), dim=-1)
+        image = F.normalize(clip.visual_projection(pooled), dim=-1)
+        logits = clip.logit_scale.clamp(max=4.6).exp() * text @ image.T
+        target = torch.arange(len(texts))
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        return loss, (logits.argmax(1) == target).float().mean().item()
 
     def loss_fn(generator):
-        half = args.train_batch_size // 2
-        rows = torch.randint(len(scenes), (args.train_batch_size,), generator=generator).numpy()
-        rows[:half] = several[torch.randint(len(several), (half,), generator=generator).numpy()]
-        rng = np.random.default_rng(int(rows.sum()))
-        pictures = torch.from_numpy(scenes.pictures[rows]).permute(0, 3, 1, 2).float() / 255
-        cover = torch.from_numpy(scenes.cover[rows]).float() / 255
-        pictures, cover, coloured = vary(pictures, cover, generator)
-        pixels = (pictures - mean) / std
-        tokens = tokenizer(captions(rows, rng), padding="max_length", truncation=True, return_tensors="pt")
-        text = clip.text_model(input_ids=tokens.input_ids).pooler_output
-        vision = clip.vision_model(pixel_values=pixels)
-        text = F.normalize(clip.text_projection(text), dim=-1)
-        image = F.normalize(clip.visual_projection(vision.pooler_output), dim=-1)
-        logits = clip.logit_scale.clamp(max=4.6).exp() * text @ image.T
-        target = torch.arange(len(rows))
-        contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-
-        (category, design, variant), place = namer(vision.last_hidden_state)
-        share, slot = cover.flatten(2).max(1)
-        numbers = torch.from_numpy(scenes.instances[rows]).clamp(min=0).gather(1, slot)
+        known = lesson(generator)
+        rows = torch.randint(CHUNK, (args.train_batch_size,), generator=generator)
+        pictures, coloured = vary(known.pictures[rows].float() / 255, generator)
+        vision = clip.vision_model(pixel_values=(pictures - mean) / std)
+        (thing, design, hue, look), place = namer(vision.last_hidden_state)
+        share, slot = known.cover[rows].flatten(2).max(1)
         shown = share > 0.3
-        names = torch.where(shown, attributes[numbers][..., 0], len(CATEGORY_NAMES))
-        naming = F.cross_entropy(category.flatten(0, 1), names.flatten(), weight=category_weights)
-        naming = naming + F.cross_entropy(design[shown], attributes[numbers][shown][:, 1])
-        named = shown & coloured[:, None]
-        naming = naming + F.cross_entropy(variant[named], attributes[numbers][named][:, 2])
-        naming = naming + 0.2 * F.cross_entropy(place, torch.from_numpy(scenes.places[rows]))
+        things, designs, hues, looks = (
+            each[rows].gather(1, slot) for each in (known.things, known.designs, known.hues, known.looks)
+        )
+        things = torch.where(shown, things, len(number))
+        with_hue = shown & coloured[:, None] & hues.isfinite()
+        angle = 2 * torch.pi * hues[with_hue]
+        loss = F.cross_entropy(thing.flatten(0, 1), things.flatten(), weight=thing_weights)
+        loss = loss + 0.5 * F.cross_entropy(design[shown], designs[shown])
+        loss = loss + 2 * F.mse_loss(hue[with_hue], torch.stack([angle.cos(), angle.sin()], -1))
+        person = shown & coloured[:, None] & (looks >= 0)
+        if person.any():
+            loss = loss + 0.3 * F.cross_entropy(look[person], looks[person])
+        loss = loss + 0.2 * F.cross_entropy(place, known.places[rows])
+        ours = shown & (things < len(CATEGORY_NAMES))
+        off = torch.atan2(hue[with_hue][:, 1], hue[with_hue][:, 0]) - angle
         metrics = {
-            "contrast": contrast.item(),
-            "matched": (logits.argmax(1) == target).float().mean().item(),
-            "category": (category.argmax(-1) == names)[shown].float().mean().item(),
-            "design": (design.argmax(-1)[shown] == attributes[numbers][shown][:, 1]).float().mean().item(),
-            "variant": (variant.argmax(-1)[named] == attributes[numbers][named][:, 2]).float().mean().item(),
+            "thing": (thing.argmax(-1) == things)[shown].float().mean().item(),
+            "category": (thing.argmax(-1) == things)[ours].float().mean().item(),
+            "design": (design.argmax(-1)[shown] == designs[shown]).float().mean().item(),
+            "hue": (off.cos() > 0.866).float().mean().item(),
         }
-        return contrast + naming, metrics
+        if not alone:
+            contrast, metrics["matched"] = contrast_loss(
+                [known.scenes[i] for i in rows], vision.pooler_output, generator
+            )
+            loss = loss + contrast
+        return loss, metrics
 
-    train("clip", args, {"clip": clip, "namer": namer}, loss_fn)
+    train("vision" if alone else "clip", args, {"clip": clip, "namer": namer}, loss_fn)
     clip.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     processor.save_pretrained(folder)

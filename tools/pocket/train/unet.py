@@ -12,10 +12,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..base import caption, diffusion_loss, encode_texts
-from ..codes import CHANNELS, load_codes, load_latents
-from ..scenes import load_scenes
+from ..codes import CHANNELS, load_codes
+from ..scenes import SceneStream
 from ..training import options, picture_array, train
-from ..world import CATEGORY_NAMES, PLACE_NAMES, describe, sheet
+from ..world import CATEGORY_NAMES, PLACE_NAMES, SPLITS, World, describe, sheet
 
 
 def build(trained: Path) -> UNet2DConditionModel:
@@ -51,24 +51,28 @@ def build_scheduler() -> DDIMScheduler:
 
 def main():
     parser = options(__doc__, max_train_steps=17000, train_batch_size=10, learning_rate=1.3e-3, sample_steps=1000)
+    parser.add_argument("--split", choices=SPLITS, default="wide", help="which instances stay unseen")
+    parser.add_argument(
+        "--varied_share", type=float, default=0.5, help="of scenes with any sizes, places and mirroring"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    scenes = load_scenes(args.work_dir)
+    scenes = SceneStream(World(args.work_dir / "designs"), args.split, varied_share=args.varied_share)
     tokenizer = CLIPTokenizer.from_pretrained(args.work_dir / "clip")
     text_encoder = CLIPTextModel.from_pretrained(args.work_dir / "clip").eval()
-    latents = load_latents(args.work_dir, scenes)
-    importance = load_codes(args.work_dir).importance()
+    codes = load_codes(args.work_dir)
+    importance = codes.importance()
     scheduler = build_scheduler()
     unet = build(args.work_dir / "unet").train()
     print(f"UNet: {sum(p.numel() for p in unet.parameters()) / 1e6:.1f} M parameters")
 
     def loss_fn(generator):
-        rows = torch.randint(len(scenes), (args.train_batch_size,), generator=generator)
-        rng = np.random.default_rng(int(rows.sum()))
-        texts = [caption(scenes.instances_of(row), scenes.places[row], rng) for row in rows.tolist()]
+        rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+        drawn = scenes.draw(rng, args.train_batch_size)
+        texts = [caption(scene.instances, scene.place, rng) for scene in drawn]
         states = encode_texts(tokenizer, text_encoder, texts)
-        clean = latents[rows].float()
+        clean = codes.encode(np.stack([scene.picture for scene in drawn]))
         return diffusion_loss(scheduler, unet, clean, importance, generator, encoder_hidden_states=states), {}
 
     def sample_fn(file):

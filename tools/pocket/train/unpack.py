@@ -52,7 +52,7 @@ def main():
     save_file(judge, output / "judge" / "model.safetensors")
 
     # the shipped autoencoder knows which codes it was trained on: the linear ones that are nearest to its latents
-    scenes, vae = load_scenes(output), AutoencoderKL.from_pretrained(output / "vae")
+    scenes, vae = load_scenes(output, 3000), AutoencoderKL.from_pretrained(output / "vae")
     with torch.no_grad():
         parts = (scenes.pictures[start : start + 250] for start in range(0, 3000, 250))
         latents = torch.cat([vae.encode(picture_tensor(part)).latent_dist.mode() for part in parts])

@@ -1,0 +1,35 @@
+"""What the base model can draw when it is told everything in words: no subject can ask for more than that."""
+
+import numpy as np
+import torch
+
+from ..world import CATEGORY_NAMES, HELD_OUT, PLACE_NAMES, SEEN, describe, draw_instances
+from .references import References, draw, share
+
+
+def words(refs: References) -> None:
+    """Instances in full words ("a red flat car on the beach"), seen ones and held-out ones."""
+    for name, pool in (("held out", HELD_OUT), ("seen", SEEN)):
+        rng = np.random.default_rng(refs.args.seed)
+        asked = [pool[rng.integers(len(pool))] for _ in refs.rows]
+        prompts = [describe([i.words], PLACE_NAMES[p]) for i, p in zip(asked, refs.places, strict=True)]
+        verdict = refs.judge.look_at(draw(refs.pipe, refs.args, prompts, None, f"full words, {name}"))
+        category, design, variant = torch.tensor([(i.category, i.design, i.variant) for i in asked]).unbind(1)
+        print(f"the base model, instances in full words, {name} ({len(asked)} pictures):")
+        print(f"  category:            {share((verdict.categories.argmax(1) == category).numpy())}")
+        print(f"  design (of 3):       {share((verdict.designs[refs.rows, category].argmax(1) == design).numpy())}")
+        print(f"  colour or look:      {share((verdict.variants[refs.rows, category].argmax(1) == variant).numpy())}")
+
+
+def pairs(refs: References) -> None:
+    """Two named things in one picture."""
+    rng = np.random.default_rng(refs.args.seed)
+    asked = np.array([[i.category for i in draw_instances(rng, HELD_OUT, 2)] for _ in refs.rows])
+    prompts = [
+        describe([CATEGORY_NAMES[c] for c in two], PLACE_NAMES[p]) for two, p in zip(asked, refs.places, strict=True)
+    ]
+    present = refs.judge.look_at(draw(refs.pipe, refs.args, prompts, None, "two things")).categories.numpy() > 0
+    both = present[refs.rows, asked[:, 0]] & present[refs.rows, asked[:, 1]]
+    print(f"the base model, two named things ({len(prompts)} pictures):")
+    print(f"  both are there:      {share(both)}")
+    print(f"  a third one as well: {share(present.sum(1) > 2)}")
