@@ -2,8 +2,9 @@
 
 from .attention_map import SubjectAttentionMap
 from .attention_processors import SSRAttnProcessor2_0
-from .mixin_ssr import SSRPipelineMixin, ssr_pipeline_class
+from .mixin_ssr import SSRPipelineMixin
 from .modeling_ssr import SSREncoder
+from .pipeline_classes import ssr_pipeline_class
 from .pipeline_ssr import StableDiffusionSSRPipeline
 from .pipeline_ssr_animatediff import AnimateDiffSSRPipeline
 from .pipeline_ssr_controlnet import StableDiffusionSSRControlNetPipeline

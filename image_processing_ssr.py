@@ -148,3 +148,9 @@ def _fit(pixels: torch.Tensor, processor: CLIPImageProcessor) -> torch.Tensor:
     height, width = processor.crop_size["height"], processor.crop_size["width"]
     left, top = (width - pixels.shape[2]) // 2, (height - pixels.shape[1]) // 2
     return F.pad(pixels, (left, width - pixels.shape[2] - left, top, height - pixels.shape[1] - top))[None]
+
+
+def default_image_processor(image_encoder) -> CLIPImageProcessor:
+    """The image processor of a vision encoder that has none: its size, and CLIP's normalisation."""
+    side = image_encoder.config.image_size
+    return CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .token_merging import merge_tokens
+from . import token_merging
 
 
 FORMAT = "ssr-subject-1"
@@ -222,8 +222,10 @@ class SubjectEmbeds:
 def _compact(subject: Subject, num_tokens: int) -> Subject:
     if subject.embeds.shape[1] <= num_tokens:
         return subject
-    embeds, counts = merge_tokens(subject.embeds, subject.counts, num_tokens)
-    negative_embeds, negative_counts = merge_tokens(subject.negative_embeds, subject.negative_counts, num_tokens)
+    embeds, counts = token_merging.merge_tokens(subject.embeds, subject.counts, num_tokens)
+    negative_embeds, negative_counts = token_merging.merge_tokens(
+        subject.negative_embeds, subject.negative_counts, num_tokens
+    )
     merged = {"embeds": embeds, "negative_embeds": negative_embeds, "counts": counts}
     return replace(subject, **merged, negative_counts=negative_counts)
 

@@ -34,7 +34,8 @@ from diffusers import (
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from diffusers.utils import logging
 from diffusers_ssr import AnimateDiffSSRPipeline, SSREncoder, StableDiffusionSSRPipeline
-from diffusers_ssr.attention_processors import SubjectConditions, subject_in_unet
+from diffusers_ssr.attention_processors import SubjectConditions
+from diffusers_ssr.unet_hooks import subject_in_unet
 from PIL import Image
 from torch import nn
 from torch.profiler import profile
@@ -203,8 +204,8 @@ def count_flops(pipe, method: str, size: int, subjects: int = 1, frames: int = 0
             function()
         return counter.get_total_flops()
 
-    def step(text=text, **image_embeds) -> float:
-        return counted(lambda: unet(sample, timestep, text, added_cond_kwargs=image_embeds)) / max(frames, 1)
+    def step(text=text, **arguments) -> float:
+        return counted(lambda: unet(sample, timestep, text, **arguments)) / max(frames, 1)
 
     once = 0.0
     if method == "stock":
@@ -214,7 +215,7 @@ def count_flops(pipe, method: str, size: int, subjects: int = 1, frames: int = 0
             flops = step(torch.cat([text, subject_embeds.expand(len(text), -1, -1)], dim=1))
     elif method == "ip_adapter_plus":
         with ip_adapter_plus(unet), torch.device("meta"):
-            flops = step(image_embeds=[torch.empty(1, 1, IP_TOKENS, width)])
+            flops = step(added_cond_kwargs={"image_embeds": [torch.empty(1, 1, IP_TOKENS, width)]})
     else:
         counts = None
         if method == "ssr_compact":
@@ -222,9 +223,10 @@ def count_flops(pipe, method: str, size: int, subjects: int = 1, frames: int = 0
             counts = torch.empty(subject_embeds.shape[:2], device="meta")
         once = counted(lambda: encoder.project(subject_embeds))
         with torch.no_grad():
-            conditions = SubjectConditions(encoder.project(subject_embeds), counts=counts)
+            pairs = dict(zip(encoder.config.attention_layers, encoder.project(subject_embeds), strict=True))
+            conditions = SubjectConditions(pairs, counts=counts)
         with subject_in_unet(unet, encoder.config.attention_layers):
-            flops = step(image_embeds=conditions.as_image_embeds())
+            flops = step(cross_attention_kwargs={"ssr_subject": conditions})
     return {"step": flops, "once": once}
 
 

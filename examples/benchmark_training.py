@@ -20,8 +20,8 @@ from benchmark import pocket_pipeline, sd15_pipeline
 from command_line import HelpFormatter
 from diffusers import DDPMScheduler
 from diffusers_ssr import SSREncoder
-from diffusers_ssr.attention_processors import subject_in_unet
 from diffusers_ssr.image_processing_ssr import preprocess
+from diffusers_ssr.unet_hooks import subject_in_unet
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -46,7 +46,6 @@ def main():
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipe = sd15_pipeline() if args.preset == "sd15" else pocket_pipeline()
-    pipe._check_ssr_loaded()
     pipe.to(device)
     encoder: SSREncoder = pipe.ssr_encoder.train()
     for model in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.ssr_image_encoder):

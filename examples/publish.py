@@ -31,6 +31,9 @@ def copy_code(folder: Path) -> None:
     files = {ROOT / "LICENSE", *map(Path, get_relative_import_files(ROOT / "pipeline.py"))}
     for file in files | set(ROOT.glob("pipeline*.py")):
         shutil.copy(file, folder)
+    # from the Hub diffusers walks through each file's relative imports: an entry that imports another entry would have
+    # every module asked for twice
+    shutil.copy(ROOT / "pipeline_ssr.py", folder / "pipeline.py")
 
 
 def write_weights(weights: Path, folder: Path, variants: list[str]) -> None:

@@ -34,8 +34,9 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline
-from diffusers_ssr.attention_processors import SubjectConditions, subject_in_unet
+from diffusers_ssr.attention_processors import SubjectConditions
 from diffusers_ssr.modeling_ssr import consistency_loss
+from diffusers_ssr.unet_hooks import subject_in_unet
 from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
@@ -129,9 +130,10 @@ class SubjectEncoding(nn.Module):
         self.encoder = encoder
 
     def forward(self, query_states, levels, mask=None, mask_weight=1.0):
-        """The subject embeddings, and key and value for each of the UNet's layers."""
+        """The subject embeddings, and key and value for each of the UNet's layers by name."""
         subject_embeds = self.encoder(query_states, levels, mask, mask_weight)
-        return subject_embeds, self.encoder.project(subject_embeds)
+        pairs = self.encoder.project(subject_embeds)
+        return subject_embeds, dict(zip(self.encoder.config.attention_layers, pairs, strict=True))
 
 
 class FrozenFeatures:
@@ -207,7 +209,7 @@ class FrozenFeatures:
         return features
 
 
-def join_subjects(pairs: list[tuple[torch.Tensor, torch.Tensor]], row: torch.Tensor) -> SubjectConditions:
+def join_subjects(pairs: dict[str, tuple[torch.Tensor, torch.Tensor]], row: torch.Tensor) -> SubjectConditions:
     """The keys and values of subjects, `(num_subjects, num_tokens, width)` each, side by side for the row that they belong to, as
     a pipeline puts several subjects of one picture together."""
     counts = row.bincount()
@@ -221,8 +223,9 @@ def join_subjects(pairs: list[tuple[torch.Tensor, torch.Tensor]], row: torch.Ten
         return states.new_zeros(len(counts), most, *states.shape[1:]).index_put((row, place), states).flatten(1, 2)
 
     slots = torch.arange(most, device=row.device)
-    subject = torch.where(slots < counts[:, None], slots, -1).float().repeat_interleave(pairs[0][0].shape[1], dim=1)
-    return SubjectConditions([(spread(key), spread(value)) for key, value in pairs], subject)
+    length = next(iter(pairs.values()))[0].shape[1]
+    subject = torch.where(slots < counts[:, None], slots, -1).float().repeat_interleave(length, dim=1)
+    return SubjectConditions({name: (spread(key), spread(value)) for name, (key, value) in pairs.items()}, subject)
 
 
 def draw(seed: int, first: int, count: int, latent_shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
@@ -279,12 +282,13 @@ def compute_loss(
     query_states = torch.where(without[:, None, None], frozen.empty_text, features["query_states"]).float()
     levels = torch.where(without[:, None, None, None], frozen.empty_levels, features["levels"]).float()
     subject_embeds, pairs = model(query_states, levels.transpose(0, 1), features.get("mask"), args.mask_weight)
-    conditions = join_subjects([(key.to(frozen.dtype), value.to(frozen.dtype)) for key, value in pairs], row)
+    pairs = {name: (key.to(frozen.dtype), value.to(frozen.dtype)) for name, (key, value) in pairs.items()}
+    conditions = join_subjects(pairs, row)
     predicted = pipe.unet(
         noisy_latents.to(frozen.dtype),
         timesteps,
         encoder_hidden_states=prompt_states.to(frozen.dtype),
-        added_cond_kwargs={"image_embeds": conditions.as_image_embeds()},
+        cross_attention_kwargs={"ssr_subject": conditions},
     ).sample
 
     prediction_type = args.prediction_type or scheduler.config.prediction_type

@@ -26,7 +26,7 @@ from conftest import (
 )
 from diffusers import StableDiffusionPipeline
 from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline
-from diffusers_ssr.attention_processors import subject_in_unet
+from diffusers_ssr.unet_hooks import subject_in_unet
 from hub_server import Hub
 from PIL import Image
 from safetensors.torch import load_file
@@ -389,9 +389,10 @@ def test_subjects_of_one_row_are_joined_as_a_pipeline_joins_them(models, picture
     pipe(["a", "b"], subject=[cat + dog, dog], subject_scale=1.0, **text)
     (args, kwargs), expected = seen
     embeds = torch.cat([each.subjects[0].embeds for each in (cat, dog, dog)])
-    conditions = train_ssr.join_subjects(encoder.project(embeds), torch.tensor([0, 0, 1]))
+    pairs = dict(zip(encoder.config.attention_layers, encoder.project(embeds), strict=True))
+    conditions = train_ssr.join_subjects(pairs, torch.tensor([0, 0, 1]))
     seen.clear()
-    kwargs = {**kwargs, "added_cond_kwargs": {"image_embeds": conditions.as_image_embeds()}}
+    kwargs = {**kwargs, "cross_attention_kwargs": {"ssr_subject": conditions}}
     with torch.no_grad(), subject_in_unet(pipe.unet, encoder.config.attention_layers):
         pipe.unet(*args, **kwargs)
     torch.testing.assert_close(seen[1], expected, atol=1e-6, rtol=1e-5)
