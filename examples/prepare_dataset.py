@@ -27,6 +27,7 @@ import torch
 from command_line import HelpFormatter
 from PIL import Image
 from similarity import ClipFeatures
+from text_files import open_text
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -35,6 +36,7 @@ with needs("train"):
     from accelerate import PartialState
     from training_data import (
         ERROR_COLUMN,
+        MAX_TEXT,
         METADATA_FILES,
         PICTURE_SUFFIXES,
         BadSample,
@@ -156,7 +158,7 @@ def read_source(args: argparse.Namespace):
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
     if not files:
         raise ValueError(f"`source`: the folder {folder} holds no pictures.")
-    return [{"__key__": str(file.relative_to(folder)), "image": str(file)} for file in files]
+    return [{"__key__": str(file.relative_to(folder)), "image": file} for file in files]
 
 
 def chunks(rows, size: int) -> Iterator[tuple[int, Sequence[dict]]]:
@@ -189,8 +191,11 @@ class _Part:
 def _sidecar(row: dict, suffix: str) -> str:
     """The text beside a picture that is a file of its own."""
     path = row.get("image")
-    file = Path(path).with_suffix(suffix) if isinstance(path, str) else None
-    return file.read_text(encoding="utf-8", errors="replace").strip() if file is not None and file.is_file() else ""
+    file = path.with_suffix(suffix) if isinstance(path, Path) else None
+    if file is None or not file.is_file():
+        return ""
+    with open_text(file, errors="replace") as text:
+        return text.read(MAX_TEXT).strip()
 
 
 def read_row(row: dict, args: argparse.Namespace) -> dict:

@@ -626,8 +626,8 @@ def test_several_subjects_and_their_places_at_keyframes(pipe, frame_by_frame):
     left, right = LEFT_HALF, 1 - LEFT_HALF
     first, last = cat.inside(left) + dog.inside(right), cat.inside(right) + dog.inside(left)
     video, pictures = frame_by_frame({0: first, 3: last}, [first, first, last, last])
-    np.testing.assert_allclose(video[[0, 3]], pictures[[0, 3]], atol=2e-5)
-    assert all(np.abs(video[frame] - pictures[frame]).max() > 1e-6 for frame in (1, 2))  # blended
+    np.testing.assert_allclose(video, pictures, atol=2e-5)
+    assert np.abs(video[1] - video[2]).max() > 1e-4
 
 
 def test_keyframes_for_each_prompt(pipe):

@@ -71,7 +71,7 @@ def test_pictures_become_shards_that_training_reads(photos, tmp_path, capsys):
     assert "caption" in bad["alone.png"] and "less than 16" in bad["small.png"] and "to 1" in bad["long.png"]
     prepare = Preparation(Columns(), make_image_processor(), 16)
     samples = Samples(StreamedRows(load_rows(out), 0, 4), prepare)
-    assert {sample["query"] for sample in islice(samples, 6)} == {"brown dog"} and not samples.bad
+    assert {sample["queries"][0] for sample in islice(samples, 6)} == {"brown dog"} and not samples.bad
 
 
 def test_a_run_that_was_cut_off_goes_on_with_the_next_shard(photos, tmp_path, monkeypatch):
