@@ -32,9 +32,11 @@ REFERENCES = (
     ("fish", "rocket"),
     ("guitar", "woman", "cat"),
 )
+MASKED = REFERENCES[2:4]
 
 
-def draw_references(world: World, folder: Path, held_out: tuple[Instance, ...]) -> None:
+def draw_references(world: World, folder: Path, masks: Path, held_out: tuple[Instance, ...]) -> None:
+    """The references, what may be asked of them, and of some a mask of the last thing."""
     folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(7)
     queries = {}
@@ -42,7 +44,11 @@ def draw_references(world: World, folder: Path, held_out: tuple[Instance, ...]) 
         pools = [[i for i in held_out if i.category == CATEGORY_NAMES.index(name)] for name in names]
         instances = [pool[rng.integers(len(pool))] for pool in pools]
         file = f"{index + 1}_{'_'.join(names)}.png"
-        Image.fromarray(draw_scene(world, rng, instances).picture).save(folder / file)
+        scene = draw_scene(world, rng, instances)
+        Image.fromarray(scene.picture).save(folder / file)
+        if names in MASKED:
+            masks.mkdir(exist_ok=True)
+            Image.fromarray(scene.masks[-1]).save(masks / file)
         queries[file] = list(names)
     (folder / "queries.json").write_text(json.dumps(queries, indent=2) + "\n")
 
@@ -97,7 +103,7 @@ def main():
         look = {name: tensor.half() for name, tensor in load_file(trained / "look" / LORA).items()}
         save_file(look, output / "look" / LORA)
     world = World(trained / "designs")
-    draw_references(world, output / "references", SPLITS[args.split][1])
+    draw_references(world, output / "references", output / "masks", SPLITS[args.split][1])
     draw_controls(world, output / "controls", SPLITS[args.split][1])
     (output / "world.json").write_text(json.dumps({"split": args.split}) + "\n")
     for config in output.rglob("config.json"):
