@@ -46,6 +46,8 @@ METHODS = {
     "one_level": Method("one level", "--inner_dim 448 --num_attention_heads 14 --image_levels 6"),
     "no_consistency": Method("without the consistency loss", f"{Method.options} --consistency_weight 0"),
 }
+# What differs when a trained SSR-Encoder is trained on, on other rows.
+CONTINUED = "--learning_rate 7e-4 --lr_warmup_steps 50 --ema_decay 0.995"
 # Where each one lies in a checkpoint.
 PLACE = {name: "ssr_encoder" if name == "ssr" else f"comparison/{name}" for name in METHODS}
 COMMON = (

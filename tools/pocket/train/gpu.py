@@ -54,9 +54,10 @@ class Job:
         return line
 
 
-def _adapter(name: str, seed: int = 0) -> Job:
-    label = name if not seed else f"{name} {seed}"
-    return Job(label, "adapters", f"--methods {name} --max_train_steps 5000 --train_batch_size 48 --threads 2")
+def _adapter(name: str) -> Job:
+    return Job(
+        name, "adapters", f"--methods {name} --max_train_steps 5000 --train_batch_size 48 --threads 2 --no-cache"
+    )
 
 
 # What a stage needs was made by the stages before it.
