@@ -25,12 +25,14 @@ setup(
         "transformers>=5.0",
     ],
     extras_require={
+        "app": ["gradio>=6", "opencv-python-headless"],
         "test": [
             "DeepCache",
             "accelerate",
             "compel",
             "controlnet-aux",
             "datasets",
+            "gradio>=6",
             "imageio",
             "imageio-ffmpeg",
             "matplotlib",
@@ -40,6 +42,7 @@ setup(
             "pytest-xdist",
             "ruff",
             "scipy",
+            "selenium",
             "setuptools",
             "tensorboard",
             "tokenizers",

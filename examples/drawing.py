@@ -3,14 +3,15 @@
 import argparse
 from pathlib import Path
 
+import diffusers_ssr
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
-ROOT = Path(__file__).resolve().parent.parent
-POCKET = ROOT / "pocket"
+CODE = Path(diffusers_ssr.__file__).parent
+POCKET = Path(__file__).resolve().parent.parent / "pocket"
 ZOOM = 2
 LARGEST = 512
 GAP = 12
@@ -18,16 +19,21 @@ LABEL = 22
 
 
 def options(description: str | None) -> argparse.ArgumentParser:
-    """How to draw; the defaults are the pocket checkpoint's."""
+    """How to draw, and where the files go."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    call_options(parser)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs"))
+    return parser
+
+
+def call_options(parser: argparse.ArgumentParser) -> None:
+    """How to draw; the defaults are the pocket checkpoint's."""
     parser.add_argument("--checkpoint", default=str(POCKET), help="base model and SSR-Encoder")
     parser.add_argument("--scale", type=float, default=1.0, help="how strongly the subject acts")
     parser.add_argument("--num_inference_steps", type=int, default=25)
     parser.add_argument("--guidance_scale", type=float, default=3.0)
     parser.add_argument("--eta", type=float, default=0.9, help="DDIM's noise: it corrects errors on the way")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs"))
-    return parser
 
 
 def reference_options(parser: argparse.ArgumentParser) -> None:
@@ -37,17 +43,18 @@ def reference_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", default="a cat in the snow")
 
 
-def load_pipeline(checkpoint: str) -> DiffusionPipeline:
-    """The SSR pipeline of a checkpoint that holds base model and SSR-Encoder, on a GPU in half precision."""
+def load_pipeline(checkpoint: str, ssr: str | None = None) -> DiffusionPipeline:
+    """The SSR pipeline of a checkpoint that holds base model and SSR-Encoder, or with the SSR-Encoder of `ssr`; on a GPU in
+    half precision."""
     logging.set_verbosity_error()
     on_gpu = torch.cuda.is_available()
     pipe = DiffusionPipeline.from_pretrained(
         checkpoint,
-        custom_pipeline=str(ROOT),
+        custom_pipeline=str(CODE),
         trust_remote_code=True,
         dtype=torch.float16 if on_gpu else torch.float32,
     )
-    pipe.load_ssr(checkpoint)
+    pipe.load_ssr(ssr or checkpoint)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to("cuda" if on_gpu else "cpu")
 

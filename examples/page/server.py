@@ -1,0 +1,60 @@
+"""The options of the page, and its start."""
+
+import argparse
+import os
+from collections.abc import Sequence
+
+from drawing import call_options
+
+
+NEEDS = 'The page needs Gradio: pip install "diffusers-ssr[app]"'
+
+
+def parse_args(arguments: Sequence[str] | None = None, description: str | None = __doc__) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=description, epilog=NEEDS, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    call_options(parser)
+    parser.add_argument("--prompt", default="a cat in the snow")
+    parser.add_argument("--ssr", help="the SSR-Encoder, where --checkpoint holds a base model alone")
+    parser.add_argument(
+        "--controlnet", help="a ControlNet that follows edges; without it, the checkpoint's if it has one"
+    )
+    parser.add_argument("--motion_adapter", help="for videos; without it, the checkpoint's if it has one")
+    parser.add_argument("--max_subjects", type=int, default=3, help="how many subjects a picture may have")
+    parser.add_argument("--max_frames", type=int, default=16, help="how many frames a video may have")
+    parser.add_argument(
+        "--concurrency", type=int, default=2, help="how many people draw at once; others wait in a queue"
+    )
+    parser.add_argument("--max_waiting", type=int, default=64, help="how many may wait; others are turned away")
+    # the variables are Gradio's own, and a Space sets them
+    parser.add_argument(
+        "--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), help="address to listen on"
+    )
+    parser.add_argument("--port", type=int, default=int(os.environ.get("GRADIO_SERVER_PORT", 7860)))
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None, description: str | None = __doc__) -> None:
+    args = parse_args(arguments, description)
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    try:
+        import gradio  # noqa: F401
+    except ImportError:
+        raise SystemExit(NEEDS) from None
+    from .checkpoints import Checkpoints
+    from .layout import Page
+    from .studio import Studio
+    from .widgets import CSS
+
+    page = Page(Studio(Checkpoints.from_options(args)), args)
+    page.blocks.queue(max_size=args.max_waiting)
+    # ssr_mode is Gradio's server-side rendering, which wants Node
+    page.blocks.launch(
+        server_name=args.host, server_port=args.port, css=CSS, ssr_mode=False, footer_links=[], run_history=False,
+        max_file_size="32mb", show_error=False,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
