@@ -75,7 +75,7 @@ class Page:
             draw = gr.Button("Draw", variant="primary", elem_id=f"draw-{kind}")
             cancel = gr.Button("Cancel", elem_id=f"cancel-{kind}")
         drawn = gr.Image(
-            label="New picture",
+            label="New video" if kind == VIDEO else "New picture",
             type="filepath",
             height=420,
             elem_id=f"drawn-{kind}",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from drawing import call_options
 
 
+LARGEST_FILE = "32mb"
 NEEDS = 'The page needs Gradio: pip install "diffusers-ssr[app]"'
 
 
@@ -27,21 +28,28 @@ def parse_args(arguments: Sequence[str] | None = None, description: str | None =
         "--concurrency", type=int, default=2, help="how many people draw at once; others wait in a queue"
     )
     parser.add_argument("--max_waiting", type=int, default=64, help="how many may wait; others are turned away")
-    # the variables are Gradio's own, and a Space sets them
+    # the variable is Gradio's own, and a Space sets it
     parser.add_argument(
         "--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), help="address to listen on"
     )
-    parser.add_argument("--port", type=int, default=int(os.environ.get("GRADIO_SERVER_PORT", 7860)))
+    parser.add_argument("--port", type=int, help="without it, the first free one from 7860")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None, description: str | None = __doc__) -> None:
     args = parse_args(arguments, description)
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
-        import gradio  # noqa: F401
-    except ImportError:
+        start(args)
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
         raise SystemExit(NEEDS) from None
+
+
+def start(args: argparse.Namespace, wait: bool = True) -> "Page":  # noqa: F821
+    """Load the models and serve the page; `wait=False` returns while it is served."""
+    for setting in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_RUN_HISTORY"):
+        os.environ.setdefault(setting, "False")
     from .checkpoints import Checkpoints
     from .layout import Page
     from .studio import Studio
@@ -49,12 +57,13 @@ def main(arguments: Sequence[str] | None = None, description: str | None = __doc
 
     page = Page(Studio(Checkpoints.from_options(args)), args)
     page.blocks.queue(max_size=args.max_waiting)
-    # ssr_mode is Gradio's server-side rendering, which wants Node
     page.blocks.launch(
-        server_name=args.host, server_port=args.port, css=CSS, ssr_mode=False, footer_links=[], run_history=False,
-        max_file_size="32mb", show_error=False,
-    )  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()
+        server_name=args.host,
+        server_port=args.port,
+        css=CSS,
+        footer_links=[],
+        max_file_size=LARGEST_FILE,
+        ssr_mode=False,  # Gradio's server-side rendering, which needs Node
+        prevent_thread_lock=not wait,
+    )
+    return page

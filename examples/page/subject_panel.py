@@ -36,14 +36,14 @@ class SubjectPanel:
         file = file_drop("Reference picture", f"file-{number}")
         examples = self._examples(number)
         self.painting = gr.ImageEditor(
-            label="Paint over the subject, or name it below",
+            label="Paint over the subject",
             visible=False,
             height=400,
             elem_id=f"painting-{number}",
             **PAINT,
         )
         self.query = gr.Textbox(
-            label="Which thing in it is meant", placeholder="cat", max_lines=1, elem_id=f"query-{number}"
+            label="or say which thing is meant", placeholder="cat", max_lines=1, elem_id=f"query-{number}"
         )
         look = gr.Button("Show where it looks", size="sm", elem_id=f"look-{number}")
         self.heat = gr.Image(label="Red: where it looks", visible=False, height=260, elem_id=f"heat-{number}", **SHOW)
