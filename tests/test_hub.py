@@ -173,7 +173,7 @@ def test_publish_uploads_a_repository_that_loads(hub):
     environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(hub.folder / "hf-publish")}
     environment.pop("HF_HUB_OFFLINE", None)
     command = [sys.executable, str(ROOT / "examples" / "publish.py"), "--repo_id", "owner/published"]
-    command += ["--weights", "whole", "--push_to_hub", "--token", "hf_mine"]
+    command += ["--weights", "whole", "--push_to_hub", "--token", "hf_mine", "--space", "owner/page"]
     StableDiffusionSSRPipeline.from_pretrained(hub.folder / "base", **make_ssr_components()).save_pretrained(
         hub.folder / "whole"
     )
@@ -184,6 +184,10 @@ def test_publish_uploads_a_repository_that_loads(hub):
     assert "ssr_encoder/diffusion_pytorch_model.fp16.safetensors" in files
     card = files["README.md"].decode()
     assert card.startswith("---\n") and "library_name: diffusers" in card and "<owner>/<repo>" not in card
+    space = hub.repos["owner/page"]["main"]
+    assert {"app.py", "README.md", "requirements.txt", "page/layout.py", "diffusers_ssr/mixin_ssr.py"} <= set(space)
+    assert b"'owner/published'" in space["app.py"] and b"sdk: gradio" in space["README.md"]
+    assert "POST api/spaces/owner/page/commit/main" in hub.requests
     elsewhere(
         hub,
         """
