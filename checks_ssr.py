@@ -50,10 +50,16 @@ def check_window(start, end) -> tuple[float, float] | None:
     return None if (start, end) == (0.0, 1.0) else (start, end)
 
 
+# what arguments of ours would be called in other pipelines
+_OTHER_NAMES = {"subject_embeds": "subject", "subjects": "subject", "subject_images": "subject_image"}
+
+
 def check_unknown_arguments(given, stock, own) -> None:
     """Refuse arguments that neither the stock call nor ours takes and that look like one of ours (`subject_scal`): stock
     calls that end in `**kwargs` would drop them silently."""
     for name in given:
+        if name in _OTHER_NAMES:
+            raise ValueError(f"`{name}` is no argument of this pipeline; did you mean `{_OTHER_NAMES[name]}`?")
         near = difflib.get_close_matches(name, own, n=1, cutoff=0.0 if name.startswith("subject") else 0.8)
         if name not in stock and near:
             raise ValueError(f"`{name}` is no argument of this pipeline; did you mean `{near[0]}`?")

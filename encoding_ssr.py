@@ -152,9 +152,9 @@ class SubjectEncodingMixin:
 
         Args:
             tokens (`str`, defaults to `"all"`):
-                `"all"` averages over all of the query's tokens, padding included, as they all enter the subject's
-                embeddings; the scale is absolute. `"own"` averages over the tokens of its words and is scaled to its own
-                maximum, as the paper's figure 5.
+                `"all"` shows what enters the subject's embeddings, all of the query's tokens, padding included, beyond what
+                an empty query looks at. `"own"` shows the tokens of the query's words alone, scaled to their own maximum, as
+                the paper's figure 5.
 
         Returns:
             [`SubjectAttentionMap`]: a heat map and an overlay at the picture's own size, one map a token, and how much of
@@ -184,10 +184,13 @@ class SubjectEncodingMixin:
         query_states = self._encode_queries(["", query], device, {})
         if mask is not None:
             mask = image_processing_ssr.preprocess_mask(mask, self.ssr_image_processor, resize_mode).to(device)
-        deepest = levels[-1].expand(2, -1, -1)
-        probs = self.ssr_encoder.attention_probs(query_states, deepest, mask, mask_weight).float().mean(1).cpu()
+        # the empty query looks at the picture without the mask, so that the map shows what the mask does as well
+        probs, empty_probs = (
+            self.ssr_encoder.attention_probs(states, levels[-1], each, mask_weight)[0].float().mean(0).cpu()
+            for states, each in ((query_states[1:], mask), (query_states[:1], None))
+        )
         return attention_map.make_attention_map(
-            probs[1], probs[0], self._own_tokens(query), picture, resize_mode, tokens
+            probs, empty_probs, self._own_tokens(query), picture, resize_mode, tokens
         )
 
     def _own_tokens(self, query: str) -> dict[int, str]:

@@ -220,7 +220,11 @@ def preprocess(image: Image.Image, processor: CLIPImageProcessor, resize_mode: s
     Returns:
         `torch.Tensor` of shape `(1, 3, height, width)`.
     """
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
+    # on the CPU in float32, whatever the default device and precision are
+    mean, std = (
+        torch.tensor(values, device="cpu", dtype=torch.float32).view(3, 1, 1)
+        for values in (processor.image_mean, processor.image_std)
+    )
     return _crop_or_fill((_resized(image, processor, resize_mode) - mean) / std, processor)
 
 

@@ -4,6 +4,7 @@ Public equivalents do not exist (at the time of diffusers 0.42 and torch 2.14). 
 version begins here.
 """
 
+import copy
 from collections.abc import Callable
 
 from diffusers.loaders.lora_base import _func_optionally_disable_offloading as disable_offloading
@@ -27,6 +28,7 @@ __all__ = [
     "set_forward_hook",
     "set_forward_pre_hook",
     "uses_split_inference",
+    "without_capturing_hooks",
 ]
 
 
@@ -64,6 +66,18 @@ def uses_split_inference(unet: nn.Module) -> bool:
     except ImportError:  # diffusers before 0.31 has no split inference
         return False
     return any(isinstance(module, SplitInferenceModule) for module in unet.modules())
+
+
+def without_capturing_hooks(model: nn.Module) -> nn.Module:
+    """A copy of a transformers model without the hooks that `output_hidden_states=True` has left in it: they are local
+    functions, which cannot be pickled. transformers puts them in again when they are needed."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__module__", None) == "transformers.utils.output_capturing":
+                del module._forward_hooks[key]
+        module.__dict__.pop("_output_capturing_hooks_installed", None)
+    return model
 
 
 # Forward hooks are registered under a fixed key here, where torch's `register_forward_hook` counts a new number up for each

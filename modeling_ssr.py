@@ -265,7 +265,8 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
         config = self.config
 
         def fixed(*shape: int) -> torch.Tensor:
-            count = torch.arange(torch.Size(shape).numel(), dtype=torch.float32)
+            # on the CPU whatever the default device is
+            count = torch.arange(torch.Size(shape).numel(), dtype=torch.float32, device="cpu")
             return torch.sin(count * 1.7).reshape(shape).to(device or self.device, self.dtype)
 
         levels = len(config.image_levels)

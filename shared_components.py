@@ -1,6 +1,5 @@
 """What calls share with calls in other threads and in callbacks: pipelines, schedulers, tokenizers."""
 
-import copy
 import os
 import threading
 from collections.abc import Iterator
@@ -40,7 +39,7 @@ def own_pipeline(pipeline) -> Iterator:
     with _lock:
         scheduler = pipeline.scheduler
         if id(pipeline) in _in_use or id(scheduler) in _in_use:
-            pipeline = copy.copy(pipeline)
+            pipeline = _shallow_copy(pipeline)
             # from its config and not as a deep copy: the other call may be changing it
             pipeline.scheduler = scheduler = type(scheduler).from_config(scheduler.config)
         used = [id(pipeline), id(scheduler)]
@@ -52,6 +51,13 @@ def own_pipeline(pipeline) -> Iterator:
             for each in used:
                 if each in _in_use:
                     _in_use.remove(each)
+
+
+def _shallow_copy(pipeline):
+    # not `copy.copy`, which goes the way of pickling and would copy weights with it
+    twin = object.__new__(type(pipeline))
+    twin.__dict__.update(pipeline.__dict__)
+    return twin
 
 
 def tokenizer_lock(tokenizer) -> threading.RLock:

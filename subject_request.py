@@ -231,7 +231,7 @@ def _region_of_frames(regions: list[torch.Tensor | None], keyframes: tuple[int, 
     masks = []
     for frame, place in enumerate(_places_between(keyframes, frames)):
         region = given[int(place + 0.5)]
-        region = torch.ones(1, *size, device="cpu") if region is None else region
+        region = torch.ones(1, *size, device="cpu", dtype=torch.float32) if region is None else region
         mask = region[min(frame, len(region) - 1)]
         masks.append(F.interpolate(mask[None, None], size, mode="nearest")[0, 0])
     return torch.stack(masks)
@@ -242,7 +242,7 @@ def _counts(entries: list, longest: int) -> torch.Tensor | None:
     given = [each.subjects for _, _, each in entries if each is not None]
     if all(subject.counts is None for subjects in given for subject in subjects):
         return None
-    stacked = torch.ones(len(entries), longest, device="cpu")
+    stacked = torch.ones(len(entries), longest, device="cpu", dtype=torch.float32)
     for counts, (positive, _, subjects) in zip(stacked, entries, strict=True):
         start = 0
         for subject in subjects.subjects if subjects is not None else ():

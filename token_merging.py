@@ -23,10 +23,12 @@ def merge_tokens(
         `tuple[torch.Tensor, torch.Tensor]`: tokens `(1, num_tokens, width)` and counts `(1, num_tokens)`.
     """
     tokens = embeds[0].detach().double().cpu()
-    weights = torch.ones(len(tokens), dtype=torch.float64) if counts is None else counts[0].double().cpu()
+    weights = (
+        torch.ones(len(tokens), dtype=torch.float64, device="cpu") if counts is None else counts[0].double().cpu()
+    )
     cost = _cost(tokens, weights, tokens, weights)
     cost.fill_diagonal_(torch.inf)
-    alive = torch.ones(len(tokens), dtype=torch.bool)
+    alive = torch.ones(len(tokens), dtype=torch.bool, device="cpu")
     for _ in range(len(tokens) - num_tokens):
         first, second = divmod(int(cost.argmin()), len(tokens))
         total = weights[first] + weights[second]
