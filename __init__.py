@@ -11,6 +11,8 @@ from .pipeline_ssr_controlnet import StableDiffusionSSRControlNetPipeline
 from .subject_embeds import SubjectEmbeds
 
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AnimateDiffSSRPipeline",
     "SSRAttnProcessor2_0",

@@ -1,6 +1,8 @@
 """From a folder of pictures to shards that training reads."""
 
 import json
+import runpy
+import sys
 import tarfile
 from itertools import islice
 
@@ -224,3 +226,14 @@ def test_a_folder_without_pictures(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="source"):
         prepare_dataset.main(arguments(tmp_path / "empty", tmp_path / "out"))
+
+
+def test_nothing_kept_is_said_and_fails(photos, tmp_path, capsys, monkeypatch):
+    options = arguments(photos, tmp_path / "out", min_image_size=500)
+    monkeypatch.setattr(sys, "argv", ["prepare_dataset.py", *options])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(prepare_dataset.__file__, run_name="__main__")
+    assert int(ended.value.code) == 1
+    output = capsys.readouterr().out
+    assert "No sample was kept" in output and "less than 500" in output
+    assert not list((tmp_path / "out").glob("*.tar"))

@@ -589,3 +589,10 @@ def test_wrong_options_are_named(changes, message):
 def test_average_and_encoder_are_both_read_back(models, trained):
     for name in ("ssr_encoder", "ssr_encoder_ema"):
         assert SSREncoder.from_pretrained(trained / "checkpoint-4", subfolder=name).config.inner_dim == 16
+
+
+def test_without_a_resolution_the_base_models_is_used(models, pictures):
+    args = parse_args(None, [], arguments(models, pictures, "out", resolution=None))
+    check_args(args)
+    pipe, _ = train_ssr.load_models(args)
+    assert args.resolution == pipe.unet.config.sample_size * pipe.vae_scale_factor == 16
