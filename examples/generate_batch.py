@@ -63,10 +63,12 @@ def read_table(table: Path) -> list[dict]:
     columns = {name for row in rows for name in row}
     missing = {"image", "prompt"} - columns
     if missing or not columns & {"query", "mask"}:
-        raise ValueError(f"`table` lacks the columns {sorted(missing or {'query'})}; it has {sorted(columns)}.")
+        raise ValueError(
+            f"`table`: {table} lacks the columns {sorted(missing or {'query'})}; it has {sorted(columns)}."
+        )
     unknown = columns - set(KNOWN)
     if unknown:
-        raise ValueError(f"`table` has the columns {sorted(unknown)}, but only {KNOWN} mean something.")
+        raise ValueError(f"`table`: {table} has the columns {sorted(unknown)}, but only {KNOWN} mean something.")
     return rows
 
 
