@@ -80,10 +80,6 @@ def read_folder(folder: Path) -> list[dict]:
     return [_with_paths(row, file.parent, folder) for file in files for row in _metadata_rows(file)]
 
 
-def _is_inside(path: Path, root: Path) -> bool:
-    return path.is_relative_to(os.path.normpath(root))
-
-
 def _metadata_rows(file: Path) -> Iterator[dict]:
     try:
         for number, row in read_rows(file, errors="replace"):
@@ -96,15 +92,15 @@ def _with_paths(row: dict, folder: Path, root: Path) -> dict:
     columns = {}
     for name, value in row.items():
         columns[name] = value
-        if value and isinstance(name, str) and (name == "file_name" or name.endswith("_file_name")):
-            # a `Path` is opened later; text from a file of somebody else never is
+        if value and (name == "file_name" or name.endswith("_file_name")):
             listed = value if isinstance(value, list) else [value]
+            # a `Path` is opened later; text from a file of somebody else never is
             paths = [each and Path(os.path.normpath(folder / str(each))) for each in listed]
-            outside = [each for each, path in zip(listed, paths, strict=True) if path and not _is_inside(path, root)]
-            if outside:
-                columns[ERROR_COLUMN] = f"{name} is {outside[0]!r}, which lies outside of {root}"
-            column = name.removesuffix("file_name").removesuffix("_") or "image"
-            columns[column] = paths if isinstance(value, list) else paths[0]
+            if not all(path.is_relative_to(os.path.normpath(root)) for path in paths if path):
+                columns[ERROR_COLUMN] = f"{name} is {value!r:.80}, which lies outside of {root}"
+            columns[name.removesuffix("file_name").removesuffix("_") or "image"] = (
+                paths if isinstance(value, list) else paths[0]
+            )
     return columns
 
 
