@@ -17,6 +17,8 @@ test: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	mkdir -p outputs/mypy && ln -sfn ../.. outputs/mypy/diffusers_ssr
+	$(BIN)/mypy
 
 $(VENV)/.installed: setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)

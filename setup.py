@@ -34,6 +34,7 @@ setup(
             "imageio",
             "imageio-ffmpeg",
             "matplotlib",
+            "mypy",
             "opencv-python-headless",
             "peft",
             "pytest",
