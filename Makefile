@@ -17,6 +17,8 @@ test: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	mkdir -p outputs/mypy && ln -sfn ../.. outputs/mypy/diffusers_ssr
+	$(BIN)/mypy
 
 # The guide and the API reference, as a site in outputs/docs.
 docs: $(VENV)/.installed

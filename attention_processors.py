@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
 from torch import nn
 
 
@@ -32,7 +33,7 @@ class TextAndSubject(NamedTuple):
 class _Visit:
     """One forward pass of one layer: what its processor computed so far, and whether the subject was added to it."""
 
-    def __init__(self, attn: nn.Module, subject: LayerSubject):
+    def __init__(self, attn: Attention, subject: LayerSubject):
         self.heads, self.scale = attn.heads, attn.scale
         self.subject = subject
         self.query: torch.Tensor | None = None
@@ -54,8 +55,8 @@ class SSRAttnProcessor2_0:
 
         Z = Attention(Q, K_text, V_text) + Attention(Q, K_subject, V_subject)
 
-    with the layer's own queries, heads and scale; the sum goes through the layer's own output projection. It takes nobody's
-    place: the layer keeps its own processor (plain, sliced, fused, IP-Adapter's, Custom Diffusion's, one of the user's),
+    with the layer's own queries, heads and scale; the sum goes through the layer's own output projection. It replaces no
+    processor: the layer keeps its own (plain, sliced, fused, IP-Adapter's, Custom Diffusion's, one of the user's),
     which computes the first term. The second joins by forward hooks on four modules: the layer itself (`enter` and
     `leave`), its query projection (`keep_query`), and its output projection (`add_subject`).
 
@@ -66,7 +67,7 @@ class SSRAttnProcessor2_0:
     def __init__(self):
         self.visits: dict[int, _Visit] = {}
 
-    def enter(self, attn: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
+    def enter(self, attn: Attention, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
         """Forward pre-hook of a cross-attention layer: take the subject out of `encoder_hidden_states`, so that the layer's
         processor sees the text alone. Without a subject nothing happens, here or in the hooks below."""
         # an interrupted forward pass of this thread may have left its visit behind
@@ -97,7 +98,7 @@ class SSRAttnProcessor2_0:
         visit.added = True
         return (args[0] + attend_to_subject(visit.query, visit.subject, visit.heads, visit.scale), *args[1:]), kwargs
 
-    def leave(self, attn: nn.Module, args: tuple, kwargs: dict | None = None, output=None) -> None:
+    def leave(self, attn: Attention, args: tuple, kwargs: dict | None = None, output=None) -> None:
         """Forward hook of a cross-attention layer: a pass in which the subject was not added, once, is an error."""
         visit = self.visits.pop(_thread(), None)
         problem = None if visit is None or output is None else visit.problem()
@@ -119,8 +120,8 @@ def attend_to_subject(query: torch.Tensor, subject: LayerSubject, heads: int, sc
             f"A subject with a region needs layers whose positions form the picture's grid, but one has"
             f" {query.shape[1]} positions instead: something merges them (ToMe's `merge_crossattn`)."
         )
-    states = (each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in (positions, subject.key, subject.value))
-    found = F.scaled_dot_product_attention(*states, attn_mask=subject.mask, scale=scale).transpose(1, 2).flatten(2)
+    q, k, v = (each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in (positions, subject.key, subject.value))
+    found = F.scaled_dot_product_attention(q, k, v, attn_mask=subject.mask, scale=scale).transpose(1, 2).flatten(2)
     if subject.reached is not None:
         found = found * subject.reached
     return found.unflatten(1, (-1, query.shape[1])).flatten(0, 1)
@@ -203,7 +204,7 @@ class SubjectConditions:
         present = self.token_subject[:, None, None, :] >= 0
         if self.regions is None:
             return present, None
-        fitted = self._fit_regions(grid)
+        fitted = self._fit_regions(self.regions, grid, self.token_subject.device)
         index = self.token_subject.clamp(min=0).long()[:, :, None].expand(-1, -1, fitted.shape[2])
         allowed = fitted.gather(1, index).transpose(1, 2)[:, None] & present
         reached = allowed.any(-1)
@@ -214,14 +215,15 @@ class SubjectConditions:
         reached = reached[:, 0, :, None].to(self._dtype)
         return allowed.repeat(1, 1, repeats, 1), reached.repeat(1, repeats, 1)
 
-    def _fit_regions(self, grid: tuple[int, int]) -> torch.Tensor:
+    def _fit_regions(
+        self, regions: list[list[torch.Tensor | None]], grid: tuple[int, int], device: torch.device
+    ) -> torch.Tensor:
         """The regions on a layer's own grid, `(num_rows, num_subjects, frames * positions)`, as booleans: this is where a
         region is applied."""
-        device = self.token_subject.device
         everywhere = torch.ones(1, self.frames * grid[0] * grid[1], dtype=torch.bool, device=device)
-        slots = max(map(len, self.regions))
+        slots = max(map(len, regions))
         rows = []
-        for row in self.regions:
+        for row in regions:
             fitted = [everywhere[0] if region is None else self._fit(region, grid, device) for region in row]
             rows.append(torch.stack(fitted + [everywhere[0]] * (slots - len(row))))
         return torch.stack(rows)

@@ -10,7 +10,7 @@ from . import image_processing_ssr, library_internals, subject_embeds, subject_r
 
 
 def check_references(image, query, mask) -> list[tuple[object, Image.Image, str, Image.Image | None]]:
-    """(the picture as given, as PIL, query, mask) for each reference, single values standing for all."""
+    """(the picture as given, as PIL, query, mask) for each reference; a single value is used for all."""
     given = {"subject_image": image, "subject_query": query, "subject_mask": mask}
     lengths = {name: len(value) for name, value in given.items() if isinstance(value, list)}
     if len(set(lengths.values())) > 1 or 0 in lengths.values():
@@ -50,7 +50,7 @@ def check_window(start, end) -> tuple[float, float] | None:
     return None if (start, end) == (0.0, 1.0) else (start, end)
 
 
-# what arguments of ours would be called in other pipelines
+# names under which other pipelines take what is called otherwise here
 _OTHER_NAMES = {"subject_embeds": "subject", "subjects": "subject", "subject_images": "subject_image"}
 
 
@@ -60,13 +60,14 @@ def check_unknown_arguments(given, stock, own) -> None:
     for name in given:
         if name in _OTHER_NAMES:
             raise ValueError(f"`{name}` is no argument of this pipeline; did you mean `{_OTHER_NAMES[name]}`?")
+        # whatever begins with "subject" is meant for us, however it goes on
         near = difflib.get_close_matches(name, own, n=1, cutoff=0.0 if name.startswith("subject") else 0.8)
         if name not in stock and near:
             raise ValueError(f"`{name}` is no argument of this pipeline; did you mean `{near[0]}`?")
 
 
 def one_for_each(names: str, subjects: list, num_prompts: int) -> list:
-    """A list with one subject for all prompts, or one for each."""
+    """The list itself; a `ValueError` if it holds neither one subject for all prompts nor one for each."""
     if len(subjects) not in (1, num_prompts):
         raise ValueError(
             f"{names} as a list has to hold one for each prompt, but holds {len(subjects)} for {num_prompts}."
@@ -191,7 +192,7 @@ def check_controlnet(controlnet, encoder) -> None:
 
 
 def check_in_controlnet(rows: list[subject_request.SubjectRow], has_controlnet: bool, pipeline_name: str) -> None:
-    """Whether subjects can stand behind the text that a ControlNet reads."""
+    """Raise a `ValueError` if the subjects' tokens cannot be appended to the text that a ControlNet reads."""
     if not has_controlnet:
         raise ValueError(f"`subject_in_controlnet` is True, but {pipeline_name} has no ControlNet.")
     if any(len(row.frames) > 1 for row in rows):
@@ -207,7 +208,7 @@ def check_in_controlnet(rows: list[subject_request.SubjectRow], has_controlnet: 
 
 
 def check_block_scales(name: str, scale: dict, layers) -> None:
-    """Whether a scale per block holds numbers alone, and names blocks that subjects reach."""
+    """Raise a `ValueError` if a scale per block holds anything but numbers, or names blocks that no subject reaches."""
     _check_numbers(name, scale)
     blocks = {
         "down": {layer.split(".")[1] for layer in layers if layer.startswith("down_blocks.")},

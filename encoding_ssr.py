@@ -8,6 +8,7 @@ from . import (
     attention_map,
     checks_ssr,
     image_processing_ssr,
+    loading_ssr,
     shared_components,
     subject_cache,
     subject_embeds,
@@ -18,7 +19,7 @@ from . import (
 _caches: WeakKeyDictionary = WeakKeyDictionary()
 
 
-class SubjectEncodingMixin:
+class SubjectEncodingMixin(loading_ssr.SSRComponents):
     """`encode_subject` and `subject_attention_map` for [`SSRPipelineMixin`]."""
 
     def encode_subject(
@@ -49,7 +50,7 @@ class SubjectEncodingMixin:
                 `"pad"` shows the encoder the whole picture, with a margin where it is not square; `"crop"` only the
                 central square, as the released code does: larger, but what lies at the ends of a long picture is lost.
             lora_scale (`float`, *optional*), clip_skip (`int`, *optional*):
-                For the query's way through the text encoder, as `encode_prompt` takes them. A call hands its own over.
+                For the query in the text encoder, as `encode_prompt` takes them. A call passes its own on.
 
         Returns:
             [`SubjectEmbeds`], for the `subject` argument of any pipeline with the same SSR-Encoder, or a `list` of them.
@@ -109,7 +110,7 @@ class SubjectEncodingMixin:
         missing = {id(image): None for (image, *_), key in zip(references, keys, strict=True) if subjects[key] is None}
         place = {key: index + 1 for index, key in enumerate(missing)}
         if missing:
-            # the unconditional branch sees the empty query on zeros after normalisation (section 3.3)
+            # for the unconditional branch: a picture of zeros, after normalisation, with the empty query (section 3.3)
             batch = [torch.zeros_like(next(iter(pixels.values()))), *(pixels[key] for key in missing)]
             levels = torch.stack(self._vision_levels(torch.cat(batch), device))
         for index, ((image, _, query, _), mask, key) in enumerate(zip(references, masks, keys, strict=True)):

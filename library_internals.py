@@ -1,11 +1,12 @@
 """Private names of torch and diffusers that this project needs, in one place, each with what it is for.
 
-Public equivalents do not exist (at the time of diffusers 0.42 and torch 2.14). Whoever mends this project for a newer
-version begins here.
+Public equivalents do not exist (at the time of diffusers 0.42 and torch 2.14). To adapt this project to a newer version of
+one of them, begin here.
 """
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 from diffusers.loaders.lora_base import _func_optionally_disable_offloading as disable_offloading
 from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 
-def expand_block_scales(unet: nn.Module, scale: dict) -> dict[str, float]:
+def expand_block_scales(unet: Any, scale: dict) -> dict[str, float]:
     """Scales per block, as `set_ip_adapter_scale` takes them, as one for each attention of the UNet. diffusers has no public
     function for it."""
     (expanded,) = _maybe_expand_lora_scales(unet, [scale], default_scale=0.0)
@@ -46,7 +47,7 @@ def reapply_group_offloading(module: nn.Module) -> None:
     _maybe_remove_and_reapply_group_offloading(module)
 
 
-def register_auto_pipeline(pipeline_class: type, stock_class: type) -> None:
+def register_auto_pipeline(pipeline_class: type[Any], stock_class: type[Any]) -> None:
     """Let diffusers' `AutoPipelineFor...from_pipe` find a class where it finds the stock class. It looks classes up by name in
     these mappings, which are the only way to be found."""
     for mapping in (
@@ -80,25 +81,28 @@ def without_capturing_hooks(model: nn.Module) -> nn.Module:
     return model
 
 
-# Forward hooks are registered under a fixed key here, where torch's `register_forward_hook` counts a new number up for each
-# registration: `torch.compile` guards these numbers, and would compile anew at every forward pass, and for every layer.
+# The fixed key of a forward hook, a text. torch declares the keys of its own counter, numbers.
+HookKey = Any
+
+# Forward hooks are registered under a fixed key here. torch's `register_forward_hook` gives each registration a new number, and
+# `torch.compile` guards these numbers: it would compile again at every forward pass, and for every layer.
 
 
-def set_forward_pre_hook(module: nn.Module, key: str, hook: Callable) -> None:
+def set_forward_pre_hook(module: nn.Module, key: HookKey, hook: Callable) -> None:
     """Register `hook(module, args, kwargs)` before a module's forward pass; a second time it changes nothing."""
     # the flag first: another thread may be on its way through the module, and must not call the hook without `kwargs`
     module._forward_pre_hooks_with_kwargs[key] = True
     module._forward_pre_hooks[key] = hook
 
 
-def set_forward_hook(module: nn.Module, key: str, hook: Callable) -> None:
+def set_forward_hook(module: nn.Module, key: HookKey, hook: Callable) -> None:
     """Register `hook(module, args, kwargs, output)` after a module's forward pass, also one that raises."""
     module._forward_hooks_with_kwargs[key] = True
     module._forward_hooks_always_called[key] = True
     module._forward_hooks[key] = hook
 
 
-def clear_forward_hooks(module: nn.Module, key: str) -> None:
+def clear_forward_hooks(module: nn.Module, key: HookKey) -> None:
     """Remove what stands under `key`, if anything does."""
     module._forward_pre_hooks.pop(key, None)
     module._forward_pre_hooks_with_kwargs.pop(key, None)
@@ -113,5 +117,5 @@ def compiled_call(module: nn.Module) -> Callable | None:
 
 
 def set_compiled_call(module: nn.Module, call: Callable) -> None:
-    """Put something else in its place."""
+    """Replace what `compiled_call` returns."""
     module._compiled_call_impl = call

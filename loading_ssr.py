@@ -4,12 +4,14 @@ import inspect
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files
 from huggingface_hub.utils import EntryNotFoundError, validate_hf_hub_args
@@ -25,7 +27,35 @@ COMPONENTS = ("ssr_encoder", "ssr_image_encoder", "ssr_image_processor")
 DEFAULT_SCALE = 0.65
 
 
-class SSRLoaderMixin:
+# A type checker takes each mixin for a pipeline, which is what it is mixed into. At run time it must not be one: diffusers
+# refuses a file of custom code in which it finds two pipeline classes.
+if TYPE_CHECKING:
+    _Pipeline = DiffusionPipeline
+else:
+    _Pipeline = object
+
+
+class SSRComponents(_Pipeline):
+    """What the mixins use of the pipeline that they are mixed into. Before `load_ssr` the SSR components are `None`;
+    `_check_ssr_loaded` makes sure of them."""
+
+    unet: Any
+    text_encoder: Any
+    tokenizer: Any
+    ssr_encoder: modeling_ssr.SSREncoder
+    ssr_image_encoder: PreTrainedModel
+    ssr_image_processor: CLIPImageProcessor
+
+    if TYPE_CHECKING:
+        controlnet: Any
+        __call__: Callable[..., Any]
+        _encode_prompt: Callable[..., Any]
+        _offload_device: Any
+
+        def _check_ssr_loaded(self) -> None: ...
+
+
+class SSRLoaderMixin(SSRComponents):
     """`load_ssr`, `unload_ssr`, `drop_ssr_encoders`, `from_pretrained`, `from_pipe` and `save_pretrained` for
     [`SSRPipelineMixin`]."""
 
@@ -41,8 +71,8 @@ class SSRLoaderMixin:
         **kwargs,
     ) -> None:
         r"""
-        Load an SSR-Encoder and the vision encoder it was trained on into the pipeline. Offloading that is switched on is
-        switched off for the time and on again, as diffusers' own loaders do.
+        Load an SSR-Encoder and the vision encoder it was trained on into the pipeline. Offloading is
+        switched off meanwhile and on again afterwards, as diffusers' own loaders do.
 
         Args:
             pretrained_model_name_or_path (`str`, `os.PathLike` or [`SSREncoder`]):
@@ -97,12 +127,12 @@ class SSRLoaderMixin:
         if image_processor is None and image_encoder is not None:
             image_processor = image_processing_ssr.default_image_processor(image_encoder)
         with self._offloading_disabled() as offloaded:
-            for model in (encoder, image_encoder):
-                if model is not None:
-                    model.eval()
+            models: list[nn.Module] = [encoder] if image_encoder is None else [encoder, image_encoder]
+            for model in models:
+                model.eval()
                 if model in loaded:
                     model.to("cpu" if offloaded else self._execution_device)
-                elif model is not None and not offloaded:
+                elif not offloaded:
                     _check_device(model, self._execution_device)
             self.register_modules(
                 ssr_encoder=encoder, ssr_image_encoder=image_encoder, ssr_image_processor=image_processor
@@ -169,7 +199,7 @@ class SSRLoaderMixin:
         written whole or, after an error, left as it was.
         """
         with file_utils.atomic_folder(save_directory) as folder:
-            super().save_pretrained(folder, *args, **kwargs)
+            super().save_pretrained(os.fspath(folder), *args, **kwargs)
             self._save_index_and_code(folder)
 
     def _save_index_and_code(self, folder: Path) -> None:
@@ -187,16 +217,17 @@ class SSRLoaderMixin:
     def _save_code(self, folder: Path) -> Path:
         """Copy the modules that the pipeline needs, and return the one that diffusers finds the class in."""
         entry = Path(inspect.getfile(type(self)))
-        modules = Path(__file__).parent
+        # any file that lists the modules: of custom code only one is there, the one that was asked for
+        listing = next(file for file in sorted(Path(__file__).parent.glob("pipeline*.py")) if _import_lines(file))
         if hasattr(self, "_stock_class"):  # a class of `ssr_pipeline_class` has no file of its own
             entry = folder / f"pipeline_{type(self).__name__.lower()}.py"
-            stock, lines = self._stock_class, _import_lines(modules / "pipeline_ssr.py")
+            stock, lines = self._stock_class, _import_lines(listing)
             entry.write_text(
                 f'"""{type(self).__name__}, as `ssr_pipeline_class` makes it."""\n\n'
                 f"from {stock.__module__} import {stock.__name__}\n\n{lines}\n\n"
                 f"{type(self).__name__} = ssr_pipeline_class({stock.__name__})\n"
             )
-        for file in {entry, *map(Path, get_relative_import_files(modules / "pipeline_ssr.py"))}:
+        for file in {entry, *map(Path, get_relative_import_files(listing))}:
             _copy_code(file, folder)
         return entry
 

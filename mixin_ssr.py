@@ -5,6 +5,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionInstructPix2PixPipeline
@@ -42,8 +43,9 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
     the way of a picture and of a query through the modules.
 
     **When the subject is in the UNet.** The weights live in the `ssr_encoder` component, never in the UNet. What carries a
-    subject are forward hooks, which are in the UNet during a forward pass of a call with a subject and at no other time:
-    in a callback, between calls and after an error it is stock. Any number of threads, SSR pipelines and stock pipelines
+    subject are forward hooks, which are on the UNet's layers during a forward pass of a call with a subject and at no other
+    time. Between these passes two hooks on the UNet itself wait for the next one; in the call's callbacks, between calls and
+    after an error the UNet is stock. Any number of threads, SSR pipelines and stock pipelines
     can use one UNet at the same time.
 
     **How it gets there.** The subject's keys and values, projected once a call with the scale contained in the values,
@@ -55,9 +57,9 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
     def __init__(
         self,
         *args,
-        ssr_encoder: ModelMixin = None,
-        ssr_image_encoder: PreTrainedModel = None,
-        ssr_image_processor: CLIPImageProcessor = None,
+        ssr_encoder: ModelMixin | None = None,
+        ssr_image_encoder: PreTrainedModel | None = None,
+        ssr_image_processor: CLIPImageProcessor | None = None,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
@@ -67,11 +69,12 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        # diffusers reads components and arguments off the signatures, so each class needs its own, with all names
+        # diffusers learns from the signatures which components and arguments a class has. With `*args, **kwargs` alone,
+        # `from_pretrained` and `from_pipe` would load no component, so each class gets a signature with all names.
         for name in ("__init__", "__call__"):
             if name not in vars(cls):
                 setattr(cls, name, _with_signature(getattr(cls, name), getattr(super(), name)))
-        stock = super()
+        stock: Any = super()
         for name in ("encode_prompt", "_encode_prompt"):
             if name not in vars(cls) and hasattr(stock, name):
                 setattr(cls, name, _with_tokenizer_lock(getattr(stock, name)))
@@ -97,7 +100,7 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
     ):
         r"""
         Generate as the stock pipeline does, with subjects picked out of reference pictures. All arguments of the stock
-        pipeline are accepted; without a subject its very own call runs.
+        pipeline are accepted; without a subject the stock call runs unchanged.
 
         A list for `subject_image`, `subject_query` or `subject_mask` holds, with a list of prompts, one for each prompt,
         and with a single prompt several subjects that appear together in its picture.
@@ -161,8 +164,10 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
             raise ValueError("`subject_start` and `subject_end` need a pipeline with `callback_on_step_end`.")
         num_prompts = _num_prompts(arguments)
         if subject is None:
-            how = {"mask_weight": mask_weight, "resize_mode": subject_resize_mode, "text": _text_arguments(arguments)}
-            encoded = self._encode_subjects(**references, **how)
+            text = _text_arguments(arguments)
+            encoded = self._encode_subjects(
+                subject_image, subject_query, subject_mask, mask_weight, subject_resize_mode, text
+            )
             if num_prompts > 1 or isinstance(arguments.get("prompt"), list):
                 names = ", ".join(f"`{name}`" for name in references)
                 rows = [
@@ -274,7 +279,7 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
         return check
 
 
-# how a call's own arguments are called
+# the names of the arguments that this class adds to a stock call's
 _OWN_ARGUMENTS = tuple(
     name
     for name, parameter in inspect.signature(SSRPipelineMixin.__call__).parameters.items()
@@ -302,8 +307,8 @@ def _text_arguments(arguments: dict) -> dict:
 
 
 def _branches(pipeline, count: int) -> tuple[bool, ...]:
-    """The branches of guidance in the order of the UNet's batch, `True` for a conditional one. How many there are is the
-    batch's own truth: a callback may have switched guidance off or on."""
+    """The branches of guidance in the order of the UNet's batch, `True` for a conditional one. How many there are is
+    read from the batch, since a callback may have switched guidance off or on."""
     if isinstance(pipeline, StableDiffusionInstructPix2PixPipeline):
         known = {1: (True,), 3: (True, False, False)}
     elif getattr(pipeline, "do_perturbed_attention_guidance", False):
@@ -321,9 +326,9 @@ def _branches(pipeline, count: int) -> tuple[bool, ...]:
 def _callbacks(
     passes: unet_hooks.SubjectPasses, request: subject_request.SubjectRequest, window, arguments: dict
 ) -> dict:
-    """The call's callback arguments: the user's callbacks, while which the UNet is stock, and what keeps the subject inside
-    its window."""
-    changed = {}
+    """The call's callback arguments: the user's callbacks, during which the UNet is stock, and a callback that keeps the
+    subject inside its window."""
+    changed: dict[str, Any] = {}
     if arguments.get("callback") is not None:  # deprecated in most pipelines, the only one in some
         changed["callback"] = _while_paused(passes, arguments["callback"])
     callback = arguments.get("callback_on_step_end")
@@ -336,7 +341,7 @@ def _callbacks(
         if callback is not None:
             callback_kwargs = _while_paused(passes, callback)(pipeline, step, timestep, callback_kwargs)
             _follow(pipeline, passes)
-        # after the last step the next one is the first again, where FreeInit begins anew
+        # FreeInit denoises several times: after the last step comes the first one again
         following = (step + 1) % pipeline.num_timesteps
         request.active = start * pipeline.num_timesteps <= following < end * pipeline.num_timesteps
         return callback_kwargs
@@ -417,6 +422,7 @@ def _with_signature(ours: Callable, stock: Callable) -> Callable:
     added = [p for p in inspect.signature(ours).parameters.values() if p.kind not in variadic and p.name != "self"]
     rest = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
     parameters = [p for p in parameters if p.kind not in variadic] + added + rest
-    method.__signature__ = inspect.Signature(parameters)
+    # what `inspect.signature` reads, and through it diffusers
+    vars(method)["__signature__"] = inspect.Signature(parameters)
     method.__annotations__ = {p.name: p.annotation for p in parameters if p.annotation is not inspect.Parameter.empty}
     return method

@@ -21,10 +21,10 @@ _UNSUITABLE = {
     "StableDiffusionAttendAndExcitePipeline": _OWN_PROCESSORS,
     "StableDiffusionControlNetXSPipeline": "its UNet has other layers",
     "StableDiffusionDiffEditPipeline": "it runs the UNet outside its call as well",
-    "StableDiffusionPanoramaPipeline": "it orders its views otherwise than its prompts",
+    "StableDiffusionPanoramaPipeline": "the order of its views in the batch is not that of its prompts",
     "StableDiffusionParadigmsPipeline": "it runs several steps in one batch",
     "StableDiffusionPix2PixZeroPipeline": _OWN_PROCESSORS,
-    "StableDiffusionSAGPipeline": "it hands image embeddings to half of its batch",
+    "StableDiffusionSAGPipeline": "it passes image embeddings to half of its batch alone",
     "TextToVideoZeroPipeline": _OWN_PROCESSORS,
 }
 

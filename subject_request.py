@@ -65,7 +65,7 @@ class SubjectRequest:
 
         Args:
             sample (`torch.Tensor` of shape `(batch_size, channels, height, width)` or `(batch_size, channels, num_frames, height, width)`):
-                The latents of the pass. Their batch is the truth: guidance may have been switched off or on by now.
+                The latents of the pass. Their batch size says which branches of guidance it has.
 
         Returns:
             [`SubjectConditions`], or `None` outside the call's window.
@@ -95,15 +95,15 @@ class SubjectRequest:
         return self.branches(count)
 
     @property
-    def _moves(self) -> bool:
+    def _has_keyframes(self) -> bool:
         return any(len(row.frames) > 1 for row in self.rows)
 
     def _entries(
         self, branches: tuple[bool, ...]
     ) -> list[tuple[bool, SubjectRow, subject_embeds.SubjectEmbeds | None]]:
-        """Branch, row and subjects of everything that gets keys and values: branches, in them rows, in them keyframes."""
+        """What gets keys and values, each as (branch, row, subjects): for each branch its rows, for each row its keyframes."""
         rows = self.rows
-        if self._moves:
+        if self._has_keyframes:
             # each picture needs a row of its own: its frames are rows in the layers
             rows = [row for row in rows for _ in range(self.num_pictures // len(rows))]
         return [(positive, row, subjects) for positive in branches for row in rows for subjects in row.keyframes]
@@ -116,7 +116,8 @@ class SubjectRequest:
             check_frames(row, frames)
         entries = self._entries(branches)
         embeds, lengths = self._embeds(entries, device)
-        # offloading moves the weights only when they are used
+        # The embeddings lie where the UNet runs, even if the encoder's weights do not yet: offloading moves them there in
+        # `project`.
         projected = self.encoder.project(embeds)
         row_scales = torch.tensor([self._row_scale(*entry[1:]) for entry in entries], device=device)[:, None, None]
         num_keyframes = len(self.rows[0].frames)
@@ -126,7 +127,9 @@ class SubjectRequest:
             if layer_scale == 0:
                 key, value = key[:, :0], value[:, :0]
             pair = key.to(self.dtype), (value * (row_scales * layer_scale)).to(self.dtype)
-            pairs[name] = tuple(each.unflatten(0, (-1, num_keyframes)) for each in pair) if self._moves else pair
+            pairs[name] = (
+                tuple(each.unflatten(0, (-1, num_keyframes)) for each in pair) if self._has_keyframes else pair
+            )
 
         regions, counts = _regions(entries, num_keyframes, frames), _counts(entries, embeds.shape[1])
         token_subject = None
@@ -138,7 +141,7 @@ class SubjectRequest:
             regions,
             None if counts is None else counts[::num_keyframes].to(device),
             frames,
-            torch.from_numpy(_places_between(self.rows[0].frames, frames)).to(device) if self._moves else None,
+            torch.from_numpy(_places_between(self.rows[0].frames, frames)).to(device) if self._has_keyframes else None,
         )
 
     def _embeds(self, entries: list, device: torch.device) -> tuple[torch.Tensor, list[list[int]]]:
@@ -148,7 +151,7 @@ class SubjectRequest:
         tokens are multiplied by its scale, and the layers take the sum as it is."""
         tokens, lengths = [], []
         for positive, row, subjects in entries:
-            parts = self._shape_of(row, subjects)
+            parts = self._subjects_of(row, subjects)
             embeds = [(part.embeds if positive else part.negative_embeds).to(device) for part in parts]
             if positive and len(parts) > 1:
                 embeds = [each * self._scale(part) for each, part in zip(embeds, parts, strict=True)]
@@ -158,10 +161,11 @@ class SubjectRequest:
         padded = [F.pad(each, (0, 0, 0, longest - each.shape[1])) for each in tokens]
         return torch.cat(padded).to(self.encoder.dtype), lengths
 
-    def _shape_of(
+    def _subjects_of(
         self, row: SubjectRow, subjects: subject_embeds.SubjectEmbeds | None
     ) -> tuple[subject_embeds.Subject, ...]:
-        """The subjects, or where there are none others in their place, whose values `_row_scale` makes 0."""
+        """The subjects of an entry. Where it has none, those of another entry stand in for them, so that all entries have
+        tokens; `_row_scale` makes their values 0."""
         others = row.example or next(each.example for each in self.rows if each.example is not None)
         if subjects is None and row.example is None:
             return others.subjects[:1]
@@ -220,7 +224,9 @@ def _regions(entries: list, num_keyframes: int, frames: int) -> list[list[torch.
     return rows if any(region is not None for row in rows for region in row) else None
 
 
-def _region_of_frames(regions: list[torch.Tensor | None], keyframes: tuple[int, ...], frames: int):
+def _region_of_frames(
+    regions: list[torch.Tensor | None], keyframes: tuple[int, ...], frames: int
+) -> torch.Tensor | None:
     """The regions of one subject at its keyframes as one, `(1 or num_frames, height, width)`: each frame has the region of
     the nearest keyframe."""
     given = [region if region is None or region.ndim == 3 else region[None] for region in regions]

@@ -4,10 +4,11 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from diffusers import UNet2DConditionModel, UNetMotionModel
+from diffusers.models import UNet2DConditionModel, UNetMotionModel
 from diffusers.utils.torch_utils import is_compiled_module
 from torch import nn
 
@@ -23,7 +24,7 @@ _KEY = __name__
 _processor = attention_processors.SSRAttnProcessor2_0()
 
 
-def find_unet(unet) -> nn.Module:
+def find_unet(unet: Any) -> UNet2DConditionModel | UNetMotionModel:
     r"""
     The UNet itself inside whatever wraps it: `torch.compile`, a `PeftModel`, accelerate's or DDP's wrappers, or one of the
     user's that passes attributes on.
@@ -35,7 +36,8 @@ def find_unet(unet) -> nn.Module:
     Raises:
         `ValueError`: if there is none.
     """
-    # a bound method that is passed on knows whose it is, also where the wrapper is no module
+    # A wrapper that is no module but passes attributes on passes on `get_submodule` too: a bound method, whose `__self__` is the
+    # module inside.
     module = unet if isinstance(unet, nn.Module) else getattr(getattr(unet, "get_submodule", None), "__self__", None)
     for each in module.modules() if isinstance(module, nn.Module) else ():
         if isinstance(each, (UNet2DConditionModel, UNetMotionModel)):
@@ -43,22 +45,27 @@ def find_unet(unet) -> nn.Module:
     raise ValueError(f"`unet` has to be, or to wrap, a UNet of Stable Diffusion 1.5, but is {type(unet).__name__}.")
 
 
-class _Transformer:
-    """Forward pre-hook of the transformer around a cross-attention layer. It stands there because a transformer is given
-    `(batch_size, channels, height, width)`, so that a region meets the true grid; and because inside a compiled block the
-    layer's name would be compiled in, where one compiled block should serve all layers of a width."""
+class _TransformerHook:
+    """Forward pre-hook of the transformer around a cross-attention layer: takes the conditions out of
+    `cross_attention_kwargs`, and passes this layer's part of them on with the text.
+
+    It is a hook of the transformer and not of the layer for two reasons. A transformer is given
+    `(batch_size, channels, height, width)`, the grid that a region is fitted to; the layer is given positions in one row, and
+    would have to guess the grid. And with compiled blocks a hook of the layer would be compiled with the layer's name, so that
+    each layer would be compiled for itself; this way one compiled block serves all layers of a width."""
 
     def __init__(self, layer: str):
         self.layer = layer
 
     def __call__(self, transformer: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
-        attention_kwargs = kwargs.get("cross_attention_kwargs") if kwargs else None
-        conditions = attention_kwargs.get(SUBJECT) if attention_kwargs else None
+        kwargs = kwargs or {}
+        attention_kwargs = kwargs.get("cross_attention_kwargs") or {}
+        conditions = attention_kwargs.get(SUBJECT)
         if not isinstance(conditions, attention_processors.SubjectConditions):
             return None
         hidden_states = args[0] if args else kwargs["hidden_states"]
         subject = conditions.for_layer(self.layer, hidden_states.shape[0], tuple(hidden_states.shape[2:]))
-        text = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
+        text = args[1] if len(args) > 1 else kwargs["encoder_hidden_states"]
         changed = {
             **kwargs,
             "encoder_hidden_states": attention_processors.TextAndSubject(text, subject),
@@ -74,7 +81,7 @@ class _Hooks:
         self.users: set = set()
         self.modules: set[nn.Module] = set()
         # kept from pass to pass: compiled code is valid for these very objects
-        self.transformers: dict[str, _Transformer] = {}
+        self.transformers: dict[str, _TransformerHook] = {}
 
     def add(self, unet: nn.Module, layers: Iterable[str], user) -> None:
         self.users.add(user)
@@ -92,7 +99,7 @@ class _Hooks:
             library_internals.set_forward_pre_hook(module, _KEY, _processor.add_subject)
         library_internals.set_forward_hook(attn, _KEY, _processor.leave)
         library_internals.set_forward_pre_hook(attn, _KEY, _processor.enter)
-        hook = self.transformers.setdefault(layer, _Transformer(layer))
+        hook = self.transformers.setdefault(layer, _TransformerHook(layer))
         library_internals.set_forward_pre_hook(transformer, _KEY, hook)
 
     def remove(self, user) -> None:
@@ -103,10 +110,11 @@ class _Hooks:
             self.modules.clear()
 
 
-def _projections(attn: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+def _projections(attn: Any) -> tuple[list[nn.Module], list[nn.Module]]:
     """The modules with which a layer and its processor compute queries and outputs: `to_q` and `to_out[0]`, and what the
     processor has of its own under names that begin so (`to_q_custom_diffusion`)."""
-    queries, outputs = [attn.to_q], [attn.to_out[0]]
+    queries: list[nn.Module] = [attn.to_q]
+    outputs: list[nn.Module] = [attn.to_out[0]]
     if isinstance(attn.processor, nn.Module):
         for name, module in attn.processor.named_children():
             if name.startswith("to_q"):
@@ -143,7 +151,7 @@ def _remove_hooks(unet: nn.Module, user) -> None:
 
 
 @contextmanager
-def subject_in_unet(unet: nn.Module, layers: Iterable[str]) -> Iterator[None]:
+def subject_in_unet(unet: Any, layers: Iterable[str]) -> Iterator[None]:
     r"""
     Let forward passes of a UNet attend to a subject, for training: inside, the UNet takes
     `cross_attention_kwargs={"ssr_subject": SubjectConditions(...)}`. Passes without it are the stock UNet's. The hooks stay
@@ -241,7 +249,7 @@ class SubjectPasses:
             attention_kwargs[SUBJECT] = conditions
         kwargs = {**kwargs, "cross_attention_kwargs": attention_kwargs or None}
         added = kwargs.get("added_cond_kwargs") or {}
-        if self.unet.config.encoder_hid_dim_type == "ip_image_proj" and "image_embeds" not in added:
+        if self.unet.config["encoder_hid_dim_type"] == "ip_image_proj" and "image_embeds" not in added:
             kwargs["added_cond_kwargs"] = {**added, "image_embeds": _NoPictures(self.unet.encoder_hid_proj)}
         return args, kwargs
 
@@ -254,9 +262,11 @@ class SubjectPasses:
 
 class _NoPictures(list):
     """The image embeddings of IP-Adapters that are loaded but got no picture, so that beside a subject they add nothing. The
-    UNet refuses a list that is shorter than its list of adapters; this one says that it is as long, and holds nothing."""
+    UNet compares the list's length with the number of its adapters and then iterates over both. This list reports that length
+    but is empty, so that each adapter adds nothing. Zeros would not do: an adapter projects
+    them to tokens other than zero."""
 
-    def __init__(self, image_projection: nn.Module):
+    def __init__(self, image_projection: Any):
         super().__init__()
         self.length = len(image_projection.image_projection_layers)
 
@@ -270,7 +280,8 @@ _running: dict[int, SubjectPasses] = {}
 
 
 def _before_pass(module: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
-    passes = (kwargs.get("cross_attention_kwargs") or {}).get(SUBJECT) if kwargs else None
+    kwargs = kwargs or {}
+    passes = (kwargs.get("cross_attention_kwargs") or {}).get(SUBJECT)
     return passes.begin(args, kwargs) if isinstance(passes, SubjectPasses) else None
 
 
@@ -282,7 +293,7 @@ def _after_pass(module: nn.Module, args: tuple, kwargs: dict | None = None, outp
 
 class _CompiledCall:
     """What runs instead of a UNet that was compiled in place: the compiled call, between the same two functions. As forward
-    hooks they would be compiled in, where a lock and the projection of a new subject have no place."""
+    hooks they would be compiled with the UNet, and neither a lock nor the projection of a new subject can be compiled."""
 
     def __init__(self, module: nn.Module, call: Callable):
         self.module, self.call = module, call
@@ -306,7 +317,7 @@ def _add_watch(module: nn.Module) -> None:
 
 def _remove_watch(module: nn.Module) -> None:
     library_internals.clear_forward_hooks(module, _KEY)
-    outer = None
+    outer: Any = None
     for call in _chain(library_internals.compiled_call(module)):
         if isinstance(call, _CompiledCall) and outer is None:
             library_internals.set_compiled_call(module, call.call)
@@ -315,7 +326,7 @@ def _remove_watch(module: nn.Module) -> None:
         outer = call
 
 
-def _chain(call) -> Iterator:
+def _chain(call: Any) -> Iterator[Any]:
     """A compiled call and what it wraps: another copy of this code may have put its own around it."""
     while call is not None:
         yield call

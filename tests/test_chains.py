@@ -630,6 +630,16 @@ def test_several_subjects_and_their_places_at_keyframes(pipe, frame_by_frame):
     assert np.abs(video[1] - video[2]).max() > 1e-4
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_region_at_one_keyframe_alone(pipe, frame_by_frame, order):
+    """A subject that may be anywhere at one keyframe and in a part of the picture at another."""
+    cat = pipe.encode_subject(make_picture(), "cat").scaled(0.9)
+    first, last = (cat, cat.inside(LEFT_HALF))[::order]
+    video, pictures = frame_by_frame({0: first, 3: last}, [first, first, last, last])
+    np.testing.assert_allclose(video, pictures, atol=2e-5)
+    assert np.abs(video[1] - video[2]).max() > 1e-4
+
+
 def test_keyframes_for_each_prompt(pipe):
     """Two prompts, in one video each, with a subject's keyframes of their own; the same keyframes for both as well."""
     cat, dog = (s.scaled(0.9) for s in pipe.encode_subject(make_picture(), query=["cat", "dog"]))
