@@ -327,9 +327,9 @@ def test_without_gradio_the_script_names_the_extra(arguments, monkeypatch, capsy
 )
 def test_errors_become_messages(error, said):
     gradio = pytest.importorskip("gradio", reason="the page needs Gradio")
-    from page.messages import as_message
+    from page.messages import messages
 
-    @as_message
+    @messages()
     def fails():
         raise error
 
