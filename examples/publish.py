@@ -1,5 +1,7 @@
 """Assemble the Hub repository (code, weights, model card) and upload it.
 
+    python examples/publish.py --repo_id me/ssr --weights pocket
+
 With the pocket checkpoint, or any folder of a whole pipeline, the repository loads on its own with
 `DiffusionPipeline.from_pretrained("<owner>/<repo>", trust_remote_code=True)`. With an encoder alone, as
 convert_released_checkpoint.py writes it, it serves `custom_pipeline="<owner>/<repo>"` and `load_ssr("<owner>/<repo>")`.
@@ -14,7 +16,10 @@ import json
 import shutil
 from pathlib import Path
 
+import extras  # noqa: F401  (says so if the project is not installed)
+
 import torch
+from command_line import HelpFormatter
 from diffusers import DiffusionPipeline
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files
 from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline
@@ -32,6 +37,9 @@ def copy_code(folder: Path) -> None:
     files = {ROOT / "LICENSE", *map(Path, get_relative_import_files(ROOT / "pipeline.py"))}
     for file in files | set(ROOT.glob("pipeline*.py")):
         shutil.copy(file, folder)
+    # from the Hub diffusers walks through each file's relative imports: an entry that imports another entry would have
+    # every module asked for twice
+    shutil.copy(ROOT / "pipeline_ssr.py", folder / "pipeline.py")
 
 
 def is_whole(weights: Path) -> bool:
@@ -76,7 +84,7 @@ def write_card(folder: Path, repo_id: str) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--repo_id", required=True, help="<owner>/<repo> on the Hub")
     parser.add_argument("--weights", type=Path, default=ROOT / "pocket", help="a pipeline, or an encoder, in a folder")
     parser.add_argument(
@@ -89,7 +97,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--base_model", default=BASE_MODEL, help="what the encoder alone is drawn with in a Space")
     parser.add_argument("--push_to_hub", action="store_true", help="upload it")
-    parser.add_argument("--private", action="store_true")
+    parser.add_argument("--private", action="store_true", help="make the repository private")
     parser.add_argument("--revision", help="the branch to upload to")
     parser.add_argument("--token", help="the token to upload with, unless you are logged in")
     return parser.parse_args()

@@ -102,6 +102,24 @@ assert np.array_equal(draw(pipe), expected)
     assert not hub.requests
 
 
+@pytest.mark.parametrize(
+    "load,cold,warm",
+    [
+        ("DiffusionPipeline.from_pretrained('base', custom_pipeline='owner/ssr', trust_remote_code=True)", 74, 43),
+        ("DiffusionPipeline.from_pretrained('owner/ssr', trust_remote_code=True)", 99, 26),
+    ],
+    ids=["code", "whole"],
+)
+def test_how_many_requests_loading_takes(hub, load, cold, warm, request):
+    """diffusers asks for each relative import of each file, and for the commit each time: with entries alone that import
+    relatively, a small multiple of the number of files."""
+    home, counts = f"hf-count-{request.node.callspec.id}", []
+    for _ in range(2):
+        elsewhere(hub, f"pipe = {load}\npipe.load_ssr('owner/ssr')\nassert np.array_equal(draw(pipe), expected)", home)
+        counts.append(len(hub.requests))
+    assert counts[0] <= cold and counts[1] <= warm, counts
+
+
 def test_a_whole_repository_also_offline(hub):
     load = """
 from huggingface_hub import snapshot_download
