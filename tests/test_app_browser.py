@@ -307,8 +307,8 @@ def test_mistakes_are_messages(person, tmp_path):
     anna.click("#draw-along_edges")
     said.append(anna.message())
     wanted = (
-        "notes.png is not a picture",
-        "half.png is damaged",
+        "`notes.png` cannot be decoded",
+        "`half.png` cannot be decoded",
         "no reference picture",
         "Subject 1: ",
         "no picture yet",
