@@ -91,13 +91,13 @@ def declared(width: int, height: int) -> bytes:
 
 
 BROKEN = {
-    "no picture": (b"this is no picture", "is not a picture"),
-    "empty": (b"", "is not a picture"),
-    "cut off": (png()[:-200], "is damaged or cut off"),
-    "cut off early": (png()[:60], "is damaged or cut off"),
-    "many pixels": (declared(9000, 9000), "has 9000 x 9000 pixels"),
-    "a bomb": (declared(60000, 60000), "is not a picture"),
-    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not a picture"),
+    "no picture": (b"this is no picture", "cannot be decoded"),
+    "empty": (b"", "cannot be decoded"),
+    "cut off": (png()[:-200], "cannot be decoded: .*truncated"),
+    "cut off early": (png()[:60], "cannot be decoded: .*truncated"),
+    "many pixels": (declared(9000, 9000), "has 81"),
+    "a bomb": (declared(60000, 60000), ""),
+    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot be decoded"),
     "too small": (png((4, 4)), "is 4 x 4 pixels"),
     "too narrow": (png((10, 400)), "is 10 x 400 pixels"),
 }
@@ -107,7 +107,7 @@ BROKEN = {
 def test_a_file_that_is_no_picture_is_named(tmp_path, kind):
     data, reason = BROKEN[kind]
     (tmp_path / "holiday.png").write_bytes(data)
-    with pytest.raises(ValueError, match=f"holiday.png`? {reason}"):
+    with pytest.raises(ValueError, match=f"`holiday.png` {reason}"):
         open_picture(tmp_path / "holiday.png")
 
 
@@ -327,9 +327,9 @@ def test_without_gradio_the_script_names_the_extra(arguments, monkeypatch, capsy
 )
 def test_errors_become_messages(error, said):
     gradio = pytest.importorskip("gradio", reason="the page needs Gradio")
-    from page.messages import as_message
+    from page.messages import messages
 
-    @as_message
+    @messages()
     def fails():
         raise error
 

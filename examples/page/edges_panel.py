@@ -4,7 +4,7 @@ import gradio as gr
 from PIL import Image
 
 from .edges import find_edges, fit
-from .messages import as_message
+from .messages import messages
 from .pictures import open_picture
 from .studio import Studio
 from .widgets import DAY, HIDDEN, SHOW, empty_after, file_drop
@@ -46,11 +46,11 @@ class EdgesPanel:
             raise ValueError("There is no picture yet whose edges are to be followed.")
         return {"edges": edges, "controlnet_conditioning_scale": values[self.scale]}
 
-    @as_message
+    @messages()
     def _open(self, file: str) -> Image.Image:
         return open_picture(file)
 
-    @as_message
+    @messages()
     def _edges(self, picture: Image.Image | None, how: str, low: int, high: int) -> Image.Image | None:
         if picture is None:
             return None

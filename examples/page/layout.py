@@ -1,12 +1,13 @@
 """The page as a whole, and what its buttons do."""
 
 import argparse
+from collections.abc import Iterator
 
 import gradio as gr
 from diffusers.utils import export_to_gif
 
 from .edges_panel import EdgesPanel
-from .messages import as_message
+from .messages import messages
 from .request import ALONG_EDGES, PICTURE, VIDEO, DrawingRequest
 from .script import FRAMES_PER_SECOND, write_bundle, write_script
 from .sessions import Sessions
@@ -52,25 +53,26 @@ class Page:
             gr.Markdown(INTRODUCTION)
             with gr.Row():
                 with gr.Column(min_width=340):
-                    subjects = SubjectPanels(studio, args)
+                    self.subjects = SubjectPanels(studio, args)
                 with gr.Column(min_width=340):
-                    shared = [subjects, SettingsPanel(args)]
+                    settings = SettingsPanel(args)
                     with gr.Tabs():
-                        self._kinds(shared)
+                        self._kinds(settings)
             self.blocks.unload(self._close)
 
-    def _kinds(self, shared: list) -> None:
+    def _kinds(self, settings: SettingsPanel) -> None:
         with gr.Tab("Picture"):
-            self._drawing(PICTURE, shared)
+            self._drawing(PICTURE, [settings])
         if self.studio.checkpoints.controlnet is not None:
             with gr.Tab("Along edges"):
-                self._drawing(ALONG_EDGES, [*shared, EdgesPanel(self.studio)])
+                self._drawing(ALONG_EDGES, [settings, EdgesPanel(self.studio)])
         if self.studio.checkpoints.motion_adapter is not None:
             with gr.Tab("Video"):
-                self._drawing(VIDEO, [*shared, FramesPanel(self.args)])
+                self._drawing(VIDEO, [settings, FramesPanel(self.args)])
 
     def _drawing(self, kind: str, panels: list) -> None:
-        """The buttons and results of one kind of drawing, which reads what the panels ask for."""
+        """The buttons and results of one kind of drawing, which reads what the subjects and the panels ask for."""
+        panels = [self.subjects, *panels]
         with gr.Row():
             draw = gr.Button("Draw", variant="primary", elem_id=f"draw-{kind}")
             cancel = gr.Button("Cancel", elem_id=f"cancel-{kind}")
@@ -86,17 +88,19 @@ class Page:
             bundle = gr.DownloadButton("The script with its pictures (.zip)", size="sm", elem_id=f"bundle-{kind}")
 
         # Gradio finds the last two arguments by their type and default
-        @as_message
-        def run(values: dict, request: gr.Request, progress=gr.Progress()):  # noqa: B008
-            asked = {}
-            for panel in panels:
-                asked |= panel.read(values)
-            return self._draw(DrawingRequest(**asked), request.session_hash, progress)
+        def run(values: dict, request: gr.Request, progress=gr.Progress()) -> Iterator[tuple]:  # noqa: B008
+            with messages():
+                asked = {}
+                for panel in panels:
+                    asked |= panel.read(values)
+                yield *[gr.skip()] * 3, *self.subjects.look(values)
+                results = self._draw(DrawingRequest(**asked), request.session_hash, progress)
+                yield *results, *[gr.skip()] * len(self.subjects.heats)
 
         drawing = draw.click(
             run,
             {component for panel in panels for component in panel.components},
-            [drawn, script, bundle],
+            [drawn, script, bundle, *self.subjects.heats],
             concurrency_limit=self.args.concurrency,
             concurrency_id="draw",
             show_progress_on=drawn,
@@ -105,7 +109,7 @@ class Page:
         # one that waits is taken out of the queue; one that has begun stops after its step
         cancel.click(self._cancel, None, None, cancels=drawing, concurrency_limit=None, **HIDDEN)
 
-    def _draw(self, request: DrawingRequest, session: str, progress: gr.Progress) -> tuple | dict:
+    def _draw(self, request: DrawingRequest, session: str, progress: gr.Progress) -> tuple:
         """The picture or the video's file, the script, and the archive's file; nothing new if it is cancelled."""
         progress(0, desc="Encoding")
         try:
@@ -114,7 +118,7 @@ class Page:
                     request, lambda step, steps: progress((step, steps), desc="Drawing"), cancelled.is_set
                 )
         except Cancelled:
-            return gr.skip()
+            return (gr.skip(),) * 3
         if request.kind == VIDEO:
             file = self.sessions.file(session, "video.gif")
             export_to_gif(result, str(file), fps=FRAMES_PER_SECOND)

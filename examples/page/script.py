@@ -1,5 +1,6 @@
 """The Python that repeats what the page has drawn."""
 
+import json
 import zipfile
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import torch
 from PIL import Image
 
 from .checkpoints import Checkpoints
-from .request import ALONG_EDGES, PICTURE, VIDEO, DrawingRequest
+from .request import ALONG_EDGES, PICTURE, VIDEO, DrawingRequest, SubjectChoice
 
 
 FRAMES_PER_SECOND = 8
@@ -54,6 +55,11 @@ def write_script(
     return "\n".join(parts)
 
 
+def text(value: str) -> str:
+    """A string in Python's syntax; JSON's double quotes and escapes are Python's as well."""
+    return json.dumps(value, ensure_ascii=False)
+
+
 def _imports(request: DrawingRequest) -> str:
     diffusers = {
         ALONG_EDGES: "from diffusers import ControlNetModel\n",
@@ -70,27 +76,27 @@ def _imports(request: DrawingRequest) -> str:
 def _loading(request: DrawingRequest, checkpoints: Checkpoints, dtype: torch.dtype, device: torch.device | str) -> str:
     lines = (
         "pipe = StableDiffusionSSRPipeline.from_pretrained(\n"
-        f"    {checkpoints.base!r}, trust_remote_code=True, dtype={dtype}\n"
+        f"    {text(checkpoints.base)}, trust_remote_code=True, dtype={dtype}\n"
         ")\n"
-        f"pipe.load_ssr({checkpoints.ssr!r})\n"
+        f"pipe.load_ssr({text(checkpoints.ssr)})\n"
     )
     if request.kind == ALONG_EDGES:
         lines += (
-            f"controlnet = ControlNetModel.from_pretrained({checkpoints.controlnet!r}, dtype={dtype})\n"
+            f"controlnet = ControlNetModel.from_pretrained({text(checkpoints.controlnet)}, dtype={dtype})\n"
             "pipe = StableDiffusionSSRControlNetPipeline.from_pipe(pipe, controlnet=controlnet)\n"
         )
     if request.kind == VIDEO:
         lines += (
-            f"adapter = MotionAdapter.from_pretrained({checkpoints.motion_adapter!r}, dtype={dtype})\n"
+            f"adapter = MotionAdapter.from_pretrained({text(checkpoints.motion_adapter)}, dtype={dtype})\n"
             "pipe = AnimateDiffSSRPipeline.from_pipe(pipe, motion_adapter=adapter)\n"
         )
-    return lines + f"pipe.to({str(device)!r})\n"
+    return lines + f"pipe.to({text(str(device))})\n"
 
 
-def _subject(number: int, choice) -> str:
+def _subject(number: int, choice: SubjectChoice) -> str:
     arguments = [f'Image.open("subject_{number}.png")']
     if choice.query:
-        arguments.append(f"query={choice.query!r}")
+        arguments.append(f"query={text(choice.query)}")
     if choice.mask is not None:
         arguments.append(f'mask=Image.open("subject_{number}_mask.png")')
     changes = f".scaled({choice.scale!r})"
@@ -101,7 +107,10 @@ def _subject(number: int, choice) -> str:
 
 
 def _call(request: DrawingRequest) -> str:
-    arguments = {name: repr(value) for name, value in request.call_arguments().items()}
+    arguments = {
+        name: text(value) if isinstance(value, str) else repr(value)
+        for name, value in request.call_arguments().items()
+    }
     if request.subjects:
         arguments["subject"] = " + ".join(f"subject_{number}" for number in range(1, len(request.subjects) + 1))
     if request.edges is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import gradio as gr
 from PIL import Image
 
-from .messages import as_message
+from .messages import messages
 from .painting import CANVAS_SIDE, canvas_for, painted_mask
 from .pictures import open_picture
 from .request import SubjectChoice
@@ -30,6 +30,7 @@ class SubjectPanel:
 
     def __init__(self, studio: Studio, args: argparse.Namespace, number: int):
         self.studio = studio
+        self.number = number
         self.samples = _samples(Path(studio.checkpoints.ssr) / "references")
         # apart from the editor, whose canvas may be larger than the picture
         self.picture = gr.State(time_to_live=DAY)
@@ -43,7 +44,7 @@ class SubjectPanel:
             **PAINT,
         )
         self.query = gr.Textbox(
-            label="or say which thing is meant", placeholder="cat", max_lines=1, elem_id=f"query-{number}"
+            label="Or say which thing is meant", placeholder="cat", max_lines=1, elem_id=f"query-{number}"
         )
         look = gr.Button("Show where it looks", size="sm", elem_id=f"look-{number}")
         self.heat = gr.Image(label="Red: where it looks", visible=False, height=260, elem_id=f"heat-{number}", **SHOW)
@@ -90,11 +91,11 @@ class SubjectPanel:
             elem_id=f"examples-{number}",
         )
 
-    @as_message
+    @messages()
     def _open(self, file: str) -> tuple:
         return self._shown(open_picture(file))
 
-    @as_message
+    @messages()
     def _open_sample(self, index: int) -> tuple:
         file, query = self.samples[index]
         return *self._shown(open_picture(file)), query
@@ -106,12 +107,21 @@ class SubjectPanel:
     def _clear(self) -> tuple:
         return None, gr.ImageEditor(visible=False), gr.Image(value=None, visible=False)
 
-    @as_message
-    def _look(self, values: dict):
+    @messages()
+    def _look(self, values: dict) -> gr.Image:
+        if values[self.picture] is None:
+            raise ValueError(f"Subject {self.number}: there is no reference picture yet.")
+        return self.look(values)
+
+    def look(self, values: dict) -> gr.Image | dict:
+        """The attention map, or nothing new without a picture."""
         choice = self.read(values)
         if choice is None:
-            raise ValueError("There is no reference picture yet.")
-        return gr.Image(value=self.studio.attention_map(choice), visible=True)
+            return gr.skip()
+        try:
+            return gr.Image(value=self.studio.attention_map(choice), visible=True)
+        except ValueError as error:
+            raise ValueError(f"Subject {self.number}: {error}") from error
 
 
 class SubjectPanels:
@@ -124,11 +134,16 @@ class SubjectPanels:
                 with gr.Tab(f"Subject {number}"):
                     self.panels.append(SubjectPanel(studio, args, number))
         self.components = {component for panel in self.panels for component in panel.components}
+        self.heats = [panel.heat for panel in self.panels]
 
     def read(self, values: dict) -> dict:
         """What they ask for, as arguments of a `DrawingRequest`."""
         choices = (panel.read(values) for panel in self.panels)
         return {"subjects": tuple(choice for choice in choices if choice is not None)}
+
+    def look(self, values: dict) -> list:
+        """The attention maps of all of them, for `heats`."""
+        return [panel.look(values) for panel in self.panels]
 
 
 def _samples(folder: Path) -> list[tuple[str, str]]:
