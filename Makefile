@@ -6,9 +6,9 @@ BIN = $(VENV)/bin
 WORK_DIR ?= outputs/pocket-training
 POCKET = $(BIN)/python -m tools.pocket
 
-.PHONY: demo test lint pocket pocket-gpu measure compare
+.PHONY: demo test lint docs pocket pocket-gpu measure compare
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.installed
@@ -18,10 +18,23 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-$(VENV)/.installed: setup.py pyproject.toml
+# The guide and the API reference, as a site in outputs/docs.
+docs: $(VENV)/.installed
+	$(BIN)/mkdocs build --strict
+
+# What only the demo needs: without the tests' packages it is installed sooner.
+$(VENV)/.demo: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
+	@echo "Installing PyTorch, diffusers and what the demo needs into $(VENV), once: docs/install.md says how much that is."
 	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q -e ".[test]"
+	$(BIN)/python tools/install.py -e ".[demo]"
+	touch $@
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing PyTorch, diffusers and what the tests need into $(VENV), once: docs/install.md says how much that is."
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python tools/install.py -e ".[test]"
 	touch $@
 
 # Train a pocket checkpoint from nothing, with registry packages alone, on a CPU in many hours. Every step resumes where it was

@@ -2,13 +2,16 @@
 
 from .attention_map import SubjectAttentionMap
 from .attention_processors import SSRAttnProcessor2_0
-from .mixin_ssr import SSRPipelineMixin, ssr_pipeline_class
+from .mixin_ssr import SSRPipelineMixin
 from .modeling_ssr import SSREncoder
+from .pipeline_classes import ssr_pipeline_class
 from .pipeline_ssr import StableDiffusionSSRPipeline
 from .pipeline_ssr_animatediff import AnimateDiffSSRPipeline
 from .pipeline_ssr_controlnet import StableDiffusionSSRControlNetPipeline
 from .subject_embeds import SubjectEmbeds
 
+
+__version__ = "0.1.0"
 
 __all__ = [
     "AnimateDiffSSRPipeline",

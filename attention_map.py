@@ -1,35 +1,58 @@
 """Where in a picture a query looks: what `subject_attention_map` returns."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from PIL import Image
 
+from . import image_processing_ssr
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class SubjectAttentionMap:
     r"""
-    The token-to-patch attention of a query over its picture (figure 5 of the paper), averaged over the heads.
+    The token-to-patch attention of a query over its picture, averaged over the heads: what enters the subject's embeddings,
+    and so the drawn picture. It is compared with the attention of an empty query, so that what any query looks at (a
+    horizon, the brightest thing) does not stand for the queried thing.
 
     Args:
         heat (`np.ndarray` of shape `(height, width)`):
-            Averaged over the query's own tokens, from 0 to 1 (where it looks most), at the picture's own size.
+            At the picture's own size, from 0 to 1: the attention that the query's tokens, padding included, gather there beyond
+            an empty query's. Its maximum is twice `gathered`, so that a query that looks nowhere in particular gives a faint
+            map.
+            With `tokens="own"` it is the paper's figure 5 instead: the tokens of the query's words alone, scaled to their own
+            maximum.
         tokens (`list[tuple[str, np.ndarray]]`):
-            The same for each of the query's tokens alone.
+            The same for each token of the query's words.
         picture (`PIL.Image.Image`):
             The picture, upright and in RGB.
+        gathered (`float`):
+            Which share of its attention, from 0 to 1, the query directs elsewhere than an empty query does. A query that is
+            answered by nothing in the picture tends to have less of it; what is much depends on the checkpoint.
 
     Example:
 
     ```py
     >>> attention = pipe.subject_attention_map(photo, query="cat")
     >>> attention.overlay().save("where_is_the_cat.png")
+    >>> attention.gathered
     ```
     """
 
     heat: np.ndarray
     tokens: list[tuple[str, np.ndarray]]
-    picture: Image.Image
+    picture: Image.Image = field(repr=False)
+    gathered: float = 0.0
+
+    def __repr__(self) -> str:
+        height, width = self.heat.shape
+        tokens = [token.removesuffix("</w>") for token, _ in self.tokens]
+        shown = tokens if len(tokens) <= 8 else [*tokens[:8], f"... {len(tokens) - 8} more"]
+        return (
+            f"SubjectAttentionMap({' '.join(shown)!r}, {len(tokens)} tokens, {width} x {height} pixels,"
+            f" gathered={self.gathered:.2f})"
+        )
 
     def overlay(self, heat: np.ndarray | None = None) -> Image.Image:
         r"""
@@ -47,3 +70,51 @@ class SubjectAttentionMap:
         grey = pixels.mean(-1, keepdims=True).repeat(3, -1) * 0.6
         mixed = grey * (1 - heat) + (0.55 * pixels + 0.45 * np.array([255, 40, 0])) * heat
         return Image.fromarray(mixed.round().clip(0, 255).astype(np.uint8))
+
+
+def make_attention_map(
+    probs: torch.Tensor,
+    empty_probs: torch.Tensor,
+    own_tokens: dict[int, str],
+    picture: Image.Image,
+    resize_mode: str,
+    tokens: str,
+) -> SubjectAttentionMap:
+    r"""
+    Compare a query's attention with an empty query's.
+
+    Args:
+        probs (`torch.Tensor` of shape `(num_tokens, 1 + num_patches)`):
+            The query's attention, averaged over the heads, class token first.
+        empty_probs (`torch.Tensor` of the same shape):
+            The empty query's.
+        own_tokens (`dict[int, str]`):
+            The tokens of the query's words, by their place among `num_tokens`.
+        picture (`PIL.Image.Image`):
+            The picture.
+        resize_mode (`str`):
+            How it was fitted into the vision encoder's square.
+        tokens (`str`):
+            `"all"` or `"own"`, see [`SubjectAttentionMap`].
+    """
+    empty = empty_probs.mean(0)
+    own = probs[list(own_tokens)]
+    if tokens == "own":
+        attention = torch.cat([(own if len(own) else probs).mean(0, keepdim=True), own])
+        peaks = torch.ones(len(attention))
+    else:
+        whole = torch.cat([probs.mean(0, keepdim=True), own])
+        attention, peaks = (whole - empty).clamp(min=0), (2 * _distance(whole, empty)).clamp(max=1)
+    side = round((probs.shape[1] - 1) ** 0.5)
+    maps = image_processing_ssr.postprocess_map(attention[:, 1:].unflatten(1, (side, side)), picture.size, resize_mode)
+    # a map that is 0 everywhere stays so
+    maps = maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-12) * peaks[:, None, None]
+    gathered = float(_distance(probs.mean(0), empty))
+    return SubjectAttentionMap(
+        maps[0].numpy(), list(zip(own_tokens.values(), maps[1:].numpy(), strict=True)), picture, gathered
+    )
+
+
+def _distance(probs: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """The share of its attention that one distribution puts elsewhere than another: their total variation distance."""
+    return (probs - others).abs().sum(-1) / 2

@@ -1,14 +1,51 @@
-"""How a subject joins the UNet's cross-attention."""
+"""How a subject joins the UNet's cross-attention: equation 5 of the paper, beside whatever processor a layer has."""
 
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from weakref import WeakKeyDictionary
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers.utils.torch_utils import is_compiled_module
 from torch import nn
+
+
+class LayerSubject(NamedTuple):
+    """What one cross-attention layer attends to beside the text: `key` and `value` of shape `(num_rows, num_tokens, width)`,
+    the scale contained in the values; `mask`, what is added to the logits (or, as booleans, which tokens a position may
+    attend to), `(num_rows, 1, num_positions or 1, num_tokens)`; `reached`, 1 at each position that a subject may reach,
+    `(num_rows, num_positions, 1)`. Consecutive pictures or frames share a row."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None = None
+    reached: torch.Tensor | None = None
+
+
+class TextAndSubject(NamedTuple):
+    """`encoder_hidden_states` on their short way from a transformer to the cross-attention inside it: the text's hidden
+    states (with those of an IP-Adapter, if there is one) and the layer's subject."""
+
+    text: torch.Tensor | tuple
+    subject: LayerSubject
+
+
+class _Visit:
+    """One forward pass of one layer: what its processor computed so far, and whether the subject was added to it."""
+
+    def __init__(self, attn: nn.Module, subject: LayerSubject):
+        self.heads, self.scale = attn.heads, attn.scale
+        self.subject = subject
+        self.query: torch.Tensor | None = None
+        self.num_queries = self.num_outputs = 0
+        self.added = False
+
+    def problem(self) -> str | None:
+        """Why the subject was not added as equation 5 wants it."""
+        if self.num_queries != 1:
+            return f"it computes queries with a `to_q` {self.num_queries} times instead of once"
+        if self.num_outputs != 1:
+            return f"it calls the output projection `to_out[0]` {self.num_outputs} times instead of once"
+        return None if self.added else "what it projects has another shape than its queries"
 
 
 class SSRAttnProcessor2_0:
@@ -17,295 +54,204 @@ class SSRAttnProcessor2_0:
 
         Z = Attention(Q, K_text, V_text) + Attention(Q, K_subject, V_subject)
 
-    with the layer's own queries, heads and scale; the sum goes through the layer's own output projection. The first term
-    is left to the processor that the layer has already (plain, sliced, fused, IP-Adapter's, ...), so whatever that one
-    does stays as it is. The second runs on PyTorch's scaled dot product attention.
+    with the layer's own queries, heads and scale; the sum goes through the layer's own output projection. It takes nobody's
+    place: the layer keeps its own processor (plain, sliced, fused, IP-Adapter's, Custom Diffusion's, one of the user's),
+    which computes the first term. The second joins by forward hooks on four modules: the layer itself (`enter` and
+    `leave`), its query projection (`keep_query`), and its output projection (`add_subject`).
 
-    It holds no weights and nothing of a request: keys and values arrive with `encoder_hidden_states`, and without them
-    the layer computes exactly what it did before. The subject's scale is contained in `V_subject`. Nor does it know which
-    layer it serves, so that one compiled block can serve all layers of a width.
-
-    Args:
-        processor (`Callable`):
-            The layer's own attention processor.
+    One object serves all layers of all UNets: it holds no weights, and what it holds of a forward pass it holds by thread.
+    `torch.compile` can therefore use one compiled block for all layers of a width.
     """
 
-    def __init__(self, processor):
-        self.processor = processor
+    def __init__(self):
+        self.visits: dict[int, _Visit] = {}
 
-    def __call__(
-        self,
-        attn: nn.Module,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | tuple | None = None,
-        attention_mask: torch.Tensor | None = None,
-        temb: torch.Tensor | None = None,
-        ip_adapter_masks: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        r"""
-        Args:
-            attn (`Attention`):
-                The layer.
-            hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, width)`):
-                The picture's latent tokens.
-            encoder_hidden_states (`torch.Tensor` or `tuple`, *optional*):
-                The text's hidden states, alone or with what [`SubjectProjection`] made for this layer.
-            attention_mask, temb, ip_adapter_masks (*optional*):
-                For the layer's own processor.
-        """
-        kwargs = {"temb": temb, "ip_adapter_masks": ip_adapter_masks}
-        kwargs = {name: value for name, value in kwargs.items() if value is not None}
-        if isinstance(encoder_hidden_states, tuple):
-            encoder_hidden_states, (arrived,) = encoder_hidden_states
-            if arrived.ip_hidden_states is not None:
-                encoder_hidden_states = (encoder_hidden_states, arrived.ip_hidden_states)
-            if arrived.conditions is not None and arrived.conditions.pairs[0][0].shape[1] > 0:
-                attn = _AttentionToSubject(attn, arrived.conditions, arrived.frames)
-        return self.processor(attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+    def enter(self, attn: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
+        """Forward pre-hook of a cross-attention layer: take the subject out of `encoder_hidden_states`, so that the layer's
+        processor sees the text alone. Without a subject nothing happens, here or in the hooks below."""
+        # an interrupted forward pass of this thread may have left its visit behind
+        self.visits.pop(_thread(), None)
+        if kwargs is None or not isinstance(kwargs.get("encoder_hidden_states"), TextAndSubject):
+            return None
+        text, subject = kwargs["encoder_hidden_states"]
+        if subject.key.shape[1] > 0:
+            self.visits[_thread()] = _Visit(attn, subject)
+        return args, {**kwargs, "encoder_hidden_states": text}
 
+    def keep_query(self, to_q: nn.Module, args: tuple, kwargs: dict, query: torch.Tensor) -> None:
+        """Forward hook of a query projection: remember the queries."""
+        visit = self.visits.get(_thread())
+        if visit is not None:
+            visit.query = query
+            visit.num_queries += 1
 
-class _AttentionToSubject:
-    """A layer as its own processor sees it while a subject is there: the queries are noted on their way in, and what
-    the subject adds joins on the way out, before the output projection."""
+    def add_subject(self, to_out: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
+        """Forward pre-hook of an output projection: add what the subject's attention gives to what the layer's own
+        processor found."""
+        visit = self.visits.get(_thread())
+        if visit is None or kwargs is None:
+            return None
+        visit.num_outputs += 1
+        if visit.query is None or not args or args[0].shape != visit.query.shape:
+            return None
+        visit.added = True
+        return (args[0] + attend_to_subject(visit.query, visit.subject, visit.heads, visit.scale), *args[1:]), kwargs
 
-    def __init__(self, attn: nn.Module, conditions: "SubjectConditions", frames: int):
-        self.attn = attn
-        self.conditions = conditions
-        self.frames = frames
-
-    def __getattr__(self, name):
-        return getattr(self.attn, name)
-
-    def to_q(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        self.query = self.attn.to_q(hidden_states)
-        return self.query
-
-    @property
-    def to_out(self):
-        return self._project_sum, self.attn.to_out[1]
-
-    def _project_sum(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        ((key, value),) = self.conditions.pairs
-        # the frames of a video lie side by side as more queries, so that keys and values are not repeated for each
-        frames = self.frames
-        query = self.query.unflatten(0, (-1, frames)).flatten(1, 2)
-        states = (each.unflatten(-1, (self.attn.heads, -1)).transpose(1, 2) for each in (query, key, value))
-        allowed, reached = self.conditions.attention_mask(self.query.shape[1], frames)
-        subject = F.scaled_dot_product_attention(*states, attn_mask=allowed, scale=self.attn.scale)
-        subject = subject.transpose(1, 2).flatten(2)
-        if reached is not None:
-            subject = subject * reached
-        subject = subject.unflatten(1, (frames, -1)).flatten(0, 1)
-        return self.attn.to_out[0](hidden_states + subject)
+    def leave(self, attn: nn.Module, args: tuple, kwargs: dict | None = None, output=None) -> None:
+        """Forward hook of a cross-attention layer: a pass in which the subject was not added, once, is an error."""
+        visit = self.visits.pop(_thread(), None)
+        problem = None if visit is None or output is None else visit.problem()
+        if problem is not None:
+            raise ValueError(
+                f"A subject cannot act beside the attention processor {type(attn.processor).__name__}: {problem}."
+            )
 
 
+def attend_to_subject(query: torch.Tensor, subject: LayerSubject, heads: int, scale: float) -> torch.Tensor:
+    """The second term of equation 5, for queries `(batch_size, sequence_length, width)`, in the same shape."""
+    # consecutive pictures and frames of a row are more queries of one attention, so that keys and values are not repeated
+    rows = subject.key.shape[0]
+    if query.shape[0] % rows:
+        raise ValueError(f"The UNet's layers got a batch of {query.shape[0]} for {rows} rows of subjects.")
+    positions = query.unflatten(0, (rows, -1)).flatten(1, 2)
+    if subject.mask is not None and subject.mask.shape[2] not in (1, positions.shape[1]):
+        raise ValueError(
+            f"A subject with a region needs layers whose positions form the picture's grid, but one has"
+            f" {query.shape[1]} positions instead: something merges them (ToMe's `merge_crossattn`)."
+        )
+    states = (each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in (positions, subject.key, subject.value))
+    found = F.scaled_dot_product_attention(*states, attn_mask=subject.mask, scale=scale).transpose(1, 2).flatten(2)
+    if subject.reached is not None:
+        found = found * subject.reached
+    return found.unflatten(1, (-1, query.shape[1])).flatten(0, 1)
+
+
+@dataclass(eq=False)
 class SubjectConditions:
     r"""
-    What travels to every cross-attention layer beside the text.
+    What travels to the UNet's cross-attention layers beside the text, as `cross_attention_kwargs["ssr_subject"]`.
 
     Args:
-        pairs (`list[tuple[torch.Tensor, torch.Tensor]]`):
-            Key and value for each layer, each `(batch_size, num_subject_tokens, width)`, the scale contained in the
-            values. A layer whose pair holds no tokens is left alone.
-        token_subject (`torch.Tensor` of shape `(batch_size, num_subject_tokens)`, *optional*):
+        pairs (`dict[str, tuple[torch.Tensor, torch.Tensor]]`):
+            Key and value for each layer by name, each `(num_rows, num_subject_tokens, width)`, the scale contained in the
+            values; with keyframes `(num_rows, num_keyframes, num_subject_tokens, width)`. A layer whose pair holds no
+            tokens is left alone. A row serves one picture or video, or several consecutive ones of the batch.
+        token_subject (`torch.Tensor` of shape `(num_rows, num_subject_tokens)`, *optional*):
             Which of its row's subjects each token belongs to, -1 for padding. Needed where rows differ in length or
             there are regions.
-        regions (`torch.Tensor` of shape `(batch_size, num_subjects, height, width)`, *optional*):
-            1 where in the output each subject may appear, 0 elsewhere.
-        counts (`torch.Tensor` of shape `(batch_size, num_subject_tokens)`, *optional*):
+        regions (`list[list[torch.Tensor | None]]`, *optional*):
+            For each row and each of its subjects where in the output it may appear: 1 there and 0 elsewhere, of shape
+            `(1, height, width)`, or `(num_frames, height, width)` for one that moves; `None` is everywhere.
+        counts (`torch.Tensor` of shape `(num_rows, num_subject_tokens)`, *optional*):
             How often each token counts in the softmax; once by default.
+        frames (`int`, defaults to 1):
+            Frames of each video.
+        keyframes (`torch.Tensor` of shape `(num_frames,)`, *optional*):
+            For each frame its place between the keyframes: 1.25 is a quarter of the way from the second to the third.
     """
 
-    def __init__(
-        self,
-        pairs: list[tuple[torch.Tensor, torch.Tensor]],
-        token_subject: torch.Tensor | None = None,
-        regions: torch.Tensor | None = None,
-        counts: torch.Tensor | None = None,
-    ):
-        self.pairs = pairs
-        self.token_subject = token_subject
-        self.regions = regions
-        self.counts = counts
+    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    token_subject: torch.Tensor | None = None
+    regions: list[list[torch.Tensor | None]] | None = None
+    counts: torch.Tensor | None = None
+    frames: int = 1
+    keyframes: torch.Tensor | None = None
+    _masks: dict = field(default_factory=dict, repr=False)
 
-    def as_image_embeds(self) -> list[torch.Tensor]:
-        """As the list of tensors, each with the batch first, that pipelines repeat, split and pass on."""
-        example = self.pairs[0][0]
-        nothing = example.new_zeros(example.shape[0], 0)
-        further = (nothing if each is None else each for each in (self.token_subject, self.regions, self.counts))
-        return [*(states for pair in self.pairs for states in pair), *further]
+    def for_layer(self, name: str, batch_size: int, grid: tuple[int, int]) -> LayerSubject:
+        r"""
+        What one layer attends to.
 
-    @classmethod
-    def from_image_embeds(cls, image_embeds: list[torch.Tensor]) -> "SubjectConditions":
-        """The reverse of `as_image_embeds`."""
-        *states, token_subject, regions, counts = image_embeds
-        pairs = list(zip(states[::2], states[1::2], strict=True))
-        return cls(pairs, *(each if each.shape[1] else None for each in (token_subject, regions, counts)))
+        Args:
+            name (`str`):
+                The layer's name in the UNet.
+            batch_size (`int`):
+                Pictures (of a video: frames) that the layer gets.
+            grid (`tuple[int, int]`):
+                Its height and width in positions.
+        """
+        key, value = self.pairs[name]
+        if self.keyframes is not None:
+            key, value = (_between_keyframes(states, self.keyframes) for states in (key, value))
+        per_row = batch_size // key.shape[0]
+        return LayerSubject(key, value, *self._mask(per_row, grid))
 
-    def attention_mask(self, num_queries: int, frames: int = 1) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """For a layer of `num_queries` positions in each of `frames`: which tokens each may attend to, as booleans or, where
-        tokens have counts, as what is added to the logits, `(batch_size, 1, frames * num_queries or 1,
-        num_subject_tokens)`, and which positions any subject may reach, `(batch_size, frames * num_queries, 1)`."""
-        allowed, reached = self._allowed(num_queries, frames)
-        if self.counts is None:
+    def _mask(self, per_row: int, grid: tuple[int, int]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """`LayerSubject.mask` and `LayerSubject.reached`, made once for each grid."""
+        known = self._masks.get((per_row, grid))
+        if known is None:
+            known = self._make_mask(per_row, grid)
+            # in a compiled graph the tensors belong to that graph's run
+            if not torch.compiler.is_compiling():
+                self._masks[per_row, grid] = known
+        return known
+
+    def _make_mask(self, per_row: int, grid: tuple[int, int]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        allowed, reached = self._allowed(per_row, grid)
+        if self.counts is not None:
+            # a key that counts n times adds n times its exponential to the softmax
+            bias = self.counts.log()[:, None, None, :].to(self._dtype)
+            allowed = bias if allowed is None else bias.masked_fill(~allowed, -torch.inf)
+        if self.keyframes is None:
             return allowed, reached
-        # a key that counts n times adds n times its exponential to the softmax
-        bias = self.counts.log()[:, None, None, :].to(self.pairs[0][0].dtype)
-        return bias if allowed is None else bias.masked_fill(~allowed, -torch.inf), reached
+        # with keyframes each frame is a row of its own
+        return _frames_as_rows(allowed, self.frames, 2), _frames_as_rows(reached, self.frames, 1)
 
-    def _allowed(self, num_queries: int, frames: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def _allowed(self, per_row: int, grid: tuple[int, int]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if self.token_subject is None:
             return None, None
         present = self.token_subject[:, None, None, :] >= 0
         if self.regions is None:
             return present, None
-        height, width = self.regions.shape[-2:]
-        # positions run over rows; the layer's rows and columns follow from the output's proportions
-        rows = max(round((num_queries * height / width) ** 0.5), 1)
-        regions = F.adaptive_avg_pool2d(self.regions, (rows, num_queries // rows)).flatten(2) > 0.5
-        index = self.token_subject.clamp(min=0).long()[:, :, None].expand(-1, -1, num_queries)
-        allowed = regions.gather(1, index).transpose(1, 2)[:, None] & present
+        fitted = self._fit_regions(grid)
+        index = self.token_subject.clamp(min=0).long()[:, :, None].expand(-1, -1, fitted.shape[2])
+        allowed = fitted.gather(1, index).transpose(1, 2)[:, None] & present
         reached = allowed.any(-1)
-        # a position that no subject may reach attends to all of them, and then to nothing of what it found
+        # a position that no subject may reach attends to all of them, and then to nothing of what it found: a row of the
+        # softmax without any token would be NaN
         allowed = allowed | ~reached[..., None] & present
-        reached = reached[:, 0, :, None].to(self.pairs[0][0].dtype)
-        return allowed.repeat(1, 1, frames, 1), reached.repeat(1, frames, 1)
+        repeats = per_row // self.frames if self.keyframes is None else 1
+        reached = reached[:, 0, :, None].to(self._dtype)
+        return allowed.repeat(1, 1, repeats, 1), reached.repeat(1, repeats, 1)
+
+    def _fit_regions(self, grid: tuple[int, int]) -> torch.Tensor:
+        """The regions on a layer's own grid, `(num_rows, num_subjects, frames * positions)`, as booleans: this is where a
+        region is applied."""
+        device = self.token_subject.device
+        everywhere = torch.ones(1, self.frames * grid[0] * grid[1], dtype=torch.bool, device=device)
+        slots = max(map(len, self.regions))
+        rows = []
+        for row in self.regions:
+            fitted = [everywhere[0] if region is None else self._fit(region, grid, device) for region in row]
+            rows.append(torch.stack(fitted + [everywhere[0]] * (slots - len(row))))
+        return torch.stack(rows)
+
+    def _fit(self, region: torch.Tensor, grid: tuple[int, int], device) -> torch.Tensor:
+        fitted = F.adaptive_avg_pool2d(region.to(device)[None], grid)[0] > 0.5
+        return fitted.expand(self.frames, -1, -1).flatten()
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(iter(self.pairs.values()))[0].dtype
 
 
-class _Arrived:
-    """What [`SubjectProjection`] hands to the processors: the image embeddings of an IP-Adapter (`None` where the UNet has
-    none) and the subject's conditions (`None` outside its window). `UNetMotionModel` takes it for a tensor of `shape` and
-    repeats it for each of the `frames`: the adapter's embeddings need that, the subject's keys and values do not."""
-
-    def __init__(
-        self,
-        shape: torch.Size,
-        ip_hidden_states: list[torch.Tensor] | None,
-        conditions: SubjectConditions | None,
-        frames: int = 1,
-    ):
-        self.shape = shape
-        self.ip_hidden_states = ip_hidden_states
-        self.conditions = conditions
-        self.frames = frames
-
-    def repeat_interleave(self, repeats: int, dim: int, output_size: int | None = None) -> "_Arrived":
-        ip_hidden_states = self.ip_hidden_states
-        if ip_hidden_states is not None:
-            ip_hidden_states = [each.repeat_interleave(repeats, dim=dim) for each in ip_hidden_states]
-        return _Arrived(self.shape, ip_hidden_states, self.conditions, repeats)
-
-    def at(self, index: int) -> "_Arrived":
-        """What one layer gets of it."""
-        conditions = self.conditions
-        if conditions is not None:
-            conditions = SubjectConditions(
-                conditions.pairs[index : index + 1], conditions.token_subject, conditions.regions, conditions.counts
-            )
-        return _Arrived(self.shape, self.ip_hidden_states, conditions, self.frames)
+def _between_keyframes(states: torch.Tensor, keyframes: torch.Tensor) -> torch.Tensor:
+    """Keys or values of keyframes, `(num_rows, num_keyframes, ...)`, blended for each frame, `(num_rows * frames, ...)`."""
+    before = keyframes.floor().long()
+    after = (before + 1).clamp(max=states.shape[1] - 1)
+    share = (keyframes - before).to(states.dtype)[:, None, None]
+    return torch.lerp(states[:, before], states[:, after], share).flatten(0, 1)
 
 
-class SubjectProjection(nn.Module):
-    r"""
-    Takes the place of the UNet's `encoder_hid_proj` while a subject is drawn: of the image embeddings that arrive, the
-    last are the subject's, the others an IP-Adapter's.
-
-    Args:
-        num_layers (`int`):
-            How many layers the subject reaches.
-        ip_projection (`torch.nn.Module`, *optional*):
-            The UNet's own `encoder_hid_proj`, an IP-Adapter's image projection.
-    """
-
-    def __init__(self, num_layers: int, ip_projection: nn.Module | None = None):
-        super().__init__()
-        self.num_embeds = 2 * num_layers + 3
-        self.ip_projection = ip_projection
-        self.active = True
-
-    def forward(self, image_embeds: list[torch.Tensor]) -> list[_Arrived]:
-        count = len(image_embeds) - self.num_embeds
-        ip_hidden_states = None
-        if self.ip_projection is not None:
-            # an adapter that is loaded but got no picture adds nothing
-            ip_hidden_states = self.ip_projection(image_embeds[:count]) if count else []
-        conditions = SubjectConditions.from_image_embeds(image_embeds[count:]) if self.active else None
-        return [_Arrived(image_embeds[-1].shape, ip_hidden_states, conditions)]
+def _frames_as_rows(states: torch.Tensor | None, frames: int, dim: int) -> torch.Tensor | None:
+    """`(num_rows, ..., frames * positions, ...)` as `(num_rows * frames, ..., positions, ...)`."""
+    if states is None:
+        return None
+    if states.shape[dim] == 1:
+        return states.repeat_interleave(frames, dim=0)
+    return states.unflatten(dim, (frames, -1)).movedim(dim, 1).flatten(0, 1)
 
 
-class _Layer:
-    """A layer's processor, and the hook that hands it what is its own. The hook sits on the block around the layer: inside
-    a compiled block, the layer's number would be compiled in."""
-
-    def __init__(self, own_processor, index: int):
-        self.processor = SSRAttnProcessor2_0(own_processor)
-        self.index = index
-
-    def hand_over(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        states = kwargs.get("encoder_hidden_states")
-        if isinstance(states, tuple):
-            text, (arrived,) = states
-            kwargs = {**kwargs, "encoder_hidden_states": (text, [arrived.at(self.index)])}
-        return args, kwargs
-
-
-@contextmanager
-def alone_in_unet(unet: nn.Module) -> Iterator[nn.Module]:
-    """Wait until no other thread is in a UNet, and keep the others out. Yields the UNet itself, uncompiled."""
-    unet = unwrap(unet)
-    with _registry_lock:
-        lock = _locks.setdefault(unet, threading.RLock())
-    with lock:
-        yield unet
-
-
-@contextmanager
-def subject_in_unet(unet: nn.Module, layers: Iterable[str]) -> Iterator[SubjectProjection]:
-    r"""
-    Let layers of a UNet attend to a subject. Inside, the UNet takes
-    `added_cond_kwargs={"image_embeds": conditions.as_image_embeds()}` with the [`SubjectConditions`], behind the image
-    embeddings of an IP-Adapter if it has one. Afterwards, also after an error, the UNet is what it was. One thread at a
-    time. Yields the [`SubjectProjection`], whose `active` can be switched off and on between steps.
-
-    Args:
-        unet (`UNet2DConditionModel`):
-            The UNet, compiled or not.
-        layers (`Iterable[str]`):
-            Names of its cross-attention layers, `SSREncoder.config.attention_layers`.
-    """
-    with alone_in_unet(unet) as unet:
-        kept = _layers.setdefault(unet, {})
-        attentions = {name: unet.get_submodule(name) for name in layers}
-        own = {name: attn.processor for name, attn in attentions.items()}
-        ip_projection, hid_dim_type = unet.encoder_hid_proj, unet.config.encoder_hid_dim_type
-        hooks = []
-        try:
-            for index, (name, attn) in enumerate(attentions.items()):
-                # the same objects at every call, so that compiled code stays valid
-                if name not in kept or kept[name].processor.processor is not own[name] or kept[name].index != index:
-                    kept[name] = _Layer(own[name], index)
-                attn.set_processor(kept[name].processor)
-                block = unet.get_submodule(name.rpartition(".transformer_blocks.")[0])
-                hooks.append(block.register_forward_pre_hook(kept[name].hand_over, with_kwargs=True))
-            unet.encoder_hid_proj = projection = SubjectProjection(len(attentions), ip_projection)
-            unet.config.encoder_hid_dim_type = "ip_image_proj"
-            yield projection
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for name, attn in attentions.items():
-                attn.set_processor(own[name])
-            del unet.encoder_hid_proj
-            unet.encoder_hid_proj = ip_projection
-            unet.config.encoder_hid_dim_type = hid_dim_type
-
-
-def unwrap(unet: nn.Module) -> nn.Module:
-    """The UNet itself, where `torch.compile` has wrapped it."""
-    return unet._orig_mod if is_compiled_module(unet) else unet
-
-
-# by UNet: who is in it, and what its layers were given
-_locks: WeakKeyDictionary = WeakKeyDictionary()
-_layers: WeakKeyDictionary = WeakKeyDictionary()
-_registry_lock = threading.Lock()
+def _thread() -> int:
+    """This thread's number; in compiled code, which calls a layer and its projections in one piece, always 0."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()

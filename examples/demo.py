@@ -1,14 +1,17 @@
 """Draw each subject of a few reference pictures on its own, with the embedded pocket checkpoint.
 
 Every reference holds two or three things, and none of these very things was seen in training. A contact sheet shows the
-reference, each query and what was drawn for it; then subjects of two references together, subjects chosen by a mask, and the first
-ones in another checkpoint's look, along the edges of a ControlNet, and in a video, whose GIF lies beside the sheet.
+reference, each query and what was drawn for it; then subjects of two references together, subjects chosen by a mask, and the
+first ones in another checkpoint's look, along the edges of a ControlNet, and in a video, whose GIF is written beside the sheet.
+
+    python examples/demo.py
 """
 
 import argparse
-import importlib.util
 import json
 from pathlib import Path
+
+from extras import is_installed
 
 import numpy as np
 from diffusers import ControlNetModel, DiffusionPipeline, MotionAdapter, UNet2DConditionModel
@@ -83,6 +86,7 @@ def draw_look(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> R
     """The first subjects, drawn by another checkpoint: a UNet of the same layout with a look of its own."""
     unet = UNet2DConditionModel.from_pretrained(args.checkpoint, subfolder="unet", dtype=pipe.unet.dtype)
     pipe = type(pipe).from_pipe(pipe, unet=unet.to(pipe.device))
+    pipe.set_progress_bar_config(disable=True)
     pipe.load_lora_weights(f"{args.checkpoint}/look")
     pipe.fuse_lora()
     row = []
@@ -97,6 +101,7 @@ def draw_along_edges(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqd
     """The first subjects where the edges of another picture want them."""
     controlnet = ControlNetModel.from_pretrained(args.checkpoint, subfolder="controlnet", dtype=pipe.unet.dtype)
     pipe = StableDiffusionSSRControlNetPipeline.from_pipe(pipe, controlnet=controlnet.to(pipe.device))
+    pipe.set_progress_bar_config(disable=True)
     row = []
     for reference, query, subject in first_subjects(pipe, args, 2):
         file = Path(args.checkpoint) / "controls" / f"{query}.png"
@@ -113,8 +118,9 @@ def draw_along_edges(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqd
 def draw_video(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> Row:
     """The first subject in motion: a few frames for the sheet, all of them as a GIF."""
     adapter = MotionAdapter.from_pretrained(args.checkpoint, subfolder="motion_adapter", dtype=pipe.unet.dtype)
-    # the UNet with motion modules is a new one
+    # the UNet with motion modules is a new one, on the CPU
     pipe = AnimateDiffSSRPipeline.from_pipe(pipe, motion_adapter=adapter).to(pipe.device)
+    pipe.set_progress_bar_config(disable=True)
     ((reference, query, subject),) = first_subjects(pipe, args, 1)
     frames = pipe(
         f"{named(query)} {args.places[0]}", subject=subject, num_frames=8, **call_arguments(args)
@@ -141,8 +147,8 @@ def main():
     args.queries = json.loads((args.references / "queries.json").read_text())
     pipe = load_pipeline(args.checkpoint)
     chains = {part: draw for part, draw in CHAINS.items() if (Path(args.checkpoint) / part).is_dir()}
-    if "look" in chains and importlib.util.find_spec("peft") is None:
-        print('The row with another look is left out: it needs peft (`pip install "diffusers-ssr[pocket]"`).')
+    if "look" in chains and not is_installed("peft"):
+        print('The row with another look is left out: it needs peft, which pip install -e ".[demo]" brings.')
         del chains["look"]
     with tqdm(total=sum(map(len, args.queries.values())) + 3 + 2 + 3 + 2 + 1, desc="subjects") as bar:
         rows = draw_subjects(pipe, args, bar)

@@ -1,28 +1,39 @@
 """Draw every row of a table: which picture, which thing in it, which prompt, which seed.
 
-    accelerate launch examples/generate_batch.py --table rows.csv --output_dir drawn \
+    accelerate launch examples/generate_batch.py --table rows.csv --output_dir drawn \\
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --ssr my-ssr
 
-The table is CSV with a header, or JSON lines: `image`, `query`, `prompt`, `seed`, and if wanted `mask`, `scale` and `name`
-(of the picture to write). Pictures are looked for beside the table. The rows are divided among accelerate's processes; each is drawn on its own, so its
-picture does not depend on their number. `manifest.jsonl` says for each row which picture it became, or why it did not; run
-again, only the rows that are not done are drawn.
+The table is CSV with a header, or JSON lines: `image`, `query`, `prompt`, `seed`, and optionally `mask`, `scale` and `name`
+(of the picture to write). Paths of pictures are relative to the table. The rows are divided among accelerate's processes,
+and `--batch_size` of them are drawn together. Each has a random generator of its own, so that a row's picture depends
+neither on the number of processes nor, apart from rounding, on the batch size.
+
+`manifest.jsonl` says for each row which picture it became, or why it failed. Run the same command again to draw only the rows
+that are not done. The exit status is 1 if a row failed.
 """
 
 import argparse
 import csv
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from extras import needs
+
 import torch
-from accelerate import PartialState
-from diffusers.utils import logging
-from diffusers_ssr import StableDiffusionSSRPipeline
+from command_line import HelpFormatter
+from diffusers_ssr import StableDiffusionSSRPipeline, SubjectEmbeds
+from drawing import hide_library_output
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
+
+
+with needs("demo"):
+    from accelerate import PartialState
 
 
 REQUIRED = ("query", "prompt", "image")
@@ -103,12 +114,27 @@ def file_of(row: dict, index: int) -> str:
     return f"{row.get('name') or f'{index:06d}'}.png"
 
 
-def draw_row(pipe: StableDiffusionSSRPipeline, row: dict, folder: Path, args: argparse.Namespace) -> Image.Image:
+@dataclass
+class Request:
+    """What a row asks for, ready to be drawn."""
+
+    prompt: str
+    subject: SubjectEmbeds
+    seed: int
+
+
+def read_row(pipe: StableDiffusionSSRPipeline, row: dict, folder: Path, args: argparse.Namespace) -> Request:
     """
-    One picture, from a generator of its own. `folder` is where the row's pictures lie.
+    Check a row and encode its subject.
+
+    Args:
+        pipe ([`StableDiffusionSSRPipeline`]): encodes the subject.
+        row (`dict`): a row of the table.
+        folder (`Path`): what the row's paths are relative to.
+        args (`argparse.Namespace`): the options; `scale` is for rows without one.
 
     Raises:
-        `ValueError` or `OSError`: if the row is not what it should be.
+        `ValueError` or `OSError`: if a value is missing, is not what it should be, or names no picture.
     """
     for name in ("image", "prompt"):
         if not isinstance(row.get(name), str) or not row[name].strip():
@@ -120,47 +146,93 @@ def draw_row(pipe: StableDiffusionSSRPipeline, row: dict, folder: Path, args: ar
             f"`seed` and `scale` are {row.get('seed')!r} and {row.get('scale')!r}, not numbers."
         ) from None
     mask = Image.open(folder / row["mask"]) if row.get("mask") else None
+    subject = pipe.encode_subject(Image.open(folder / row["image"]), row.get("query") or None, mask)
+    return Request(row["prompt"], subject.scaled(scale), seed)
+
+
+def draw(pipe: StableDiffusionSSRPipeline, requests: list[Request], args: argparse.Namespace) -> list[Image.Image]:
+    """One picture for each request, all in one call, each from a generator of its own."""
     return pipe(
-        row["prompt"],
-        negative_prompt=args.negative_prompt,
-        subject_image=Image.open(folder / row["image"]),
-        subject_query=row.get("query") or None,
-        subject_mask=mask,
-        subject_scale=scale,
+        [request.prompt for request in requests],
+        negative_prompt=None if args.negative_prompt is None else [args.negative_prompt] * len(requests),
+        subject=[request.subject for request in requests],
         height=args.height,
         width=args.width,
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
         eta=args.eta,
-        generator=torch.Generator().manual_seed(seed),
-    ).images[0]
+        generator=[torch.Generator().manual_seed(request.seed) for request in requests],
+    ).images
+
+
+def draw_each(
+    pipe: StableDiffusionSSRPipeline, requests: list[Request], args: argparse.Namespace
+) -> list[Image.Image | Exception]:
+    """For each request its picture, or the error that it failed with. If they cannot be drawn together, they are drawn one
+    by one, so that one request cannot make others fail."""
+    try:
+        return draw(pipe, requests, args)
+    except Exception as error:
+        if len(requests) == 1:
+            return [error]
+    return [draw_each(pipe, [request], args)[0] for request in requests]
+
+
+def draw_rows(
+    pipe: StableDiffusionSSRPipeline, rows: list[dict], folder: Path, args: argparse.Namespace
+) -> list[Image.Image | Exception]:
+    """For each row its picture, or the error that it failed with."""
+    results: list[Image.Image | Exception | Request] = []
+    for row in rows:
+        try:
+            results.append(read_row(pipe, row, folder, args))
+        # whatever is wrong with one row, the others are drawn
+        except Exception as error:
+            results.append(error)
+    requests = [each for each in results if isinstance(each, Request)]
+    drawn = iter(draw_each(pipe, requests, args) if requests else [])
+    return [next(drawn) if isinstance(each, Request) else each for each in results]
+
+
+def save_picture(image: Image.Image, file: Path, name: str) -> None:
+    """Write the picture beside and rename it, with the row's identity `name` in it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".part")
+    note = PngInfo()
+    note.add_text("id", name)
+    image.save(partial, "png", pnginfo=note)
+    partial.replace(file)
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--table", type=Path, required=True, help=".csv or .jsonl")
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--output_dir", type=Path, required=True, help="where the pictures are written")
     parser.add_argument("--pretrained_model_name_or_path", required=True, help="the base model")
     parser.add_argument("--ssr", required=True, help="what load_ssr takes")
     parser.add_argument("--dtype", choices=DTYPES, help="default: fp16 on a GPU, else fp32")
+    parser.add_argument("--batch_size", type=int, default=1, help="rows that are drawn together")
     parser.add_argument("--scale", type=float, default=0.65, help="for rows without a scale")
-    parser.add_argument("--negative_prompt")
-    parser.add_argument("--height", type=int)
-    parser.add_argument("--width", type=int)
-    parser.add_argument("--num_inference_steps", type=int, default=30)
-    parser.add_argument("--guidance_scale", type=float, default=5.0)
-    parser.add_argument("--eta", type=float, default=0.0)
+    parser.add_argument("--negative_prompt", help="what the pictures should not show")
+    parser.add_argument("--height", type=int, help="in pixels; default: the base model's")
+    parser.add_argument("--width", type=int, help="in pixels; default: the base model's")
+    parser.add_argument("--num_inference_steps", type=int, default=30, help="denoising steps")
+    parser.add_argument("--guidance_scale", type=float, default=5.0, help="of classifier-free guidance")
+    parser.add_argument("--eta", type=float, default=0.0, help="how much noise DDIM adds at each step, from 0 to 1")
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Draw; returns how many rows failed, in the first process."""
     args = parse_args(arguments)
     rows = read_table(args.table)
     if args.num_inference_steps < 1:
         raise ValueError(f"`num_inference_steps` has to be at least 1, but is {args.num_inference_steps}.")
+    if args.batch_size < 1:
+        raise ValueError(f"`batch_size` has to be at least 1, but is {args.batch_size}.")
     state = PartialState()
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    not_asked = ("table", "output_dir")
+    not_asked = ("table", "output_dir", "batch_size")
     settings = {name: str(value) for name, value in vars(args).items() if name not in not_asked}
     ids = [f"{identity(row, settings)}-{index:06d}" for index, row in enumerate(rows)]
     known = read_manifests(args.output_dir)
@@ -170,10 +242,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     own = waiting[state.process_index :: state.num_processes]
     if own:
-        logging.set_verbosity_error()
+        hide_library_output()
         dtype = DTYPES[args.dtype or ("fp16" if state.device.type == "cuda" else "fp32")]
         pipe = StableDiffusionSSRPipeline.from_pretrained(
-            args.pretrained_model_name_or_path, dtype=dtype, safety_checker=None, requires_safety_checker=False
+            args.pretrained_model_name_or_path,
+            dtype=dtype,
+            safety_checker=None,
+            requires_safety_checker=False,
+            ssr_encoder=None,
+            ssr_image_encoder=None,
         ).to(state.device)
         pipe.load_ssr(args.ssr)
         pipe.set_progress_bar_config(disable=True)
@@ -181,28 +258,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with (args.output_dir / f"manifest.{state.process_index}.jsonl").open("a", encoding="utf-8") as manifest:
         # begin on a line of our own, in case the last writer was cut off
         manifest.write("\n")
-        for index in own:
-            entry = {"id": ids[index], "row": index, **rows[index]}
-            try:
-                image = draw_row(pipe, rows[index], args.table.parent, args)
-            # whatever is wrong with one row, the others are drawn
-            except Exception as error:
-                entry |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
-            else:
-                file = args.output_dir / file_of(rows[index], index)
-                file.parent.mkdir(parents=True, exist_ok=True)
-                partial = file.with_suffix(".part")
-                note = PngInfo()
-                note.add_text("id", ids[index])
-                image.save(partial, "png", pnginfo=note)
-                partial.replace(file)
-                entry |= {"status": "done", "file": file_of(rows[index], index)}
-            manifest.write(json.dumps(entry) + "\n")
-            manifest.flush()
-            bar.update()
+        for start in range(0, len(own), args.batch_size):
+            batch = own[start : start + args.batch_size]
+            results = draw_rows(pipe, [rows[index] for index in batch], args.table.parent, args)
+            for index, result in zip(batch, results, strict=True):
+                entry = {"id": ids[index], "row": index, **rows[index]}
+                name = file_of(rows[index], index)
+                try:
+                    if isinstance(result, Exception):
+                        raise result
+                    save_picture(result, args.output_dir / name, ids[index])
+                except Exception as error:
+                    entry |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+                else:
+                    entry |= {"status": "done", "file": name}
+                manifest.write(json.dumps(entry) + "\n")
+                manifest.flush()
+                bar.update()
     bar.close()
 
     state.wait_for_everyone()
+    failed = []
     if state.is_main_process:
         entries = read_manifests(args.output_dir)
         lines = [json.dumps({**entries[name], "row": index}) for index, name in enumerate(ids)]
@@ -216,7 +292,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for entry in failed:
             print(f"  row {entry['row']}: {entry['error']}")
     state.destroy_process_group()
+    return len(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main() > 0)

@@ -1,6 +1,6 @@
 """Train an SSR-Encoder, from nothing or from a trained one, on a frozen Stable Diffusion 1.5 (section 3.4 of the paper).
 
-    accelerate launch examples/train_ssr.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
+    accelerate launch examples/train_ssr.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
         --image_encoder_name_or_path openai/clip-vit-large-patch14 --train_data_dir pictures --output_dir my-ssr
 
 `pictures` holds `metadata.jsonl` with lines like {"file_name": "1.jpg", "text": "a cat on a sofa", "query": "cat"}; see
@@ -26,23 +26,29 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from extras import needs
+
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.logging import get_logger
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, gather_object, set_seed
 from diffusers import DDPMScheduler
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline
-from diffusers_ssr.attention_processors import SubjectConditions, subject_in_unet
+from diffusers_ssr.attention_processors import SubjectConditions
 from diffusers_ssr.modeling_ssr import consistency_loss
+from diffusers_ssr.unet_hooks import subject_in_unet
 from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
-from training_data import Columns, FeatureCache, FiniteRows, Preparation, Samples, StreamedRows, load_rows, summary
 from training_options import check_args, parse_args
 from transformers import CLIPImageProcessor, CLIPVisionModel
+
+
+with needs("train"):
+    from accelerate import Accelerator
+    from accelerate.logging import get_logger
+    from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, gather_object, set_seed
+    from training_data import Columns, FeatureCache, FiniteRows, Preparation, Samples, StreamedRows, load_rows, summary
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -86,7 +92,7 @@ def load_models(
     """
     pipe = StableDiffusionSSRPipeline.from_pretrained(
         args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, dtype=torch.float32,
-        safety_checker=None, requires_safety_checker=False,
+        safety_checker=None, requires_safety_checker=False, ssr_encoder=None, ssr_image_encoder=None,
     )  # fmt: skip
     source, start = args.image_encoder_name_or_path, args.ssr_encoder_name_or_path
     if source is not None:
@@ -106,6 +112,8 @@ def load_models(
     pipe.set_progress_bar_config(disable=True)
     for model in (pipe.unet, pipe.vae, pipe.text_encoder, vision):
         model.requires_grad_(False).eval()
+    if args.resolution is None:
+        args.resolution = pipe.unet.config.sample_size * pipe.vae_scale_factor
     return pipe, encoder.float().train()
 
 
@@ -122,9 +130,10 @@ class SubjectEncoding(nn.Module):
         self.encoder = encoder
 
     def forward(self, query_states, levels, mask=None, mask_weight=1.0):
-        """The subject embeddings, and key and value for each of the UNet's layers."""
+        """The subject embeddings, and key and value for each of the UNet's layers by name."""
         subject_embeds = self.encoder(query_states, levels, mask, mask_weight)
-        return subject_embeds, self.encoder.project(subject_embeds)
+        pairs = self.encoder.project(subject_embeds)
+        return subject_embeds, dict(zip(self.encoder.config.attention_layers, pairs, strict=True))
 
 
 class FrozenFeatures:
@@ -200,7 +209,7 @@ class FrozenFeatures:
         return features
 
 
-def join_subjects(pairs: list[tuple[torch.Tensor, torch.Tensor]], row: torch.Tensor) -> SubjectConditions:
+def join_subjects(pairs: dict[str, tuple[torch.Tensor, torch.Tensor]], row: torch.Tensor) -> SubjectConditions:
     """The keys and values of subjects, `(num_subjects, num_tokens, width)` each, side by side for the row that they belong to, as
     a pipeline puts several subjects of one picture together."""
     counts = row.bincount()
@@ -214,8 +223,9 @@ def join_subjects(pairs: list[tuple[torch.Tensor, torch.Tensor]], row: torch.Ten
         return states.new_zeros(len(counts), most, *states.shape[1:]).index_put((row, place), states).flatten(1, 2)
 
     slots = torch.arange(most, device=row.device)
-    subject = torch.where(slots < counts[:, None], slots, -1).float().repeat_interleave(pairs[0][0].shape[1], dim=1)
-    return SubjectConditions([(spread(key), spread(value)) for key, value in pairs], subject)
+    length = next(iter(pairs.values()))[0].shape[1]
+    subject = torch.where(slots < counts[:, None], slots, -1).float().repeat_interleave(length, dim=1)
+    return SubjectConditions({name: (spread(key), spread(value)) for name, (key, value) in pairs.items()}, subject)
 
 
 def draw(seed: int, first: int, count: int, latent_shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
@@ -272,12 +282,13 @@ def compute_loss(
     query_states = torch.where(without[:, None, None], frozen.empty_text, features["query_states"]).float()
     levels = torch.where(without[:, None, None, None], frozen.empty_levels, features["levels"]).float()
     subject_embeds, pairs = model(query_states, levels.transpose(0, 1), features.get("mask"), args.mask_weight)
-    conditions = join_subjects([(key.to(frozen.dtype), value.to(frozen.dtype)) for key, value in pairs], row)
+    pairs = {name: (key.to(frozen.dtype), value.to(frozen.dtype)) for name, (key, value) in pairs.items()}
+    conditions = join_subjects(pairs, row)
     predicted = pipe.unet(
         noisy_latents.to(frozen.dtype),
         timesteps,
         encoder_hidden_states=prompt_states.to(frozen.dtype),
-        added_cond_kwargs={"image_embeds": conditions.as_image_embeds()},
+        cross_attention_kwargs={"ssr_subject": conditions},
     ).sample
 
     prediction_type = args.prediction_type or scheduler.config.prediction_type

@@ -149,6 +149,20 @@ def call_args(**overrides) -> dict:
     return {**arguments, **overrides}
 
 
+def snapshot(unet):
+    """All of a UNet that a call with a subject could change."""
+    return (
+        dict(unet.attn_processors),
+        list(unet.named_modules()),
+        [[list(module._forward_pre_hooks), list(module._forward_hooks)] for module in unet.modules()],
+        {name: value for name, value in vars(unet).items() if not name.startswith("_")},
+        unet._compiled_call_impl,
+        dict(unet.config),
+        unet.config.encoder_hid_dim_type,
+        unet.encoder_hid_proj,
+    )
+
+
 @pytest.fixture
 def components() -> dict:
     return make_components()

@@ -1,25 +1,28 @@
+"""How a subject joins one cross-attention layer, whatever processor it has."""
+
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import UNET_LAYERS, make_unet
 from diffusers.models.attention_processor import (
     Attention,
     AttnProcessor,
     AttnProcessor2_0,
+    CustomDiffusionAttnProcessor,
+    CustomDiffusionAttnProcessor2_0,
     FusedAttnProcessor2_0,
+    IPAdapterAttnProcessor,
+    IPAdapterAttnProcessor2_0,
     SlicedAttnProcessor,
 )
-from diffusers_ssr.attention_processors import (
-    SSRAttnProcessor2_0,
-    SubjectConditions,
-    SubjectProjection,
-    subject_in_unet,
-)
+from diffusers_ssr.attention_processors import SubjectConditions
+from diffusers_ssr.unet_hooks import SUBJECT, _Hooks
 from safetensors.torch import load_file
+from torch import nn
 
 
 PARITY = Path(__file__).parent / "parity"
+LAYER = "transformer.transformer_blocks.0.attn2"
 
 
 def parity_layer():
@@ -31,31 +34,41 @@ def parity_layer():
     return attn, tensors, tensors["subject_embeds"] @ to_k.T, tensors["subject_embeds"] @ to_v.T
 
 
-def arrive(key, value, active=True):
-    """What the processors of one layer get of a subject."""
-    projection = SubjectProjection(1)
-    projection.active = active
-    return projection(SubjectConditions([(key, value)]).as_image_embeds())
+class Transformer(nn.Module):
+    """One cross-attention layer inside what a UNet has around it, and nothing else."""
+
+    def __init__(self, attn: Attention):
+        super().__init__()
+        self.transformer_blocks = nn.ModuleList([nn.ModuleDict({"attn2": attn})])
+
+    def forward(self, hidden_states, encoder_hidden_states=None, cross_attention_kwargs=None):
+        states = hidden_states.flatten(2).transpose(1, 2)
+        attn = self.transformer_blocks[0]["attn2"]
+        return attn(states, encoder_hidden_states=encoder_hidden_states, **cross_attention_kwargs)
 
 
-@pytest.mark.parametrize("frames", [1, 3])
-@pytest.mark.parametrize("regions", [None, torch.eye(2)[None, None]])
-def test_frames_share_the_subjects_keys_and_values(frames, regions):
-    """A video's frames lie one after the other along the batch, and each is attended to as a picture of its own."""
-    attn, tensors, key, value = parity_layer()
-    states = torch.randn(2 * frames, 16, 40, generator=torch.Generator().manual_seed(0))
-    text = tensors["text_embeds"][:1].expand(2 * frames, -1, -1)
-    owner = None if regions is None else torch.zeros(2, key.shape[1])
-    regions = regions if regions is None else regions.expand(2, -1, -1, -1)
-    pairs = [(key[:1] * torch.tensor([1.0, -1.0])[:, None, None], value[:1].expand(2, -1, -1))]
-    processor = SSRAttnProcessor2_0(AttnProcessor2_0())
-    with torch.no_grad():
-        (arrived,) = SubjectProjection(1)(SubjectConditions(pairs, owner, regions).as_image_embeds())
-        video = processor(attn, states, (text, [arrived.repeat_interleave(frames, dim=0)]))
-        for index in range(2 * frames):
-            row = [each[index // frames][None] for each in SubjectConditions(pairs, owner, regions).as_image_embeds()]
-            alone = processor(attn, states[index][None], (text[:1], SubjectProjection(1)(row)))
-            torch.testing.assert_close(video[index], alone[0], atol=1e-6, rtol=1e-5)
+def attend(attn, hidden_states, text, conditions=None, grid=None, **kwargs):
+    """A layer's output beside a subject, for `hidden_states` of shape `(batch_size, positions, width)`."""
+    model = nn.ModuleDict({"transformer": Transformer(attn)})
+    hooks = _Hooks()
+    hooks.add(model, [LAYER], "test")
+    grid = grid or (hidden_states.shape[1], 1)
+    if conditions is not None:
+        kwargs[SUBJECT] = conditions
+    try:
+        with torch.no_grad():
+            return model["transformer"](
+                hidden_states.transpose(1, 2).unflatten(2, grid),
+                encoder_hidden_states=text,
+                cross_attention_kwargs=kwargs,
+            )
+    finally:
+        hooks.remove("test")
+        assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def conditions_of(key, value, *args, **kwargs) -> SubjectConditions:
+    return SubjectConditions({LAYER: (key, value)}, *args, **kwargs)
 
 
 @pytest.mark.parametrize("scale", ["0.0", "0.65", "1.0"])
@@ -64,105 +77,254 @@ def test_agrees_with_the_released_code_whatever_the_own_processor(scale, inner):
     attn, tensors, key, value = parity_layer()
     if inner == "fused":
         attn.fuse_projections()
-    processor = {
-        "plain": AttnProcessor2_0(),
-        "math": AttnProcessor(),
-        "sliced": SlicedAttnProcessor(slice_size=2),
-        "fused": FusedAttnProcessor2_0(),
-    }[inner]
-    arrived = arrive(key, value * float(scale))
-    with torch.no_grad():
-        out = SSRAttnProcessor2_0(processor)(attn, tensors["hidden_states"], (tensors["text_embeds"], arrived))
+    attn.set_processor(
+        {
+            "plain": AttnProcessor2_0(),
+            "math": AttnProcessor(),
+            "sliced": SlicedAttnProcessor(slice_size=2),
+            "fused": FusedAttnProcessor2_0(),
+        }[inner]
+    )
+    out = attend(attn, tensors["hidden_states"], tensors["text_embeds"], conditions_of(key, value * float(scale)))
     torch.testing.assert_close(out, tensors[f"output.scale_{scale}"], atol=1e-5, rtol=0)
 
 
-def test_without_a_subject_the_own_processor_runs_unchanged():
+class OwnProjections(nn.Module):
+    """A processor with projections and an argument of its own, which also looks into the layer's."""
+
+    def __init__(self, own_query: bool, own_output: bool):
+        super().__init__()
+        if own_query:
+            self.to_q_mine = nn.Linear(40, 40, bias=False)
+        if own_output:
+            self.to_out_mine = nn.Linear(40, 40)
+        self.strength = None
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, my_strength=1.0):
+        self.strength = my_strength
+        assert isinstance(attn, Attention) and attn.to_q.weight.shape == (40, 40)
+        to_q, to_out = getattr(self, "to_q_mine", attn.to_q), getattr(self, "to_out_mine", attn.to_out[0])
+        query, key, value = to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
+        states = (each.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for each in (query, key, value))
+        found = torch.nn.functional.scaled_dot_product_attention(*states) * my_strength
+        return to_out(found.transpose(1, 2).flatten(2))
+
+
+def by_hand(attn, to_q, to_out, hidden, text, key, value):
+    """Equation 5, written out."""
+
+    def attention(key, value):
+        q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (to_q(hidden), key, value))
+        return (((q @ k.transpose(-1, -2)) * attn.scale).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    with torch.no_grad():
+        return to_out(attention(attn.to_k(text), attn.to_v(text)) + attention(key, value))
+
+
+@pytest.mark.parametrize("own_query", [False, True])
+@pytest.mark.parametrize("own_output", [False, True])
+def test_a_processor_of_the_users_with_projections_of_its_own(own_query, own_output):
+    attn, tensors, key, value = parity_layer()
+    processor = OwnProjections(own_query, own_output)
+    attn.set_processor(processor)
+    hidden, text = tensors["hidden_states"], tensors["text_embeds"]
+    to_q = processor.to_q_mine if own_query else attn.to_q
+    to_out = processor.to_out_mine if own_output else attn.to_out[0]
+    out = attend(attn, hidden, text, conditions_of(key, value))
+    torch.testing.assert_close(out, by_hand(attn, to_q, to_out, hidden, text, key, value), atol=1e-5, rtol=1e-5)
+
+
+def test_a_processors_own_argument_reaches_it():
+    attn, tensors, key, value = parity_layer()
+    attn.set_processor(OwnProjections(False, False))
+    attend(attn, tensors["hidden_states"], tensors["text_embeds"], conditions_of(key, value), my_strength=0.5)
+    assert attn.processor.strength == 0.5
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("kind", [CustomDiffusionAttnProcessor, CustomDiffusionAttnProcessor2_0])
+def test_custom_diffusion(kind, own):
+    """With and without query and output projections of the processor's own."""
+    attn, tensors, key, value = parity_layer()
+    torch.manual_seed(0)
+    processor = kind(train_kv=own, train_q_out=own, hidden_size=40, cross_attention_dim=32).eval()
+    attn.set_processor(processor)
+    hidden, text = tensors["hidden_states"], tensors["text_embeds"]
+    plain = attend(attn, hidden, text)
+    out = attend(attn, hidden, text, conditions_of(key, value))
+    to_q = processor.to_q_custom_diffusion if own else attn.to_q
+    to_out = processor.to_out_custom_diffusion[0] if own else attn.to_out[0]
+    nothing = torch.zeros(text.shape[0], 1, 40)
+    both = by_hand(attn, to_q, lambda x: x, hidden, text, key, value)
+    text_alone = by_hand(attn, to_q, lambda x: x, hidden, text, nothing, nothing)
+    with torch.no_grad():
+        torch.testing.assert_close(out - plain, (both - text_alone) @ to_out.weight.T, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("ip_scale", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("kind", [IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0])
+def test_beside_an_ip_adapter_the_layer_computes_the_sum(kind, ip_scale):
+    attn, tensors, key, value = parity_layer()
+    processor = kind(40, 32, num_tokens=(4,), scale=[ip_scale])
+    attn.set_processor(processor)
+    hidden, text = tensors["hidden_states"], (tensors["text_embeds"], [torch.randn(2, 1, 4, 32)])
+    added = attend(attn, hidden, text, conditions_of(key, value)) - attend(attn, hidden, text)
+    attn.set_processor(AttnProcessor2_0())
+    plain = attend(attn, hidden, text[0], conditions_of(key, value)) - attend(attn, hidden, text[0])
+    torch.testing.assert_close(added, plain, atol=1e-5, rtol=1e-5)
+
+
+class Functional(nn.Module):
+    """Passes by some of the layer's projections, or calls them more than once."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+        if self.way == "query by weight":
+            query = hidden_states @ attn.to_q.weight.T
+        else:
+            query = attn.to_q(hidden_states)
+        if self.way == "queries twice":
+            query = query + attn.to_q(hidden_states)
+        if self.way == "output by weight":
+            return query @ attn.to_out[0].weight.T
+        if self.way == "another shape":
+            return attn.to_out[0](query[:, ::2])
+        out = attn.to_out[0](query)
+        return attn.to_out[0](out) if self.way == "outputs twice" else out
+
+
+@pytest.mark.parametrize(
+    "way", ["query by weight", "queries twice", "output by weight", "outputs twice", "another shape"]
+)
+def test_a_processor_beside_which_a_subject_cannot_act_is_named(way):
+    attn, tensors, key, value = parity_layer()
+    attn.set_processor(Functional(way))
+    text = tensors["text_embeds"]
+    with pytest.raises(ValueError, match="beside the attention processor Functional: .*(queries|to_out|shape)"):
+        attend(attn, tensors["hidden_states"], text, conditions_of(key, value))
+    attend(attn, tensors["hidden_states"], text)  # without a subject it may do what it likes
+
+
+def test_an_error_in_the_processor_is_its_own():
+    attn, tensors, key, value = parity_layer()
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("mine")
+
+    attn.set_processor(broken)
+    with pytest.raises(RuntimeError, match="mine"):
+        attend(attn, tensors["hidden_states"], tensors["text_embeds"], conditions_of(key, value))
+    attn.set_processor(AttnProcessor2_0())
+    plain = attend(attn, tensors["hidden_states"], tensors["text_embeds"])
+    assert torch.equal(plain, attn(tensors["hidden_states"], encoder_hidden_states=tensors["text_embeds"]))
+
+
+def test_without_a_subject_the_layer_is_unchanged():
     attn, tensors, key, value = parity_layer()
     states = tensors["hidden_states"], tensors["text_embeds"]
     with torch.no_grad():
-        expected = AttnProcessor2_0()(attn, *states)
-        assert torch.equal(SSRAttnProcessor2_0(AttnProcessor2_0())(attn, *states), expected)
-        for nothing in (arrive(key, value, active=False), arrive(key[:, :0], value[:, :0])):
-            out = SSRAttnProcessor2_0(AttnProcessor2_0())(attn, states[0], (states[1], nothing))
-            assert torch.equal(out, expected)
+        expected = attn(states[0], encoder_hidden_states=states[1])
+    assert torch.equal(attend(attn, *states), expected)
+    assert torch.equal(attend(attn, *states, conditions_of(key[:, :0], value[:, :0])), expected)
 
 
-def snapshot(unet):
-    return (
-        dict(unet.attn_processors),
-        list(unet.named_modules()),
-        [list(module._forward_pre_hooks) for module in unet.modules()],
-        {name: value for name, value in vars(unet).items() if not name.startswith("_")},
-        dict(unet.config),
-        unet.config.encoder_hid_dim_type,
-        unet.encoder_hid_proj,
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("regions", [None, torch.eye(2)[None]])
+def test_consecutive_pictures_and_frames_share_a_row(rows, regions):
+    """Each of them is attended to as a picture of its own."""
+    attn, tensors, key, value = parity_layer()
+    each = 3
+    states = torch.randn(rows * each, 16, 40, generator=torch.Generator().manual_seed(0))
+    text = tensors["text_embeds"][:1]
+    key, value = key[:rows] * torch.tensor([1.0, -1.0])[:rows, None, None], value[:rows]
+    owner = None if regions is None else torch.zeros(rows, key.shape[1])
+    regions = None if regions is None else [[regions]] * rows
+    many = attend(
+        attn, states, text.expand(rows * each, -1, -1), conditions_of(key, value, owner, regions), grid=(4, 4)
     )
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_the_unet_is_afterwards_what_it_was(fails):
-    unet = make_unet()
-    before = snapshot(unet)
-    try:
-        with subject_in_unet(unet, UNET_LAYERS):
-            assert snapshot(unet) != before
-            if fails:
-                raise RuntimeError
-    except RuntimeError:
-        assert fails
-    assert snapshot(unet) == before
-
-
-def test_processors_are_the_same_objects_at_every_call():
-    unet = make_unet()
-    seen = []
-    for _ in range(2):
-        with subject_in_unet(unet, UNET_LAYERS):
-            seen.append([unet.get_submodule(name).processor for name in UNET_LAYERS])
-    assert all(first is second for first, second in zip(*seen, strict=True))
-
-
-def attend(conditions, seed=0):
-    attn, tensors, *_ = parity_layer()
-    text = tensors["text_embeds"]
-    states = text if conditions is None else (text, SubjectProjection(1)(conditions.as_image_embeds()))
-    with torch.no_grad():
-        return SSRAttnProcessor2_0(AttnProcessor2_0())(attn, tensors["hidden_states"], states)
+    for index in range(rows * each):
+        row = slice(index // each, index // each + 1)
+        one = conditions_of(key[row], value[row], None if owner is None else owner[row], regions and regions[:1])
+        alone = attend(attn, states[index][None], text, one, grid=(4, 4))
+        torch.testing.assert_close(many[index], alone[0], atol=1e-6, rtol=1e-5)
 
 
 def test_padding_has_no_effect():
-    _, _, key, value = parity_layer()
+    attn, tensors, key, value = parity_layer()
     padded = [torch.cat([states, torch.full_like(states[:, :9], 50.0)], 1) for states in (key, value)]
     token_subject = torch.cat([torch.zeros(2, key.shape[1]), torch.full((2, 9), -1.0)], 1)
+    states = tensors["hidden_states"], tensors["text_embeds"]
     torch.testing.assert_close(
-        attend(SubjectConditions([tuple(padded)], token_subject)), attend(SubjectConditions([(key, value)]))
+        attend(attn, *states, conditions_of(*padded, token_subject)), attend(attn, *states, conditions_of(key, value))
     )
 
 
-def test_conditions_survive_the_way_through_a_pipeline():
-    _, _, key, value = parity_layer()
-    conditions = SubjectConditions([(key, value)] * 3, torch.zeros(2, key.shape[1]), torch.ones(2, 1, 8, 8))
-    again = SubjectConditions.from_image_embeds(conditions.as_image_embeds())
-    assert len(again.pairs) == 3 and again.regions is conditions.regions
-    plain = SubjectConditions.from_image_embeds(SubjectConditions([(key, value)]).as_image_embeds())
-    assert plain.token_subject is None and plain.regions is None
-
-
-@pytest.mark.parametrize("shape", [(8, 8), (4, 16), (16, 4)])
-def test_regions_keep_each_subject_to_its_place(shape):
-    """64 positions: the first subject may appear on the left half, the second in the top right quarter."""
-    _, _, key, value = parity_layer()
+@pytest.mark.parametrize("grid", [(8, 8), (4, 16), (16, 4), (2, 32), (64, 1)])
+@pytest.mark.parametrize("mask_size", [(64, 64), (40, 24), (16, 16), (256, 128)])
+def test_regions_keep_each_subject_to_its_place(grid, mask_size):
+    """The first subject may appear on the upper half, the second in the lower left quarter, whatever the proportions of mask
+    and layer."""
+    attn, tensors, key, value = parity_layer()
     half = key.shape[1] // 2
-    first, second = (SubjectConditions([(key[:, part], value[:, part])]) for part in (slice(half), slice(half, None)))
-    height, width = 8 * shape[0], 8 * shape[1]
-    regions = torch.zeros(2, 2, height, width)
-    regions[:, 0, :, : width // 2] = 1
-    regions[:, 1, : height // 2, width // 2 :] = 1
+    first, second = (conditions_of(key[:, part], value[:, part]) for part in (slice(half), slice(half, None)))
+    upper, lower_left = torch.zeros(1, *mask_size), torch.zeros(1, *mask_size)
+    upper[:, : mask_size[0] // 2] = 1
+    lower_left[:, mask_size[0] // 2 :, : mask_size[1] // 2] = 1
     token_subject = (torch.arange(key.shape[1]) >= half).float().expand(2, -1)
-    out = attend(SubjectConditions([(key, value)], token_subject, regions)).unflatten(1, shape)
-    left, right = (attend(conditions).unflatten(1, shape) for conditions in (first, second))
-    nothing = attend(None).unflatten(1, shape)
-    rows, columns = shape[0] // 2, shape[1] // 2
-    torch.testing.assert_close(out[:, :, :columns], left[:, :, :columns])
-    torch.testing.assert_close(out[:, :rows, columns:], right[:, :rows, columns:])
-    torch.testing.assert_close(out[:, rows:, columns:], nothing[:, rows:, columns:])
+    generator = torch.Generator().manual_seed(0)
+    hidden, text = torch.randn(2, 64, 40, generator=generator), tensors["text_embeds"]
+    regions = [[upper, lower_left]] * 2
+    out = attend(attn, hidden, text, conditions_of(key, value, token_subject, regions), grid).unflatten(1, grid)
+    above, below = (attend(attn, hidden, text, each, grid).unflatten(1, grid) for each in (first, second))
+    nothing = attend(attn, hidden, text).unflatten(1, grid)
+    rows, columns = grid[0] // 2, grid[1] // 2
+    torch.testing.assert_close(out[:, :rows], above[:, :rows])
+    torch.testing.assert_close(out[:, rows:, :columns], below[:, rows:, :columns])
+    if columns:
+        torch.testing.assert_close(out[:, rows:, columns:], nothing[:, rows:, columns:])
+
+
+def test_positions_that_are_no_grid_are_refused_with_a_region_alone():
+    attn, tensors, key, value = parity_layer()
+    states = torch.randn(2, 10, 40), tensors["text_embeds"]
+    owner, region = torch.zeros(2, key.shape[1]), [[torch.eye(8)[None]]] * 2
+    attend(attn, *states, conditions_of(key, value), grid=(10, 1))
+    attn.set_processor(lambda attn, hidden, *args, **kwargs: AttnProcessor2_0()(attn, hidden[:, ::2], *args, **kwargs))
+    with pytest.raises(ValueError, match="grid.*5 positions"):
+        attend(attn, *states, conditions_of(key, value, owner, region), grid=(10, 1))
+
+
+def test_keyframes_are_blended():
+    """Each frame attends to keys and values between those of its keyframes."""
+    attn, tensors, key, value = parity_layer()
+    frames = 5
+    hidden, text = torch.randn(2 * frames, 6, 40), tensors["text_embeds"][:1].expand(2 * frames, -1, -1)
+    places = torch.tensor([0.0, 0.25, 0.5, 1.0, 1.0])
+    pair = [
+        states[None].expand(2, -1, -1, -1) * torch.tensor([1.0, -0.5])[:, None, None, None] for states in (key, value)
+    ]
+    video = attend(attn, hidden, text, conditions_of(*pair, frames=frames, keyframes=places))
+    for index in range(2 * frames):
+        row, place = index // frames, places[index % frames]
+        blended = (each[row, 0] * (1 - place) + each[row, 1] * place for each in pair)
+        alone = attend(attn, hidden[index][None], text[:1], conditions_of(*(each[None] for each in blended)))
+        torch.testing.assert_close(video[index], alone[0], atol=1e-5, rtol=1e-5)
+
+
+def test_regions_may_differ_from_frame_to_frame():
+    attn, tensors, key, value = parity_layer()
+    hidden, text = torch.randn(3, 16, 40), tensors["text_embeds"][:1].expand(3, -1, -1)
+    masks = torch.zeros(3, 4, 4)
+    for frame in range(3):
+        masks[frame, :, frame] = 1
+    owner = torch.zeros(1, key.shape[1])
+    video = attend(attn, hidden, text, conditions_of(key[:1], value[:1], owner, [[masks]], frames=3), grid=(4, 4))
+    for frame in range(3):
+        region = [[masks[frame][None]]]
+        alone = attend(
+            attn, hidden[frame][None], text[:1], conditions_of(key[:1], value[:1], owner, region), grid=(4, 4)
+        )
+        torch.testing.assert_close(video[frame], alone[0], atol=1e-6, rtol=1e-5)

@@ -5,13 +5,12 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import call_args, make_components, make_picture, make_ssr_components, make_unet
+from conftest import call_args, make_components, make_picture, make_ssr_components, make_unet, snapshot
 from diffusers import LCMScheduler, StableDiffusionInpaintPipeline, StableDiffusionPipeline
 from diffusers_ssr import StableDiffusionSSRPipeline, ssr_pipeline_class
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
-from test_attention_processors import snapshot
 from test_chains import INPAINT
 from test_pipeline_ssr import stock_of, subject_args
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNetMotionModel
 from diffusers_ssr import SSREncoder
-from diffusers_ssr.attention_processors import SubjectConditions, subject_in_unet
+from diffusers_ssr.attention_processors import SubjectConditions
+from diffusers_ssr.unet_hooks import subject_in_unet
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -26,7 +27,7 @@ def models():
 def step(unet, batch_size: int = 1, frames: int | None = None, conditions: SubjectConditions | None = None) -> int:
     shape = (batch_size, 4, 64, 64) if frames is None else (batch_size, 4, frames, 64, 64)
     sample, text = torch.empty(shape, device="meta"), torch.empty(batch_size * (frames or 1), 77, 768, device="meta")
-    extra = {} if conditions is None else {"added_cond_kwargs": {"image_embeds": conditions.as_image_embeds()}}
+    extra = {} if conditions is None else {"cross_attention_kwargs": {"ssr_subject": conditions}}
     return count(lambda: unet(sample, torch.empty((), dtype=torch.long, device="meta"), text, **extra))
 
 
@@ -35,7 +36,8 @@ def conditions_of(encoder, batch_size: int, subjects: int, tokens: int | None = 
     length = subjects * (tokens or TOKENS)
     counts = torch.empty(batch_size, length, device="meta") if tokens else None
     with torch.no_grad():
-        return SubjectConditions(encoder.project(torch.empty(batch_size, length, 768, device="meta")), counts=counts)
+        pairs = encoder.project(torch.empty(batch_size, length, 768, device="meta"))
+    return SubjectConditions(dict(zip(encoder.config.attention_layers, pairs, strict=True)), counts=counts)
 
 
 @pytest.mark.parametrize("subjects,most", [(1, 1.027), (3, 1.080)])
@@ -45,10 +47,9 @@ def test_flops_of_a_step(models, subjects, most, batch_size):
     stock = step(unet, batch_size)
     assert abs(stock / batch_size - 803.3e9) < 0.1e9
     conditions = conditions_of(encoder, batch_size, subjects)
-    with subject_in_unet(unet, encoder.config.attention_layers) as projection:
+    with subject_in_unet(unet, encoder.config.attention_layers):
         assert 1 < step(unet, batch_size, conditions=conditions) / stock <= most
-        projection.active = False
-        assert step(unet, batch_size, conditions=conditions) == stock
+        assert step(unet, batch_size) == stock
     assert step(unet, batch_size) == stock
 
 
@@ -73,3 +74,20 @@ def test_flops_of_a_video(models):
             added.append(step(unet, 1, frames, conditions) - stock)
     assert added[1] == 4 * added[0]
     assert added[0] / 803.3e9 <= 0.027
+
+
+@pytest.mark.parametrize("moving", ["keyframes", "region"])
+def test_a_moving_subject_costs_a_frame_what_a_still_one_does(models, moving):
+    _, encoder = models
+    with torch.device("meta"):
+        unet = UNetMotionModel(sample_size=64, cross_attention_dim=768, motion_num_attention_heads=8).eval()
+    still = conditions_of(encoder, 1, 1)
+    if moving == "keyframes":
+        pairs = {name: tuple(torch.stack([each, each], 1) for each in pair) for name, pair in still.pairs.items()}
+        moves = SubjectConditions(pairs, frames=4, keyframes=torch.empty(4, device="meta"))
+    else:
+        owner = torch.zeros(1, TOKENS, device="meta")
+        moves = SubjectConditions(still.pairs, owner, [[torch.ones(4, 64, 64)]], frames=4)
+    still.frames = 4
+    with subject_in_unet(unet, encoder.config.attention_layers):
+        assert step(unet, 1, 4, moves) == step(unet, 1, 4, still)

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import runpy
 import subprocess
 import sys
 
@@ -79,7 +80,7 @@ def counted(monkeypatch):
     call = StableDiffusionSSRPipeline.__call__
 
     def counting(self, prompt, **kwargs):
-        prompts.append(prompt)
+        prompts.extend(prompt)
         return call(self, prompt, **kwargs)
 
     monkeypatch.setattr(StableDiffusionSSRPipeline, "__call__", counting)
@@ -117,8 +118,8 @@ def test_only_what_is_missing_is_drawn_again(models, table, tmp_path, counted):
     (out / "000001.png").unlink()
     make_picture(5).save(tmp_path / "missing.png")
     generate_batch.main(arguments(models, table, out))
-    # the picture that was gone and the rows that failed, of which one fails before it is drawn
-    assert counted == ["a dog", "a dog", "a cat"]
+    # the picture that was gone, and the row whose reference was missing; two rows fail before they are drawn
+    assert counted == ["a dog", "a dog"]
     assert np.array_equal(pictures(out)["000001.png"], first["000001.png"])
     assert [entry["status"] for entry in manifest(out)] == ["done"] * 4 + ["failed"] * 2
 
@@ -140,19 +141,67 @@ def test_another_request_is_another_picture(models, table, tmp_path, counted):
     assert len(counted) == 2
 
 
+@pytest.fixture
+def many_rows(tmp_path, table):
+    """Seven rows that can be drawn, one with a mask, one with the scale 0, and two that cannot."""
+    prompts = ["a cat", "a dog on the beach", "a car", "a fish", "a tulip"]
+    rows = [
+        {"image": f"{i % 2}.png", "query": "cat", "prompt": prompt, "seed": str(i)} for i, prompt in enumerate(prompts)
+    ]
+    rows += [{**ROWS[3], "seed": "8"}, {**ROWS[1], "scale": "0"}, ROWS[2], ROWS[5]]
+    return write(table, rows)
+
+
+@pytest.mark.parametrize("batch_size", [2, 4, 100])
+def test_rows_drawn_together_are_the_pictures_drawn_alone(models, many_rows, tmp_path, batch_size):
+    for name, size in (("alone", 1), ("together", batch_size)):
+        assert generate_batch.main(arguments(models, many_rows, tmp_path / name, batch_size=size)) == 2
+    alone, together = pictures(tmp_path / "alone"), pictures(tmp_path / "together")
+    assert list(alone) == list(together) and len(alone) == 7
+    for name in alone:
+        # rounding only: at most one step of 255
+        assert np.abs(alone[name].astype(int) - together[name]).max() <= 1
+    assert not np.array_equal(alone["000000.png"], alone["000002.png"])
+    assert manifest(tmp_path / "alone") == manifest(tmp_path / "together")
+
+
+def test_a_row_that_fails_while_drawing_fails_alone(models, many_rows, tmp_path, monkeypatch):
+    draw = generate_batch.draw
+
+    def failing(pipe, requests, args):
+        if any(request.prompt == "a car" for request in requests):
+            raise RuntimeError("out of memory")
+        return draw(pipe, requests, args)
+
+    monkeypatch.setattr(generate_batch, "draw", failing)
+    assert generate_batch.main(arguments(models, many_rows, tmp_path / "out", batch_size=4)) == 3
+    entries = manifest(tmp_path / "out")
+    assert [entry["row"] for entry in entries if entry["status"] == "failed"] == [2, 7, 8]
+    assert "out of memory" in entries[2]["error"]
+
+
+@pytest.mark.parametrize("rows, status", [(ROWS[:2], 0), (ROWS[:3], 1)])
+def test_the_exit_status_says_whether_rows_failed(models, table, tmp_path, monkeypatch, rows, status):
+    write(table, rows)
+    monkeypatch.setattr(sys, "argv", ["generate_batch.py", *arguments(models, table, tmp_path / "out", batch_size=2)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(generate_batch.__file__, run_name="__main__")
+    assert int(ended.value.code) == status
+
+
 def test_an_interrupted_run_goes_on(models, table, tmp_path, monkeypatch, counted):
     out = tmp_path / "out"
-    draw_row = generate_batch.draw_row
+    read_row = generate_batch.read_row
 
     def interrupted(pipe, row, *args):
         if row["seed"] == "2":
             raise KeyboardInterrupt
-        return draw_row(pipe, row, *args)
+        return read_row(pipe, row, *args)
 
-    monkeypatch.setattr(generate_batch, "draw_row", interrupted)
+    monkeypatch.setattr(generate_batch, "read_row", interrupted)
     with pytest.raises(KeyboardInterrupt):
         generate_batch.main(arguments(models, table, out))
-    monkeypatch.setattr(generate_batch, "draw_row", draw_row)
+    monkeypatch.setattr(generate_batch, "read_row", read_row)
     with (out / "manifest.0.jsonl").open("a") as file:
         file.write('{"id": "half a li')
     counted.clear()
@@ -168,7 +217,8 @@ def test_two_processes_draw_what_one_does(models, table, tmp_path):
     command = [*launch, str(ROOT / "examples" / "generate_batch.py"), *arguments(models, table, tmp_path / "two")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    # three of the rows fail
+    assert done.returncode == 1 and "3 of 6 pictures" in done.stdout, done.stderr[-3000:]
     one, two = pictures(tmp_path / "one"), pictures(tmp_path / "two")
     assert list(one) == list(two)
     assert all(np.array_equal(one[name], two[name]) for name in one)

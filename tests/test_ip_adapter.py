@@ -1,7 +1,6 @@
 """Beside an IP-Adapter: both act in one call, in any order of loading and unloading."""
 
 import numpy as np
-import pytest
 import torch
 from conftest import (
     call_args,
@@ -11,13 +10,7 @@ from conftest import (
     make_ssr_components,
     make_ssr_encoder,
 )
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from diffusers_ssr import StableDiffusionSSRPipeline
-from diffusers_ssr.attention_processors import (
-    SSRAttnProcessor2_0,
-    SubjectConditions,
-    SubjectProjection,
-)
 from test_pipeline_ssr import stock_of
 
 
@@ -107,29 +100,3 @@ def test_an_adapter_without_its_picture_adds_nothing():
     expected = pipe(**call_args(subject=subject, subject_scale=1.0)).images
     load(pipe, "ip")
     np.testing.assert_allclose(pipe(**call_args(subject=subject, subject_scale=1.0)).images, expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("ip_scale", [0.0, 0.4, 1.0])
-def test_the_layer_computes_the_sum(ip_scale):
-    """By hand: text, adapter and subject attention, summed, through the output projection."""
-    torch.manual_seed(0)
-    attn = Attention(query_dim=8, cross_attention_dim=32, heads=2, dim_head=4)
-    hidden, text, ip = torch.randn(2, 10, 8), torch.randn(2, 7, 32), torch.randn(2, 1, IP_TOKENS, 32)
-    key, value = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
-    processor = IPAdapterAttnProcessor2_0(8, 32, num_tokens=(IP_TOKENS,), scale=[ip_scale])
-
-    def attention(key, value):
-        q, k, v = (x.unflatten(-1, (2, 4)).transpose(1, 2) for x in (attn.to_q(hidden), key, value))
-        return (((q @ k.transpose(-1, -2)) / 2).softmax(-1) @ v).transpose(1, 2).flatten(2)
-
-    subject = SubjectConditions([(key, value)]).as_image_embeds()
-    with torch.no_grad():
-        ip_states = ip[:, 0]
-        expected = attention(attn.to_k(text), attn.to_v(text)) + attention(key, value)
-        expected = expected + ip_scale * attention(processor.to_k_ip[0](ip_states), processor.to_v_ip[0](ip_states))
-        out = SSRAttnProcessor2_0(processor)(
-            attn, hidden, (text, SubjectProjection(1, torch.nn.Identity())([ip_states, *subject]))
-        )
-        torch.testing.assert_close(out, attn.to_out[0](expected), atol=1e-5, rtol=1e-5)
-        plain = SSRAttnProcessor2_0(AttnProcessor2_0())(attn, hidden, (text, SubjectProjection(1)(subject)))
-        assert (ip_scale == 0) == torch.allclose(out, plain, atol=1e-5)

@@ -5,15 +5,14 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from conftest import call_args, make_components, make_picture, make_ssr_components
+from conftest import call_args, make_components, make_picture, make_ssr_components, snapshot
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
 from diffusers.hooks.group_offloading import ModuleGroup
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.utils.testing_utils import torch_device
 from diffusers_ssr import StableDiffusionSSRPipeline
-from diffusers_ssr.mixin_ssr import _caches
+from diffusers_ssr.encoding_ssr import _caches
 from peft import LoraConfig, inject_adapter_in_model
-from test_attention_processors import snapshot
 from test_pipeline_ssr import stock_of, subject_args
 
 

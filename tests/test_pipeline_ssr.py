@@ -5,6 +5,7 @@ import pytest
 import torch
 from benchmark import random_model
 from conftest import (
+    UNET_LAYERS,
     call_args,
     make_components,
     make_image_encoder,
@@ -12,11 +13,11 @@ from conftest import (
     make_ssr_components,
     make_ssr_encoder,
     make_unet,
+    snapshot,
 )
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline, SubjectEmbeds
 from diffusers_ssr.subject_embeds import Subject
-from test_attention_processors import snapshot
 from test_modeling_ssr import ALIGNER, LAYERS, random_released
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 
@@ -90,15 +91,16 @@ def test_conditions_hold_both_branches_in_order(pipe, guidance_scale):
     subject = pipe.encode_subject(make_picture(), query="cat")
     seen = []
     pipe.unet.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["added_cond_kwargs"]["image_embeds"]), with_kwargs=True
+        lambda module, args, kwargs: seen.append(kwargs["cross_attention_kwargs"]["ssr_subject"].conditions(args[0])),
+        with_kwargs=True,
     )
     pipe(**call_args(subject=subject, subject_scale=0.5, guidance_scale=guidance_scale, num_images_per_prompt=2))
     (part,) = subject.subjects
-    branches = [part.negative_embeds] * 2 + [part.embeds] * 2 if guidance_scale > 1 else [part.embeds] * 2
+    branches = [part.negative_embeds, part.embeds] if guidance_scale > 1 else [part.embeds]
     expected = pipe.ssr_encoder.project(torch.cat(branches))
-    for index, (key, value) in enumerate(expected):
-        torch.testing.assert_close(seen[0][2 * index], key)
-        torch.testing.assert_close(seen[0][2 * index + 1], value * 0.5)
+    for name, (key, value) in zip(UNET_LAYERS, expected, strict=True):
+        torch.testing.assert_close(seen[0].pairs[name][0], key)
+        torch.testing.assert_close(seen[0].pairs[name][1], value * 0.5)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])

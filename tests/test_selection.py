@@ -5,12 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import UNET_LAYERS, call_args, make_picture, make_ssr_encoder
+from conftest import UNET_LAYERS, call_args, make_picture, make_ssr_encoder, snapshot
 from diffusers import HeunDiscreteScheduler
 from diffusers.callbacks import PipelineCallback
 from diffusers_ssr import StableDiffusionSSRPipeline, SubjectEmbeds
+from diffusers_ssr.attention_map import make_attention_map
+from diffusers_ssr.image_processing_ssr import preprocess
 from PIL import Image
-from test_attention_processors import snapshot
 from test_pipeline_ssr import stock_of, subject_args
 
 
@@ -80,16 +81,17 @@ def test_several_subjects_are_concatenated_with_their_scales(pipe):
     cat, dog = pipe.encode_subject(make_picture(), query=["cat", "dog"])
     seen = []
     pipe.unet.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["added_cond_kwargs"]["image_embeds"]), with_kwargs=True
+        lambda module, args, kwargs: seen.append(kwargs["cross_attention_kwargs"]["ssr_subject"].conditions(args[0])),
+        with_kwargs=True,
     )
     pipe(**call_args(subject=cat.scaled(0.8) + dog, subject_scale=0.5))
     parts = [cat.subjects[0], dog.subjects[0]]
     positive = torch.cat([parts[0].embeds * 0.8, parts[1].embeds * 0.5], 1)
     negative = torch.cat([part.negative_embeds for part in parts], 1)
     expected = pipe.ssr_encoder.project(torch.cat([negative, positive]))
-    for index, (key, value) in enumerate(expected):
-        torch.testing.assert_close(seen[0][2 * index], key)
-        torch.testing.assert_close(seen[0][2 * index + 1], value)
+    for name, (key, value) in zip(UNET_LAYERS, expected, strict=True):
+        torch.testing.assert_close(seen[0].pairs[name][0], key)
+        torch.testing.assert_close(seen[0].pairs[name][1], value)
 
 
 def test_lists_in_a_call_are_several_subjects_of_one_prompt(pipe):
@@ -178,11 +180,12 @@ def active_layers(pipe, **kwargs) -> list[str]:
     """The layers whose values were not empty."""
     seen = []
     handle = pipe.unet.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["added_cond_kwargs"]["image_embeds"]), with_kwargs=True
+        lambda module, args, kwargs: seen.append(kwargs["cross_attention_kwargs"]["ssr_subject"].conditions(args[0])),
+        with_kwargs=True,
     )
     pipe(**subject_args(**kwargs))
     handle.remove()
-    return [name for name, value in zip(UNET_LAYERS, seen[0][1::2], strict=False) if value.shape[1]]
+    return [name for name, (_, value) in seen[0].pairs.items() if value.shape[1]]
 
 
 @pytest.mark.parametrize(
@@ -204,9 +207,9 @@ def test_scale_per_block(pipe, scale, expected):
 
 @pytest.mark.parametrize("scale", [0.0, {"up": 0.0}, {}])
 def test_a_scale_of_nothing_is_the_stock_call(pipe, scale, monkeypatch):
-    """No processors, no projection: the stock pipeline's FLOPs, to the last one."""
+    """No hooks, no projection: the stock pipeline's FLOPs, to the last one."""
     expected = stock_of(pipe)(**call_args()).images
-    monkeypatch.setattr("diffusers_ssr.mixin_ssr.subject_in_unet", None)
+    monkeypatch.setattr("diffusers_ssr.unet_hooks.SubjectPasses", None)
     assert np.array_equal(pipe(**subject_args(subject_scale=scale)).images, expected)
 
 
@@ -281,10 +284,37 @@ def test_a_region_of_the_whole_picture_changes_nothing(pipe):
 def test_attention_maps_have_the_pictures_size(pipe, size, resize_mode):
     attention = pipe.subject_attention_map(make_picture(size=size), "a cat", resize_mode=resize_mode)
     assert attention.heat.shape == size[::-1] and attention.overlay().size == size
-    assert attention.heat.max() == 1 and attention.heat.min() >= 0
+    assert (
+        attention.heat.max() == pytest.approx(min(2 * attention.gathered, 1), abs=1e-6) and attention.heat.min() >= 0
+    )
+    assert 0 < attention.gathered < 1 and "gathered=" in repr(attention)
     assert [name for name, _ in attention.tokens] == ["a</w>", "cat</w>"]
     assert all(heat.shape == size[::-1] for _, heat in attention.tokens)
     assert attention.overlay(attention.tokens[1][1]).size == size
+
+
+def test_the_papers_figure_is_an_option(pipe):
+    """By hand: the tokens of the query's words, averaged over tokens and heads, scaled to their maximum."""
+    picture = make_picture(size=(32, 32))
+    attention = pipe.subject_attention_map(picture, "a cat", tokens="own")
+    with torch.no_grad():
+        pixels = preprocess(picture, pipe.ssr_image_processor)
+        level = pipe.ssr_image_encoder(pixels, output_hidden_states=True).hidden_states[3]
+        query, _ = pipe.encode_prompt("a cat", "cpu", 1, False)
+        probs = pipe.ssr_encoder.attention_probs(query, level)[0, :, [1, 2], 1:].mean((0, 1)).unflatten(0, (4, 4))
+    # the centre of each patch of 8 pixels
+    expected = torch.nn.functional.interpolate(probs[None, None], (32, 32), mode="bilinear")[0, 0]
+    np.testing.assert_allclose(attention.heat, expected / expected.max(), atol=1e-5)
+    assert attention.heat.max() == 1
+    with pytest.raises(ValueError, match="`tokens` has to be"):
+        pipe.subject_attention_map(picture, "a cat", tokens="none")
+
+
+def test_an_empty_query_gathers_nothing():
+    """Against itself: a map of nothing, and the number 0."""
+    probs = torch.rand(5, 17).softmax(-1)
+    attention = make_attention_map(probs, probs, {}, make_picture(size=(32, 32)), "pad", "all")
+    assert attention.gathered == 0 and not attention.heat.any()
 
 
 def test_an_attention_map_follows_a_mask(pipe):
@@ -365,7 +395,7 @@ def test_changed_weights_encode_anew(pipe, part):
 
 
 def test_the_cache_does_not_grow_without_end(pipe):
-    from diffusers_ssr.mixin_ssr import _caches
+    from diffusers_ssr.encoding_ssr import _caches
 
     for seed in range(20):
         pipe.encode_subject(make_picture(seed), "cat")

@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from conftest import (
 )
 from diffusers import StableDiffusionPipeline
 from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline
-from diffusers_ssr.attention_processors import subject_in_unet
+from diffusers_ssr.unet_hooks import subject_in_unet
 from hub_server import Hub
 from PIL import Image
 from safetensors.torch import load_file
@@ -389,9 +390,10 @@ def test_subjects_of_one_row_are_joined_as_a_pipeline_joins_them(models, picture
     pipe(["a", "b"], subject=[cat + dog, dog], subject_scale=1.0, **text)
     (args, kwargs), expected = seen
     embeds = torch.cat([each.subjects[0].embeds for each in (cat, dog, dog)])
-    conditions = train_ssr.join_subjects(encoder.project(embeds), torch.tensor([0, 0, 1]))
+    pairs = dict(zip(encoder.config.attention_layers, encoder.project(embeds), strict=True))
+    conditions = train_ssr.join_subjects(pairs, torch.tensor([0, 0, 1]))
     seen.clear()
-    kwargs = {**kwargs, "added_cond_kwargs": {"image_embeds": conditions.as_image_embeds()}}
+    kwargs = {**kwargs, "cross_attention_kwargs": {"ssr_subject": conditions}}
     with torch.no_grad(), subject_in_unet(pipe.unet, encoder.config.attention_layers):
         pipe.unet(*args, **kwargs)
     torch.testing.assert_close(seen[1], expected, atol=1e-6, rtol=1e-5)
@@ -552,7 +554,7 @@ def test_an_encoder_of_another_size_is_refused(models, pictures, tmp_path):
 def test_bad_samples_are_left_out_and_named(models, pictures, tmp_path):
     lines = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
     for line in lines:
-        line["file_name"] = str(pictures / line["file_name"])
+        shutil.copy(pictures / line["file_name"], tmp_path)
     lines = [{**lines[0], "file_name": "missing.png"}, *lines, {"file_name": lines[0]["file_name"], "query": "cat"}]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n{broken")
     train_ssr.main(arguments(models, tmp_path, tmp_path / "out", max_train_steps=5))
@@ -587,3 +589,10 @@ def test_wrong_options_are_named(changes, message):
 def test_average_and_encoder_are_both_read_back(models, trained):
     for name in ("ssr_encoder", "ssr_encoder_ema"):
         assert SSREncoder.from_pretrained(trained / "checkpoint-4", subfolder=name).config.inner_dim == 16
+
+
+def test_without_a_resolution_the_base_models_is_used(models, pictures):
+    args = parse_args(None, [], arguments(models, pictures, "out", resolution=None))
+    check_args(args)
+    pipe, _ = train_ssr.load_models(args)
+    assert args.resolution == pipe.unet.config.sample_size * pipe.vae_scale_factor == 16

@@ -63,6 +63,19 @@ def draw_controls(world: World, folder: Path, held_out: tuple[Instance, ...]) ->
         Image.fromarray(edges(scene.picture)).save(folder / f"{name}.png")
 
 
+def name_ssr_components(folder: Path) -> None:
+    """Name the SSR-Encoder and its vision encoder in the pipeline's index, so that the folder is a whole SSR pipeline."""
+    if not (folder / "ssr_encoder").is_dir():
+        return
+    index = json.loads((folder / "model_index.json").read_text())
+    index["ssr_encoder"] = ["modeling_ssr", "SSREncoder"]
+    index["ssr_image_encoder"] = ["transformers", "CLIPVisionModel"]
+    index["ssr_image_processor"] = ["transformers", "CLIPImageProcessor"]
+    (folder / "model_index.json").write_text(json.dumps(dict(sorted(index.items())), indent=2) + "\n")
+    shipped = Path(__file__).resolve().parents[3] / "pocket" / "ssr_encoder" / "modeling_ssr.py"
+    (folder / "ssr_encoder" / shipped.name).write_text(shipped.read_text())
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/pocket-training"))
@@ -109,7 +122,11 @@ def main():
     for config in output.rglob("config.json"):
         described = json.loads(config.read_text())
         described.pop("_name_or_path", None)
+        if "dtype" in described:
+            # transformers loads in the precision that is named here, diffusers in float32: without it the pipeline is mixed
+            described["dtype"] = "float32"
         config.write_text(json.dumps(described, indent=2) + "\n")
+    name_ssr_components(output)
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     print(f"{output} holds {size / 1e6:.1f} MB")
 

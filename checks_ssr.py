@@ -1,0 +1,238 @@
+"""Checks of a call's arguments and of whether an SSR-Encoder fits a pipeline, all before any work starts."""
+
+import difflib
+
+import torch
+from PIL import Image
+from torch import nn
+
+from . import image_processing_ssr, library_internals, subject_embeds, subject_request, unet_hooks
+
+
+def check_references(image, query, mask) -> list[tuple[object, Image.Image, str, Image.Image | None]]:
+    """(the picture as given, as PIL, query, mask) for each reference, single values standing for all."""
+    given = {"subject_image": image, "subject_query": query, "subject_mask": mask}
+    lengths = {name: len(value) for name, value in given.items() if isinstance(value, list)}
+    if len(set(lengths.values())) > 1 or 0 in lengths.values():
+        raise ValueError(f"Lists of subjects have to be of one length, and not empty, but got {lengths}.")
+    count = max(lengths.values(), default=1)
+    columns = [value if isinstance(value, list) else [value] * count for value in given.values()]
+    pictures: dict[int, Image.Image] = {}
+    references = []
+    for image, query, mask in zip(*columns, strict=True):
+        _check_reference(image, query, mask)
+        if id(image) not in pictures:
+            pictures[id(image)] = image_processing_ssr.to_pil(image)
+        picture = pictures[id(image)]
+        references.append(
+            (image, picture, query or "", None if mask is None else image_processing_ssr.to_mask(mask, picture.size))
+        )
+    return references
+
+
+def _check_reference(image, query, mask) -> None:
+    if image is None:
+        what = f"`subject_query` is {query!r}" if mask is None else "`subject_mask` is given"
+        raise ValueError(f"{what}, but `subject_image` is missing: it needs its picture.")
+    if query is None and mask is None:
+        raise ValueError("`subject_image` is given, but `subject_query` is missing: say which thing in it is meant.")
+    if query is not None and (not isinstance(query, str) or not query.strip() and mask is None):
+        raise ValueError(f"`subject_query` has to be a text that names the subject, but is {query!r}.")
+
+
+def check_window(start, end) -> tuple[float, float] | None:
+    """The window, or `None` where it is the whole denoising."""
+    start, end = subject_embeds.check_scale("subject_start", start), subject_embeds.check_scale("subject_end", end)
+    if not 0 <= start < end <= 1:
+        raise ValueError(
+            f"`subject_start` has to lie before `subject_end`, both from 0 to 1, but they are {start} and {end}."
+        )
+    return None if (start, end) == (0.0, 1.0) else (start, end)
+
+
+# what arguments of ours would be called in other pipelines
+_OTHER_NAMES = {"subject_embeds": "subject", "subjects": "subject", "subject_images": "subject_image"}
+
+
+def check_unknown_arguments(given, stock, own) -> None:
+    """Refuse arguments that neither the stock call nor ours takes and that look like one of ours (`subject_scal`): stock
+    calls that end in `**kwargs` would drop them silently."""
+    for name in given:
+        if name in _OTHER_NAMES:
+            raise ValueError(f"`{name}` is no argument of this pipeline; did you mean `{_OTHER_NAMES[name]}`?")
+        near = difflib.get_close_matches(name, own, n=1, cutoff=0.0 if name.startswith("subject") else 0.8)
+        if name not in stock and near:
+            raise ValueError(f"`{name}` is no argument of this pipeline; did you mean `{near[0]}`?")
+
+
+def one_for_each(names: str, subjects: list, num_prompts: int) -> list:
+    """A list with one subject for all prompts, or one for each."""
+    if len(subjects) not in (1, num_prompts):
+        raise ValueError(
+            f"{names} as a list has to hold one for each prompt, but holds {len(subjects)} for {num_prompts}."
+        )
+    return subjects
+
+
+def check_subjects(subject, num_prompts: int, check_encoder) -> list[subject_request.SubjectRow]:
+    """`subject` as rows, one for all prompts or one for each; `check_encoder` is called with each `SubjectEmbeds`."""
+    given = subject if isinstance(subject, list) else [subject]
+    rows = [_row(each, isinstance(subject, list)) for each in given]
+    embeds = [each for row in rows for each in row.keyframes if each is not None]
+    for each in embeds:
+        check_encoder(each)
+    if not embeds:
+        raise ValueError("`subject` holds None alone: leave it out to draw without a subject.")
+    moving = {row.frames for row in rows if row.frames != (0,)}
+    if moving and len({row.frames for row in rows}) > 1:
+        raise ValueError(
+            f"`subject` has to have the same keyframes for all prompts, but they differ: {sorted(moving)}."
+        )
+    return one_for_each("`subject`", rows, num_prompts)
+
+
+def _row(subject, none_is_allowed: bool) -> subject_request.SubjectRow:
+    if isinstance(subject, dict):
+        return _row_of_keyframes(subject)
+    if not subject_embeds.is_subject_embeds(subject) and not (subject is None and none_is_allowed):
+        raise ValueError(
+            "`subject` has to be a SubjectEmbeds, a dict of them by frame, or a list of these and None, but holds"
+            f" {type(subject).__name__}."
+        )
+    return subject_request.SubjectRow((subject,))
+
+
+def _row_of_keyframes(keyframes: dict) -> subject_request.SubjectRow:
+    frames = sorted(keyframes) if all(type(frame) is int and frame >= 0 for frame in keyframes) else []
+    if not frames:
+        raise ValueError(f"`subject` as a dict has to hold subjects by frame, 0 the first, but has {list(keyframes)}.")
+    for each in keyframes.values():
+        if each is not None and not subject_embeds.is_subject_embeds(each):
+            raise ValueError(
+                f"`subject` has to hold a SubjectEmbeds or None at a frame, but holds {type(each).__name__}."
+            )
+    subjects = [each for each in keyframes.values() if each is not None]
+    shapes = {tuple(s.embeds.shape[1] for s in each.subjects) for each in subjects}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"`subject` has to have as many subjects and tokens at one keyframe as at another, but has {sorted(shapes)}."
+        )
+    if len(frames) > 1 and any(s.counts is not None for each in subjects for s in each.subjects):
+        raise ValueError("`subject` cannot be blended between keyframes where it is compact: its tokens do not match.")
+    return subject_request.SubjectRow(
+        tuple(keyframes[frame] for frame in frames), tuple(frames) if len(frames) > 1 else (0,)
+    )
+
+
+def check_fits(unet, encoder, image_encoder, text_encoder) -> None:
+    """Raise a `ValueError` if an SSR-Encoder was made for other models. Those that are absent, and not needed, are skipped."""
+    config = encoder.config
+    text_width = None if text_encoder is None else text_encoder.config.hidden_size
+    if text_width not in (None, config.cross_attention_dim):
+        raise ValueError(
+            f"`ssr_encoder` was made for a text encoder of width {config.cross_attention_dim}, but this pipeline's"
+            f" has {text_width}: SSR-Encoder needs Stable Diffusion 1.5's."
+        )
+    if image_encoder is not None and image_encoder.config.hidden_size != config.vision_hidden_size:
+        raise ValueError(
+            f"`ssr_encoder` reads hidden states of width {config.vision_hidden_size}, but the image encoder's are"
+            f" {image_encoder.config.hidden_size} wide."
+        )
+    if image_encoder is not None and image_encoder.config.num_hidden_layers < max(config.image_levels, default=0):
+        raise ValueError(
+            f"`ssr_encoder` reads levels {tuple(config.image_levels)}, but the image encoder has only"
+            f" {image_encoder.config.num_hidden_layers} layers."
+        )
+    check_fits_unet(unet, encoder)
+
+
+def check_fits_unet(unet, encoder) -> None:
+    """The same for the UNet alone."""
+    config, unet = encoder.config, unet_hooks.find_unet(unet)
+    if library_internals.uses_split_inference(unet):
+        raise ValueError(
+            "A subject cannot act under FreeNoise's split inference, which splits the frames but not what stands beside"
+            " the text: call `enable_free_noise` without `enable_free_noise_split_inference`."
+        )
+    for name, width in config.attention_layers.items():
+        try:
+            attn = unet.get_submodule(name)
+        except AttributeError:
+            raise ValueError(
+                f"`ssr_encoder` has weights for the layer {name}, but the UNet has no such layer."
+            ) from None
+        if (attn.inner_dim, attn.cross_attention_dim) != (width, config.cross_attention_dim):
+            raise ValueError(
+                f"`ssr_encoder` expects the UNet's layer {name} to be {width} wide over text of width"
+                f" {config.cross_attention_dim}, but it is {attn.inner_dim} wide over {attn.cross_attention_dim}."
+            )
+
+
+def check_precision(text_encoder: nn.Module | None, unet) -> None:
+    """Raise a `ValueError` for a checkpoint in mixed precision, which fails in the first step otherwise."""
+    usual = (torch.float16, torch.bfloat16, torch.float32)
+    dtypes = (None if text_encoder is None else text_encoder.dtype), unet_hooks.find_unet(unet).dtype
+    mixed = all(dtype in usual for dtype in dtypes) and dtypes[0] != dtypes[1]
+    if mixed and not torch.is_autocast_enabled(unet_hooks.find_unet(unet).device.type):
+        raise ValueError(
+            f"`text_encoder` is in {dtypes[0]}, but `unet` in {dtypes[1]}: load the pipeline with `dtype=` (for instance"
+            " `dtype=torch.float32`), or move it with `pipe.to(dtype)`."
+        )
+
+
+def check_controlnet(controlnet, encoder) -> None:
+    """Raise a `ValueError` if a ControlNet, or one of several, belongs to another model family."""
+    for net in getattr(controlnet, "nets", [controlnet] if controlnet is not None else []):
+        if net.config.cross_attention_dim != encoder.config.cross_attention_dim:
+            raise ValueError(
+                f"`controlnet` reads text of width {net.config.cross_attention_dim}, but this pipeline's is"
+                f" {encoder.config.cross_attention_dim} wide: it belongs to another model family."
+            )
+
+
+def check_in_controlnet(rows: list[subject_request.SubjectRow], has_controlnet: bool, pipeline_name: str) -> None:
+    """Whether subjects can stand behind the text that a ControlNet reads."""
+    if not has_controlnet:
+        raise ValueError(f"`subject_in_controlnet` is True, but {pipeline_name} has no ControlNet.")
+    if any(len(row.frames) > 1 for row in rows):
+        raise ValueError("`subject_in_controlnet` takes no subjects by keyframe.")
+    counts = {0 if each is None else len(each.subjects) for row in rows for each in row.keyframes}
+    if len(counts) > 1:
+        raise ValueError(
+            f"`subject_in_controlnet` needs as many subjects for one prompt as for another, but got {sorted(counts)}."
+        )
+    subjects = (s for row in rows for each in row.keyframes if each is not None for s in each.subjects)
+    if any(subject.counts is not None for subject in subjects):
+        raise ValueError("`subject_in_controlnet` needs a subject with all of its tokens, not a compact one.")
+
+
+def check_block_scales(name: str, scale: dict, layers) -> None:
+    """Whether a scale per block holds numbers alone, and names blocks that subjects reach."""
+    _check_numbers(name, scale)
+    blocks = {
+        "down": {layer.split(".")[1] for layer in layers if layer.startswith("down_blocks.")},
+        "up": {layer.split(".")[1] for layer in layers if layer.startswith("up_blocks.")},
+        "mid": set(),
+    }
+    for part, value in scale.items():
+        within = value if isinstance(value, dict) else {}
+        unknown = [block for block in within if block.removeprefix("block_") not in blocks.get(part, ())]
+        if part not in blocks or unknown:
+            reached = {part: [f"block_{index}" for index in sorted(indices)] for part, indices in blocks.items()}
+            raise ValueError(f"`{name}` names {unknown or [part]} ({part}), but subjects reach only {reached}.")
+
+
+def _check_numbers(name: str, scale) -> None:
+    for value in scale.values() if isinstance(scale, dict) else scale:
+        if isinstance(value, (dict, list)):
+            _check_numbers(name, value)
+        else:
+            subject_embeds.check_scale(name, value)
+
+
+def acts(rows: list[subject_request.SubjectRow], scale: float | dict[str, float]) -> bool:
+    """Whether any subject has a scale other than 0, in any layer."""
+    number = scale if isinstance(scale, float) else 1.0
+    subjects = [s for row in rows for each in row.keyframes if each is not None for s in each.subjects]
+    scales = [number if subject.scale is None else subject.scale for subject in subjects]
+    return any(scales) and (isinstance(scale, float) or any(scale.values()))

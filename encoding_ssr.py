@@ -1,0 +1,216 @@
+"""From pictures and queries to subject embeddings (section 3.2 of the paper): the part of a pipeline that reads references."""
+
+from weakref import WeakKeyDictionary
+
+import torch
+
+from . import (
+    attention_map,
+    checks_ssr,
+    image_processing_ssr,
+    shared_components,
+    subject_cache,
+    subject_embeds,
+)
+
+
+# by SSR-Encoder, which many pipelines may share
+_caches: WeakKeyDictionary = WeakKeyDictionary()
+
+
+class SubjectEncodingMixin:
+    """`encode_subject` and `subject_attention_map` for [`SSRPipelineMixin`]."""
+
+    def encode_subject(
+        self,
+        image,
+        query: str | list[str] | None = None,
+        mask=None,
+        mask_weight: float = 1.0,
+        resize_mode: str = "pad",
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
+    ) -> subject_embeds.SubjectEmbeds | list[subject_embeds.SubjectEmbeds]:
+        r"""
+        Pick a subject, or several, out of a picture (section 3.2 of the paper).
+
+        Args:
+            image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
+                The reference picture.
+            query (`str` or `list[str]`, *optional*):
+                Which thing in it is meant; a list encodes the picture once and gives a list of subjects. It goes through
+                the pipeline's own text encoder, like a prompt. With a mask it is a caption of the picture, and may be
+                left out.
+            mask (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`, *optional*):
+                White, or 1, where the subject is; `(height, width)`, as large as the picture.
+            mask_weight (`float`, defaults to 1.0):
+                How strongly the mask draws the attention inside.
+            resize_mode (`str`, defaults to `"pad"`):
+                `"pad"` shows the encoder the whole picture, with a margin where it is not square; `"crop"` only the
+                central square, as the released code does: larger, but what lies at the ends of a long picture is lost.
+            lora_scale (`float`, *optional*), clip_skip (`int`, *optional*):
+                For the query's way through the text encoder, as `encode_prompt` takes them. A call hands its own over.
+
+        Returns:
+            [`SubjectEmbeds`], for the `subject` argument of any pipeline with the same SSR-Encoder, or a `list` of them.
+
+        Raises:
+            `ValueError`: if no SSR-Encoder or text encoder is loaded, `image` is not a picture, `query` is not a text or is
+            empty, or `mask` does not fit.
+
+        Example:
+
+        ```py
+        >>> subject = pipe.encode_subject(photo, query="cat")
+        >>> image = pipe("a cat on the beach", subject=subject).images[0]
+        ```
+        """
+        text = {"lora_scale": lora_scale, "clip_skip": clip_skip}
+        encoded = self._encode_subjects(image, query, mask, mask_weight, resize_mode, text)
+        return encoded if isinstance(query, list) or isinstance(image, list) or isinstance(mask, list) else encoded[0]
+
+    @torch.no_grad()
+    def _encode_subjects(
+        self, subject_image, subject_query, subject_mask, mask_weight: float, resize_mode: str, text: dict
+    ) -> list[subject_embeds.SubjectEmbeds]:
+        """Encode each (picture, query, mask), each picture once, and not those that the cache holds. `text` are further
+        arguments of `encode_prompt`."""
+        self._check_can_encode()
+        references = checks_ssr.check_references(subject_image, subject_query, subject_mask)
+        mask_weight = subject_embeds.check_scale("mask_weight", mask_weight)
+        image_processing_ssr.check_resize_mode(resize_mode)
+        processor, vision, encoder = self.ssr_image_processor, self.ssr_image_encoder, self.ssr_encoder
+        device = self._execution_device
+        query_states = self._encode_queries(["", *(query for *_, query, _ in references)], device, text)
+        fingerprint = encoder.fingerprint(device)
+        weights = subject_cache.version(vision), subject_cache.digest(fingerprint), encoder.dtype
+        pixels = {
+            id(image): image_processing_ssr.preprocess(picture, processor, resize_mode)
+            for image, picture, _, _ in references
+        }
+        digests = {key: subject_cache.digest(each) for key, each in pixels.items()}
+        masks = [
+            None if m is None else image_processing_ssr.preprocess_mask(m, processor, resize_mode)
+            for *_, m in references
+        ]
+        keys = [
+            (
+                digests[id(image)],
+                subject_cache.digest(query_states[[0, index + 1]]),
+                subject_cache.digest(mask),
+                mask_weight,
+                *weights,
+            )
+            for index, ((image, *_), mask) in enumerate(zip(references, masks, strict=True))
+        ]
+        cache = _caches.setdefault(encoder, subject_cache.SubjectCache())
+        subjects = {key: cache.get(key) for key in keys}
+
+        missing = {id(image): None for (image, *_), key in zip(references, keys, strict=True) if subjects[key] is None}
+        place = {key: index + 1 for index, key in enumerate(missing)}
+        if missing:
+            # the unconditional branch sees the empty query on zeros after normalisation (section 3.3)
+            batch = [torch.zeros_like(next(iter(pixels.values()))), *(pixels[key] for key in missing)]
+            levels = torch.stack(self._vision_levels(torch.cat(batch), device))
+        for index, ((image, _, query, _), mask, key) in enumerate(zip(references, masks, keys, strict=True)):
+            if subjects[key] is None:
+                mask = None if mask is None else mask.to(device).expand(2, -1, -1, -1)
+                embeds = encoder(query_states[[0, index + 1]], levels[:, [0, place[id(image)]]], mask, mask_weight)
+                subjects[key] = subject_embeds.Subject(embeds[1:], embeds[:1], query)
+                cache.keep(key, subjects[key])
+        return [subject_embeds.SubjectEmbeds((subjects[key],), fingerprint) for key in keys]
+
+    def _vision_levels(self, pixels: torch.Tensor, device) -> list[torch.Tensor]:
+        """The vision encoder's hidden states that the SSR-Encoder reads, lowest level first."""
+        vision, encoder = self.ssr_image_encoder, self.ssr_encoder
+        hidden_states = vision(pixels.to(device, vision.dtype), output_hidden_states=True).hidden_states
+        return [hidden_states[level].to(encoder.dtype) for level in encoder.config.image_levels]
+
+    def _encode_queries(self, queries: list[str], device, text: dict) -> torch.Tensor:
+        """Text hidden states of the queries, through the pipeline's own text encoder as a prompt's. The first of them is
+        the empty query of the unconditional branch."""
+        given = {name: value for name, value in text.items() if value is not None}
+        if hasattr(self, "encode_prompt"):
+            states = self.encode_prompt(queries, device, 1, False, **given)[0]
+        else:
+            given.pop("clip_skip", None)
+            states = self._encode_prompt(queries, device, 1, False, **given)  # InstructPix2Pix has no other
+        return states.to(self.ssr_encoder.dtype)
+
+    @torch.no_grad()
+    def subject_attention_map(
+        self,
+        image,
+        query: str | None = None,
+        mask=None,
+        mask_weight: float = 1.0,
+        resize_mode: str = "pad",
+        tokens: str = "all",
+    ) -> attention_map.SubjectAttentionMap:
+        r"""
+        Where in a picture a query looks. Arguments are those of `encode_subject`, with one query, and:
+
+        Args:
+            tokens (`str`, defaults to `"all"`):
+                `"all"` shows what enters the subject's embeddings, all of the query's tokens, padding included, beyond what
+                an empty query looks at. `"own"` shows the tokens of the query's words alone, scaled to their own maximum, as
+                the paper's figure 5.
+
+        Returns:
+            [`SubjectAttentionMap`]: a heat map and an overlay at the picture's own size, one map a token, and how much of
+            the attention the query gathers.
+
+        Raises:
+            `ValueError`: as `encode_subject`, or if `tokens` is neither.
+
+        Example:
+
+        ```py
+        >>> attention = pipe.subject_attention_map(photo, query="cat")
+        >>> attention.overlay().save("where_is_the_cat.png")
+        >>> attention.gathered
+        ```
+        """
+        self._check_can_encode()
+        ((_, picture, query, mask),) = checks_ssr.check_references(image, query, mask)
+        mask_weight = subject_embeds.check_scale("mask_weight", mask_weight)
+        image_processing_ssr.check_resize_mode(resize_mode)
+        if tokens not in ("all", "own"):
+            raise ValueError(f'`tokens` has to be "all" or "own", but is {tokens!r}.')
+        device = self._execution_device
+        levels = self._vision_levels(
+            image_processing_ssr.preprocess(picture, self.ssr_image_processor, resize_mode), device
+        )
+        query_states = self._encode_queries(["", query], device, {})
+        if mask is not None:
+            mask = image_processing_ssr.preprocess_mask(mask, self.ssr_image_processor, resize_mode).to(device)
+        # the empty query looks at the picture without the mask, so that the map shows what the mask does as well
+        probs, empty_probs = (
+            self.ssr_encoder.attention_probs(states, levels[-1], each, mask_weight)[0].float().mean(0).cpu()
+            for states, each in ((query_states[1:], mask), (query_states[:1], None))
+        )
+        return attention_map.make_attention_map(
+            probs, empty_probs, self._own_tokens(query), picture, resize_mode, tokens
+        )
+
+    def _own_tokens(self, query: str) -> dict[int, str]:
+        """The tokens of a query's words, without start, end and padding, by their place."""
+        with shared_components.tokenizer_lock(self.tokenizer):
+            ids = self.tokenizer(query, truncation=True).input_ids
+        own = [i for i, token in enumerate(ids) if token not in self.tokenizer.all_special_ids]
+        return dict(zip(own, self.tokenizer.convert_ids_to_tokens([ids[i] for i in own]), strict=True))
+
+    def _check_can_encode(self) -> None:
+        """Raise a `ValueError` if something that a reference or a query goes through is absent, or does not fit."""
+        self._check_ssr_loaded()
+        if self.ssr_image_encoder is None or not self.ssr_encoder.config.image_levels:
+            raise ValueError(
+                "The encoders of this pipeline are not loaded, or were dropped: call `load_ssr` before encoding a subject."
+            )
+        if self.text_encoder is None:
+            raise ValueError("`text_encoder` is None, but a query needs it: encode subjects before taking it away.")
+        if self.ssr_image_processor is None:
+            self.register_modules(
+                ssr_image_processor=image_processing_ssr.default_image_processor(self.ssr_image_encoder)
+            )
+        checks_ssr.check_fits(self.unet, self.ssr_encoder, self.ssr_image_encoder, self.text_encoder)

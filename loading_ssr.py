@@ -1,0 +1,299 @@
+"""Loading, exchanging and saving a pipeline's SSR-Encoder, as diffusers' loader mixins do it for their adapters."""
+
+import inspect
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import logging
+from diffusers.utils.dynamic_modules_utils import get_relative_import_files
+from huggingface_hub.utils import EntryNotFoundError, validate_hf_hub_args
+from torch import nn
+from transformers import CLIPImageProcessor, CLIPVisionModel, PreTrainedModel
+
+from . import checks_ssr, file_utils, image_processing_ssr, library_internals, modeling_ssr, unet_hooks
+
+
+logger = logging.get_logger(__name__)
+
+COMPONENTS = ("ssr_encoder", "ssr_image_encoder", "ssr_image_processor")
+DEFAULT_SCALE = 0.65
+
+
+class SSRLoaderMixin:
+    """`load_ssr`, `unload_ssr`, `drop_ssr_encoders`, `from_pretrained`, `from_pipe` and `save_pretrained` for
+    [`SSRPipelineMixin`]."""
+
+    @validate_hf_hub_args
+    def load_ssr(
+        self,
+        pretrained_model_name_or_path: str | os.PathLike | modeling_ssr.SSREncoder,
+        subfolder: str = "ssr_encoder",
+        image_encoder: PreTrainedModel | None = None,
+        image_encoder_folder: str | None = "ssr_image_encoder",
+        image_processor: CLIPImageProcessor | None = None,
+        image_processor_folder: str | None = "ssr_image_processor",
+        **kwargs,
+    ) -> None:
+        r"""
+        Load an SSR-Encoder and the vision encoder it was trained on into the pipeline. Offloading that is switched on is
+        switched off for the time and on again, as diffusers' own loaders do.
+
+        Args:
+            pretrained_model_name_or_path (`str`, `os.PathLike` or [`SSREncoder`]):
+                A repository on the Hub, a folder (what `save_pretrained`, `train_ssr.py` or one of its checkpoints wrote),
+                or an encoder that is already in memory. That one is taken as it is: neither its precision nor its device
+                is changed, since other pipelines may hold it.
+            subfolder (`str`, defaults to `"ssr_encoder"`):
+                Where in it the SSR-Encoder lies.
+            image_encoder (`CLIPVisionModel` or `CLIPVisionModelWithProjection`, *optional*):
+                A vision encoder already in memory; otherwise it is loaded.
+            image_encoder_folder (`str`, *optional*, defaults to `"ssr_image_encoder"`):
+                Where the vision encoder lies. `None` loads none: the pipeline then draws subjects that are encoded already.
+            image_processor (`CLIPImageProcessor`, *optional*):
+                The vision encoder's sizes and normalisation. Where it is neither given nor in the repository, it is made
+                from the vision encoder's config.
+            image_processor_folder (`str`, *optional*, defaults to `"ssr_image_processor"`):
+                Where it lies. `None` loads none.
+            **kwargs:
+                `dtype` (or `torch_dtype`; by default the UNet's), and `cache_dir`, `force_download`, `local_files_only`,
+                `proxies`, `revision`, `token`, `use_safetensors` and `variant`, as `from_pretrained` takes them.
+
+        Raises:
+            `ValueError`: if the encoder does not fit the UNet, the text encoder or the vision encoder, or an encoder in
+            memory lies on another device than the pipeline.
+
+        Example:
+
+        ```py
+        >>> pipe.load_ssr("<owner>/<repo>")
+        ```
+        """
+        source = pretrained_model_name_or_path
+        torch_dtype = kwargs.pop("torch_dtype", None)
+        kwargs["dtype"] = kwargs.pop("dtype", None) or torch_dtype or unet_hooks.find_unet(self.unet).dtype
+        loaded = []
+        if isinstance(source, ModelMixin):
+            encoder = source
+            if image_encoder is None and image_encoder_folder is not None:
+                raise ValueError(
+                    "`image_encoder` has to be given with an SSREncoder that is already in memory, or"
+                    " `image_encoder_folder=None` to draw only subjects that are encoded already."
+                )
+        else:
+            encoder = modeling_ssr.SSREncoder.from_pretrained(source, subfolder=subfolder, **kwargs)
+            loaded.append(encoder)
+            if image_encoder is None and image_encoder_folder is not None:
+                image_encoder = _load_image_encoder(source, image_encoder_folder, kwargs)
+                loaded.append(image_encoder)
+            if image_processor is None and image_processor_folder is not None:
+                image_processor = _load_image_processor(source, image_processor_folder, kwargs)
+        checks_ssr.check_fits(self.unet, encoder, image_encoder, self.text_encoder)
+        if image_processor is None and image_encoder is not None:
+            image_processor = image_processing_ssr.default_image_processor(image_encoder)
+        with self._offloading_disabled() as offloaded:
+            for model in (encoder, image_encoder):
+                if model is not None:
+                    model.eval()
+                if model in loaded:
+                    model.to("cpu" if offloaded else self._execution_device)
+                elif model is not None and not offloaded:
+                    _check_device(model, self._execution_device)
+            self.register_modules(
+                ssr_encoder=encoder, ssr_image_encoder=image_encoder, ssr_image_processor=image_processor
+            )
+
+    def unload_ssr(self) -> None:
+        r"""
+        Take the SSR-Encoder and its vision encoder out of the pipeline, which then is the stock pipeline.
+
+        Example:
+
+        ```py
+        >>> pipe.unload_ssr()
+        ```
+        """
+        with self._offloading_disabled():
+            self.register_modules(**dict.fromkeys(COMPONENTS))
+        self._ssr_scale = DEFAULT_SCALE
+
+    def drop_ssr_encoders(self) -> None:
+        r"""
+        Free the memory of the vision encoder and of the part of the SSR-Encoder that reads pictures. Subjects that are
+        encoded already, or loaded from a file, are drawn as before; to encode another one, call `load_ssr` again. Other
+        pipelines that share the encoders keep them.
+
+        Raises:
+            `ValueError`: if no SSR-Encoder is loaded.
+
+        Example:
+
+        ```py
+        >>> cat = pipe.encode_subject(photo, query="cat")
+        >>> pipe.drop_ssr_encoders()
+        >>> image = pipe("a cat on the beach", subject=cat).images[0]
+        ```
+        """
+        self._check_ssr_loaded()
+        with self._offloading_disabled():
+            self.register_modules(
+                ssr_encoder=self.ssr_encoder.layers_alone(), ssr_image_encoder=None, ssr_image_processor=None
+            )
+
+    @contextmanager
+    def _offloading_disabled(self) -> Iterator[bool]:
+        """Components are exchanged without offloading hooks on any of them, and offloaded again afterwards, as diffusers'
+        own loaders do. Yields whether models rest on the CPU then."""
+        model, sequential, group = library_internals.disable_offloading(self)
+        try:
+            yield model or sequential
+        finally:
+            if model:
+                self.enable_model_cpu_offload(device=self._offload_device)
+            elif sequential:
+                self.enable_sequential_cpu_offload(device=self._offload_device)
+            elif group:
+                for component in self.components.values():
+                    if isinstance(component, nn.Module):
+                        library_internals.reapply_group_offloading(component)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        r"""
+        Save the whole pipeline, its code included, so that `DiffusionPipeline.from_pretrained(save_directory,
+        trust_remote_code=True)` loads it anywhere. Arguments are those of `DiffusionPipeline.save_pretrained`. The folder is
+        written whole or, after an error, left as it was.
+        """
+        with file_utils.atomic_folder(save_directory) as folder:
+            super().save_pretrained(folder, *args, **kwargs)
+            self._save_index_and_code(folder)
+
+    def _save_index_and_code(self, folder: Path) -> None:
+        """The pipeline's modules, and where in `model_index.json` they are found."""
+        entry = self._save_code(folder)
+        model_index = folder / self.config_name
+        config = json.loads(model_index.read_text())
+        config["_class_name"] = [entry.stem, type(self).__name__]
+        if self.ssr_encoder is not None:
+            code = Path(inspect.getfile(type(self.ssr_encoder)))
+            _copy_code(code, folder / "ssr_encoder")
+            config["ssr_encoder"] = [code.stem, type(self.ssr_encoder).__name__]
+        model_index.write_text(json.dumps(config, indent=2) + "\n")
+
+    def _save_code(self, folder: Path) -> Path:
+        """Copy the modules that the pipeline needs, and return the one that diffusers finds the class in."""
+        entry = Path(inspect.getfile(type(self)))
+        modules = Path(__file__).parent
+        if hasattr(self, "_stock_class"):  # a class of `ssr_pipeline_class` has no file of its own
+            entry = folder / f"pipeline_{type(self).__name__.lower()}.py"
+            stock, lines = self._stock_class, _import_lines(modules / "pipeline_ssr.py")
+            entry.write_text(
+                f'"""{type(self).__name__}, as `ssr_pipeline_class` makes it."""\n\n'
+                f"from {stock.__module__} import {stock.__name__}\n\n{lines}\n\n"
+                f"{type(self).__name__} = ssr_pipeline_class({stock.__name__})\n"
+            )
+        for file in {entry, *map(Path, get_relative_import_files(modules / "pipeline_ssr.py"))}:
+            _copy_code(file, folder)
+        return entry
+
+    def __getstate__(self) -> dict:
+        """For pickling, to send a pipeline to another process."""
+        state = dict(self.__dict__)
+        if state.get("ssr_image_encoder") is not None:
+            state["ssr_image_encoder"] = library_internals.without_capturing_hooks(state["ssr_image_encoder"])
+        return state
+
+    # A whole pipeline that `save_pretrained` wrote names its own class and code. Loaded by the name of one of our classes
+    # (`StableDiffusionSSRControlNetPipeline.from_pretrained(folder, controlnet=...)`) it becomes that class, of the code that
+    # is running: otherwise diffusers would give back the saved class and drop the ControlNet.
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file):
+        config = super()._dict_from_json_file(json_file)
+        if isinstance(config.get("_class_name"), list):
+            config["_class_name"] = cls.__name__
+        return config
+
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        """As `DiffusionPipeline.load_config`, for this class."""
+        config = super().load_config(*args, **kwargs)
+        if isinstance(config, dict) and (config.get("ssr_encoder") or [None])[0] is not None:
+            config["ssr_encoder"] = [modeling_ssr.SSREncoder.__module__, modeling_ssr.SSREncoder.__name__]
+        return config
+
+    @classmethod
+    def from_pipe(cls, pipeline, **kwargs):
+        r"""
+        Make this pipeline from another one's components, its SSR-Encoder included. Arguments are those of
+        `DiffusionPipeline.from_pipe`, but for `dtype`: where that one turns the shared components into float32 unless
+        told otherwise, this one keeps the precision that they have in common.
+
+        Args:
+            pipeline (`DiffusionPipeline`):
+                Any Stable Diffusion 1.5 pipeline, with or without an SSR-Encoder.
+            kwargs:
+                Components to put in, such as `controlnet`, and `dtype`.
+
+        Returns:
+            This class's pipeline, on the same components. A UNet with motion modules is a new one, on the CPU.
+
+        Example:
+
+        ```py
+        >>> pipe = StableDiffusionSSRPipeline.from_pipe(stock_pipe)
+        ```
+        """
+        ours = {name: getattr(pipeline, name) for name in COMPONENTS if getattr(pipeline, name, None) is not None}
+        models = (each for each in pipeline.components.values() if isinstance(each, nn.Module))
+        dtypes = {getattr(each, "dtype", None) for each in models} - {None}
+        if kwargs.get("torch_dtype") is None and kwargs.get("dtype") is None and len(dtypes) == 1:
+            (kwargs["dtype"],) = dtypes
+        return super().from_pipe(pipeline, **{**ours, **kwargs})
+
+
+def _load_image_encoder(source, folder: str, kwargs: dict) -> CLIPVisionModel:
+    # a checkpoint of `train_ssr.py` holds what is trained; the vision encoder lies beside it
+    beside = Path(source).parent
+    if os.path.isdir(source) and not os.path.isdir(os.path.join(source, folder)):
+        if not (beside / folder).is_dir():
+            raise ValueError(
+                f"`image_encoder_folder`: {source} holds no folder {folder!r}: pass the vision encoder that the SSR-Encoder"
+                " was trained on as `image_encoder`, or `image_encoder_folder=None` to draw only encoded subjects."
+            )
+        source = beside
+    return CLIPVisionModel.from_pretrained(source, subfolder=folder, **kwargs)
+
+
+def _check_device(model: nn.Module, device: torch.device) -> None:
+    if model.device.type not in ("meta", torch.device(device).type):
+        raise ValueError(
+            f"`{type(model).__name__}` is on {model.device}, but the pipeline runs on {device}: move it there with"
+            f' `.to("{device}")` before `load_ssr`. What is in memory already is taken as it is.'
+        )
+
+
+def _load_image_processor(path, subfolder: str, kwargs) -> CLIPImageProcessor | None:
+    if os.path.isdir(path) and not os.path.isdir(os.path.join(path, subfolder)):
+        return None
+    try:
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("dtype", "variant", "use_safetensors")}
+        return CLIPImageProcessor.from_pretrained(path, subfolder=subfolder, **kwargs)
+    except (EntryNotFoundError, OSError):
+        logger.info(f"{path} holds no {subfolder}; it is made from the vision encoder's config.")
+        return None
+
+
+def _import_lines(entry: Path) -> str:
+    """The relative imports of an entry file, which are those of every module."""
+    return "\n".join(line for line in entry.read_text().splitlines() if line.startswith("from ."))
+
+
+def _copy_code(file: Path, folder: Path) -> None:
+    target = folder / file.name
+    if not target.exists() or not target.samefile(file):
+        shutil.copyfile(file, target)

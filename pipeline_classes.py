@@ -1,0 +1,80 @@
+"""SSR versions of diffusers' pipeline classes, made on demand."""
+
+import functools
+import inspect
+
+from diffusers import (
+    DiffusionPipeline,
+    StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionControlNetInpaintPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+)
+
+from . import mixin_ssr
+
+
+_OWN_PROCESSORS = "it replaces the UNet's attention processors itself"
+_UNSUITABLE = {
+    "CycleDiffusionPipeline": "it draws a source prompt in the same batch",
+    "SemanticStableDiffusionPipeline": "it guides by editing prompts of its own",
+    "StableDiffusionAttendAndExcitePipeline": _OWN_PROCESSORS,
+    "StableDiffusionControlNetXSPipeline": "its UNet has other layers",
+    "StableDiffusionDiffEditPipeline": "it runs the UNet outside its call as well",
+    "StableDiffusionPanoramaPipeline": "it orders its views otherwise than its prompts",
+    "StableDiffusionParadigmsPipeline": "it runs several steps in one batch",
+    "StableDiffusionPix2PixZeroPipeline": _OWN_PROCESSORS,
+    "StableDiffusionSAGPipeline": "it hands image embeddings to half of its batch",
+    "TextToVideoZeroPipeline": _OWN_PROCESSORS,
+}
+
+
+@functools.cache
+def ssr_pipeline_class(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
+    r"""
+    The SSR version of a Stable Diffusion 1.5 pipeline class: the same arguments and components, and a subject's.
+
+    Args:
+        pipeline_class (`type`):
+            A pipeline class of diffusers, or of your own, whose base model is Stable Diffusion 1.5.
+
+    Returns:
+        `type`: a subclass of it with [`SSRPipelineMixin`], the same one at every call. Its name is the stock class's with
+        "SSR" before it.
+
+    Raises:
+        `ValueError`: if it is no pipeline of Stable Diffusion, or one in which a subject cannot act.
+
+    Example:
+
+    ```py
+    >>> from diffusers import StableDiffusionInpaintPipeline
+    >>> inpaint = ssr_pipeline_class(StableDiffusionInpaintPipeline).from_pipe(pipe)
+    >>> image = inpaint("a cat on a bench", image=photo, mask_image=mask, subject=cat).images[0]
+    ```
+    """
+    if not (isinstance(pipeline_class, type) and issubclass(pipeline_class, DiffusionPipeline)):
+        raise ValueError(f"`pipeline_class` has to be a pipeline class of diffusers, but is {pipeline_class!r}.")
+    if issubclass(pipeline_class, mixin_ssr.SSRPipelineMixin):
+        return pipeline_class
+    name, components = pipeline_class.__name__, inspect.signature(pipeline_class.__init__).parameters
+    if name in _UNSUITABLE:
+        raise ValueError(f"`pipeline_class` is {name}, but no subject can act in it: {_UNSUITABLE[name]}.")
+    if not {"unet", "text_encoder", "tokenizer"} <= set(components) or "text_encoder_2" in components:
+        raise ValueError(
+            f"`pipeline_class` has to be a pipeline of Stable Diffusion 1.5, but {name} has the components"
+            f" {sorted(set(components) - {'self'})}."
+        )
+    doc = f"[`{name}`] that also takes a subject; see [`SSRPipelineMixin`]."
+    namespace = {"__doc__": doc, "__module__": __name__, "_stock_class": pipeline_class}
+    return type(f"SSR{name}", (mixin_ssr.SSRPipelineMixin, pipeline_class), namespace)
+
+
+# so that `AutoPipelineForImage2Image.from_pipe` and its like find them
+for _stock in (
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionControlNetInpaintPipeline,
+):
+    ssr_pipeline_class(_stock)

@@ -1,0 +1,253 @@
+"""From a call's subjects to the keys and values that the UNet's layers attend to (section 3.3 of the paper)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from . import attention_processors, modeling_ssr, subject_embeds
+
+
+@dataclass(frozen=True, eq=False)
+class SubjectRow:
+    """What one prompt is drawn with: its subjects (`None`: none), or several of them at keyframes of a video."""
+
+    keyframes: tuple[subject_embeds.SubjectEmbeds | None, ...]
+    frames: tuple[int, ...] = (0,)
+
+    @property
+    def example(self) -> subject_embeds.SubjectEmbeds | None:
+        """The first keyframe with a subject: what a keyframe without one takes its shape from."""
+        return next((each for each in self.keyframes if each is not None), None)
+
+
+@dataclass(eq=False)
+class SubjectRequest:
+    r"""
+    The subjects of one call.
+
+    Args:
+        rows (`list[SubjectRow]`):
+            One for all prompts, or one for each.
+        num_pictures (`int`):
+            Pictures (or videos) that the call draws: prompts times pictures per prompt.
+        encoder ([`SSREncoder`]):
+            Projects keys and values.
+        dtype (`torch.dtype`):
+            The UNet's precision.
+        scale (`float` or `dict[str, float]`):
+            The scale of subjects that have none of their own, for all layers or for each; a dict multiplies those of their
+            own.
+        branches (`Callable`):
+            Given how many times the pictures stand in the UNet's batch, the branches of guidance in their order, `True` for
+            a conditional one.
+        num_frames (`int`, *optional*):
+            Frames of each video; 1 for pictures.
+    """
+
+    rows: list[SubjectRow]
+    num_pictures: int
+    encoder: modeling_ssr.SSREncoder
+    dtype: torch.dtype
+    scale: float | dict[str, float]
+    branches: Callable[[int], tuple[bool, ...]]
+    num_frames: int = 1
+    # whether the step that comes lies inside the call's window
+    active: bool = True
+    _prepared: dict = field(default_factory=dict, repr=False)
+
+    def conditions(self, sample: torch.Tensor) -> attention_processors.SubjectConditions | None:
+        r"""
+        What a forward pass of the UNet attends to, made once a call (and once more where the batch changes: if guidance is
+        switched off in a callback, only the conditional branch is left).
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch_size, channels, height, width)` or `(batch_size, channels, num_frames, height, width)`):
+                The latents of the pass. Their batch is the truth: guidance may have been switched off or on by now.
+
+        Returns:
+            [`SubjectConditions`], or `None` outside the call's window.
+        """
+        if not self.active:
+            return None
+        frames = sample.shape[2] if sample.ndim == 5 else 1
+        branches = self._branches_of(sample.shape[0], "latents")
+        key = branches, frames, sample.device
+        if key not in self._prepared:
+            self._prepared[key] = self._prepare(branches, frames, sample.device)
+        return self._prepared[key]
+
+    def tokens(self, batch_size: int, device: torch.device) -> torch.Tensor:
+        """The subject embeddings for a ControlNet's batch, `(batch_size, num_subject_tokens, cross_attention_dim)`."""
+        branches = self._branches_of(batch_size // self.num_frames, "text")
+        embeds, _ = self._embeds(self._entries(branches), device)
+        return embeds.repeat_interleave(batch_size // len(embeds), dim=0)
+
+    def _branches_of(self, batch_size: int, what: str) -> tuple[bool, ...]:
+        count, rest = divmod(batch_size, self.num_pictures)
+        if rest or not count:
+            raise ValueError(
+                f"The pipeline hands over a batch of {batch_size} {what} for {self.num_pictures} pictures, which leaves open"
+                " which of them the subject belongs to."
+            )
+        return self.branches(count)
+
+    @property
+    def _moves(self) -> bool:
+        return any(len(row.frames) > 1 for row in self.rows)
+
+    def _entries(
+        self, branches: tuple[bool, ...]
+    ) -> list[tuple[bool, SubjectRow, subject_embeds.SubjectEmbeds | None]]:
+        """Branch, row and subjects of everything that gets keys and values: branches, in them rows, in them keyframes."""
+        rows = self.rows
+        if self._moves:
+            # each picture needs a row of its own: its frames are rows in the layers
+            rows = [row for row in rows for _ in range(self.num_pictures // len(rows))]
+        return [(positive, row, subjects) for positive in branches for row in rows for subjects in row.keyframes]
+
+    @torch.no_grad()
+    def _prepare(
+        self, branches: tuple[bool, ...], frames: int, device: torch.device
+    ) -> attention_processors.SubjectConditions:
+        for row in self.rows:
+            check_frames(row, frames)
+        entries = self._entries(branches)
+        embeds, lengths = self._embeds(entries, device)
+        # offloading moves the weights only when they are used
+        projected = self.encoder.project(embeds)
+        row_scales = torch.tensor([self._row_scale(*entry[1:]) for entry in entries], device=device)[:, None, None]
+        num_keyframes = len(self.rows[0].frames)
+        pairs = {}
+        for name, (key, value) in zip(self.encoder.config.attention_layers, projected, strict=True):
+            layer_scale = self.scale[name] if isinstance(self.scale, dict) else 1.0
+            if layer_scale == 0:
+                key, value = key[:, :0], value[:, :0]
+            pair = key.to(self.dtype), (value * (row_scales * layer_scale)).to(self.dtype)
+            pairs[name] = tuple(each.unflatten(0, (-1, num_keyframes)) for each in pair) if self._moves else pair
+
+        regions, counts = _regions(entries, num_keyframes, frames), _counts(entries, embeds.shape[1])
+        token_subject = None
+        if regions is not None or len(set(map(sum, lengths))) > 1:
+            token_subject = _token_subject(lengths[::num_keyframes], embeds.shape[1]).to(device)
+        return attention_processors.SubjectConditions(
+            pairs,
+            token_subject,
+            regions,
+            None if counts is None else counts[::num_keyframes].to(device),
+            frames,
+            torch.from_numpy(_places_between(self.rows[0].frames, frames)).to(device) if self._moves else None,
+        )
+
+    def _embeds(self, entries: list, device: torch.device) -> tuple[torch.Tensor, list[list[int]]]:
+        """The tokens of each entry, padded to one length, and how many of them each of its subjects has.
+
+        A subject that is alone acts with its scale on what the layers find; where there are several, each one's conditional
+        tokens are multiplied by its scale, and the layers take the sum as it is."""
+        tokens, lengths = [], []
+        for positive, row, subjects in entries:
+            parts = self._shape_of(row, subjects)
+            embeds = [(part.embeds if positive else part.negative_embeds).to(device) for part in parts]
+            if positive and len(parts) > 1:
+                embeds = [each * self._scale(part) for each, part in zip(embeds, parts, strict=True)]
+            tokens.append(torch.cat(embeds, dim=1))
+            lengths.append([each.shape[1] for each in embeds])
+        longest = max(each.shape[1] for each in tokens)
+        padded = [F.pad(each, (0, 0, 0, longest - each.shape[1])) for each in tokens]
+        return torch.cat(padded).to(self.encoder.dtype), lengths
+
+    def _shape_of(
+        self, row: SubjectRow, subjects: subject_embeds.SubjectEmbeds | None
+    ) -> tuple[subject_embeds.Subject, ...]:
+        """The subjects, or where there are none others in their place, whose values `_row_scale` makes 0."""
+        others = row.example or next(each.example for each in self.rows if each.example is not None)
+        if subjects is None and row.example is None:
+            return others.subjects[:1]
+        return (subjects or others).subjects
+
+    def _scale(self, subject: subject_embeds.Subject) -> float:
+        if subject.scale is not None:
+            return subject.scale
+        return 1.0 if isinstance(self.scale, dict) else self.scale
+
+    def _row_scale(self, row: SubjectRow, subjects: subject_embeds.SubjectEmbeds | None) -> float:
+        if subjects is None:
+            return 0.0
+        return self._scale(subjects.subjects[0]) if len(subjects.subjects) == 1 else 1.0
+
+
+def check_frames(row: SubjectRow, frames: int) -> None:
+    """Raise a `ValueError` if a row's keyframes or moving regions do not fit a video of so many frames (1: a picture)."""
+    what = "a picture has none" if frames == 1 else f"the video has {frames} frames"
+    if len(row.frames) > 1 and row.frames[-1] >= frames:
+        raise ValueError(f"`subject` has keyframes at {list(row.frames)}, but {what}, the last one {frames - 1}.")
+    for subjects in row.keyframes:
+        for subject in subjects.subjects if subjects is not None else ():
+            masks = 1 if subject.region is None or subject.region.ndim == 2 else subject.region.shape[0]
+            if masks not in (1, frames):
+                raise ValueError(f"`subject` has a region of {masks} masks, one for each frame, but {what}.")
+
+
+def _places_between(keyframes: tuple[int, ...], frames: int) -> np.ndarray:
+    """For each frame its place between the keyframes: 1.25 is a quarter of the way from the second to the third."""
+    return np.interp(range(frames), keyframes, range(len(keyframes))).astype(np.float32)
+
+
+def _token_subject(lengths: list[list[int]], longest: int) -> torch.Tensor:
+    """Which of its row's subjects each token belongs to, `(num_rows, longest)`, -1 for padding."""
+    owners = torch.full((len(lengths), longest), -1.0, device="cpu", dtype=torch.float32)
+    for row, each in zip(owners, lengths, strict=True):
+        start = 0
+        for index, length in enumerate(each):
+            row[start : start + length] = index
+            start += length
+    return owners
+
+
+def _regions(entries: list, num_keyframes: int, frames: int) -> list[list[torch.Tensor | None]] | None:
+    """Where each row's subjects may appear, or `None` if nowhere is forbidden."""
+    rows = []
+    for first in range(0, len(entries), num_keyframes):
+        keyframes = [entry[2] for entry in entries[first : first + num_keyframes]]
+        row = entries[first][1]
+        slots = 1 if row.example is None else len(row.example.subjects)
+        regions = [
+            [None if each is None else each.subjects[slot].region for each in keyframes] for slot in range(slots)
+        ]
+        rows.append([_region_of_frames(each, row.frames, frames) for each in regions])
+    return rows if any(region is not None for row in rows for region in row) else None
+
+
+def _region_of_frames(regions: list[torch.Tensor | None], keyframes: tuple[int, ...], frames: int):
+    """The regions of one subject at its keyframes as one, `(1 or num_frames, height, width)`: each frame has the region of
+    the nearest keyframe."""
+    given = [region if region is None or region.ndim == 3 else region[None] for region in regions]
+    if all(region is regions[0] for region in regions):
+        return given[0]
+    size = next(region for region in given if region is not None).shape[-2:]
+    masks = []
+    for frame, place in enumerate(_places_between(keyframes, frames)):
+        region = given[int(place + 0.5)]
+        region = torch.ones(1, *size, device="cpu", dtype=torch.float32) if region is None else region
+        mask = region[min(frame, len(region) - 1)]
+        masks.append(F.interpolate(mask[None, None], size, mode="nearest")[0, 0])
+    return torch.stack(masks)
+
+
+def _counts(entries: list, longest: int) -> torch.Tensor | None:
+    """How often each entry's tokens count, `(len(entries), longest)`, or `None` if all count once."""
+    given = [each.subjects for _, _, each in entries if each is not None]
+    if all(subject.counts is None for subjects in given for subject in subjects):
+        return None
+    stacked = torch.ones(len(entries), longest, device="cpu", dtype=torch.float32)
+    for counts, (positive, _, subjects) in zip(stacked, entries, strict=True):
+        start = 0
+        for subject in subjects.subjects if subjects is not None else ():
+            own = subject.counts if positive else subject.negative_counts
+            length = subject.embeds.shape[1]
+            if own is not None:
+                counts[start : start + length] = own[0]
+            start += length
+    return stacked

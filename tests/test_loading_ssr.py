@@ -1,0 +1,355 @@
+"""Components that are exchanged, absent, offloaded, pickled or loaded as another class."""
+
+import pickle
+import sys
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from accelerate.hooks import AlignDevicesHook, CpuOffload
+from conftest import (
+    call_args,
+    make_components,
+    make_image_encoder,
+    make_picture,
+    make_ssr_encoder,
+)
+from diffusers import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    AutoPipelineForText2Image,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+)
+from diffusers_ssr import (
+    StableDiffusionSSRControlNetPipeline,
+    StableDiffusionSSRPipeline,
+    ssr_pipeline_class,
+)
+from test_chains import make_controlnet
+from test_chains import picture as control_picture
+from test_pipeline_ssr import subject_args
+
+
+def stock_with_room() -> StableDiffusionSSRPipeline:
+    pipe = StableDiffusionSSRPipeline(**make_components(), requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+# Offloading
+
+OFFLOADING = {"enable_model_cpu_offload": CpuOffload, "enable_sequential_cpu_offload": AlignDevicesHook}
+
+
+def exchanges(pipe, encoder, image_encoder):
+    """Every method that exchanges components, and which of ours are there afterwards."""
+    yield lambda: pipe.load_ssr(encoder, image_encoder=image_encoder), (True, True)
+    yield lambda: pipe.drop_ssr_encoders(), (True, False)
+    yield lambda: pipe.unload_ssr(), (False, False)
+    yield lambda: pipe.load_ssr(encoder, image_encoder=image_encoder), (True, True)
+
+
+@pytest.mark.parametrize("method", OFFLOADING)
+def test_components_are_exchanged_under_offloading(method):
+    """Whatever is there is offloaded afterwards, what was taken out is not, and no weight is lost; another pipeline that
+    holds the encoder draws with it as before."""
+    pipe, other = stock_with_room(), stock_with_room()
+    encoder, image_encoder = make_ssr_encoder(), make_image_encoder()
+    other.load_ssr(encoder, image_encoder=image_encoder)
+    expected = other(**subject_args()).images
+    getattr(pipe, method)(device="cpu")
+    for exchange, present in exchanges(pipe, encoder, image_encoder):
+        exchange()
+        parts = (pipe.ssr_encoder, pipe.ssr_image_encoder)
+        assert tuple(part is not None for part in parts) == present
+        for part in (pipe.unet, *(part for part in parts if part is not None)):
+            assert isinstance(part._hf_hook, OFFLOADING[method])
+    pipe.remove_all_hooks()
+    assert {parameter.device.type for parameter in (*encoder.parameters(), *image_encoder.parameters())} == {"cpu"}
+    assert np.array_equal(other(**subject_args()).images, expected)
+    assert np.array_equal(pipe(**subject_args()).images, expected)
+
+
+def test_drawing_with_models_that_are_offloaded():
+    pipe = stock_with_room()
+    pipe.load_ssr(make_ssr_encoder(), image_encoder=make_image_encoder())
+    expected = pipe(**subject_args()).images
+    pipe.unload_ssr()
+    pipe.enable_model_cpu_offload(device="cpu")
+    pipe.load_ssr(make_ssr_encoder(), image_encoder=make_image_encoder())
+    assert np.array_equal(pipe(**subject_args()).images, expected)
+
+
+def test_components_are_exchanged_under_group_offloading():
+    pipe = stock_with_room()
+    expected_pipe = stock_with_room()
+    expected_pipe.load_ssr(make_ssr_encoder(), image_encoder=make_image_encoder())
+    pipe.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    pipe.load_ssr(make_ssr_encoder(), image_encoder=make_image_encoder())
+    assert np.array_equal(pipe(**subject_args()).images, expected_pipe(**subject_args()).images)
+    pipe.drop_ssr_encoders()
+    pipe.unload_ssr()
+    assert np.array_equal(pipe(**call_args()).images, expected_pipe(**call_args()).images)
+
+
+def test_an_encoder_in_memory_is_taken_as_it_is():
+    """Its precision and device are its owner's; in another precision than the UNet it draws as well."""
+    pipe, encoder, image_encoder = stock_with_room(), make_ssr_encoder().half(), make_image_encoder().bfloat16()
+    pipe.load_ssr(encoder, image_encoder=image_encoder)
+    assert (encoder.dtype, image_encoder.dtype) == (torch.float16, torch.bfloat16)
+    assert np.isfinite(pipe(**subject_args()).images).all()
+
+
+def test_an_encoder_on_another_device_is_refused(monkeypatch):
+    pipe = stock_with_room()
+    monkeypatch.setattr(StableDiffusionSSRPipeline, "_execution_device", torch.device("cuda"))
+    with pytest.raises(ValueError, match="`SSREncoder` is on cpu, but the pipeline runs on cuda"):
+        pipe.load_ssr(make_ssr_encoder(), image_encoder=make_image_encoder())
+    assert pipe.ssr_encoder is None
+
+
+# Precision
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_a_checkpoint_in_mixed_precision_is_refused_by_name(pipe, dtypes):
+    subject = pipe.encode_subject(make_picture(), "cat")
+    pipe.text_encoder.to(dtypes[0]), pipe.unet.to(dtypes[1])
+    with pytest.raises(ValueError, match="`text_encoder` is in torch.float.*, but `unet` in torch.*`dtype=`"):
+        pipe(**call_args(subject=subject))
+
+
+def test_autocast_may_mix_precisions(pipe):
+    subject = pipe.encode_subject(make_picture(), "cat")
+    pipe.text_encoder.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert np.isfinite(pipe(**call_args(subject=subject)).images).all()
+
+
+# Parts that are absent
+
+
+def test_without_a_text_encoder_encoded_subjects_are_drawn(pipe):
+    subject = pipe.encode_subject(make_picture(), "cat")
+    embeds, negative = pipe.encode_prompt("a cat on the beach", "cpu", 1, True)
+    text = {"prompt": None, "prompt_embeds": embeds, "negative_prompt_embeds": negative}
+    expected = pipe(**call_args(**text, subject=subject)).images
+    pipe.text_encoder = None
+    assert np.array_equal(pipe(**call_args(**text, subject=subject)).images, expected)
+    for refused in (
+        lambda: pipe.encode_subject(make_picture(), "cat"),
+        lambda: pipe.subject_attention_map(make_picture(), "cat"),
+        lambda: pipe(**call_args(**text, subject_image=make_picture(), subject_query="cat")),
+    ):
+        with pytest.raises(ValueError, match="`text_encoder` is None, but a query needs it"):
+            refused()
+    pipe.load_ssr(pipe.ssr_encoder, image_encoder=pipe.ssr_image_encoder)
+    pipe.drop_ssr_encoders()
+    assert np.array_equal(pipe(**call_args(**text, subject=subject)).images, expected)
+
+
+def test_no_image_encoder_is_loaded_if_none_is_wanted(tmp_path, pipe):
+    """As with `load_ip_adapter`: subjects that are encoded already are drawn."""
+    pipe.ssr_encoder.save_pretrained(tmp_path / "ssr_encoder")
+    subject = pipe.encode_subject(make_picture(), "cat")
+    expected = pipe(**call_args(subject=subject)).images
+    for source in (str(tmp_path), pipe.ssr_encoder):
+        pipe.load_ssr(source, image_encoder_folder=None)
+        assert pipe.ssr_image_encoder is None
+        assert np.array_equal(pipe(**call_args(subject=subject)).images, expected)
+        with pytest.raises(ValueError, match="not loaded, or were dropped"):
+            pipe.encode_subject(make_picture(), "cat")
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_a_precision_for_the_encoder(tmp_path, pipe, name):
+    for part in ("ssr_encoder", "ssr_image_encoder"):
+        getattr(pipe, part).save_pretrained(tmp_path / part)
+    pipe.load_ssr(tmp_path, **{name: torch.float16})
+    assert pipe.ssr_encoder.dtype == pipe.ssr_image_encoder.dtype == torch.float16
+    assert np.isfinite(pipe(**subject_args()).images).all()
+    pipe.load_ssr(tmp_path)
+    assert pipe.ssr_encoder.dtype == torch.float32
+
+
+def test_a_checkpoint_of_a_training(tmp_path, pipe):
+    """It holds what is trained; the vision encoder lies beside it, or is missed by name."""
+    pipe.ssr_encoder.save_pretrained(tmp_path / "out" / "checkpoint-4" / "ssr_encoder")
+    checkpoint = tmp_path / "out" / "checkpoint-4"
+    fresh = stock_with_room()
+    with pytest.raises(ValueError, match="`image_encoder_folder`.*holds no folder 'ssr_image_encoder'"):
+        fresh.load_ssr(checkpoint)
+    assert fresh.ssr_encoder is None
+    fresh.load_ssr(checkpoint, image_encoder=pipe.ssr_image_encoder)
+    expected = fresh(**subject_args()).images
+    pipe.ssr_image_encoder.save_pretrained(tmp_path / "out" / "ssr_image_encoder")
+    fresh.load_ssr(checkpoint)
+    assert np.array_equal(fresh(**subject_args()).images, expected)
+
+
+# Other processes, other classes
+
+
+def test_a_pipeline_is_pickled_after_encoding(pipe):
+    expected = pipe(**subject_args()).images
+    again = pickle.loads(pickle.dumps(pipe))
+    again.set_progress_bar_config(disable=True)
+    assert np.array_equal(again(**subject_args()).images, expected)
+    assert np.array_equal(pipe(**subject_args()).images, expected)
+
+
+def test_auto_pipelines_find_ours(pipe):
+    subject = pipe.encode_subject(make_picture(), "cat").scaled(1.0)
+    found = AutoPipelineForImage2Image.from_pipe(pipe)
+    assert type(found) is ssr_pipeline_class(diffusers.StableDiffusionImg2ImgPipeline)
+    found.set_progress_bar_config(disable=True)
+    drawn = [found(**call_args(image=control_picture(), **extra)).images for extra in ({"subject": subject}, {})]
+    assert np.abs(drawn[0] - drawn[1]).max() > 1e-4
+    assert type(AutoPipelineForText2Image.from_pipe(found)) is StableDiffusionSSRPipeline
+    inpaint = AutoPipelineForInpainting.from_pipe(pipe)
+    assert type(inpaint) is ssr_pipeline_class(diffusers.StableDiffusionInpaintPipeline)
+    control = AutoPipelineForText2Image.from_pipe(pipe, controlnet=make_controlnet())
+    assert type(control) is StableDiffusionSSRControlNetPipeline
+    # and the stock ones what they found before
+    stock = AutoPipelineForImage2Image.from_pipe(StableDiffusionPipeline.from_pipe(pipe))
+    assert type(stock) is diffusers.StableDiffusionImg2ImgPipeline
+
+
+def test_a_whole_pipeline_loads_as_another_class(pipe, tmp_path):
+    """The class that is asked for is the class that comes, with its own components, and without remote code."""
+    subject = pipe.encode_subject(make_picture(), "cat")
+    pipe.save_pretrained(tmp_path)
+    controlnet = make_controlnet()
+    control = StableDiffusionSSRControlNetPipeline.from_pretrained(tmp_path, controlnet=controlnet)
+    control.set_progress_bar_config(disable=True)
+    assert type(control) is StableDiffusionSSRControlNetPipeline and control.controlnet is controlnet
+    edges = [control(**call_args(image=make_picture(seed, (16, 16)), subject=subject)).images for seed in (1, 2)]
+    assert np.abs(edges[0] - edges[1]).max() > 1e-4
+    again = StableDiffusionSSRPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert np.array_equal(again(**call_args(subject=subject)).images, pipe(**call_args(subject=subject)).images)
+    made = ssr_pipeline_class(diffusers.StableDiffusionImg2ImgPipeline)
+    assert type(made.from_pretrained(tmp_path)) is made
+    made.from_pretrained(tmp_path).save_pretrained(tmp_path / "made")
+    assert type(StableDiffusionSSRPipeline.from_pretrained(tmp_path / "made")) is StableDiffusionSSRPipeline
+    trusted = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(trusted).__name__ == "StableDiffusionSSRPipeline" and type(trusted) is not StableDiffusionSSRPipeline
+
+
+def test_a_stock_pipeline_loads_as_ours(components, tmp_path):
+    StableDiffusionPipeline(**components, requires_safety_checker=False).save_pretrained(tmp_path)
+    pipe = StableDiffusionSSRPipeline.from_pretrained(tmp_path)
+    assert pipe.ssr_encoder is None
+    pipe.load_ssr(make_ssr_encoder(), image_encoder=make_image_encoder())
+    assert pipe.ssr_image_processor is not None
+
+
+# Other defaults
+
+
+@pytest.mark.parametrize("default", ["device", "dtype"])
+def test_defaults_of_torch_do_not_reach_the_subject(pipe, default):
+    """All but the text's way, which is the stock pipeline's: pictures, masks, fingerprint, regions, keys and values."""
+    from diffusers_ssr.checks_ssr import check_references
+    from diffusers_ssr.image_processing_ssr import preprocess, preprocess_mask
+    from diffusers_ssr.subject_request import SubjectRequest, SubjectRow
+
+    subject = pipe.encode_subject(make_picture(), "cat")
+    left = np.zeros((32, 40))
+    left[:, :20] = 1
+
+    def everything():
+        ((_, picture, _, mask),) = check_references(make_picture(), "cat", left)
+        row = SubjectRow((subject.inside(left) + subject.compact(9),))
+        request = SubjectRequest([row], 1, pipe.ssr_encoder, torch.float32, 0.5, lambda count: (False, True))
+        conditions = request.conditions(torch.zeros(2, 4, 8, 8, device="cpu", dtype=torch.float32))
+        layer = conditions.for_layer(next(iter(conditions.pairs)), 2, (8, 8))
+        pixels = preprocess(picture, pipe.ssr_image_processor), preprocess_mask(mask, pipe.ssr_image_processor)
+        return *pixels, pipe.ssr_encoder.fingerprint(torch.device("cpu")), *layer
+
+    expected = everything()
+    if default == "device":
+        with torch.device("meta"):
+            seen = everything()
+    else:
+        torch.set_default_dtype(torch.float64)
+        try:
+            seen = everything()
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for one, other in zip(seen, expected, strict=True):
+        assert one.device == other.device and one.dtype == other.dtype and torch.equal(one, other)
+
+
+def test_the_entry_files_list_every_module():
+    """diffusers copies what the entry itself imports relatively, and nothing that those files import in turn; from the Hub it
+    asks for each relative import of each file again, so that only the entries may have any."""
+    from conftest import ROOT
+    from diffusers.utils.dynamic_modules_utils import get_relative_imports
+
+    entries = {"pipeline_ssr", "pipeline_ssr_animatediff", "pipeline_ssr_controlnet"}
+    modules = {file.stem for file in ROOT.glob("*.py")} - entries - {"__init__", "setup", "pipeline", "conftest"}
+    for entry in entries:
+        assert set(get_relative_imports(ROOT / f"{entry}.py")) == modules
+    assert set(get_relative_imports(ROOT / "pipeline.py")) == modules | {"pipeline_ssr"}
+    for module in modules:
+        assert not get_relative_imports(ROOT / f"{module}.py"), module
+
+
+def test_private_names_of_libraries_are_imported_in_one_place():
+    import ast
+
+    from conftest import ROOT
+
+    for file in ROOT.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 0 and file.stem != "library_internals":
+                parts = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+                private = [part for part in parts if part.startswith("_") and part != "__future__"]
+                assert not private, f"{file.name} imports {private}"
+
+
+def test_importing_needs_no_optional_package():
+    import subprocess
+
+    code = (
+        "import sys\n"
+        "for name in ('peft', 'accelerate', 'datasets', 'gradio', 'tqdm.notebook'): sys.modules[name] = None\n"
+        "import diffusers_ssr\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_scale_of_a_lora_reaches_the_query(pipe):
+    """A LoRA on the text encoder that is scaled to nothing is no LoRA, for the query as for the prompt."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    expected = pipe(**subject_args()).images
+    torch.manual_seed(0)
+    inject_adapter_in_model(
+        LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False), pipe.text_encoder
+    )
+    with_lora = pipe(**subject_args()).images
+    assert np.abs(with_lora - expected).max() > 1e-4
+    scaled = pipe(**subject_args(cross_attention_kwargs={"scale": 0.0})).images
+    np.testing.assert_allclose(scaled, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name,meant",
+    [
+        ("subject_scal", "subject_scale"),
+        ("subject_embeds", "subject"),
+        ("subjects", "subject"),
+        ("subject_begin", "subject_end"),
+        ("mask_wieght", "mask_weight"),
+    ],
+)
+@pytest.mark.parametrize("with_subject", [False, True])
+def test_an_unknown_argument_of_ours_is_refused_with_the_nearest_name(pipe, name, meant, with_subject):
+    extra = {"subject": pipe.encode_subject(make_picture(), "cat")} if with_subject else {}
+    with pytest.raises(ValueError, match=f"`{name}` is no argument of this pipeline; did you mean `{meant}`"):
+        pipe(**call_args(**extra, **{name: 0.5}))

@@ -1,0 +1,449 @@
+"""The UNet during a call with a subject: stock between its forward passes, whatever wraps it, whatever size it draws, however
+its batch changes, and whoever else uses it."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from conftest import UNET_LAYERS, call_args, make_picture, make_unet, snapshot
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers.callbacks import IPAdapterScaleCutoffCallback, MultiPipelineCallbacks, SDCFGCutoffCallback
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from diffusers_ssr import StableDiffusionSSRPipeline
+from diffusers_ssr.unet_hooks import find_unet, subject_in_unet
+from peft import LoraConfig, get_peft_model
+from test_ip_adapter import fresh_pipe, ip_args, load
+from torch import nn
+
+
+def other_pipe(pipe, cls=StableDiffusionSSRPipeline):
+    """A pipeline on the same components, with a scheduler of its own."""
+    other = cls.from_pipe(pipe, scheduler=DDIMScheduler.from_config(pipe.scheduler.config))
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+@pytest.fixture
+def subject(pipe):
+    return pipe.encode_subject(make_picture(), "cat").scaled(1.0)
+
+
+# When hooks are in the UNet
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_unet_is_afterwards_what_it_was(fails):
+    unet = make_unet()
+    before = snapshot(unet)
+    try:
+        with subject_in_unet(unet, UNET_LAYERS):
+            assert snapshot(unet) != before
+            if fails:
+                raise RuntimeError
+    except RuntimeError:
+        assert fails
+    assert snapshot(unet) == before
+
+
+def test_the_unet_is_stock_in_every_callback(pipe, subject):
+    before, seen = snapshot(pipe.unet), []
+
+    def callback(pipe, step, timestep, callback_kwargs):
+        seen.append(snapshot(pipe.unet) == before)
+        return callback_kwargs
+
+    pipe(**call_args(subject=subject, callback_on_step_end=callback, subject_end=0.5, num_inference_steps=4))
+    assert seen == [True] * 4 and snapshot(pipe.unet) == before
+
+
+def test_the_layers_are_stock_between_steps(pipe, subject, monkeypatch):
+    """Also outside of callbacks: all that stands in the UNet is the watch on its own forward pass."""
+    before, seen = snapshot(pipe.unet), []
+    step = pipe.scheduler.step
+
+    def watched(*args, **kwargs):
+        now = snapshot(pipe.unet)
+        seen.append(now[:2] == before[:2] and now[2][1:] == before[2][1:] and now[3:] == before[3:])
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(pipe.scheduler, "step", watched)
+    pipe(**call_args(subject=subject))
+    assert seen == [True, True]
+
+
+def test_what_a_callback_sets_acts_and_stays(pipe, subject):
+    class Louder(AttnProcessor2_0):
+        def __call__(self, *args, **kwargs):
+            return 50 * super().__call__(*args, **kwargs)
+
+    name = "mid_block.attentions.0.transformer_blocks.0.attn2.processor"
+    processors = {**pipe.unet.attn_processors, name: Louder()}
+    plain = pipe(**call_args(subject=subject)).images
+
+    def callback(pipe, step, timestep, callback_kwargs):
+        pipe.unet.set_attn_processor(dict(processors))
+        return callback_kwargs
+
+    changed = pipe(**call_args(subject=subject, callback_on_step_end=callback)).images
+    assert np.abs(changed - plain).max() > 1e-4
+    assert pipe.unet.attn_processors == processors
+    pipe.unet.set_attn_processor(AttnProcessor2_0())
+    assert np.array_equal(pipe(**call_args(subject=subject)).images, plain)
+
+
+@pytest.mark.parametrize("with_subject", [False, True])
+def test_the_ip_adapters_own_callback_acts(with_subject):
+    pipe = fresh_pipe()
+    for what in ("ip", "ssr"):
+        load(pipe, what)
+    extra = {"subject": pipe.encode_subject(make_picture(), "cat").scaled(1.0)} if with_subject else {}
+    without = pipe(**ip_args(**extra)).images
+    callback = IPAdapterScaleCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)
+    cut = pipe(**ip_args(**extra, callback_on_step_end=callback)).images
+    assert np.abs(cut - without).max() > 1e-4
+
+
+def test_a_callback_may_exchange_the_unet(pipe, subject):
+    """The next steps draw with the other one, and with the subject."""
+    other, first = make_unet(seed=5), pipe.unet
+    before = [snapshot(unet) for unet in (first, other)]
+    passes = []
+    other.register_forward_hook(lambda *_: passes.append(1))
+
+    def callback(pipe, step, timestep, callback_kwargs):
+        pipe.unet = other
+        return callback_kwargs
+
+    with_subject = pipe(**call_args(subject=subject, num_inference_steps=3, callback_on_step_end=callback)).images
+    pipe.unet = first
+    weak = pipe(
+        **call_args(subject=subject.scaled(0.001), num_inference_steps=3, callback_on_step_end=callback)
+    ).images
+    assert len(passes) == 4 and np.abs(with_subject - weak).max() > 1e-4
+    assert snapshot(first) == before[0]
+    assert [h for each in snapshot(other)[2][1:] for h in each] == [h for each in before[1][2][1:] for h in each]
+
+
+def test_a_callback_may_change_cross_attention_kwargs(pipe, subject):
+    """The subject is not lost with them."""
+    expected = pipe(**call_args(subject=subject)).images
+
+    def callback(pipe, step, timestep, callback_kwargs):
+        pipe._cross_attention_kwargs = {"scale": 1.0}
+        return callback_kwargs
+
+    assert np.array_equal(pipe(**call_args(subject=subject, callback_on_step_end=callback)).images, expected)
+
+
+def test_a_call_whose_unet_never_sees_the_subject_is_an_error(pipe, subject):
+    class Deaf(nn.Module):
+        """Drops what it does not know."""
+
+        def __init__(self, unet):
+            super().__init__()
+            self.inner = unet
+
+        def __getattr__(self, name):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(self.inner, name)
+
+        def forward(self, sample, timestep, encoder_hidden_states=None, **kwargs):
+            return self.inner(sample, timestep, encoder_hidden_states, return_dict=False)
+
+    pipe.unet = Deaf(pipe.unet)
+    with pytest.raises(ValueError, match="drew without its subject.*Deaf"):
+        pipe(**call_args(subject=subject))
+
+
+# Whatever wraps the UNet
+
+
+class Passing(nn.Module):
+    """A wrapper of the user's that passes attributes on."""
+
+    def __init__(self, unet):
+        super().__init__()
+        self.inner = unet
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+class PassingObject:
+    """The same, and no module."""
+
+    def __init__(self, unet):
+        self.inner = unet
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def __call__(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+class Parallel(nn.parallel.DataParallel):
+    """As DDP wraps a model, with the attributes that a pipeline reads."""
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
+
+
+def with_lora(unet):
+    wrapped = get_peft_model(unet, LoraConfig(target_modules=["to_q", "to_out.0"], init_lora_weights=True))
+    return wrapped.eval()
+
+
+def prepared_by_accelerate(unet):
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=True, mixed_precision="no").prepare_model(unet, evaluation_mode=True)
+
+
+def with_compiled_block(unet):
+    unet.mid_block = torch.compile(unet.mid_block, backend="eager")
+    return unet
+
+
+def compiled(unet):
+    return torch.compile(unet, backend="eager")
+
+
+def compiled_in_place(unet):
+    unet.compile(backend="eager")
+    return unet
+
+
+WRAPPERS = [
+    Passing, PassingObject, Parallel, with_lora, prepared_by_accelerate, compiled, compiled_in_place, with_compiled_block,
+    lambda unet: Passing(compiled(unet)), lambda unet: with_lora(compiled_in_place(unet)),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("wrapper", WRAPPERS, ids=lambda wrapper: getattr(wrapper, "__name__", "both"))
+def test_any_wrapper_around_the_unet(pipe, subject, wrapper):
+    torch._dynamo.reset()
+    unet = pipe.unet
+    expected = [pipe(**call_args(**extra)).images for extra in ({"subject": subject}, {})]
+    pipe.unet = wrapper(unet)
+    assert find_unet(pipe.unet) is unet
+    before = snapshot(unet)
+    for _ in range(2):
+        np.testing.assert_allclose(pipe(**call_args(subject=subject)).images, expected[0], atol=1e-5)
+        np.testing.assert_allclose(pipe(**call_args()).images, expected[1], atol=1e-5)
+    assert snapshot(unet) == before
+
+
+def test_something_else_than_a_unet_is_refused(pipe, subject):
+    pipe.unet = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="`unet` has to be, or to wrap, a UNet.*Linear"):
+        pipe(**call_args(subject=subject))
+
+
+# Any size
+
+
+@pytest.mark.parametrize("size", [(40, 72), (72, 40), (24, 56), (16, 128), (48, 112)])
+@pytest.mark.parametrize("mask_size", [(64, 64), (30, 50)])
+def test_a_region_fits_every_size_that_the_pipeline_draws(pipe, subject, size, mask_size):
+    """Levels of odd heights and widths, masks of other proportions: outside of the region the first step's prediction of the
+    deepest layers is what it is without a subject, and a region of everything is no region."""
+    everywhere = np.ones(mask_size, np.float32)
+    left = everywhere.copy()
+    left[:, mask_size[1] // 2 :] = 0
+    arguments = {"height": size[0], "width": size[1]}
+    whole = pipe(**call_args(subject=subject, **arguments)).images
+    filled = pipe(**call_args(subject=subject.inside(everywhere), **arguments)).images
+    np.testing.assert_allclose(filled, whole, atol=1e-5)
+    half = pipe(**call_args(subject=subject.inside(left), **arguments)).images
+    assert half.shape[1:3] == size and np.abs(half - whole).max() > 1e-4
+
+
+def test_latents_of_another_size(pipe, subject):
+    left = np.zeros((8, 8))
+    left[:, :4] = 1
+    latents = torch.randn(1, 4, 10, 6, generator=torch.Generator().manual_seed(0))
+    image = pipe(**call_args(subject=subject.inside(left), latents=latents)).images
+    assert np.isfinite(image).all()
+
+
+# A batch that changes
+
+
+def by_hand(pipe, step, timestep, callback_kwargs):
+    if step == 1:
+        pipe._guidance_scale = 0.0
+        callback_kwargs["prompt_embeds"] = callback_kwargs["prompt_embeds"].chunk(2)[1]
+    return callback_kwargs
+
+
+CUTOFFS = {
+    "diffusers": {"callback_on_step_end": SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)},
+    "several": {
+        "callback_on_step_end": MultiPipelineCallbacks(
+            [SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)]
+        )
+    },
+    "by hand": {"callback_on_step_end": by_hand, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]},
+}
+
+
+@pytest.mark.parametrize("way", CUTOFFS)
+def test_guidance_switched_off_in_a_callback(pipe, subject, way):
+    """What is left in the batch is the conditional half: from then on each step is one of a call without guidance."""
+    seen = {}
+
+    def keep(name):
+        def hook(module, args, kwargs, output):
+            seen.setdefault(name, []).append((args[0].clone(), output[0].clone()))
+
+        return hook
+
+    handle = pipe.unet.register_forward_hook(keep("cut"), with_kwargs=True)
+    pipe(**call_args(subject=subject, num_inference_steps=4, **CUTOFFS[way]))
+    handle.remove()
+    assert [len(latents) for latents, _ in seen["cut"]] == [2, 2, 1, 1]
+    latents = seen["cut"][2][0]
+    request_of = {}
+    handle = pipe.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: request_of.update(kwargs) or ((latents, *args[1:]), kwargs), with_kwargs=True
+    )
+    handle_out = pipe.unet.register_forward_hook(keep("alone"), with_kwargs=True)
+    pipe(**call_args(subject=subject, guidance_scale=1.0, num_inference_steps=4))
+    handle.remove(), handle_out.remove()
+    # the third step of a call without guidance, on the same latents
+    torch.testing.assert_close(seen["alone"][2][1], seen["cut"][2][1], atol=1e-5, rtol=1e-5)
+
+
+def test_guidance_switched_on_in_a_callback(pipe, subject):
+    negative, prompt = (pipe.encode_prompt(text, "cpu", 1, False)[0] for text in ("", "a cat on the beach"))
+    sizes = []
+    pipe.unet.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+
+    def switch(pipe, step, timestep, callback_kwargs):
+        if step == 0:
+            pipe._guidance_scale = 3.0
+            callback_kwargs["prompt_embeds"] = torch.cat([negative, prompt])
+        return callback_kwargs
+
+    extra = {"callback_on_step_end": switch, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    images = pipe(**call_args(subject=subject, guidance_scale=1.0, num_inference_steps=3, **extra)).images
+    assert sizes == [1, 2, 2] and np.isfinite(images).all()
+
+
+def test_a_batch_that_cannot_be_understood_is_refused(pipe, subject):
+    pipe.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: ((args[0].repeat(3, 1, 1, 1), *args[1:]), kwargs), with_kwargs=True
+    )
+    with pytest.raises(ValueError, match="each picture 6 times"):
+        pipe(**call_args(subject=subject))
+
+
+# One UNet for several calls
+
+
+def calls_in_callbacks(pipe, subject):
+    """What a callback may draw with the UNet of the call that it belongs to."""
+    dog = pipe.encode_subject(make_picture(3), "dog").scaled(1.0)
+    return {
+        "stock": lambda: other_pipe(pipe, StableDiffusionPipeline)(**call_args(num_inference_steps=1)).images,
+        "another subject": lambda: other_pipe(pipe)(**call_args(subject=dog, num_inference_steps=1)).images,
+        "no subject": lambda: other_pipe(pipe)(**call_args(num_inference_steps=1)).images,
+        "itself": lambda: pipe(**call_args(subject=dog, num_inference_steps=1)).images,
+    }
+
+
+@pytest.mark.parametrize("inner", ["stock", "another subject", "no subject", "itself"])
+def test_calls_inside_callbacks(pipe, subject, inner):
+    draw = calls_in_callbacks(pipe, subject)[inner]
+    expected, alone = pipe(**call_args(subject=subject)).images, draw()
+    drawn = []
+
+    def callback(pipe, step, timestep, callback_kwargs):
+        drawn.append(draw())
+        return callback_kwargs
+
+    assert np.array_equal(pipe(**call_args(subject=subject, callback_on_step_end=callback)).images, expected)
+    assert len(drawn) == 2 and all(np.array_equal(each, alone) for each in drawn)
+
+
+def test_two_calls_whose_callbacks_draw_with_each_others_unet(pipe, subject, components, one_thread):
+    """Each call waits, in its first callback, until the other one is in its own; then both draw with the other's pipeline."""
+    second = StableDiffusionSSRPipeline(**{**components, "unet": make_unet(seed=4)}, **{
+        name: pipe.components[name] for name in ("ssr_encoder", "ssr_image_encoder", "ssr_image_processor")
+    }, requires_safety_checker=False)  # fmt: skip
+    second.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    second.set_progress_bar_config(disable=True)
+    pipes, barrier, results = (pipe, second), threading.Barrier(2, timeout=60), {}
+    expected = [each(**call_args(subject=subject)).images for each in pipes]
+
+    def draw(index):
+        def callback(_, step, timestep, callback_kwargs):
+            barrier.wait()
+            results["inner", index, step] = pipes[1 - index](**call_args(subject=subject)).images
+            return callback_kwargs
+
+        results[index] = pipes[index](**call_args(subject=subject, callback_on_step_end=callback)).images
+
+    threads = [threading.Thread(target=draw, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    for index in range(2):
+        assert np.array_equal(results[index], expected[index])
+        assert all(np.array_equal(results["inner", index, step], expected[1 - index]) for step in range(2))
+
+
+def test_threads_that_share_one_pipeline(pipe, one_thread):
+    """One pipeline object, its scheduler included: each call gets its own picture."""
+    subjects = [pipe.encode_subject(make_picture(seed), "cat").scaled(1.0) for seed in range(3)] + [None]
+    expected = [pipe(**call_args(subject=each)).images for each in subjects]
+    results = {}
+
+    def draw(index):
+        for turn in range(5):
+            results[index, turn] = pipe(**call_args(subject=subjects[index])).images
+
+    threads = [threading.Thread(target=draw, args=(index,)) for index in range(len(subjects))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    for (index, _), images in results.items():
+        assert np.array_equal(images, expected[index])
+    assert len(results) == 20
+
+
+def test_ctrl_c_leaves_nothing_behind(pipe, subject):
+    """Interrupted inside a layer, where torch calls no hook any more."""
+    before, interrupt = snapshot(pipe.unet), [True]
+    processors = dict(pipe.unet.attn_processors)
+
+    class Interrupted(AttnProcessor):
+        def __call__(self, *args, **kwargs):
+            if interrupt:
+                raise KeyboardInterrupt
+            return super().__call__(*args, **kwargs)
+
+    expected = pipe(**call_args(subject=subject)).images
+    pipe.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn2").set_processor(Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        pipe(**call_args(subject=subject))
+    pipe.unet.set_attn_processor(dict(processors))
+    assert snapshot(pipe.unet) == before
+    interrupt.clear()
+    assert np.array_equal(pipe(**call_args(subject=subject)).images, expected)

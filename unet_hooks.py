@@ -1,0 +1,334 @@
+"""When the forward hooks that carry a subject are in a UNet: during its forward passes, and at no other time."""
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+import torch
+from diffusers import UNet2DConditionModel, UNetMotionModel
+from diffusers.utils.torch_utils import is_compiled_module
+from torch import nn
+
+from . import attention_processors, library_internals
+
+
+# The name under which a subject travels in `cross_attention_kwargs`, from the pipeline's call to the UNet's transformers.
+SUBJECT = "ssr_subject"
+
+# Each copy of this code (`custom_pipeline=` loads one, the installed package is another) has hooks of its own, which let the
+# other's subjects pass.
+_KEY = __name__
+_processor = attention_processors.SSRAttnProcessor2_0()
+
+
+def find_unet(unet) -> nn.Module:
+    r"""
+    The UNet itself inside whatever wraps it: `torch.compile`, a `PeftModel`, accelerate's or DDP's wrappers, or one of the
+    user's that passes attributes on.
+
+    Args:
+        unet (`torch.nn.Module` or any callable object):
+            A pipeline's `unet`.
+
+    Raises:
+        `ValueError`: if there is none.
+    """
+    # a bound method that is passed on knows whose it is, also where the wrapper is no module
+    module = unet if isinstance(unet, nn.Module) else getattr(getattr(unet, "get_submodule", None), "__self__", None)
+    for each in module.modules() if isinstance(module, nn.Module) else ():
+        if isinstance(each, (UNet2DConditionModel, UNetMotionModel)):
+            return each
+    raise ValueError(f"`unet` has to be, or to wrap, a UNet of Stable Diffusion 1.5, but is {type(unet).__name__}.")
+
+
+class _Transformer:
+    """Forward pre-hook of the transformer around a cross-attention layer. It stands there because a transformer is given
+    `(batch_size, channels, height, width)`, so that a region meets the true grid; and because inside a compiled block the
+    layer's name would be compiled in, where one compiled block should serve all layers of a width."""
+
+    def __init__(self, layer: str):
+        self.layer = layer
+
+    def __call__(self, transformer: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
+        attention_kwargs = kwargs.get("cross_attention_kwargs") if kwargs else None
+        conditions = attention_kwargs.get(SUBJECT) if attention_kwargs else None
+        if not isinstance(conditions, attention_processors.SubjectConditions):
+            return None
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        subject = conditions.for_layer(self.layer, hidden_states.shape[0], tuple(hidden_states.shape[2:]))
+        text = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
+        changed = {
+            **kwargs,
+            "encoder_hidden_states": attention_processors.TextAndSubject(text, subject),
+            "cross_attention_kwargs": {name: each for name, each in attention_kwargs.items() if name != SUBJECT},
+        }
+        return args[:1], changed
+
+
+class _Hooks:
+    """The hooks in one UNet, and who needs them: forward passes of calls, or a training loop."""
+
+    def __init__(self):
+        self.users: set = set()
+        self.modules: set[nn.Module] = set()
+        # kept from pass to pass: compiled code is valid for these very objects
+        self.transformers: dict[str, _Transformer] = {}
+
+    def add(self, unet: nn.Module, layers: Iterable[str], user) -> None:
+        self.users.add(user)
+        for layer in layers:
+            self._add_to_layer(unet, layer)
+
+    def _add_to_layer(self, unet: nn.Module, layer: str) -> None:
+        attn = unet.get_submodule(layer)
+        transformer = unet.get_submodule(layer.rpartition(".transformer_blocks.")[0])
+        queries, outputs = _projections(attn)
+        self.modules.update((attn, transformer, *queries, *outputs))
+        for module in queries:
+            library_internals.set_forward_hook(module, _KEY, _processor.keep_query)
+        for module in outputs:
+            library_internals.set_forward_pre_hook(module, _KEY, _processor.add_subject)
+        library_internals.set_forward_hook(attn, _KEY, _processor.leave)
+        library_internals.set_forward_pre_hook(attn, _KEY, _processor.enter)
+        hook = self.transformers.setdefault(layer, _Transformer(layer))
+        library_internals.set_forward_pre_hook(transformer, _KEY, hook)
+
+    def remove(self, user) -> None:
+        self.users.discard(user)
+        if not self.users:
+            for module in self.modules:
+                library_internals.clear_forward_hooks(module, _KEY)
+            self.modules.clear()
+
+
+def _projections(attn: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The modules with which a layer and its processor compute queries and outputs: `to_q` and `to_out[0]`, and what the
+    processor has of its own under names that begin so (`to_q_custom_diffusion`)."""
+    queries, outputs = [attn.to_q], [attn.to_out[0]]
+    if isinstance(attn.processor, nn.Module):
+        for name, module in attn.processor.named_children():
+            if name.startswith("to_q"):
+                queries.append(module)
+            elif name.startswith("to_out"):
+                outputs.append(module[0] if isinstance(module, (nn.ModuleList, nn.Sequential)) else module)
+    return queries, outputs
+
+
+# by UNet; the lock is held while hooks come and go, and never while a UNet runs
+_hooks: WeakKeyDictionary = WeakKeyDictionary()
+_lock = threading.RLock()
+
+
+def _after_fork() -> None:
+    """In a forked process only the forking thread goes on: whatever the others held is free again."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _add_hooks(unet: nn.Module, layers: Iterable[str], user) -> None:
+    with _lock:
+        _hooks.setdefault(unet, _Hooks()).add(unet, layers, user)
+
+
+def _remove_hooks(unet: nn.Module, user) -> None:
+    with _lock:
+        if unet in _hooks:
+            _hooks[unet].remove(user)
+
+
+@contextmanager
+def subject_in_unet(unet: nn.Module, layers: Iterable[str]) -> Iterator[None]:
+    r"""
+    Let forward passes of a UNet attend to a subject, for training: inside, the UNet takes
+    `cross_attention_kwargs={"ssr_subject": SubjectConditions(...)}`. Passes without it are the stock UNet's. The hooks stay
+    until the end, since gradient checkpointing runs layers again in the backward pass. Afterwards, also after an error,
+    the UNet is what it was.
+
+    Args:
+        unet (`UNet2DConditionModel`):
+            The UNet, wrapped or not.
+        layers (`Iterable[str]`):
+            Names of its cross-attention layers, `SSREncoder.config.attention_layers`.
+
+    Example:
+
+    ```py
+    >>> with subject_in_unet(unet, encoder.config.attention_layers):
+    ...     predicted = unet(latents, timestep, text, cross_attention_kwargs={"ssr_subject": conditions}).sample
+    ```
+    """
+    unet, user = find_unet(unet), object()
+    try:
+        _add_hooks(unet, layers, user)
+        yield
+    finally:
+        _remove_hooks(unet, user)
+
+
+class SubjectPasses:
+    r"""
+    A pipeline call's forward passes through a UNet. The call sends it along as `cross_attention_kwargs["ssr_subject"]`; as a
+    context manager it watches the UNet: each pass that it arrives with is given the subject instead, and the hooks that this
+    needs are in the UNet for that pass alone. Passes of others, in this thread or another, are left alone.
+
+    The watch itself is one forward pre-hook and one forward hook on the UNet, and goes as well while a callback runs
+    (`paused`), so that a callback finds, changes and uses the stock UNet.
+
+    Args:
+        unet (`UNet2DConditionModel`):
+            The UNet, wrapped or not.
+        layers (`Iterable[str]`):
+            Names of its cross-attention layers that the subject reaches.
+        conditions (`Callable`):
+            Given the latents of a pass, the [`SubjectConditions`] that it attends to, or `None` for nothing.
+    """
+
+    def __init__(
+        self,
+        unet,
+        layers: Iterable[str],
+        conditions: Callable[[torch.Tensor], attention_processors.SubjectConditions | None],
+    ):
+        self.layers = list(layers)
+        self.conditions = conditions
+        self.count = 0
+        self.watching = False
+        self.watch(unet)
+
+    def watch(self, unet) -> None:
+        """Choose the UNet that is watched from the next `__enter__` on."""
+        self.wrapped_unet, self.unet = unet, find_unet(unet)
+        self.watched = _outermost_compiled(unet, self.unet)
+
+    def __enter__(self) -> "SubjectPasses":
+        with _lock:
+            _watchers.setdefault(self.watched, set()).add(self)
+            _add_watch(self.watched)
+            self.watching = True
+        return self
+
+    def __exit__(self, *_) -> None:
+        with _lock:
+            watchers = _watchers.get(self.watched, set())
+            watchers.discard(self)
+            self.watching = False
+            if not watchers:
+                _remove_watch(self.watched)
+        # a pass that Ctrl-C has interrupted did not come to its end
+        self.end()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While a callback runs the UNet is stock. After an error in it, it stays so."""
+        self.__exit__()
+        yield
+        self.__enter__()
+
+    def begin(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """What a forward pass gets in the place of this object."""
+        conditions = self.conditions(args[0] if args else kwargs["sample"])
+        self.count += 1
+        attention_kwargs = {name: each for name, each in kwargs["cross_attention_kwargs"].items() if name != SUBJECT}
+        if conditions is not None:
+            _running[threading.get_ident()] = self
+            _add_hooks(self.unet, self.layers, self)
+            attention_kwargs[SUBJECT] = conditions
+        kwargs = {**kwargs, "cross_attention_kwargs": attention_kwargs or None}
+        added = kwargs.get("added_cond_kwargs") or {}
+        if self.unet.config.encoder_hid_dim_type == "ip_image_proj" and "image_embeds" not in added:
+            kwargs["added_cond_kwargs"] = {**added, "image_embeds": _NoPictures(self.unet.encoder_hid_proj)}
+        return args, kwargs
+
+    def end(self) -> None:
+        """The forward pass is over."""
+        if _running.get(threading.get_ident()) is self:
+            del _running[threading.get_ident()]
+        _remove_hooks(self.unet, self)
+
+
+class _NoPictures(list):
+    """The image embeddings of IP-Adapters that are loaded but got no picture, so that beside a subject they add nothing. The
+    UNet refuses a list that is shorter than its list of adapters; this one says that it is as long, and holds nothing."""
+
+    def __init__(self, image_projection: nn.Module):
+        super().__init__()
+        self.length = len(image_projection.image_projection_layers)
+
+    def __len__(self) -> int:
+        return self.length
+
+
+# by the watched module: the calls that are under way; by thread: the call whose forward pass is
+_watchers: WeakKeyDictionary = WeakKeyDictionary()
+_running: dict[int, SubjectPasses] = {}
+
+
+def _before_pass(module: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
+    passes = (kwargs.get("cross_attention_kwargs") or {}).get(SUBJECT) if kwargs else None
+    return passes.begin(args, kwargs) if isinstance(passes, SubjectPasses) else None
+
+
+def _after_pass(module: nn.Module, args: tuple, kwargs: dict | None = None, output=None) -> None:
+    passes = _running.get(threading.get_ident())
+    if passes is not None:
+        passes.end()
+
+
+class _CompiledCall:
+    """What runs instead of a UNet that was compiled in place: the compiled call, between the same two functions. As forward
+    hooks they would be compiled in, where a lock and the projection of a new subject have no place."""
+
+    def __init__(self, module: nn.Module, call: Callable):
+        self.module, self.call = module, call
+
+    def __call__(self, *args, **kwargs):
+        args, kwargs = _before_pass(self.module, args, kwargs) or (args, kwargs)
+        try:
+            return self.call(*args, **kwargs)
+        finally:
+            _after_pass(self.module, args, kwargs)
+
+
+def _add_watch(module: nn.Module) -> None:
+    call = library_internals.compiled_call(module)
+    if call is None:
+        library_internals.set_forward_pre_hook(module, _KEY, _before_pass)
+        library_internals.set_forward_hook(module, _KEY, _after_pass)
+    elif not any(isinstance(each, _CompiledCall) for each in _chain(call)):
+        library_internals.set_compiled_call(module, _CompiledCall(module, call))
+
+
+def _remove_watch(module: nn.Module) -> None:
+    library_internals.clear_forward_hooks(module, _KEY)
+    outer = None
+    for call in _chain(library_internals.compiled_call(module)):
+        if isinstance(call, _CompiledCall) and outer is None:
+            library_internals.set_compiled_call(module, call.call)
+        elif isinstance(call, _CompiledCall):
+            outer.call = call.call
+        outer = call
+
+
+def _chain(call) -> Iterator:
+    """A compiled call and what it wraps: another copy of this code may have put its own around it."""
+    while call is not None:
+        yield call
+        call = getattr(call, "call", None)
+
+
+def _outermost_compiled(wrapped, unet: nn.Module) -> nn.Module:
+    """The UNet, or the outermost module around it that is compiled: hooks inside that one would be compiled in."""
+    module = wrapped if isinstance(wrapped, nn.Module) else unet
+    for each in module.modules():
+        if each is unet:
+            break
+        compiled = is_compiled_module(each) or library_internals.compiled_call(each) is not None
+        if compiled and any(inner is unet for inner in each.modules()):
+            return each
+    return unet
