@@ -218,7 +218,8 @@ class SSRLoaderMixin(SSRComponents):
         """Copy the modules that the pipeline needs, and return the one that diffusers finds the class in."""
         entry = Path(inspect.getfile(type(self)))
         # any file that lists the modules: of custom code only one is there, the one that was asked for
-        listing = next(file for file in sorted(Path(__file__).parent.glob("pipeline*.py")) if _import_lines(file))
+        files = sorted(Path(__file__).parent.glob("pipeline*.py"), reverse=True)
+        listing = next(file for file in files if "from .mixin_ssr import" in file.read_text())
         if hasattr(self, "_stock_class"):  # a class of `ssr_pipeline_class` has no file of its own
             entry = folder / f"pipeline_{type(self).__name__.lower()}.py"
             stock, lines = self._stock_class, _import_lines(listing)

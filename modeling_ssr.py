@@ -1,8 +1,7 @@
 """The SSR-Encoder model: token-to-patch aligner, detail-preserving subject encoder and the K/V pairs of the UNet's layers."""
 
 import os
-import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -10,7 +9,6 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from safetensors.torch import load_file
 from torch import nn
 
 
@@ -309,10 +307,10 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
         # diffusers would go on with random numbers, and say so in a warning
         missing = sorted(info.get("missing_keys", ()))
         if missing:
-            raise ValueError(f"{source} lacks weights of its SSREncoder: {_some(missing)}.")
-        broken = [name for name, parameter in model.named_parameters() if not _is_finite(parameter)]
+            raise ValueError(f"{source} lacks weights of its SSREncoder: {some_names(missing)}.")
+        broken = [name for name, parameter in model.named_parameters() if not is_finite(parameter)]
         if broken:
-            raise ValueError(f"{source} holds weights that are not finite numbers: {_some(broken)}.")
+            raise ValueError(f"{source} holds weights that are not finite numbers: {some_names(broken)}.")
         return (model, info) if with_info else model  # type: ignore[return-value]  # as diffusers has it
 
     @classmethod
@@ -351,24 +349,12 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
         # names and shapes are compared before the encoder takes memory
         with torch.device("meta"):
             model = cls(**config)
-        expected = model.state_dict()
-        names = {
-            "aligner": {_released_aligner_name(name): name for name in expected if not name.startswith("layers.")},
-            # the released file numbers all attention layers; every second one is a cross-attention
-            "layers": {
-                f"{2 * index + 1}.{part}_SSR.weight": f"layers.{_module_name(name)}.{part}.weight"
-                for index, name in enumerate(model.config.attention_layers)
-                for part in ("to_k", "to_v")
-            },
-        }
-        released = {"aligner": _read_state_dict("aligner", aligner), "layers": _read_state_dict("layers", layers)}
-        _check_released_names(released, names)
-        state_dict = {}
-        for argument in released:
-            for released_name, name in names[argument].items():
-                tensor = released[argument][released_name]
-                _check_released_tensor(argument, released_name, tensor, expected[name].shape)
-                state_dict[name] = tensor
+        # imported here: a saved encoder's folder holds this file alone, which is enough to load and run it
+        from . import released_weights
+
+        state_dict = released_weights.read_released_weights(
+            aligner, layers, model.state_dict(), [_module_name(name) for name in model.config.attention_layers]
+        )
         # every weight is overwritten by the next line
         model.to_empty(device=torch.get_default_device())
         model.load_state_dict(state_dict)
@@ -412,14 +398,6 @@ def consistency_loss(
 
 def _module_name(layer: str) -> str:
     return layer.replace(".", "_")
-
-
-def _released_aligner_name(name: str) -> str:
-    if name.startswith("norm."):
-        return name
-    if name.startswith(("to_q.", "to_k.")):
-        return f"aligner.{name}"
-    return f"aligner.processor.{name}"
 
 
 def _check_number(name: str, value: Any, most: int, least: int = 1) -> None:
@@ -469,104 +447,13 @@ def _check_parameters(
         raise ValueError(f"An encoder of these sizes has {count:,} weights, more than any: {MAX_PARAMETERS:,}.")
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
+def is_finite(tensor: torch.Tensor) -> bool:
     """Whether all numbers are finite. Tensors on the meta device, or of less than 16 bits, are not looked into."""
     unknown = tensor.is_meta or not tensor.is_floating_point() or tensor.element_size() < 2
     return unknown or bool(torch.isfinite(tensor).all())
 
 
-def _some(names: Sequence[str], most: int = 3) -> str:
+def some_names(names: Sequence[str], most: int = 3) -> str:
     """The first of many names."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more if names else "none"
-
-
-# What a file holds, by the names of its tensors; the first that fits. People confuse these.
-_KINDS: dict[str, Callable[[set[str]], bool]] = {
-    "the released aligner (pytorch_model.bin)": lambda names: any(name.startswith("aligner.") for name in names),
-    "the released layers (pytorch_model_1.bin)": lambda names: any("_SSR." in name for name in names),
-    "an encoder that `save_pretrained` wrote, which `SSREncoder.from_pretrained` loads": lambda names: (
-        any(name.startswith("layers.") for name in names) and "to_q.weight" in names or "to_out.0.weight" in names
-    ),
-    "weights behind the prefix `module.`, as DataParallel saves them": lambda names: (
-        bool(names) and all(name.startswith("module.") for name in names)
-    ),
-    "a LoRA": lambda names: any("lora" in name.lower() for name in names),
-    "an IP-Adapter": lambda names: any(name.startswith(("ip_adapter", "image_proj")) for name in names),
-    "a whole Stable Diffusion checkpoint": lambda names: any(
-        name.startswith("model.diffusion_model.") for name in names
-    ),
-    "a ControlNet": lambda names: any(name.startswith("controlnet_") for name in names),
-    "a UNet": lambda names: any(name.startswith(("down_blocks.", "up_blocks.")) for name in names),
-    "a VAE": lambda names: any(name.startswith(("decoder.", "quant_conv.")) for name in names),
-    "a CLIP model": lambda names: any("vision_model." in name or "text_model." in name for name in names),
-    "a training's state, with the weights in one of its entries": lambda names: bool(
-        names & {"state_dict", "model", "optimizer", "epoch", "global_step"}
-    ),
-}
-_ALIGNER, _LAYERS = list(_KINDS)[:2]
-
-
-def _kind(names: set[str]) -> str | None:
-    return next((kind for kind, fits in _KINDS.items() if fits(names)), None)
-
-
-def _check_released_names(
-    released: Mapping[str, Mapping[str, torch.Tensor]], names: Mapping[str, Mapping[str, str]]
-) -> None:
-    kinds = {argument: _kind(set(tensors)) for argument, tensors in released.items()}
-    if (kinds["aligner"], kinds["layers"]) == (_LAYERS, _ALIGNER):
-        raise ValueError(
-            f"`aligner` and `layers` are in the wrong order: `aligner` is {_LAYERS}, `layers` is {_ALIGNER}."
-        )
-    for argument, wanted in (("aligner", _ALIGNER), ("layers", _LAYERS)):
-        missing = sorted(names[argument].keys() - released[argument].keys())
-        extra = sorted(released[argument].keys() - names[argument].keys())
-        if (missing or extra) and kinds[argument] not in (None, wanted):
-            twice = ", as the other file is" if len(set(kinds.values())) == 1 else ""
-            raise ValueError(f"`{argument}` has to be {wanted}, but is {kinds[argument]}{twice}.")
-        if missing or extra:
-            raise ValueError(
-                f"`{argument}` does not hold the released tensors: missing {_some(missing)}, unexpected {_some(extra)}."
-            )
-
-
-def _check_released_tensor(argument: str, name: str, tensor: Any, shape: torch.Size) -> None:
-    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.layout != torch.strided:
-        what = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-        raise ValueError(f"`{argument}` holds {name} as {what}, but it has to be a tensor of floats.")
-    if tensor.shape != shape:
-        raise ValueError(f"`{argument}` holds {name} of shape {tuple(tensor.shape)}, but {tuple(shape)} was expected.")
-    if tensor.is_meta or not _is_finite(tensor):
-        raise ValueError(f"`{argument}` holds {name} with values that are not finite numbers.")
-
-
-def _read_state_dict(argument: str, source: Any) -> Mapping[str, torch.Tensor]:
-    state_dict = source
-    if not isinstance(source, Mapping):
-        try:
-            path = os.fspath(source)
-            # a named pipe would be waited for
-            if os.path.exists(path) and not os.path.isfile(path):
-                raise ValueError("it is no file")
-            state_dict = load_file(path) if path.endswith(".safetensors") else _load_pickle(path)
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # a parser that meets arbitrary bytes may raise anything
-            # torch's advice below the first line is how to run what a pickle holds
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"`{argument}`: {source} holds no weights that can be read: {reason}") from error
-    if not isinstance(state_dict, Mapping) or not all(isinstance(name, str) for name in state_dict):
-        raise ValueError(f"`{argument}` has to hold tensors by name, but holds {type(state_dict).__name__}.")
-    return state_dict
-
-
-def _load_pickle(path: str) -> Any:
-    """A torch pickle, without running what it holds and without reading tensors that nobody looks at."""
-    archive = zipfile.is_zipfile(path)
-    if archive:
-        with zipfile.ZipFile(path) as file:
-            # torch stores as it is; a compressed entry may be a thousand times as large as the file
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()):
-                raise ValueError("it is compressed, which torch's files are not")
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)

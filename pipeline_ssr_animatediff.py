@@ -13,6 +13,7 @@ from .loading_ssr import SSRLoaderMixin  # noqa: F401
 from .mixin_ssr import SSRPipelineMixin
 from .modeling_ssr import SSREncoder  # noqa: F401
 from .pipeline_classes import ssr_pipeline_class  # noqa: F401
+from .released_weights import read_released_weights  # noqa: F401
 from .shared_components import own_pipeline  # noqa: F401
 from .subject_cache import SubjectCache  # noqa: F401
 from .subject_embeds import SubjectEmbeds  # noqa: F401
