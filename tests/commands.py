@@ -35,8 +35,9 @@ def check_script(words: list[str], monkeypatch) -> None:
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
     monkeypatch.setattr(sys, "argv", [str(script), *words[1:]])
     # an option that is not known ends in SystemExit
-    with pytest.raises(Parsed):
+    with pytest.raises(SystemExit if "--help" in words else Parsed) as ended:
         runpy.run_path(str(script), run_name="__main__")
+    assert not getattr(ended.value, "code", 0)
     monkeypatch.undo()
 
 
