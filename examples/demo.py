@@ -1,8 +1,8 @@
 """Draw each subject of a few reference pictures on its own, with the embedded pocket checkpoint.
 
 Every reference holds two or three things, and none of these very things was seen in training. A contact sheet shows the
-reference, each query and what was drawn for it; then the same subjects in another checkpoint's look, along the edges of a
-ControlNet, and in a video, whose GIF is written beside the sheet.
+reference, each query and what was drawn for it; then subjects of two references together, subjects chosen by a mask, and the
+first ones in another checkpoint's look, along the edges of a ControlNet, and in a video, whose GIF is written beside the sheet.
 
     python examples/demo.py
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from extras import is_installed
 
+import numpy as np
 from diffusers import ControlNetModel, DiffusionPipeline, MotionAdapter, UNet2DConditionModel
 from diffusers.utils import export_to_gif
 from diffusers_ssr import AnimateDiffSSRPipeline, StableDiffusionSSRControlNetPipeline
@@ -52,6 +53,33 @@ def first_subjects(pipe: DiffusionPipeline, args: argparse.Namespace, count: int
         reference = Image.open(args.references / name)
         found.append((reference, query, pipe.encode_subject(reference, query=query).scaled(args.scale)))
     return found
+
+
+def draw_together(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> Row:
+    """The first subjects of two references in one picture, each kept to its half."""
+    row = []
+    subjects = first_subjects(pipe, args, len(args.queries))
+    for (first, one, left), (second, other, right) in zip(subjects[::2], subjects[1::2], strict=False):
+        half = np.zeros((64, 64))
+        half[:, :32] = 1
+        subject = left.inside(half) + right.inside(1 - half)
+        prompt = f"{named(one)} and {named(other)} {args.places[-1]}"
+        image = pipe(prompt, subject=subject, **call_arguments(args)).images[0]
+        row += [(f'"{one}"', first), (f'"{other}"', second), ("together", image)]
+        bar.update()
+    return row
+
+
+def draw_masked(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> Row:
+    """Subjects that a mask marks in their reference, without any query."""
+    row = []
+    for file in sorted((Path(args.checkpoint) / "masks").glob("*.png")):
+        reference, mask = Image.open(args.references / file.name), Image.open(file)
+        subject = pipe.encode_subject(reference, mask=mask, mask_weight=3.0).scaled(args.scale)
+        image = pipe(f"a thing {args.places[-1]}", subject=subject, **call_arguments(args)).images[0]
+        row += [("reference", reference), ("mask", mask.convert("RGB")), ("drawn by mask", image)]
+        bar.update()
+    return row
 
 
 def draw_look(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> Row:
@@ -104,7 +132,11 @@ def draw_video(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> 
     return [("reference", reference), *((f"frame {i + 1} of 8", frames[i]) for i in range(0, 8, 2))]
 
 
-CHAINS = {"look": draw_look, "controlnet": draw_along_edges, "motion_adapter": draw_video}
+# What each further row needs of a checkpoint, since another may come alone
+CHAINS = {
+    "unet": draw_together, "masks": draw_masked, "look": draw_look, "controlnet": draw_along_edges,
+    "motion_adapter": draw_video,
+}  # fmt: skip
 
 
 def main():
@@ -118,7 +150,7 @@ def main():
     if "look" in chains and not is_installed("peft"):
         print('The row with another look is left out: it needs peft, which pip install -e ".[demo]" brings.')
         del chains["look"]
-    with tqdm(total=sum(map(len, args.queries.values())) + 3 + 2 + 1, desc="subjects") as bar:
+    with tqdm(total=sum(map(len, args.queries.values())) + 3 + 2 + 3 + 2 + 1, desc="subjects") as bar:
         rows = draw_subjects(pipe, args, bar)
         rows += [draw(pipe, args, bar) for draw in chains.values()]
     write_contact_sheet(rows, args.output_dir / "demo.png")

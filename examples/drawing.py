@@ -5,6 +5,7 @@ from pathlib import Path
 
 import extras  # noqa: F401  (says so if the project is not installed)
 
+import diffusers_ssr
 import torch
 import transformers
 from command_line import HelpFormatter
@@ -13,8 +14,8 @@ from diffusers.utils import logging
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
-ROOT = Path(__file__).resolve().parent.parent
-POCKET = ROOT / "pocket"
+CODE = Path(diffusers_ssr.__file__).parent
+POCKET = Path(__file__).resolve().parent.parent / "pocket"
 ZOOM = 2
 LARGEST = 512
 GAP = 12
@@ -22,8 +23,15 @@ LABEL = 22
 
 
 def options(description: str | None) -> argparse.ArgumentParser:
-    """How to draw; the defaults are the pocket checkpoint's."""
+    """How to draw, and where the files go."""
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    call_options(parser)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help="where the results are written")
+    return parser
+
+
+def call_options(parser: argparse.ArgumentParser) -> None:
+    """How to draw; the defaults are the pocket checkpoint's."""
     parser.add_argument(
         "--checkpoint", default=str(POCKET), help="folder or repository with base model and SSR-Encoder"
     )
@@ -37,8 +45,6 @@ def options(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--guidance_scale", type=float, default=3.0, help="of classifier-free guidance")
     parser.add_argument("--eta", type=float, default=0.9, help="how much noise DDIM adds at each step, from 0 to 1")
     parser.add_argument("--seed", type=int, default=0, help="of the initial noise")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help="where the results are written")
-    return parser
 
 
 def reference_options(parser: argparse.ArgumentParser) -> None:
@@ -55,18 +61,19 @@ def hide_library_output() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def load_pipeline(checkpoint: str) -> DiffusionPipeline:
-    """The SSR pipeline of a checkpoint that holds base model and SSR-Encoder, on a GPU in half precision."""
+def load_pipeline(checkpoint: str, ssr: str | None = None) -> DiffusionPipeline:
+    """The SSR pipeline of a checkpoint that holds base model and SSR-Encoder, or with the SSR-Encoder of `ssr`; on a GPU in
+    half precision."""
     hide_library_output()
     on_gpu = torch.cuda.is_available()
     pipe = DiffusionPipeline.from_pretrained(
         checkpoint,
-        custom_pipeline=str(ROOT),
+        custom_pipeline=str(CODE),
         trust_remote_code=True,
         dtype=torch.float16 if on_gpu else torch.float32,
     )
-    if pipe.ssr_encoder is None:
-        pipe.load_ssr(checkpoint)
+    if ssr is not None or pipe.ssr_encoder is None:
+        pipe.load_ssr(ssr or checkpoint)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to("cuda" if on_gpu else "cpu")
 

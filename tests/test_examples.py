@@ -50,6 +50,23 @@ def test_demo_writes_its_contact_sheet(tmp_path):
         assert video.n_frames == 8
 
 
+@pytest.mark.parametrize("installed", [False, True])
+def test_demo_needs_no_peft(installed, monkeypatch, capsys):
+    """Without it the row with another look is left out and says how to get it; the others are drawn."""
+    import demo
+
+    drawn = []
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: installed or None)
+    monkeypatch.setattr(demo, "load_pipeline", lambda checkpoint: None)
+    monkeypatch.setattr(demo, "draw_subjects", lambda *args: [])
+    monkeypatch.setattr(demo, "write_contact_sheet", lambda *args: None)
+    monkeypatch.setattr(demo, "CHAINS", {part: lambda *args, part=part: drawn.append(part) for part in demo.CHAINS})
+    monkeypatch.setattr(sys, "argv", ["demo.py"])
+    demo.main()
+    assert ("look" in drawn) == installed and set(drawn) | {"look"} == set(demo.CHAINS)
+    assert ("diffusers-ssr[pocket]" in capsys.readouterr().out) != installed
+
+
 def test_attention_maps_are_drawn(run, tmp_path):
     assert "outputs/attention_map.png" in run("attention_map.py")
     picture = next((POCKET / "references").glob("*.png"))
