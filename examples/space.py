@@ -50,7 +50,7 @@ def write_space(folder: Path, arguments: list[str], models: list[str], weights: 
         weights (`Path`, *optional*):
             A checkpoint that is copied into the repository, under its own name.
     """
-    for name in ("page", "drawing.py"):
+    for name in ("page", "drawing.py", "command_line.py", "extras.py"):
         _copy(HERE / name, folder / name)
     # not installed: a Space installs its requirements before it has the repository's files
     package = folder / "diffusers_ssr"

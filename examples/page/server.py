@@ -4,6 +4,7 @@ import argparse
 import os
 from collections.abc import Sequence
 
+from command_line import HelpFormatter
 from drawing import call_options
 
 
@@ -12,11 +13,9 @@ NEEDS = 'The page needs Gradio: pip install "diffusers-ssr[app]"'
 
 
 def parse_args(arguments: Sequence[str] | None = None, description: str | None = __doc__) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=description, epilog=NEEDS, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=description, epilog=NEEDS, formatter_class=HelpFormatter)
     call_options(parser)
-    parser.add_argument("--prompt", default="a cat in the snow")
+    parser.add_argument("--prompt", default="a cat in the snow", help="what the page begins with")
     parser.add_argument("--ssr", help="the SSR-Encoder, where --checkpoint holds a base model alone")
     parser.add_argument(
         "--controlnet", help="a ControlNet that follows edges; without it, the checkpoint's if it has one"
