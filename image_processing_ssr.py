@@ -392,10 +392,13 @@ def _mask_shape(shape: Sequence[int], name: str) -> tuple[int, ...]:
     if len(shape) < 2 or 0 in shape:
         raise ValueError(f"`{name}` has to be of shape (height, width), but is {tuple(shape)}.")
     found = list(shape)
-    # a channel dimension first or last, and batch dimensions; height and width may be 1 themselves
-    for place in (-1, 0, 0, 1):
-        if len(found) > 2 and found[place] == 1:
-            del found[place]
+    # a channel dimension behind, or batch dimensions before; height and width may be 1 themselves
+    if len(found) > 2 and found[-1] == 1:
+        del found[-1]
+    while len(found) > 2 and found[0] == 1:
+        del found[0]
+    if len(found) > 3 and found[1] == 1:  # a channel dimension behind the frames
+        del found[1]
     if len(found) > 3:
         raise ValueError(f"`{name}` has to be of shape (height, width), but is {tuple(shape)}.")
     return tuple(found)

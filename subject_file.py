@@ -4,10 +4,10 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable
-from operator import index
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
+from safetensors.torch import load
 
 from . import file_utils
 
@@ -24,8 +24,7 @@ MAX_TOKENS = 2**14
 # The most values of a region, over all frames: 32 frames of 1024 x 1024.
 MAX_REGION_VALUES = 2**25
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_NUM_BYTES = {name: dtype.itemsize for name, dtype in _DTYPES.items()}
+_NUM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 # beyond half precision's largest number a picture would be NaN
 _LARGEST = 65504.0
 
@@ -54,57 +53,33 @@ def read_subject_file(
     """
     file_utils.check_regular_file(path, "path")
     try:
-        # opened once and read from here: `safe_open` opens the file by its name for each tensor, and when another thread
-        # saves to it meanwhile, one subject's query comes with another's tokens
+        # one handle for header and tensors: `safe_open` opens the file again for the tensors, and another thread or process
+        # may have replaced it by then
         with open(path, "rb") as file:
-            metadata, layout, offsets = _read_header(file)
-            subjects = _described(metadata, check_scale)
-            check_layout(layout, len(subjects))
-            tensors = {}
-            for name, (dtype, shape) in layout.items():
-                tensors[name] = _read_tensor(file, offsets[name], dtype, shape)
-                _check_values(name, tensors[name])
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if length > MAX_HEADER_BYTES:
+                raise ValueError("it is no safetensors file, or its header is too long for subjects")
+            header = file.read(length)
+            entries = json.loads(header)
+            subjects = _described(entries.pop("__metadata__", {}), check_scale)
+            layout = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
+            size = check_layout(layout, len(subjects))
+            # a byte more than there has to be: what follows is none of the tensors, and `load` says so
+            tensors = load(start + header + file.read(size + 1))
+        for name, tensor in tensors.items():
+            _check_values(name, tensor)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"`path`: {os.fspath(path)} cannot be used as a file of subjects: its header is broken."
+        ) from error
     except Exception as error:  # a parser that meets arbitrary bytes may raise anything
         reason = str(error) or type(error).__name__
         raise ValueError(f"`path`: {os.fspath(path)} cannot be used as a file of subjects: {reason}.") from error
     return subjects, tensors
 
 
-def _read_header(file: BinaryIO) -> tuple[dict[str, str], Layout, dict[str, int]]:
-    """Metadata, type and shape of each tensor, and where in the file it begins."""
-    length = int.from_bytes(file.read(8), "little")
-    if not 0 < length <= MAX_HEADER_BYTES:
-        raise ValueError("it is no safetensors file, or its header is too long for subjects")
-    header = json.loads(file.read(length))
-    if not isinstance(header, dict) or not isinstance(header.setdefault("__metadata__", {}), dict):
-        raise ValueError("its header is no JSON object")
-    metadata = header.pop("__metadata__")
-    layout: Layout = {}
-    offsets = {}
-    for name, entry in header.items():
-        try:
-            shape, (start, end) = tuple(map(index, entry["shape"])), map(index, entry["data_offsets"])
-            layout[name] = (str(entry["dtype"]), shape)
-        except (TypeError, KeyError, ValueError, IndexError) as error:
-            raise ValueError(f"its header says of {name!r:.80} what no header says: {str(entry)[:80]}") from error
-        width = _NUM_BYTES.get(layout[name][0])
-        if start < 0 or width is not None and end - start != math.prod(shape) * width:
-            raise ValueError(f"{name!r:.80} has {end - start} bytes, not those of its type and shape: {layout[name]}")
-        offsets[name] = 8 + length + start
-    return metadata, layout, offsets
-
-
-def _read_tensor(file: BinaryIO, start: int, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
-    size = math.prod(shape) * _NUM_BYTES[dtype]
-    if start + size > os.fstat(file.fileno()).st_size:
-        raise ValueError("it is cut off")
-    content = bytearray(size)
-    file.seek(start)
-    file.readinto(content)  # type: ignore[attr-defined]
-    return torch.frombuffer(content, dtype=_DTYPES[dtype]).reshape(shape)
-
-
-def check_layout(layout: Layout, num_subjects: int) -> None:
+def check_layout(layout: Layout, num_subjects: int) -> int:
     r"""
     Refuse tensors that are not those of subjects, by name, type and shape alone.
 
@@ -113,6 +88,9 @@ def check_layout(layout: Layout, num_subjects: int) -> None:
             Type, as safetensors writes it ("F32"), and shape of each tensor.
         num_subjects (`int`):
             How many subjects there are.
+
+    Returns:
+        `int`: how many bytes the tensors have.
 
     Raises:
         `ValueError`: naming the first tensor that is missing, unknown, or of another type or shape.
@@ -130,6 +108,7 @@ def check_layout(layout: Layout, num_subjects: int) -> None:
     size = sum(_NUM_BYTES[dtype] * math.prod(shape) for dtype, shape in layout.values())
     if size > MAX_BYTES:
         raise ValueError(f"its tensors take {size:,} bytes, more than the {MAX_BYTES:,} that are accepted")
+    return size
 
 
 def _check_subject(layout: Layout, subject: str) -> None:

@@ -6,7 +6,6 @@ Without options, these are the references of the pocket checkpoint with their qu
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import extras  # noqa: F401  (says so if the project is not installed)
@@ -14,6 +13,7 @@ import extras  # noqa: F401  (says so if the project is not installed)
 from command_line import HelpFormatter
 from drawing import POCKET, load_pipeline, write_contact_sheet
 from PIL import Image
+from text_files import read_json
 
 
 def main():
@@ -32,9 +32,7 @@ def main():
     references = {args.image: args.queries}
     if args.image is None:
         folder = POCKET / "references"
-        references = {
-            folder / name: queries for name, queries in json.loads((folder / "queries.json").read_text()).items()
-        }
+        references = {folder / name: queries for name, queries in read_json(folder / "queries.json").items()}
     rows = []
     for file, queries in references.items():
         picture = Image.open(file)

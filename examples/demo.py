@@ -8,7 +8,6 @@ first ones in another checkpoint's look, along the edges of a ControlNet, and in
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from extras import is_installed
@@ -19,6 +18,7 @@ from diffusers.utils import export_to_gif
 from diffusers_ssr import AnimateDiffSSRPipeline, StableDiffusionSSRControlNetPipeline
 from drawing import POCKET, call_arguments, load_pipeline, options, write_contact_sheet
 from PIL import Image
+from text_files import read_json
 from tqdm.auto import tqdm
 
 
@@ -144,7 +144,7 @@ def main():
     parser.add_argument("--references", type=Path, default=POCKET / "references", help="pictures and queries.json")
     parser.add_argument("--places", nargs="+", default=["in the snow", "on the beach"], help="where to draw them")
     args = parser.parse_args()
-    args.queries = json.loads((args.references / "queries.json").read_text())
+    args.queries = read_json(args.references / "queries.json")
     pipe = load_pipeline(args.checkpoint)
     chains = {part: draw for part, draw in CHAINS.items() if (Path(args.checkpoint) / part).is_dir()}
     if "look" in chains and not is_installed("peft"):

@@ -30,6 +30,7 @@ import torch
 from command_line import HelpFormatter
 from PIL import Image
 from similarity import ClipFeatures, ClipVisionFeatures, DinoFeatures, mean_matching, mean_pairwise, selection
+from text_files import open_text, read_lines
 from tqdm.auto import tqdm
 
 
@@ -73,13 +74,13 @@ def read_classes(file: Path | None) -> dict[str, str]:
     """Lines `subject,class`."""
     if file is None:
         return {}
-    with file.open(encoding="utf-8", newline="") as lines:
+    with open_text(file, "classes") as lines:
         return {row[0].strip(): row[1].strip() for row in csv.reader(lines) if len(row) == 2}
 
 
 def draw_subjects(args: argparse.Namespace) -> None:
     """Each prompt for each subject, from its first picture."""
-    templates = [line.strip() for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    templates = read_lines(args.prompts, "prompts")
     if not templates or not all("{}" in template for template in templates):
         raise ValueError(f"`prompts`: each line of {args.prompts} has to hold {{}} where the subject is named.")
     classes = read_classes(args.classes)

@@ -13,22 +13,24 @@ that are not done. The exit status is 1 if a row failed.
 """
 
 import argparse
-import csv
 import hashlib
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from extras import needs
 
 import torch
 from command_line import HelpFormatter
 from diffusers_ssr import StableDiffusionSSRPipeline, SubjectEmbeds
+from diffusers_ssr.file_utils import atomic_file, check_regular_file
+from diffusers_ssr.image_processing_ssr import open_image
 from drawing import hide_library_output
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from text_files import read_rows
 from tqdm.auto import tqdm
 
 
@@ -48,35 +50,53 @@ def read_table(table: Path) -> list[dict]:
     Raises:
         `ValueError`: if the file is missing, no table, or lacks a column.
     """
-    if not table.is_file():
-        raise ValueError(f"`table`: there is no file {table}.")
-    with table.open(encoding="utf-8", newline="") as file:
-        if table.suffix == ".csv":
-            rows = [{name: value for name, value in row.items() if name} for row in csv.DictReader(file)]
-        else:
-            try:
-                rows = [json.loads(line) for line in file if line.strip()]
-            except json.JSONDecodeError as error:
-                raise ValueError(f"`table` has to be .csv or JSON lines, but {table} is not: {error}.") from error
-            if not all(isinstance(row, dict) for row in rows):
-                raise ValueError(f"`table`: each line of {table} has to be a JSON object.")
+    try:
+        read = list(read_rows(table, "table"))
+    except FileNotFoundError as error:
+        raise ValueError(f"`table`: there is no file {table}.") from error
+    for number, row in read:
+        if isinstance(row, str):
+            raise ValueError(f"`table` has to be CSV or JSON lines, but line {number} of {table} is not: {row}")
+    rows = [row for _, row in read]
     if not rows:
         raise ValueError(f"`table`: {table} has no rows.")
     columns = {name for row in rows for name in row}
     missing = {"image", "prompt"} - columns
     if missing or not columns & {"query", "mask"}:
-        raise ValueError(f"`table` lacks the columns {sorted(missing or {'query'})}; it has {sorted(columns)}.")
+        raise ValueError(
+            f"`table`: {table} lacks the columns {sorted(missing or {'query'})}; it has {sorted(columns)}."
+        )
     unknown = columns - set(KNOWN)
     if unknown:
-        raise ValueError(f"`table` has the columns {sorted(unknown)}, but only {KNOWN} mean something.")
-    files = [file_of(row, index) for index, row in enumerate(rows)]
-    twice = sorted({file for file in files if files.count(file) > 1}) if len(set(files)) < len(files) else []
-    outside = [file for file in files if Path(file).is_absolute() or ".." in Path(file).parts]
-    if twice or outside:
-        raise ValueError(
-            f"`table`: `name` has to be different in each row, and inside the folder; see {twice or outside}."
-        )
+        raise ValueError(f"`table`: {table} has the columns {sorted(unknown)}, but only {KNOWN} mean something.")
     return rows
+
+
+def check_names(rows: list[dict]) -> dict[int, ValueError]:
+    """What is wrong with the names of rows, by their numbers: those rows fail, the others are drawn."""
+    faults: dict[int, ValueError] = {}
+    files: dict[str, int] = {}
+    folders: dict[str, int] = {}
+    for index, row in enumerate(rows):
+        path = PurePosixPath(file_of(row, index))
+        file, within = str(path), [str(parent) for parent in path.parents][:-1]
+        taken = [files[name] for name in (file, *within) if name in files]
+        taken += [folders[file]] if file in folders else []
+        if path.is_absolute() or ".." in path.parts or not all(map(_is_file_name, path.parts)):
+            faults[index] = ValueError(f"`name` is {row['name']!r:.80}, which cannot be a file in the output folder.")
+        elif taken:
+            faults[index] = ValueError(f"`name` is {row.get('name')!r:.80}, which is in the way of row {taken[0]}.")
+        else:
+            files[file] = index
+            folders.update((name, index) for name in within if name not in folders)
+    return faults
+
+
+def _is_file_name(name: str) -> bool:
+    try:
+        return "\0" not in name and len(name.encode()) < 256
+    except UnicodeEncodeError:  # half of a character, which JSON can hold
+        return False
 
 
 def identity(row: dict, settings: dict) -> str:
@@ -86,16 +106,24 @@ def identity(row: dict, settings: dict) -> str:
 
 def read_manifests(folder: Path) -> dict[str, dict]:
     """What is done already, by identity, from whatever number of processes; a line cut off in the writing is nothing."""
-    entries = {}
+    entries: dict[str, dict] = {}
     for file in sorted(folder.glob("manifest*.jsonl")):
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
             try:
                 entry = json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 continue
-            if entries.get(entry["id"], {}).get("status") != "done":
+            if _is_entry(entry) and entries.get(entry["id"], {}).get("status") != "done":
                 entries[entry["id"]] = entry
     return entries
+
+
+def _is_entry(entry) -> bool:
+    """Whether a line of a manifest is one of this script's, and not somebody else's."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("id"), str):
+        return False
+    said = {"done": "file", "failed": "error"}.get(str(entry.get("status")))
+    return said is not None and isinstance(entry.get(said), str)
 
 
 def is_done(entry: dict | None, folder: Path) -> bool:
@@ -103,9 +131,11 @@ def is_done(entry: dict | None, folder: Path) -> bool:
     if entry is None or entry["status"] != "done":
         return False
     try:
-        with Image.open(folder / entry["file"]) as picture:
+        check_regular_file(folder / entry["file"], "file")
+        with Image.open(folder / entry["file"], formats=["PNG"]) as picture:
             return picture.text.get("id") == entry["id"]
-    except OSError:
+    # whatever lies there, it is not the row's picture
+    except Exception:
         return False
 
 
@@ -140,13 +170,15 @@ def read_row(pipe: StableDiffusionSSRPipeline, row: dict, folder: Path, args: ar
         if not isinstance(row.get(name), str) or not row[name].strip():
             raise ValueError(f"`{name}` is missing in this row.")
     try:
-        seed, scale = int(row.get("seed") or 0), float(row.get("scale") or args.scale)
+        # an empty cell is no number, but 0 is one
+        scale = float(args.scale if row.get("scale") in (None, "") else row["scale"])
+        seed = int(row.get("seed") or 0)
     except (TypeError, ValueError):
         raise ValueError(
             f"`seed` and `scale` are {row.get('seed')!r} and {row.get('scale')!r}, not numbers."
         ) from None
-    mask = Image.open(folder / row["mask"]) if row.get("mask") else None
-    subject = pipe.encode_subject(Image.open(folder / row["image"]), row.get("query") or None, mask)
+    mask = open_image(folder / row["mask"], "mask") if row.get("mask") else None
+    subject = pipe.encode_subject(open_image(folder / row["image"], "image"), row.get("query") or None, mask)
     return Request(row["prompt"], subject.scaled(scale), seed)
 
 
@@ -179,12 +211,14 @@ def draw_each(
 
 
 def draw_rows(
-    pipe: StableDiffusionSSRPipeline, rows: list[dict], folder: Path, args: argparse.Namespace
+    pipe: StableDiffusionSSRPipeline, rows: list[dict | ValueError], folder: Path, args: argparse.Namespace
 ) -> list[Image.Image | Exception]:
-    """For each row its picture, or the error that it failed with."""
+    """For each row its picture, or the error that it failed with; a row may be an error already."""
     results: list[Image.Image | Exception | Request] = []
     for row in rows:
         try:
+            if isinstance(row, ValueError):
+                raise row
             results.append(read_row(pipe, row, folder, args))
         # whatever is wrong with one row, the others are drawn
         except Exception as error:
@@ -197,11 +231,10 @@ def draw_rows(
 def save_picture(image: Image.Image, file: Path, name: str) -> None:
     """Write the picture beside and rename it, with the row's identity `name` in it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".part")
     note = PngInfo()
     note.add_text("id", name)
-    image.save(partial, "png", pnginfo=note)
-    partial.replace(file)
+    with atomic_file(file) as partial:
+        image.save(partial, "png", pnginfo=note)
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -226,6 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Draw; returns how many rows failed, in the first process."""
     args = parse_args(arguments)
     rows = read_table(args.table)
+    faults = check_names(rows)
     if args.num_inference_steps < 1:
         raise ValueError(f"`num_inference_steps` has to be at least 1, but is {args.num_inference_steps}.")
     if args.batch_size < 1:
@@ -260,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         manifest.write("\n")
         for start in range(0, len(own), args.batch_size):
             batch = own[start : start + args.batch_size]
-            results = draw_rows(pipe, [rows[index] for index in batch], args.table.parent, args)
+            results = draw_rows(pipe, [faults.get(index, rows[index]) for index in batch], args.table.parent, args)
             for index, result in zip(batch, results, strict=True):
                 entry = {"id": ids[index], "row": index, **rows[index]}
                 name = file_of(rows[index], index)
@@ -286,11 +320,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         merged.with_suffix(".part").write_text("\n".join(lines) + "\n", encoding="utf-8")
         merged.with_suffix(".part").replace(merged)
         for file in args.output_dir.glob("manifest.*.jsonl"):
-            file.unlink()
+            if file.is_file():
+                file.unlink()
         failed = [entries[name] for name in ids if entries[name]["status"] == "failed"]
         print(f"{len(rows) - len(failed)} of {len(rows)} pictures are in {args.output_dir}")
         for entry in failed:
-            print(f"  row {entry['row']}: {entry['error']}")
+            # names and texts of rows may hold what no terminal can show
+            print(f"  row {entry['row']}: {entry['error']}".encode("utf-8", "backslashreplace").decode())
     state.destroy_process_group()
     return len(failed)
 

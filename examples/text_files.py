@@ -5,7 +5,7 @@ import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from diffusers_ssr.file_utils import check_regular_file
 
@@ -45,6 +45,12 @@ def read_lines(file: Path, name: str = "file") -> list[str]:
     """The lines of a list that are not empty, without the blanks around them."""
     with open_text(file, name) as lines:
         return [line.strip() for line in _bounded(lines) if line.strip()]
+
+
+def read_json(file: Path, name: str = "file") -> Any:
+    """What a JSON file holds."""
+    with open_text(file, name) as text:
+        return json.load(text)
 
 
 def read_rows(file: Path, name: str = "table", errors: str = "strict") -> Iterator[tuple[int, dict | str]]:

@@ -302,3 +302,22 @@ def test_patches(pipe, patch):
     assert np.abs(patched - pipe(**call_args(**arguments)).images).max() > 1e-4
     remove()
     np.testing.assert_allclose(pipe(**subject_args(**arguments)).images, expected, atol=1e-6)
+
+
+def test_tome_may_merge_the_positions_of_cross_attention(pipe):
+    """A subject acts where positions are merged; a region, which needs the grid, is refused and leaves nothing behind."""
+    tomesd = pytest.importorskip(
+        "tomesd", reason="tomesd is optional; test_attention_processors.py covers merged positions"
+    )
+    subject = pipe.encode_subject(make_picture(), "cat").scaled(1.0)
+    state = snapshot(pipe.unet)
+    tomesd.apply_patch(pipe, ratio=0.5, merge_crossattn=True, max_downsample=8)
+    half = np.zeros((16, 16))
+    half[:, :8] = 1
+    drawn, plain = pipe(**call_args(subject=subject)).images, pipe(**call_args()).images
+    assert np.abs(drawn - plain).max() > 1e-4
+    with pytest.raises(ValueError, match="grid.*`merge_crossattn`"):
+        pipe(**call_args(subject=subject.inside(half)))
+    tomesd.remove_patch(pipe)
+    assert snapshot(pipe.unet) == state
+    assert np.isfinite(pipe(**call_args(subject=subject.inside(half))).images).all()

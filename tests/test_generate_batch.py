@@ -232,8 +232,6 @@ def test_two_processes_draw_what_one_does(models, table, tmp_path):
         ([{"image": "0.png", "query": "cat"}], "prompt"),
         ([{"image": "0.png", "prompt": "cat"}], "query"),
         ([{**ROWS[0], "colour": "red"}], "colour"),
-        ([{**ROWS[0], "name": "a"}] * 2, "name"),
-        ([{**ROWS[0], "name": "../a"}], "name"),
     ],
 )
 def test_a_table_that_is_none_is_refused(rows, message, tmp_path):
@@ -246,3 +244,80 @@ def test_a_table_that_is_none_is_refused(rows, message, tmp_path):
         generate_batch.read_table(file)
     with pytest.raises(ValueError, match="there is no file"):
         generate_batch.read_table(tmp_path / "nowhere.csv")
+
+
+BAD_NAMES = ["n" * 300, "nul\0", "half\ud83d", "../a", "/a", "x/../../a", "é" * 130]
+
+
+def test_rows_whose_names_cannot_be_files_fail_and_the_others_are_drawn(models, table, tmp_path, capsys):
+    out = tmp_path / "out"
+    names = ["a", *BAD_NAMES, "a", "a.png/b", "c.png/d", "c", "c.png/e", 7]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps({**ROWS[0], "name": name}) for name in names))
+    generate_batch.main(arguments(models, file, out))
+    entries = manifest(out)
+    done = [names[entry["row"]] for entry in entries if entry["status"] == "done"]
+    assert done == ["a", "c.png/d", "c.png/e", 7]
+    drawn = sorted(str(file.relative_to(out)) for file in out.rglob("*.png") if file.is_file())
+    assert drawn == ["7.png", "a.png", "c.png/d.png", "c.png/e.png"]
+    errors = [entry["error"] for entry in entries if entry["status"] == "failed"]
+    assert all("cannot be a file in the output folder" in error for error in errors[: len(BAD_NAMES)])
+    assert all("in the way of row" in error for error in errors[len(BAD_NAMES) :])
+    assert "4 of 14 pictures" in capsys.readouterr().out
+    assert {file.suffix for file in out.rglob("*") if file.is_file()} == {".png", ".jsonl"}
+
+
+def test_a_scale_of_0_is_0_and_an_empty_one_the_options(models, table, tmp_path):
+    out = tmp_path / "out"
+    rows = [{**ROWS[0], "scale": scale} for scale in (0, "0", "0.0", "", None, 0.65, "nan", "much")]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    generate_batch.main(arguments(models, file, out))
+    drawn = list(pictures(out).values())
+    assert len(drawn) == 6 and [entry["status"] for entry in manifest(out)[6:]] == ["failed"] * 2
+    assert all(np.array_equal(each, drawn[0]) for each in drawn[:3])
+    assert all(np.array_equal(each, drawn[5]) for each in drawn[3:5]) and not np.array_equal(drawn[0], drawn[5])
+
+
+def test_foreign_lines_and_files_are_no_work_that_was_done(models, table, tmp_path, counted):
+    out = tmp_path / "out"
+    write(table, ROWS[:1])
+    generate_batch.main(arguments(models, table, out))
+    entry = manifest(out)[0]
+    lines = ["3", "[]", "{}", '{"id": 3}', '{"id": "x"}', '{"id": "x", "status": "done"}', "[" * 10**5, "{half", "\0",
+             json.dumps({"id": "x", "status": "failed"}), json.dumps({"id": ["x"], "status": "done", "file": "a"})]  # fmt: skip
+    (out / "manifest.5.jsonl").write_text("\n".join(lines))
+    (out / "manifest.6.jsonl").mkdir()
+    counted.clear()
+    generate_batch.main(arguments(models, table, out))
+    assert not counted and manifest(out) == [entry]
+    for content in (b"no picture", b""):
+        (out / entry["file"]).write_bytes(content)
+        counted.clear()
+        generate_batch.main(arguments(models, table, out))
+        assert len(counted) == 1 and len(pictures(out)) == 1
+
+
+def test_pictures_that_are_none_fail_alone(models, table, tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "0.png").read_bytes()[:300])
+    Image.new("1", (9000, 9000)).save(tmp_path / "huge.png")
+    names = ["pipe.png", "half.png", "huge.png", ".", "nul\0.png", 3, "0.png"]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps({**ROWS[0], "image": name}) for name in names))
+    generate_batch.main(arguments(models, file, tmp_path / "out"))
+    entries = manifest(tmp_path / "out")
+    assert [entry["status"] for entry in entries] == ["failed"] * 6 + ["done"]
+    for entry, reason in zip(
+        entries, ["no regular file", "decoded", "81,000,000 pixels", "no regular file", "name", "image"], strict=False
+    ):
+        assert reason in entry["error"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_tables_as_spreadsheets_save_them(table, tmp_path, encoding):
+    expected = generate_batch.read_table(table)
+    for delimiter in ",;":
+        text = table.read_text().replace(",", delimiter)
+        (tmp_path / "again.csv").write_bytes(text.encode(encoding))
+        assert generate_batch.read_table(tmp_path / "again.csv") == expected

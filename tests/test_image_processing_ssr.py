@@ -349,6 +349,7 @@ def test_a_mask_of_several_frames():
     frames = np.stack([MASK, MASK.T[:32].repeat(2, 1)[:, :40], np.zeros_like(MASK)])
     for mask in (frames, frames[:, None], frames[..., None], frames[None], torch.from_numpy(frames)):
         assert np.array_equal(mask_values(mask) * 255, frames)
+    assert mask_values(np.ones((9, 1, 2))).shape == (9, 1, 2) and mask_values(np.ones((1, 1, 1, 2, 3))).shape == (2, 3)
     with pytest.raises(ValueError, match="as large as its picture"):
         to_mask(frames, (40, 32))
 

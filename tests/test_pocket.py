@@ -48,6 +48,23 @@ def test_it_draws_the_queried_subject(pocket, judge):
     assert (shown.numpy() == queried).mean() >= 0.6, (shown, queried)
 
 
+@pytest.mark.parametrize("size", [(72, 40), (40, 88), (104, 56)])
+def test_regions_at_sizes_whose_levels_are_odd(pocket, size):
+    """Four levels, each rounded up: 9 x 5 latents, 5 x 3, 3 x 2, 2 x 1; a mask of other proportions than the picture. What a region
+    does to a layer is tested by hand in test_attention_processors.py."""
+    cat = pocket.encode_subject(Image.open(POCKET / "references" / "1_cat_car.png"), "cat").scaled(1.0)
+    left = np.zeros((90, 120))
+    left[:, :60] = 1
+    arguments = {"height": size[0], "width": size[1], "num_inference_steps": 3}
+    pictures = [
+        draw(pocket, ["a thing in the snow"], subject=each, **arguments)[0].astype(float)
+        for each in (cat.inside(left), cat.inside(1 - left), cat, cat.inside(np.ones((90, 120))))
+    ]
+    assert all(picture.shape[:2] == size for picture in pictures)
+    np.testing.assert_allclose(pictures[2], pictures[3], atol=1)
+    assert all(np.abs(pictures[i] - pictures[j]).mean() > 1 for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
 def test_another_checkpoint_keeps_its_look_and_the_subject(pocket, judge):
     unet = UNet2DConditionModel.from_pretrained(POCKET, subfolder="unet", dtype=torch.float32)
     pipe = type(pocket).from_pipe(pocket, unet=unet)

@@ -4,7 +4,7 @@ import codecs
 import os
 
 import pytest
-from text_files import MAX_LINE, open_text, read_lines, read_rows
+from text_files import MAX_LINE, open_text, read_json, read_lines, read_rows
 
 
 ROWS = [{"a": "café, 日本", "b": "1"}, {"a": 'say "hi"\nthere', "b": ""}]
@@ -31,6 +31,12 @@ def test_lists_are_read_without_marks_and_blanks(tmp_path, encoding, end):
     file = tmp_path / "prompts.txt"
     file.write_bytes(end.join(["a café ", "", " in the snow"]).encode(encoding))
     assert read_lines(file) == ["a café", "in the snow"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_json_is_read_in_every_encoding(tmp_path, encoding):
+    (tmp_path / "queries.json").write_bytes('{"a.png": ["café"]}'.encode(encoding))
+    assert read_json(tmp_path / "queries.json") == {"a.png": ["café"]}
 
 
 @pytest.mark.parametrize(
