@@ -22,7 +22,7 @@ lint: $(VENV)/.installed
 
 # The guide and the API reference, as a site in outputs/docs.
 docs: $(VENV)/.installed
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # What only the demo needs: without the tests' packages it is installed sooner.
 $(VENV)/.demo: pyproject.toml
