@@ -78,7 +78,10 @@ class SSRAttnProcessor2_0:
             self.visits[_thread()] = _Visit(attn, subject)
         return args, {**kwargs, "encoder_hidden_states": text}
 
-    def keep_query(self, to_q: nn.Module, args: tuple, kwargs: dict, query: torch.Tensor) -> None:
+    # Where hooks are removed by one thread while another one, without a subject, is on its way through a module, torch calls
+    # what it has already looked up, and may call it without `kwargs`: hence the defaults.
+
+    def keep_query(self, to_q: nn.Module, args: tuple, kwargs: dict | None = None, query=None) -> None:
         """Forward hook of a query projection: remember the queries."""
         visit = self.visits.get(_thread())
         if visit is not None:
@@ -96,6 +99,10 @@ class SSRAttnProcessor2_0:
             return None
         visit.added = True
         return (args[0] + attend_to_subject(visit.query, visit.subject, visit.heads, visit.scale), *args[1:]), kwargs
+
+    def forget(self) -> None:
+        """Drop what an interrupted forward pass of this thread has left."""
+        self.visits.pop(_thread(), None)
 
     def leave(self, attn: nn.Module, args: tuple, kwargs: dict | None = None, output=None) -> None:
         """Forward hook of a cross-attention layer: a pass in which the subject was not added, once, is an error."""

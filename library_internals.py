@@ -27,7 +27,9 @@ __all__ = [
     "set_compiled_call",
     "set_forward_hook",
     "set_forward_pre_hook",
+    "tokenizer_backend",
     "uses_split_inference",
+    "with_tokenizer_backend",
     "without_capturing_hooks",
 ]
 
@@ -78,6 +80,19 @@ def without_capturing_hooks(model: nn.Module) -> nn.Module:
                 del module._forward_hooks[key]
         module.__dict__.pop("_output_capturing_hooks_installed", None)
     return model
+
+
+def tokenizer_backend(tokenizer):
+    """The part of a fast tokenizer that is written in Rust and keeps its state, or `None` for one that is written in Python."""
+    return getattr(tokenizer, "_tokenizer", None) if getattr(tokenizer, "is_fast", False) else None
+
+
+def with_tokenizer_backend(tokenizer, backend):
+    """A shallow copy of a fast tokenizer with another such part. Its public `backend_tokenizer` can only be read."""
+    twin = object.__new__(type(tokenizer))
+    twin.__dict__.update(tokenizer.__dict__)
+    twin._tokenizer = backend
+    return twin
 
 
 # Forward hooks are registered under a fixed key here, where torch's `register_forward_hook` counts a new number up for each

@@ -329,7 +329,9 @@ def test_the_scale_of_a_lora_reaches_the_query(pipe):
 
     expected = pipe(**subject_args()).images
     torch.manual_seed(0)
-    inject_adapter_in_model(LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False), pipe.text_encoder)
+    inject_adapter_in_model(
+        LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False), pipe.text_encoder
+    )
     with_lora = pipe(**subject_args()).images
     assert np.abs(with_lora - expected).max() > 1e-4
     scaled = pipe(**subject_args(cross_attention_kwargs={"scale": 0.0})).images
