@@ -6,9 +6,9 @@ BIN = $(VENV)/bin
 WORK_DIR ?= outputs/pocket-training
 POCKET = $(BIN)/python -m tools.pocket
 
-.PHONY: demo test lint pocket measure compare
+.PHONY: demo test lint docs pocket pocket-gpu measure compare
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.installed
@@ -18,13 +18,27 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-$(VENV)/.installed: setup.py pyproject.toml
+# The guide and the API reference, as a site in outputs/docs.
+docs: $(VENV)/.installed
+	$(BIN)/mkdocs build --strict
+
+# What only the demo needs: without the tests' packages it is installed sooner.
+$(VENV)/.demo: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
+	@echo "Installing PyTorch, diffusers and what the demo needs into $(VENV), once: docs/install.md says how much that is."
 	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q -e ".[test]"
+	$(BIN)/python tools/install.py -e ".[demo]"
 	touch $@
 
-# Make the pocket checkpoint anew, from registry packages alone. Every step resumes where it was cut off.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing PyTorch, diffusers and what the tests need into $(VENV), once: docs/install.md says how much that is."
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python tools/install.py -e ".[test]"
+	touch $@
+
+# Train a pocket checkpoint from nothing, with registry packages alone, on a CPU in many hours. Every step resumes where it was
+# cut off. How the shipped one came about is said in pocket/README.md.
 pocket: $(VENV)/.installed
 	$(POCKET).train.clip --work_dir $(WORK_DIR)
 	$(POCKET).train.judge --work_dir $(WORK_DIR)
@@ -38,6 +52,10 @@ pocket: $(VENV)/.installed
 	$(POCKET).train.pairs --work_dir $(WORK_DIR)
 	$(POCKET).train.adapters --work_dir $(WORK_DIR)
 	$(POCKET).train.assemble --work_dir $(WORK_DIR) --output_dir pocket
+
+# The same in at most 25 minutes on one data-centre GPU, in stages that resume.
+pocket-gpu: $(VENV)/.installed
+	$(POCKET).train.gpu --work_dir $(WORK_DIR)-gpu --output_dir pocket
 
 # Repeat the figures of pocket/README.md from the shipped weights.
 measure: $(VENV)/.installed

@@ -12,6 +12,8 @@ from .shared_components import set_max_concurrent_calls
 from .subject_embeds import SubjectEmbeds
 
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AnimateDiffSSRPipeline",
     "SSRAttnProcessor2_0",

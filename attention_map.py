@@ -9,7 +9,7 @@ from PIL import Image
 from . import image_processing_ssr
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SubjectAttentionMap:
     r"""
     The token-to-patch attention of a query over its picture, averaged over the heads: what enters the subject's embeddings,
@@ -46,9 +46,13 @@ class SubjectAttentionMap:
     gathered: float = 0.0
 
     def __repr__(self) -> str:
-        size = "x".join(map(str, self.picture.size))
-        words = [name for name, _ in self.tokens]
-        return f"SubjectAttentionMap({size}, tokens={words}, gathered={self.gathered:.2f})"
+        height, width = self.heat.shape
+        tokens = [token.removesuffix("</w>") for token, _ in self.tokens]
+        shown = tokens if len(tokens) <= 8 else [*tokens[:8], f"... {len(tokens) - 8} more"]
+        return (
+            f"SubjectAttentionMap({' '.join(shown)!r}, {len(tokens)} tokens, {width} x {height} pixels,"
+            f" gathered={self.gathered:.2f})"
+        )
 
     def overlay(self, heat: np.ndarray | None = None) -> Image.Image:
         r"""
@@ -102,7 +106,7 @@ def make_attention_map(
         whole = torch.cat([probs.mean(0, keepdim=True), own])
         attention, peaks = (whole - empty).clamp(min=0), (2 * _distance(whole, empty)).clamp(max=1)
     side = round((probs.shape[1] - 1) ** 0.5)
-    maps = image_processing_ssr.unfit(attention[:, 1:].unflatten(1, (side, side)), picture.size, resize_mode)
+    maps = image_processing_ssr.postprocess_map(attention[:, 1:].unflatten(1, (side, side)), picture.size, resize_mode)
     # a map that is 0 everywhere stays so
     maps = maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-12) * peaks[:, None, None]
     gathered = float(_distance(probs.mean(0), empty))

@@ -1,96 +1,199 @@
 """From pictures and masks as people have them to the pixels that the vision encoder sees, and back to the picture."""
 
+import os
+import threading
+from collections.abc import Sequence
+from functools import cache
+from io import BytesIO
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from diffusers.utils import logging
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from transformers import CLIPImageProcessor
 
+from . import file_utils
+
+
+logger = logging.get_logger(__name__)
 
 RESIZE_MODES = ("pad", "crop")
 SMALLEST_SIDE = 8
 LARGEST_RATIO = 16
+# The largest picture that is decoded, in pixels; read at each call, so it can be set. In RGB this many take 200 MB.
+MAX_PIXELS = 2**26
+# What `open_image` reads. Other formats of Pillow start programs (EPS starts Ghostscript) or are no pictures.
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+
+# A picture from `Image.open` is decoded at its first use. Two threads that share it would then both seek and read in its
+# one file, and one of them gets noise or an error.
+_decoding = threading.Lock()
 
 
-def to_pil(image, name: str = "subject_image") -> Image.Image:
-    """`image` (PIL, array or tensor) as an upright RGB picture.
+def open_image(file: str | os.PathLike | bytes, name: str = "image", max_pixels: int | None = None) -> Image.Image:
+    r"""
+    Open and decode a picture that may come from anybody.
 
-    Arrays are `(height, width, 3)` with integers from 0 to 255 or floats from 0 to 1; tensors `(3, height, width)`, or
-    with a batch dimension of 1, with floats from 0 to 1. Transparent parts become white, 16-bit pictures are scaled to 8
-    bits, and EXIF rotation is applied.
+    Args:
+        file (`str`, `os.PathLike` or `bytes`):
+            The path of a file, or its content.
+        name (`str`, defaults to `"image"`):
+            What errors call it.
+        max_pixels (`int`, *optional*):
+            The most pixels that are decoded. Defaults to `MAX_PIXELS` of this module, 67 million.
 
-    Raises a `ValueError` that names the argument `name` if it is no picture, or too small or narrow to hold a subject.
+    Returns:
+        `PIL.Image.Image`, decoded, in its own mode.
+
+    Raises:
+        `FileNotFoundError`: if there is no such file.
+        `ValueError`: if it is no regular file, no picture, larger than `max_pixels`, or cut off.
+
+    Example:
+
+    ```py
+    >>> photo = open_image("photo.jpg", "subject_image")
+    ```
+    """
+    if not isinstance(file, bytes):
+        file_utils.check_regular_file(file, name)
+    Image.init()
+    formats = [each for each in FORMATS if each in Image.OPEN]
+    try:
+        image = Image.open(BytesIO(file) if isinstance(file, bytes) else file, formats=formats)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"`{name}` cannot be decoded: it is of no known format, or cut off in its header.") from error
+    except Exception as error:  # a parser that meets arbitrary bytes may raise anything
+        raise ValueError(f"`{name}` cannot be decoded: {_reason(error)}.") from error
+    with image:
+        _decode(image, name, max_pixels)
+    return image
+
+
+def to_pil(image: Any, name: str = "subject_image", max_pixels: int | None = None) -> Image.Image:
+    r"""
+    A picture as people have it as an upright RGB picture.
+
+    Args:
+        image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
+            The picture. PIL images may be of any mode; of a file with several frames the first one is taken, transparent
+            parts become white, 16-bit and float values are scaled to 8 bits, and EXIF rotation is applied. Arrays are
+            `(height, width, 3)` in uint8, uint16, or floats from 0 to 1; tensors `(3, height, width)`, or with a batch
+            dimension of 1, in uint8 or floats from 0 to 1.
+        name (`str`, defaults to `"subject_image"`):
+            What errors call it.
+        max_pixels (`int`, *optional*):
+            The most pixels that are accepted. Defaults to `MAX_PIXELS` of this module, 67 million.
+
+    Returns:
+        `PIL.Image.Image` in mode RGB, with pixels of its own.
+
+    Raises:
+        `ValueError`: if it is no picture, is cut off, or is too small, too narrow or too large.
+
+    Example:
+
+    ```py
+    >>> to_pil(np.zeros((64, 48, 3))).size
+    (48, 64)
+    ```
     """
     if isinstance(image, torch.Tensor):
-        tensor = image.detach().cpu().float()
-        tensor = tensor[0] if tensor.ndim == 4 and tensor.shape[0] == 1 else tensor
-        if tensor.ndim != 3 or tensor.shape[0] != 3:
-            raise ValueError(
-                f"`{name}` as a tensor has to be of shape (3, height, width), but is {tuple(image.shape)}."
-            )
-        image = tensor.permute(1, 2, 0).numpy()
+        image = _channels_last(image, name)
     if isinstance(image, np.ndarray):
-        if image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"`{name}` as an array has to be of shape (height, width, 3), but is {image.shape}.")
-        if image.dtype != np.uint8:
-            if not np.isfinite(image).all() or image.min() < 0 or image.max() > 1:
-                raise ValueError(
-                    f"`{name}` has to hold uint8, or floats from 0 to 1, but holds {image.dtype} from {image.min()} to"
-                    f" {image.max()}."
-                )
-            image = (image * 255).round().astype(np.uint8)
-        image = Image.fromarray(image)
+        image = _picture_of_array(image, name, max_pixels)
     if not isinstance(image, Image.Image):
         raise ValueError(
             f"`{name}` has to be a PIL image, a numpy array or a torch tensor, but is {type(image).__name__}."
         )
-    image = ImageOps.exif_transpose(image)
     width, height = image.size
     if min(width, height) < SMALLEST_SIDE or max(width, height) > LARGEST_RATIO * min(width, height):
         raise ValueError(
             f"`{name}` is {width} x {height} pixels: it has to be at least {SMALLEST_SIDE} on each side, and at most"
             f" {LARGEST_RATIO} times as long as wide."
         )
-    return _to_rgb(image, name)
+    return _to_rgb(_upright(image, name, max_pixels), name)
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError(f"`{name}` has to be a picture of 8 or 16 bits a channel, but is of floats (mode F).")
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.float64)
-        image = Image.fromarray((values / 257 if values.max() > 255 else values).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        canvas = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(canvas, image)
-    return image.convert("RGB")
+def mask_values(mask: Any, name: str = "subject_mask", max_pixels: int | None = None) -> np.ndarray:
+    r"""
+    A mask, as editors and libraries give them, as numbers.
 
+    Args:
+        mask (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
+            White, or 1, inside. PIL images may be of any mode. Where parts of a picture are transparent, its opacity is the
+            mask, whatever colour it was painted in; otherwise its brightness is, where every pure colour counts as white.
+            Arrays and tensors hold booleans, 0 and 1, or 0 to 255 (uint16: or to 65535), and are `(height, width)`, that
+            with dimensions of 1, `(frames, height, width)`, or (arrays alone) `(height, width, 3 or 4)` for RGB and RGBA.
+        name (`str`, defaults to `"subject_mask"`):
+            What errors call it.
+        max_pixels (`int`, *optional*):
+            The most values that are accepted. Defaults to `MAX_PIXELS` of this module, 67 million.
 
-def to_mask(mask, size: tuple[int, int], name: str = "subject_mask") -> Image.Image:
-    """`mask` (PIL, array or tensor, `(height, width)`) as an 8-bit picture, white where the subject is.
+    Returns:
+        `np.ndarray` of shape `(height, width)`, or `(frames, height, width)` of more than one frame, float32 from 0 to 1.
 
-    Raises a `ValueError` that names the argument `name` if it is no mask, has not its picture's `size` (width, height), or
-    marks nothing or everything.
+    Raises:
+        `ValueError`: if it is no mask.
+
+    Example:
+
+    ```py
+    >>> mask_values(np.array([[[0, 255]]], np.uint8))
+    array([[0., 1.]], dtype=float32)
+    ```
     """
     if isinstance(mask, Image.Image):
-        mask = np.asarray(ImageOps.exif_transpose(mask).convert("L"))
-    elif isinstance(mask, torch.Tensor):
-        mask = mask.detach().cpu().float().numpy()
+        return _mask_of_picture(_upright(mask, name, max_pixels), name)
+    if isinstance(mask, torch.Tensor):
+        mask = _to_numpy(mask, name)
     if not isinstance(mask, np.ndarray):
         raise ValueError(
             f"`{name}` has to be a PIL image, a numpy array or a torch tensor, but is {type(mask).__name__}."
         )
-    mask = mask.reshape(mask.shape[-2:]) if mask.ndim > 2 and mask.size == np.prod(mask.shape[-2:]) else mask
-    if mask.shape != size[::-1]:
+    if mask.ndim == 3 and mask.shape[2] in (3, 4) and mask.shape[0] > 1:
+        _check_pixels(mask.shape[0] * mask.shape[1], name, max_pixels)
+        return _mask_of_colours(mask, name)
+    _check_pixels(mask.size, name, max_pixels)
+    return _unit(mask.reshape(_mask_shape(mask.shape, name)), name)
+
+
+def to_mask(
+    mask: Any, size: tuple[int, int], name: str = "subject_mask", max_pixels: int | None = None
+) -> Image.Image:
+    r"""
+    A mask of one picture as a picture of black and white.
+
+    Args:
+        mask (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
+            What [`mask_values`] takes.
+        size (`tuple[int, int]`):
+            Width and height of the picture that the mask belongs to.
+        name (`str`, defaults to `"subject_mask"`):
+            What errors call it.
+        max_pixels (`int`, *optional*):
+            As in [`mask_values`].
+
+    Returns:
+        `PIL.Image.Image` in mode L: 255 where the subject is, 0 elsewhere.
+
+    Raises:
+        `ValueError`: if it is no mask, is not of the picture's size, or marks nothing or everything.
+
+    Example:
+
+    ```py
+    >>> mask = to_mask(Image.open("mask.png"), photo.size)
+    ```
+    """
+    values = mask_values(mask, name, max_pixels)
+    if values.shape != size[::-1]:
         raise ValueError(
-            f"`{name}` has to be as large as its picture, (height, width) = {size[::-1]}, but is {mask.shape}."
+            f"`{name}` has to be as large as its picture, (height, width) = {size[::-1]}, but is {values.shape}."
         )
-    if not np.isfinite(mask).all() or mask.min() < 0 or mask.max() > 255:
-        raise ValueError(
-            f"`{name}` has to hold values from 0 to 1, or to 255, but holds {mask.min()} to {mask.max()}."
-        )
-    marked = mask > (127 if mask.max() > 1 else 0.5)
+    marked = values > 0.5
     if not marked.any():
         raise ValueError(f"`{name}` is empty: it has to mark the subject.")
     if marked.all():
@@ -99,37 +202,220 @@ def to_mask(mask, size: tuple[int, int], name: str = "subject_mask") -> Image.Im
 
 
 def preprocess(image: Image.Image, processor: CLIPImageProcessor, resize_mode: str = "pad") -> torch.Tensor:
-    """Fit a picture into the vision encoder's square and normalise it, as `(1, 3, height, width)`.
-
-    "pad" keeps the whole picture: its longer edge is scaled to the square and the rest filled with the mean colour. "crop"
-    scales the shorter edge and cuts the centre out, as CLIP and the released code do; what lies at the ends of a long
-    picture is lost. Square pictures are the same in both.
+    r"""
+    Fit a picture into the vision encoder's square and normalise it.
 
     Done with PIL whatever image backend transformers has picked, so that pixels do not depend on what is installed.
+
+    Args:
+        image (`PIL.Image.Image`):
+            A picture in RGB.
+        processor (`CLIPImageProcessor`):
+            The vision encoder's sizes and normalisation.
+        resize_mode (`str`, defaults to `"pad"`):
+            "pad" keeps the whole picture: its longer edge is scaled to the square and the rest filled with the mean
+            colour. "crop" scales the shorter edge and cuts the centre out, as CLIP and the released code do; what lies at
+            the ends of a long picture is lost. Square pictures are the same in both.
+
+    Returns:
+        `torch.Tensor` of shape `(1, 3, height, width)`.
     """
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
-    return _fit((_resized(image, processor, resize_mode) - mean) / std, processor)
+    # on the CPU in float32, whatever the default device and precision are
+    mean, std = (
+        torch.tensor(values, device="cpu", dtype=torch.float32).view(3, 1, 1)
+        for values in (processor.image_mean, processor.image_std)
+    )
+    return _crop_or_fill((_resized(image, processor, resize_mode) - mean) / std, processor)
 
 
 def preprocess_mask(mask: Image.Image, processor: CLIPImageProcessor, resize_mode: str = "pad") -> torch.Tensor:
     """The same for a mask, as `(1, 1, height, width)` from 0 to 1, so that it marks the same patches."""
-    return _fit(_resized(mask, processor, resize_mode), processor)
+    return _crop_or_fill(_resized(mask, processor, resize_mode), processor)
 
 
-def unfit(heat: torch.Tensor, size: tuple[int, int], resize_mode: str) -> torch.Tensor:
-    """A map over the vision encoder's square, `(count, side, side)`, as one over the picture of `size` (width, height),
-    `(count, height, width)`; what the encoder did not see is 0."""
+def postprocess_map(attention_map: torch.Tensor, size: tuple[int, int], resize_mode: str) -> torch.Tensor:
+    r"""
+    The way back from the vision encoder's square to the picture.
+
+    Args:
+        attention_map (`torch.Tensor` of shape `(count, side, side)`):
+            Maps over the square.
+        size (`tuple[int, int]`):
+            Width and height of the picture.
+        resize_mode (`str`):
+            The one that [`preprocess`] was given.
+
+    Returns:
+        `torch.Tensor` of shape `(count, height, width)`: maps over the picture, 0 where the encoder did not see it.
+    """
     width, height = size
     edge = max(size) if resize_mode == "pad" else min(size)
-    heat = F.interpolate(heat[None], (edge, edge), mode="bilinear")[0]
+    resized = F.interpolate(attention_map[None], (edge, edge), mode="bilinear")[0]
     # the square's place in the picture: outside it when padded, inside when cropped
     left, top = (width - edge) // 2, (height - edge) // 2
-    return F.pad(heat, (left, width - edge - left, top, height - edge - top))
+    return F.pad(resized, (left, width - edge - left, top, height - edge - top))
 
 
-def check_resize_mode(resize_mode) -> None:
+def check_resize_mode(resize_mode: Any) -> None:
+    """Raises a `ValueError` if `resize_mode` is not one of `RESIZE_MODES`."""
     if resize_mode not in RESIZE_MODES:
         raise ValueError(f"`resize_mode` has to be one of {RESIZE_MODES}, but is {resize_mode!r}.")
+
+
+def _check_pixels(count: int, name: str, max_pixels: int | None) -> None:
+    limit = MAX_PIXELS if max_pixels is None else max_pixels
+    if count > limit:
+        raise ValueError(
+            f"`{name}` has {count:,} pixels, more than the {limit:,} that are accepted: make it smaller, or set"
+            f" `{__name__}.MAX_PIXELS`."
+        )
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, in one line that ends without a full stop."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+def _decode(image: Image.Image, name: str, max_pixels: int | None) -> None:
+    """Read the pixels of a picture, if that was not done yet, in one thread at a time."""
+    # the size stands in the file's header: nothing is decoded yet
+    _check_pixels(image.width * image.height, name, max_pixels)
+    with _decoding:
+        try:
+            # before the pixels are read: looking for a second frame may leave them to be read again
+            if getattr(image, "is_animated", False):
+                _say_animated(name)
+            image.load()
+        except Exception as error:  # a decoder that meets arbitrary bytes may raise anything
+            raise ValueError(f"`{name}` cannot be decoded: {_reason(error)}.") from error
+
+
+def _upright(image: Image.Image, name: str, max_pixels: int | None) -> Image.Image:
+    """A decoded copy, turned as its EXIF data say."""
+    _decode(image, name, max_pixels)
+    with _decoding:
+        try:
+            # also seeks in the file, for EXIF data behind the pixels
+            return ImageOps.exif_transpose(image)
+        except Exception:  # broken EXIF data
+            return image.copy()
+
+
+@cache
+def _say_animated(name: str) -> None:
+    """Once for each name, or every step of a training would say it."""
+    logger.warning(f"`{name}` holds several frames: only the one it stands at is used, at first the first.")
+
+
+def _to_numpy(tensor: torch.Tensor, name: str) -> np.ndarray:
+    if tensor.is_complex() or tensor.is_quantized or tensor.is_meta or tensor.layout != torch.strided:
+        raise ValueError(
+            f"`{name}` has to be a plain tensor of real numbers, but is {tensor.dtype} on {tensor.device}."
+        )
+    tensor = tensor.detach().cpu()
+    # numpy knows no bfloat16
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+
+
+def _channels_last(tensor: torch.Tensor, name: str) -> np.ndarray:
+    image = tensor[0] if tensor.ndim == 4 and tensor.shape[0] == 1 else tensor
+    if image.ndim != 3 or image.shape[0] != 3:
+        raise ValueError(f"`{name}` as a tensor has to be of shape (3, height, width), but is {tuple(tensor.shape)}.")
+    return _to_numpy(image, name).transpose(1, 2, 0)
+
+
+def _picture_of_array(array: np.ndarray, name: str, max_pixels: int | None) -> Image.Image:
+    if array.ndim != 3 or array.shape[2] != 3 or not array.size:
+        raise ValueError(f"`{name}` as an array has to be of shape (height, width, 3), but is {array.shape}.")
+    _check_pixels(array.shape[0] * array.shape[1], name, max_pixels)
+    if array.dtype.str[1:] == "u2":  # uint16 in any byte order
+        array = array / 65535
+    if array.dtype != np.uint8:
+        if array.dtype.kind not in "biuf" or not (array.min() >= 0 and array.max() <= 1):
+            values = f" from {array.min()} to {array.max()}" if array.dtype.kind in "biuf" else ""
+            raise ValueError(
+                f"`{name}` has to hold uint8, uint16, or floats from 0 to 1, but holds {array.dtype}{values}."
+            )
+        array = (array * 255).round().astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = _unit(np.asarray(image), name, deep=True)
+        return Image.fromarray((values * 255).round().astype(np.uint8)).convert("RGB")
+    if image.mode == "LAB":
+        # Pillow converts it by colour profiles alone
+        lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        image = ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB") or image
+    if _has_alpha(image):
+        image = _to_rgba(image)
+        canvas = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(canvas, image)
+    return image.convert("RGB")
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    """`Image.has_transparency_data`, which Pillow before 10.1 lacks."""
+    palette_mode = getattr(getattr(image, "palette", None), "mode", "")
+    return (
+        image.mode in ("LA", "La", "PA", "RGBA", "RGBa")
+        or "transparency" in image.info
+        or (image.mode == "P" and palette_mode.endswith("A"))
+    )
+
+
+def _to_rgba(image: Image.Image) -> Image.Image:
+    # premultiplied grey ("La") converts to no other mode
+    return (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+
+
+def _mask_of_picture(image: Image.Image, name: str) -> np.ndarray:
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _unit(np.asarray(image), name, deep=image.mode.startswith("I"))
+    return _mask_of_colours(np.asarray(_to_rgba(image) if _has_alpha(image) else _to_rgb(image, name)), name)
+
+
+def _mask_of_colours(pixels: np.ndarray, name: str) -> np.ndarray:
+    """The mask that `(height, width, 3 or 4)` pixels show: their opacity where it differs, else their brightness."""
+    if pixels.shape[2] == 4:
+        alpha = _unit(pixels[..., 3], name)
+        if alpha.min() < alpha.max() or not alpha.any():
+            # a brush of half the opacity marks as well
+            return alpha / max(alpha.max(), 1 / 255)
+    # the brightest channel: pure red, as annotation tools paint, would be dark grey by its luminance
+    return _unit(pixels[..., :3].max(-1), name)
+
+
+def _mask_shape(shape: Sequence[int], name: str) -> tuple[int, ...]:
+    """(height, width), or (frames, height, width), without dimensions of 1."""
+    if len(shape) < 2 or 0 in shape:
+        raise ValueError(f"`{name}` has to be of shape (height, width), but is {tuple(shape)}.")
+    found = list(shape)
+    # a channel dimension behind, or batch dimensions before; height and width may be 1 themselves
+    if len(found) > 2 and found[-1] == 1:
+        del found[-1]
+    while len(found) > 2 and found[0] == 1:
+        del found[0]
+    if len(found) > 3 and found[1] == 1:  # a channel dimension behind the frames
+        del found[1]
+    if len(found) > 3:
+        raise ValueError(f"`{name}` has to be of shape (height, width), but is {tuple(shape)}.")
+    return tuple(found)
+
+
+def _unit(values: np.ndarray, name: str, deep: bool = False) -> np.ndarray:
+    """Numbers from 0 to 1, 255 or, in uint16, 65535, as float32 from 0 to 1. `deep`: any larger range as well."""
+    if values.dtype.kind not in "biuf":
+        raise ValueError(f"`{name}` has to hold numbers, but holds {values.dtype}.")
+    low, high = float(values.min()), float(values.max())
+    # scaling by cubic curves overshoots a little; NaN fails each comparison
+    slack = 1e-3 if values.dtype.kind == "f" else 0
+    ranges = [1, 255, *([65535] if deep or values.dtype.str[1:] == "u2" else []), *([high] if deep else [])]
+    fitting = [top for top in ranges if high <= top + slack and top < np.inf]
+    if not low >= -slack or not fitting:
+        raise ValueError(f"`{name}` has to hold values from 0 to 1, or to 255, but holds {low:g} to {high:g}.")
+    return (values.astype(np.float32) / np.float32(fitting[0])).clip(0, 1)
 
 
 def _resized(image: Image.Image, processor: CLIPImageProcessor, resize_mode: str) -> torch.Tensor:
@@ -137,13 +423,13 @@ def _resized(image: Image.Image, processor: CLIPImageProcessor, resize_mode: str
     check_resize_mode(resize_mode)
     edge = max(image.size) if resize_mode == "pad" else min(image.size)
     ratio = processor.size["shortest_edge"] / edge
-    size = tuple(max(round(side * ratio), 1) for side in image.size)
-    pixels = np.array(image.resize(size, Image.Resampling(processor.resample)))
+    width, height = (max(round(side * ratio), 1) for side in image.size)
+    pixels = np.array(image.resize((width, height), Image.Resampling(processor.resample)))
     pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
     return torch.from_numpy(pixels).float() / 255
 
 
-def _fit(pixels: torch.Tensor, processor: CLIPImageProcessor) -> torch.Tensor:
+def _crop_or_fill(pixels: torch.Tensor, processor: CLIPImageProcessor) -> torch.Tensor:
     """Cut the centre out, or fill up with zeros, to the encoder's size."""
     height, width = processor.crop_size["height"], processor.crop_size["width"]
     left, top = (width - pixels.shape[2]) // 2, (height - pixels.shape[1]) // 2

@@ -16,7 +16,7 @@ from huggingface_hub.utils import EntryNotFoundError, validate_hf_hub_args
 from torch import nn
 from transformers import CLIPImageProcessor, CLIPVisionModel, PreTrainedModel
 
-from . import checks_ssr, image_processing_ssr, library_internals, modeling_ssr, unet_hooks
+from . import checks_ssr, file_utils, image_processing_ssr, library_internals, modeling_ssr, unet_hooks
 
 
 logger = logging.get_logger(__name__)
@@ -164,10 +164,15 @@ class SSRLoaderMixin:
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         r"""
         Save the whole pipeline, its code included, so that `DiffusionPipeline.from_pretrained(save_directory,
-        trust_remote_code=True)` loads it anywhere. Arguments are those of `DiffusionPipeline.save_pretrained`.
+        trust_remote_code=True)` loads it anywhere. Arguments are those of `DiffusionPipeline.save_pretrained`. The folder is
+        written whole or, after an error, left as it was.
         """
-        super().save_pretrained(save_directory, *args, **kwargs)
-        folder = Path(save_directory)
+        with file_utils.atomic_folder(save_directory) as folder:
+            super().save_pretrained(folder, *args, **kwargs)
+            self._save_index_and_code(folder)
+
+    def _save_index_and_code(self, folder: Path) -> None:
+        """The pipeline's modules, and where in `model_index.json` they are found."""
         entry = self._save_code(folder)
         model_index = folder / self.config_name
         config = json.loads(model_index.read_text())

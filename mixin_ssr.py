@@ -133,7 +133,7 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
 
         Raises:
             `ValueError`: if the subject's arguments do not fit together or are not what they should be, before any step;
-            in the first step, if the UNet has an attention processor beside which a subject cannot act.
+                in the first step, if the UNet has an attention processor beside which a subject cannot act.
 
         Example:
 

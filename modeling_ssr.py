@@ -1,7 +1,9 @@
 """The SSR-Encoder model: token-to-patch aligner, detail-preserving subject encoder and the K/V pairs of the UNet's layers."""
 
 import os
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,14 +30,22 @@ SD15_ATTENTION_LAYERS = {
 }
 
 
+# Sizes that no encoder has. A config from anybody that asks for more would fill the memory before its weights are looked for.
+MAX_WIDTH = 2**15
+MAX_LEVELS = 64
+MAX_LAYERS = 1024
+MAX_PARAMETERS = 2**30
+
+
 class _Layers(nn.ModuleDict):
     """The layers' keys and values, with a call of their own: that is where group offloading brings their weights."""
 
     def forward(self, subject_embeds: torch.Tensor, names: list[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        return [(self[name]["to_k"](subject_embeds), self[name]["to_v"](subject_embeds)) for name in names]
+        layers = (cast(nn.ModuleDict, self[name]) for name in names)
+        return [(layer["to_k"](subject_embeds), layer["to_v"](subject_embeds)) for layer in layers]
 
 
-class SSREncoder(ModelMixin, ConfigMixin):
+class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers types `config_name` in two ways
     r"""
     Turns a query and the hidden states of a picture into subject embeddings, and those into keys and values for the
     UNet's cross-attention (SSR-Encoder, https://arxiv.org/abs/2312.16272, sections 3.2 and 3.3).
@@ -59,6 +69,9 @@ class SSREncoder(ModelMixin, ConfigMixin):
         attention_layers (`dict[str, int]`, *optional*):
             Name and width of each cross-attention layer that the subject reaches. Defaults to SD 1.5's sixteen.
 
+    Raises:
+        `ValueError`: if a size is not a positive whole number, or larger than any encoder's.
+
     Example:
 
     ```py
@@ -73,6 +86,8 @@ class SSREncoder(ModelMixin, ConfigMixin):
     """
 
     _group_offload_block_modules = ["layers"]
+    # diffusers types it as a dict, but its entries are attributes
+    config: Any
 
     @register_to_config
     def __init__(
@@ -85,14 +100,13 @@ class SSREncoder(ModelMixin, ConfigMixin):
         attention_layers: dict[str, int] | None = None,
     ):
         super().__init__()
-        if inner_dim % num_attention_heads:
-            raise ValueError(
-                f"`inner_dim` has to be a multiple of `num_attention_heads`, but is {inner_dim} with"
-                f" {num_attention_heads} heads."
-            )
         if attention_layers is None:
             attention_layers = SD15_ATTENTION_LAYERS
             self.register_to_config(attention_layers=dict(attention_layers))
+        _check_widths(cross_attention_dim, vision_hidden_size, inner_dim, num_attention_heads)
+        _check_levels(image_levels)
+        _check_layers(attention_layers)
+        _check_parameters(cross_attention_dim, vision_hidden_size, inner_dim, len(image_levels), attention_layers)
 
         self.to_q = nn.Linear(cross_attention_dim, inner_dim, bias=False)
         self.to_k = nn.Linear(vision_hidden_size, inner_dim, bias=False)
@@ -263,11 +277,50 @@ class SSREncoder(ModelMixin, ConfigMixin):
         return torch.cat(parts).float().cpu()
 
     @classmethod
+    def from_config(cls, config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As `ConfigMixin.from_config`, which takes a config file that holds a list for the name of a repository."""
+        if isinstance(config, list):
+            raise ValueError(f"The config has to be a dict, but is {config!r:.80}.")
+        return super().from_config(config, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, **kwargs: Any) -> "SSREncoder":
+        r"""
+        Load what `save_pretrained` has written. Arguments are those of `ModelMixin.from_pretrained`.
+
+        Returns:
+            [`SSREncoder`] in evaluation mode, and with `output_loading_info=True` the loading info.
+
+        Raises:
+            `OSError`: if there is no such file or repository, or if a file is cut off.
+            `ValueError`: if the config is not that of an encoder, or if a weight is missing or not finite.
+        """
+        source = f"`pretrained_model_name_or_path`: {pretrained_model_name_or_path}"
+        with_info = kwargs.pop("output_loading_info", False)
+        try:
+            loaded = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        except (OSError, ImportError):
+            raise
+        except Exception as error:
+            reason = str(error) or type(error).__name__
+            raise ValueError(f"{source} holds no usable SSREncoder: {reason}") from error
+        info: dict[str, Any] = {}
+        model, info = loaded if isinstance(loaded, tuple) else (loaded, info)
+        # diffusers would go on with random numbers, and say so in a warning
+        missing = sorted(info.get("missing_keys", ()))
+        if missing:
+            raise ValueError(f"{source} lacks weights of its SSREncoder: {_some(missing)}.")
+        broken = [name for name, parameter in model.named_parameters() if not _is_finite(parameter)]
+        if broken:
+            raise ValueError(f"{source} holds weights that are not finite numbers: {_some(broken)}.")
+        return (model, info) if with_info else model  # type: ignore[return-value]  # as diffusers has it
+
+    @classmethod
     def from_released(
         cls,
         aligner: str | os.PathLike | Mapping[str, torch.Tensor],
         layers: str | os.PathLike | Mapping[str, torch.Tensor],
-        **config,
+        **config: Any,
     ) -> "SSREncoder":
         r"""
         Read the two files in which the authors released their weights.
@@ -285,7 +338,8 @@ class SSREncoder(ModelMixin, ConfigMixin):
             [`SSREncoder`] in evaluation mode.
 
         Raises:
-            `ValueError`: if a tensor is missing, is not expected, or has another shape.
+            `FileNotFoundError`: if there is no such file.
+            `ValueError`: if a tensor is missing, is not expected, has another shape, or is not of finite numbers.
 
         Example:
 
@@ -294,11 +348,12 @@ class SSREncoder(ModelMixin, ConfigMixin):
         >>> encoder.save_pretrained("my-ssr/ssr_encoder")
         ```
         """
-        model = cls(**config)
+        # names and shapes are compared before the encoder takes memory
+        with torch.device("meta"):
+            model = cls(**config)
+        expected = model.state_dict()
         names = {
-            "aligner": {
-                _released_aligner_name(name): name for name in model.state_dict() if not name.startswith("layers.")
-            },
+            "aligner": {_released_aligner_name(name): name for name in expected if not name.startswith("layers.")},
             # the released file numbers all attention layers; every second one is a cross-attention
             "layers": {
                 f"{2 * index + 1}.{part}_SSR.weight": f"layers.{_module_name(name)}.{part}.weight"
@@ -306,25 +361,16 @@ class SSREncoder(ModelMixin, ConfigMixin):
                 for part in ("to_k", "to_v")
             },
         }
+        released = {"aligner": _read_state_dict("aligner", aligner), "layers": _read_state_dict("layers", layers)}
+        _check_released_names(released, names)
         state_dict = {}
-        expected = model.state_dict()
-        for argument, source in (("aligner", aligner), ("layers", layers)):
-            released = _read_state_dict(source)
-            missing = sorted(names[argument].keys() - released.keys())
-            extra = sorted(released.keys() - names[argument].keys())
-            if missing or extra:
-                raise ValueError(
-                    f"`{argument}` does not hold the released tensors: missing {missing or 'none'}, unexpected"
-                    f" {extra or 'none'}."
-                )
+        for argument in released:
             for released_name, name in names[argument].items():
-                tensor = released[released_name]
-                if tensor.shape != expected[name].shape:
-                    raise ValueError(
-                        f"`{argument}` holds {released_name} of shape {tuple(tensor.shape)}, but"
-                        f" {tuple(expected[name].shape)} was expected."
-                    )
+                tensor = released[argument][released_name]
+                _check_released_tensor(argument, released_name, tensor, expected[name].shape)
                 state_dict[name] = tensor
+        # every weight is overwritten by the next line
+        model.to_empty(device=torch.get_default_device())
         model.load_state_dict(state_dict)
         return model.eval()
 
@@ -376,9 +422,151 @@ def _released_aligner_name(name: str) -> str:
     return f"aligner.processor.{name}"
 
 
-def _read_state_dict(source) -> Mapping[str, torch.Tensor]:
-    if isinstance(source, Mapping):
-        return source
-    if os.fspath(source).endswith(".safetensors"):
-        return load_file(source)
-    return torch.load(source, map_location="cpu", weights_only=True)
+def _check_number(name: str, value: Any, most: int, least: int = 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(f"`{name}` has to be a whole number from {least} to {most}, but is {value!r:.80}.")
+
+
+def _check_widths(cross_attention_dim: Any, vision_hidden_size: Any, inner_dim: Any, num_attention_heads: Any) -> None:
+    _check_number("cross_attention_dim", cross_attention_dim, MAX_WIDTH)
+    _check_number("vision_hidden_size", vision_hidden_size, MAX_WIDTH)
+    _check_number("inner_dim", inner_dim, MAX_WIDTH)
+    _check_number("num_attention_heads", num_attention_heads, MAX_WIDTH)
+    if inner_dim % num_attention_heads:
+        raise ValueError(
+            f"`inner_dim` has to be a multiple of `num_attention_heads`, but is {inner_dim} with {num_attention_heads}"
+            " heads."
+        )
+
+
+def _check_levels(image_levels: Any) -> None:
+    if not isinstance(image_levels, (list, tuple)) or len(image_levels) > MAX_LEVELS:
+        raise ValueError(f"`image_levels` has to be a list of at most {MAX_LEVELS}, but is {image_levels!r:.80}.")
+    for level in image_levels:
+        _check_number("image_levels", level, MAX_LAYERS, least=0)
+
+
+def _check_layers(attention_layers: Any) -> None:
+    if not isinstance(attention_layers, dict) or len(attention_layers) > MAX_LAYERS:
+        raise ValueError(
+            f"`attention_layers` has to be a dict with the widths of at most {MAX_LAYERS} layers, but is"
+            f" {attention_layers!r:.80}."
+        )
+    for name, width in attention_layers.items():
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"`attention_layers` has to name layers of the UNet, but names {name!r:.80}.")
+        _check_number(f"attention_layers[{name!r:.80}]", width, MAX_WIDTH)
+    if len({_module_name(name) for name in attention_layers}) < len(attention_layers):
+        raise ValueError("`attention_layers` names two layers that differ in '.' and '_' alone.")
+
+
+def _check_parameters(
+    cross_attention_dim: int, vision_hidden_size: int, inner_dim: int, num_levels: int, layers: dict[str, int]
+) -> None:
+    of_levels = (num_levels + 1) * inner_dim * (cross_attention_dim + vision_hidden_size)
+    count = of_levels + 2 * cross_attention_dim * (sum(layers.values()) + 1)
+    if count > MAX_PARAMETERS:
+        raise ValueError(f"An encoder of these sizes has {count:,} weights, more than any: {MAX_PARAMETERS:,}.")
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all numbers are finite. Tensors on the meta device, or of less than 16 bits, are not looked into."""
+    unknown = tensor.is_meta or not tensor.is_floating_point() or tensor.element_size() < 2
+    return unknown or bool(torch.isfinite(tensor).all())
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    """The first of many names."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more if names else "none"
+
+
+# What a file holds, by the names of its tensors; the first that fits. People confuse these.
+_KINDS: dict[str, Callable[[set[str]], bool]] = {
+    "the released aligner (pytorch_model.bin)": lambda names: any(name.startswith("aligner.") for name in names),
+    "the released layers (pytorch_model_1.bin)": lambda names: any("_SSR." in name for name in names),
+    "an encoder that `save_pretrained` wrote, which `SSREncoder.from_pretrained` loads": lambda names: (
+        any(name.startswith("layers.") for name in names) and "to_q.weight" in names or "to_out.0.weight" in names
+    ),
+    "weights behind the prefix `module.`, as DataParallel saves them": lambda names: (
+        bool(names) and all(name.startswith("module.") for name in names)
+    ),
+    "a LoRA": lambda names: any("lora" in name.lower() for name in names),
+    "an IP-Adapter": lambda names: any(name.startswith(("ip_adapter", "image_proj")) for name in names),
+    "a whole Stable Diffusion checkpoint": lambda names: any(
+        name.startswith("model.diffusion_model.") for name in names
+    ),
+    "a ControlNet": lambda names: any(name.startswith("controlnet_") for name in names),
+    "a UNet": lambda names: any(name.startswith(("down_blocks.", "up_blocks.")) for name in names),
+    "a VAE": lambda names: any(name.startswith(("decoder.", "quant_conv.")) for name in names),
+    "a CLIP model": lambda names: any("vision_model." in name or "text_model." in name for name in names),
+    "a training's state, with the weights in one of its entries": lambda names: bool(
+        names & {"state_dict", "model", "optimizer", "epoch", "global_step"}
+    ),
+}
+_ALIGNER, _LAYERS = list(_KINDS)[:2]
+
+
+def _kind(names: set[str]) -> str | None:
+    return next((kind for kind, fits in _KINDS.items() if fits(names)), None)
+
+
+def _check_released_names(
+    released: Mapping[str, Mapping[str, torch.Tensor]], names: Mapping[str, Mapping[str, str]]
+) -> None:
+    kinds = {argument: _kind(set(tensors)) for argument, tensors in released.items()}
+    if (kinds["aligner"], kinds["layers"]) == (_LAYERS, _ALIGNER):
+        raise ValueError(
+            f"`aligner` and `layers` are in the wrong order: `aligner` is {_LAYERS}, `layers` is {_ALIGNER}."
+        )
+    for argument, wanted in (("aligner", _ALIGNER), ("layers", _LAYERS)):
+        missing = sorted(names[argument].keys() - released[argument].keys())
+        extra = sorted(released[argument].keys() - names[argument].keys())
+        if (missing or extra) and kinds[argument] not in (None, wanted):
+            twice = ", as the other file is" if len(set(kinds.values())) == 1 else ""
+            raise ValueError(f"`{argument}` has to be {wanted}, but is {kinds[argument]}{twice}.")
+        if missing or extra:
+            raise ValueError(
+                f"`{argument}` does not hold the released tensors: missing {_some(missing)}, unexpected {_some(extra)}."
+            )
+
+
+def _check_released_tensor(argument: str, name: str, tensor: Any, shape: torch.Size) -> None:
+    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.layout != torch.strided:
+        what = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        raise ValueError(f"`{argument}` holds {name} as {what}, but it has to be a tensor of floats.")
+    if tensor.shape != shape:
+        raise ValueError(f"`{argument}` holds {name} of shape {tuple(tensor.shape)}, but {tuple(shape)} was expected.")
+    if tensor.is_meta or not _is_finite(tensor):
+        raise ValueError(f"`{argument}` holds {name} with values that are not finite numbers.")
+
+
+def _read_state_dict(argument: str, source: Any) -> Mapping[str, torch.Tensor]:
+    state_dict = source
+    if not isinstance(source, Mapping):
+        try:
+            path = os.fspath(source)
+            # a named pipe would be waited for
+            if os.path.exists(path) and not os.path.isfile(path):
+                raise ValueError("it is no file")
+            state_dict = load_file(path) if path.endswith(".safetensors") else _load_pickle(path)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # a parser that meets arbitrary bytes may raise anything
+            # torch's advice below the first line is how to run what a pickle holds
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"`{argument}`: {source} holds no weights that can be read: {reason}") from error
+    if not isinstance(state_dict, Mapping) or not all(isinstance(name, str) for name in state_dict):
+        raise ValueError(f"`{argument}` has to hold tensors by name, but holds {type(state_dict).__name__}.")
+    return state_dict
+
+
+def _load_pickle(path: str) -> Any:
+    """A torch pickle, without running what it holds and without reading tensors that nobody looks at."""
+    archive = zipfile.is_zipfile(path)
+    if archive:
+        with zipfile.ZipFile(path) as file:
+            # torch stores as it is; a compressed entry may be a thousand times as large as the file
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()):
+                raise ValueError("it is compressed, which torch's files are not")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)

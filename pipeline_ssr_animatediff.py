@@ -6,6 +6,7 @@ from .attention_map import SubjectAttentionMap  # noqa: F401  (see pipeline.py)
 from .attention_processors import SSRAttnProcessor2_0  # noqa: F401
 from .checks_ssr import check_fits  # noqa: F401
 from .encoding_ssr import SubjectEncodingMixin  # noqa: F401
+from .file_utils import atomic_folder  # noqa: F401
 from .image_processing_ssr import preprocess  # noqa: F401
 from .library_internals import disable_offloading  # noqa: F401
 from .loading_ssr import SSRLoaderMixin  # noqa: F401
@@ -15,6 +16,7 @@ from .pipeline_classes import ssr_pipeline_class  # noqa: F401
 from .shared_components import own_pipeline  # noqa: F401
 from .subject_cache import SubjectCache  # noqa: F401
 from .subject_embeds import SubjectEmbeds  # noqa: F401
+from .subject_file import read_subject_file  # noqa: F401
 from .subject_request import SubjectRequest  # noqa: F401
 from .token_merging import merge_tokens  # noqa: F401
 from .unet_hooks import SubjectPasses  # noqa: F401

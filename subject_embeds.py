@@ -1,28 +1,44 @@
 """Subjects, encoded: what `encode_subject` returns and the pipelines' `subject` argument takes."""
 
 import json
+import numbers
 import os
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from . import token_merging
+from . import file_utils, image_processing_ssr, subject_file, token_merging
 
 
-FORMAT = "ssr-subject-1"
-TENSORS = ("embeds", "negative_embeds", "region", "counts", "negative_counts")
+# Far beyond any use; what is larger makes NaN in half precision.
+MAX_SCALE = 100
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Subject:
-    """One subject of a [`SubjectEmbeds`]: its tokens and those of nothing, each `(1, num_tokens, cross_attention_dim)`, the
-    query that selected it, its scale (`None`: the call's), where in the output it may appear, `(height, width)` from 0
-    to 1 (`None`: anywhere), and how many tokens each of its own stands for, `(1, num_tokens)` (`None`: itself)."""
+    r"""
+    One subject of a [`SubjectEmbeds`].
+
+    Args:
+        embeds (`torch.Tensor` of shape `(1, num_tokens, cross_attention_dim)`):
+            Its tokens.
+        negative_embeds (`torch.Tensor` of shape `(1, num_tokens, cross_attention_dim)`):
+            Those of the unconditional branch.
+        query (`str`, defaults to `""`):
+            The text that selected it.
+        scale (`float`, *optional*):
+            How strongly it is drawn; the call's scale if there is none.
+        region (`torch.Tensor` of shape `(height, width)` or `(frames, height, width)`, *optional*):
+            Where in the output it may appear, float32 from 0 to 1, one for all frames or one for each; anywhere if there is
+            none.
+        counts (`torch.Tensor` of shape `(1, num_tokens)`, *optional*):
+            How many tokens each of `embeds` stands for, float32; one each if there is none.
+        negative_counts (`torch.Tensor` of shape `(1, num_tokens)`, *optional*):
+            The same for `negative_embeds`.
+    """
 
     embeds: torch.Tensor
     negative_embeds: torch.Tensor
@@ -32,8 +48,16 @@ class Subject:
     counts: torch.Tensor | None = None
     negative_counts: torch.Tensor | None = None
 
+    def __repr__(self) -> str:
+        query = self.query if len(self.query) <= 40 else self.query[:37] + "..."
+        parts = [repr(query), *([] if self.scale is None else [f"scale {self.scale:g}"])]
+        parts.append(f"{self.embeds.shape[1]} tokens")
+        if self.region is not None:
+            parts.append("region " + " x ".join(map(str, self.region.shape)))
+        return f"Subject({', '.join(parts)})"
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class SubjectEmbeds:
     r"""
     One or several subjects that were picked out of pictures, ready to be drawn any number of times without encoding them
@@ -62,7 +86,7 @@ class SubjectEmbeds:
         The same, more or less strongly drawn.
 
         Args:
-            scale (`float`):
+            scale (`float`, or any other real number, such as `np.float32` or a tensor with one):
                 0 leaves it out, 0.5 to 0.8 is usual, 1 draws it as strongly as the prompt. Of several subjects, each
                 gets it.
 
@@ -70,7 +94,7 @@ class SubjectEmbeds:
             [`SubjectEmbeds`] with that scale.
 
         Raises:
-            `ValueError`: if `scale` is not a number.
+            `ValueError`: if `scale` is not a number from -100 to 100.
 
         Example:
 
@@ -81,20 +105,22 @@ class SubjectEmbeds:
         scale = check_scale("scale", scale)
         return replace(self, subjects=tuple(replace(subject, scale=scale) for subject in self.subjects))
 
-    def inside(self, region) -> "SubjectEmbeds":
+    def inside(self, region: Any) -> "SubjectEmbeds":
         r"""
         The same, kept to a part of the output.
 
         Args:
-            region (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor` of shape `(height, width)`):
+            region (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor` of shape `(height, width)`, or `list`):
                 White, or 1, where in the drawn picture the subject may appear, of the picture's proportions. Elsewhere
-                the prompt alone decides.
+                the prompt alone decides. For a video, one mask for each frame: `(frames, height, width)`, or a list of
+                masks of one size; the subject is absent from frames whose mask is empty. See
+                [`~image_processing_ssr.mask_values`] for what a mask may be.
 
         Returns:
             [`SubjectEmbeds`] with that region.
 
         Raises:
-            `ValueError`: if `region` is not a mask.
+            `ValueError`: if `region` is not a mask, marks nothing, or has more than 33 million values.
 
         Example:
 
@@ -104,17 +130,8 @@ class SubjectEmbeds:
         >>> image = pipe("a cat and a dog", subject=cat.inside(left) + dog.inside(1 - left)).images[0]
         ```
         """
-        if isinstance(region, Image.Image):
-            region = np.asarray(region.convert("L")) / 255.0
-        region = torch.as_tensor(region) if isinstance(region, (np.ndarray, torch.Tensor)) else region
-        if not isinstance(region, torch.Tensor) or region.ndim != 2:
-            shape = getattr(region, "shape", type(region).__name__)
-            raise ValueError(f"`region` has to be a mask of shape (height, width), but is {shape}.")
-        region = region.detach().float().cpu()
-        region = region / 255 if region.max() > 1 else region
-        if not torch.isfinite(region).all() or region.min() < 0 or not (region > 0.5).any():
-            raise ValueError("`region` has to hold values from 0 to 1 and to mark some place, but does not.")
-        return replace(self, subjects=tuple(replace(subject, region=region) for subject in self.subjects))
+        values = torch.from_numpy(_region_values(region))
+        return replace(self, subjects=tuple(replace(subject, region=values) for subject in self.subjects))
 
     def compact(self, num_tokens: int) -> "SubjectEmbeds":
         r"""
@@ -138,9 +155,16 @@ class SubjectEmbeds:
         >>> image = pipe("a cat in a spacesuit", subject=cat.compact(48)).images[0]
         ```
         """
-        if not isinstance(num_tokens, int) or isinstance(num_tokens, bool) or num_tokens < 1:
-            raise ValueError(f"`num_tokens` has to be a positive whole number, but is {num_tokens!r}.")
-        return replace(self, subjects=tuple(_compact(subject, num_tokens) for subject in self.subjects))
+        count = check_count("num_tokens", num_tokens)
+        return replace(self, subjects=tuple(_compact(subject, count) for subject in self.subjects))
+
+    def __repr__(self) -> str:
+        most = 4
+        subjects = [repr(subject) for subject in self.subjects[:most]]
+        if len(self.subjects) > most:
+            subjects.append(f"... {len(self.subjects) - most} more")
+        where = {f"{subject.embeds.dtype}, {subject.embeds.device}" for subject in self.subjects}
+        return f"SubjectEmbeds([{', '.join(subjects)}], {', '.join(sorted(where))})".replace("torch.", "")
 
     def __add__(self, other: "SubjectEmbeds") -> "SubjectEmbeds":
         """All subjects of both, in one picture (appendix of the paper on several subjects)."""
@@ -153,11 +177,15 @@ class SubjectEmbeds:
 
     def save(self, path: str | os.PathLike) -> None:
         r"""
-        Write everything to one safetensors file, with the queries and scales in its metadata.
+        Write everything to one safetensors file, with the queries and scales in its metadata. The file is there whole or
+        not at all, also when the disk fills up or several threads save to one path.
 
         Args:
             path (`str` or `os.PathLike`):
                 The file, usually ending in ".safetensors".
+
+        Raises:
+            `ValueError`: if there are more than 64 subjects, or more than 268 MB of them (regions of many frames).
 
         Example:
 
@@ -167,19 +195,26 @@ class SubjectEmbeds:
         """
         tensors = {} if self.fingerprint is None else {"fingerprint": self.fingerprint}
         for index, subject in enumerate(self.subjects):
-            for name in TENSORS:
+            for name in subject_file.TENSORS:
                 tensor = getattr(subject, name)
                 if tensor is not None:
-                    tensors[f"{index}.{name}"] = tensor.detach().cpu().contiguous()
+                    # a copy: subjects may share a region, and safetensors refuses tensors that share memory
+                    tensors[f"{index}.{name}"] = tensor.detach().cpu().contiguous().clone()
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if len(self.subjects) > subject_file.MAX_SUBJECTS or size > subject_file.MAX_BYTES:
+            raise ValueError(
+                f"A file holds at most {subject_file.MAX_SUBJECTS} subjects and {subject_file.MAX_BYTES:,} bytes, but these are"
+                f" {len(self.subjects)} and {size:,}: make their regions smaller, or save them one by one."
+            )
         subjects = [{"query": subject.query, "scale": subject.scale} for subject in self.subjects]
-        partial = Path(f"{os.fspath(path)}.part")
-        save_file(tensors, partial, metadata={"format": FORMAT, "subjects": json.dumps(subjects)})
-        partial.replace(path)
+        with file_utils.atomic_file(path) as partial:
+            save_file(tensors, partial, metadata={"format": subject_file.FORMAT, "subjects": json.dumps(subjects)})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "SubjectEmbeds":
         r"""
-        Read what `save` has written.
+        Read what `save` has written. A file from anybody may be given: everything in it is checked, its sizes before they
+        take memory.
 
         Args:
             path (`str` or `os.PathLike`):
@@ -189,7 +224,8 @@ class SubjectEmbeds:
             [`SubjectEmbeds`] on the CPU; pipelines move it where they run.
 
         Raises:
-            `ValueError`: if the file is cut off or holds no subject.
+            `FileNotFoundError`: if there is no such file.
+            `ValueError`: if the file is cut off, holds no subject, or holds anything that a subject cannot have.
 
         Example:
 
@@ -197,26 +233,40 @@ class SubjectEmbeds:
         >>> image = pipe("a cat on the beach", subject=SubjectEmbeds.load("cat.safetensors")).images[0]
         ```
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except SafetensorError as error:
-            raise ValueError(f"`path`: {path} is cut off or no safetensors file ({error}).") from error
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"`path`: {path} holds no subject; `SubjectEmbeds.save` writes such files.")
+        described, tensors = subject_file.read_subject_file(path, check_scale)
         subjects = tuple(
-            Subject(**{name: tensors.get(f"{index}.{name}") for name in TENSORS}, **described)
-            for index, described in enumerate(json.loads(metadata["subjects"]))
+            Subject(
+                embeds=tensors[f"{index}.embeds"],
+                negative_embeds=tensors[f"{index}.negative_embeds"],
+                region=tensors.get(f"{index}.region"),
+                counts=tensors.get(f"{index}.counts"),
+                negative_counts=tensors.get(f"{index}.negative_counts"),
+                **given,
+            )
+            for index, given in enumerate(described)
         )
-        for index, subject in enumerate(subjects):
-            of_tokens = (subject.embeds, subject.negative_embeds, subject.counts, subject.negative_counts)
-            lengths = {tensor.shape[1] for tensor in of_tokens if tensor is not None}
-            if subject.embeds is None or subject.negative_embeds is None or len(lengths) != 1:
-                raise ValueError(
-                    f"`path`: {path} lacks tokens of its subject {index}, or holds other counts than tokens."
-                )
         return cls(subjects, tensors.get("fingerprint"))
+
+
+def _region_values(region: Any) -> np.ndarray:
+    """`(height, width)`, or `(frames, height, width)` of more than one frame, from 0 to 1."""
+    if isinstance(region, (list, tuple)):
+        frames = [
+            image_processing_ssr.mask_values(frame, f"region[{index}]", subject_file.MAX_REGION_VALUES)
+            for index, frame in enumerate(region)
+        ]
+        shapes = {frame.shape for frame in frames}
+        if len(shapes) != 1 or frames[0].ndim != 2 or len(frames) * frames[0].size > subject_file.MAX_REGION_VALUES:
+            raise ValueError(
+                f"`region` as a list has to hold masks of one size, one for each frame, of at most"
+                f" {subject_file.MAX_REGION_VALUES:,} pixels in all, but holds {len(frames)} of {sorted(shapes)}."
+            )
+        values = np.stack(frames) if len(frames) > 1 else frames[0]
+    else:
+        values = image_processing_ssr.mask_values(region, "region", subject_file.MAX_REGION_VALUES)
+    if not (values > 0.5).any():
+        raise ValueError("`region` is empty: it has to mark some place, in one frame at least.")
+    return values
 
 
 def _compact(subject: Subject, num_tokens: int) -> Subject:
@@ -226,8 +276,9 @@ def _compact(subject: Subject, num_tokens: int) -> Subject:
     negative_embeds, negative_counts = token_merging.merge_tokens(
         subject.negative_embeds, subject.negative_counts, num_tokens
     )
-    merged = {"embeds": embeds, "negative_embeds": negative_embeds, "counts": counts}
-    return replace(subject, **merged, negative_counts=negative_counts)
+    return replace(
+        subject, embeds=embeds, negative_embeds=negative_embeds, counts=counts, negative_counts=negative_counts
+    )
 
 
 def is_subject_embeds(value) -> bool:
@@ -246,9 +297,39 @@ def same_fingerprint(first: torch.Tensor | None, second: torch.Tensor | None) ->
     return bool(((first - second).norm(dim=-1) <= 0.05 * second.norm(dim=-1)).all())
 
 
-def check_scale(name: str, scale) -> float:
-    """`scale` as a float; a `ValueError` that names the argument `name` if it is not a finite number."""
-    number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
-    if not number or not abs(scale) < float("inf"):
+def check_scale(name: str, scale: Any) -> float:
+    r"""
+    The one check of all numbers that calls take.
+
+    Args:
+        name (`str`):
+            What errors call it.
+        scale (`float`, or any other real number):
+            Numbers of Python and numpy, and arrays and tensors without dimensions.
+
+    Returns:
+        `float`.
+
+    Raises:
+        `ValueError`: if it is not a number from -100 to 100.
+    """
+    number = _number(scale)
+    # NaN fails the comparison
+    if number is None or not abs(number) <= MAX_SCALE:
         raise ValueError(f"`{name}` has to be a number, usually from 0 to 1, but is {scale!r}.")
-    return float(scale)
+    return float(number)
+
+
+def check_count(name: str, count: Any) -> int:
+    """The same for a positive whole number, as an `int`."""
+    number = _number(count)
+    if not isinstance(number, numbers.Integral) or number < 1:
+        raise ValueError(f"`{name}` has to be a positive whole number, but is {count!r}.")
+    return int(number)
+
+
+def _number(value: Any) -> Any:
+    """A number of Python's own kinds, or `None` if `value` is none. Truth values are no numbers here."""
+    if getattr(value, "ndim", None) == 0 and not getattr(value, "is_meta", False):
+        value = value.item()
+    return value if isinstance(value, numbers.Real) and not isinstance(value, bool) else None

@@ -138,7 +138,7 @@ class SubjectRequest:
             regions,
             None if counts is None else counts[::num_keyframes].to(device),
             frames,
-            _places_between(self.rows[0].frames, frames).to(device) if self._moves else None,
+            torch.from_numpy(_places_between(self.rows[0].frames, frames)).to(device) if self._moves else None,
         )
 
     def _embeds(self, entries: list, device: torch.device) -> tuple[torch.Tensor, list[list[int]]]:
@@ -190,10 +190,9 @@ def check_frames(row: SubjectRow, frames: int) -> None:
                 raise ValueError(f"`subject` has a region of {masks} masks, one for each frame, but {what}.")
 
 
-def _places_between(keyframes: tuple[int, ...], frames: int) -> torch.Tensor:
+def _places_between(keyframes: tuple[int, ...], frames: int) -> np.ndarray:
     """For each frame its place between the keyframes: 1.25 is a quarter of the way from the second to the third."""
-    places = np.interp(range(frames), keyframes, range(len(keyframes)))
-    return torch.tensor(places, dtype=torch.float32, device="cpu")
+    return np.interp(range(frames), keyframes, range(len(keyframes))).astype(np.float32)
 
 
 def _token_subject(lengths: list[list[int]], longest: int) -> torch.Tensor:
@@ -225,13 +224,13 @@ def _region_of_frames(regions: list[torch.Tensor | None], keyframes: tuple[int, 
     """The regions of one subject at its keyframes as one, `(1 or num_frames, height, width)`: each frame has the region of
     the nearest keyframe."""
     given = [region if region is None or region.ndim == 3 else region[None] for region in regions]
-    if all(region is given[0] or region is not None and torch.equal(region, given[0]) for region in given):
+    if all(region is regions[0] for region in regions):
         return given[0]
     size = next(region for region in given if region is not None).shape[-2:]
     masks = []
     for frame, place in enumerate(_places_between(keyframes, frames)):
         region = given[int(place + 0.5)]
-        region = torch.ones(1, *size, device="cpu") if region is None else region
+        region = torch.ones(1, *size, device="cpu", dtype=torch.float32) if region is None else region
         mask = region[min(frame, len(region) - 1)]
         masks.append(F.interpolate(mask[None, None], size, mode="nearest")[0, 0])
     return torch.stack(masks)
@@ -242,7 +241,7 @@ def _counts(entries: list, longest: int) -> torch.Tensor | None:
     given = [each.subjects for _, _, each in entries if each is not None]
     if all(subject.counts is None for subjects in given for subject in subjects):
         return None
-    stacked = torch.ones(len(entries), longest, device="cpu")
+    stacked = torch.ones(len(entries), longest, device="cpu", dtype=torch.float32)
     for counts, (positive, _, subjects) in zip(stacked, entries, strict=True):
         start = 0
         for subject in subjects.subjects if subjects is not None else ():

@@ -23,10 +23,12 @@ def merge_tokens(
         `tuple[torch.Tensor, torch.Tensor]`: tokens `(1, num_tokens, width)` and counts `(1, num_tokens)`.
     """
     tokens = embeds[0].detach().double().cpu()
-    weights = torch.ones(len(tokens), dtype=torch.float64) if counts is None else counts[0].double().cpu()
+    weights = (
+        torch.ones(len(tokens), dtype=torch.float64, device="cpu") if counts is None else counts[0].double().cpu()
+    )
     cost = _cost(tokens, weights, tokens, weights)
     cost.fill_diagonal_(torch.inf)
-    alive = torch.ones(len(tokens), dtype=torch.bool)
+    alive = torch.ones(len(tokens), dtype=torch.bool, device="cpu")
     for _ in range(len(tokens) - num_tokens):
         first, second = divmod(int(cost.argmin()), len(tokens))
         total = weights[first] + weights[second]
@@ -40,7 +42,9 @@ def merge_tokens(
     return tokens[alive][None].to(embeds), weights[alive][None].to(embeds.device, torch.float32)
 
 
-def _cost(first: torch.Tensor, first_weights, second: torch.Tensor, second_weights) -> torch.Tensor:
+def _cost(
+    first: torch.Tensor, first_weights: torch.Tensor, second: torch.Tensor, second_weights: torch.Tensor
+) -> torch.Tensor:
     """Ward's criterion for each pair."""
     shared = first_weights[:, None] * second_weights / (first_weights[:, None] + second_weights)
     return shared * torch.cdist(first, second).square()

@@ -1,7 +1,11 @@
 """Animate a subject with AnimateDiff; the video is written as GIF and as MP4.
 
-The MP4 needs `pip install imageio imageio-ffmpeg`.
+    python examples/animatediff.py --query car --prompt "a car in the snow"
+
+The defaults are for the pocket checkpoint.
 """
+
+from extras import needs
 
 from diffusers import MotionAdapter
 from diffusers.utils import export_to_gif, export_to_video, load_image
@@ -10,18 +14,25 @@ from drawing import POCKET, call_arguments, load_pipeline, options, reference_op
 from PIL import Image
 
 
+with needs("demo"):
+    # what `export_to_video` writes the MP4 with
+    import imageio  # noqa: F401
+    import imageio_ffmpeg  # noqa: F401
+
+
 def main():
     parser = options(__doc__)
     reference_options(parser)
-    parser.add_argument("--motion_adapter", default=str(POCKET / "motion_adapter"))
-    parser.add_argument("--num_frames", type=int, default=8)
-    parser.add_argument("--fps", type=int, default=8)
+    parser.add_argument("--motion_adapter", default=str(POCKET / "motion_adapter"), help="folder or repository")
+    parser.add_argument("--num_frames", type=int, default=8, help="of the video")
+    parser.add_argument("--fps", type=int, default=8, help="frames a second")
     args = parser.parse_args()
 
     pipe = load_pipeline(args.checkpoint)
     adapter = MotionAdapter.from_pretrained(args.motion_adapter, dtype=pipe.unet.dtype)
-    # the UNet with motion modules is a new one
+    # the UNet with motion modules is a new one, on the CPU
     pipe = AnimateDiffSSRPipeline.from_pipe(pipe, motion_adapter=adapter).to(pipe.device)
+    pipe.set_progress_bar_config(desc="steps")
     frames = pipe(
         args.prompt,
         subject_image=load_image(args.reference),

@@ -1,19 +1,29 @@
-"""Show where each query looks in its picture: the picture, a heat map for each query and one for each of its tokens."""
+"""Show where each query looks in its picture: the picture, a heat map for each query and one for each of its tokens.
+
+    python examples/attention_map.py --image photo.jpg --queries cat "the dog on the left"
+
+Without options, these are the references of the pocket checkpoint with their queries.
+"""
 
 import argparse
-import json
 from pathlib import Path
 
+import extras  # noqa: F401  (says so if the project is not installed)
+
+from command_line import HelpFormatter
 from drawing import POCKET, load_pipeline, write_contact_sheet
 from PIL import Image
+from text_files import read_json
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--checkpoint", default=str(POCKET), help="base model and SSR-Encoder")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument(
+        "--checkpoint", default=str(POCKET), help="folder or repository with base model and SSR-Encoder"
+    )
     parser.add_argument("--image", type=Path, help="a picture; without it, the pocket's references and their queries")
     parser.add_argument("--queries", nargs="+", help="what to look for in it")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs"))
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help="where the picture is written")
     args = parser.parse_args()
     if (args.image is None) != (args.queries is None):
         parser.error("--image and --queries go together")
@@ -22,9 +32,7 @@ def main():
     references = {args.image: args.queries}
     if args.image is None:
         folder = POCKET / "references"
-        references = {
-            folder / name: queries for name, queries in json.loads((folder / "queries.json").read_text()).items()
-        }
+        references = {folder / name: queries for name, queries in read_json(folder / "queries.json").items()}
     rows = []
     for file, queries in references.items():
         picture = Image.open(file)

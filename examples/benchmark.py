@@ -1,6 +1,9 @@
 """What a subject costs a step: the stock pipeline, this one (with all tokens, and with a few), the released recipe and an
 IP-Adapter-Plus, taking turns.
 
+    python examples/benchmark.py --count_only
+    python examples/benchmark.py --dtype float16
+
 FLOPs are counted with PyTorch's FlopCounterMode on the meta device, one sample and step, so they do not depend on the
 machine. Seconds do: only their ratios within one run say something. Weights are random, except for the pocket's.
 """
@@ -14,8 +17,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from extras import needs
+
 import torch
 import torch.nn.functional as F
+from command_line import HelpFormatter
 from diffusers import (
     AnimateDiffPipeline,
     AutoencoderKL,
@@ -94,9 +100,7 @@ def sd15_pipeline() -> StableDiffusionSSRPipeline:
 
 
 def pocket_pipeline() -> StableDiffusionSSRPipeline:
-    pipe = StableDiffusionSSRPipeline.from_pretrained(POCKET, dtype=torch.float32)
-    pipe.load_ssr(POCKET)
-    return pipe
+    return StableDiffusionSSRPipeline.from_pretrained(POCKET, trust_remote_code=True)
 
 
 def motion_adapter(unet: UNet2DConditionModel) -> MotionAdapter:
@@ -363,7 +367,8 @@ def profile_draws(draws: dict[str, Callable]) -> str:
 
 def plot(pipe, size: int, file: Path) -> None:
     """FLOPs above stock against the number of subjects, and of frames."""
-    import matplotlib.pyplot as plt
+    with needs("train"):
+        import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     for axis, (what, numbers) in zip(axes, (("subjects", (1, 2, 3, 4)), ("frames", (1, 4, 8, 16))), strict=True):
@@ -407,16 +412,28 @@ def report(results: dict, args: argparse.Namespace) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--preset", choices=("sd15", "pocket"), default="sd15")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument(
+        "--preset",
+        choices=("sd15", "pocket"),
+        default="sd15",
+        help="Stable Diffusion 1.5's sizes with random weights, or the pocket checkpoint",
+    )
     parser.add_argument("--size", type=int, default=512, help="of the picture, in pixels")
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=4, help="that are timed in each turn")
     parser.add_argument("--batch_size", type=int, default=1, help="prompts in a call, each with subjects of its own")
     parser.add_argument("--subjects", type=int, default=1, help="in each picture")
     parser.add_argument("--frames", type=int, default=0, help="of a video, through AnimateDiff; 0 draws pictures")
     parser.add_argument("--rounds", type=int, default=3, help="how often the methods take turns")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), help="what to compare with the stock pipeline"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float32",
+        help="precision; float16 is usual on a GPU",
+    )
     parser.add_argument("--count_only", action="store_true", help="FLOPs alone, which takes seconds")
     parser.add_argument("--profile", action="store_true", help="also print where one step's time goes")
     parser.add_argument("--json", type=Path, help="write the results there, too")

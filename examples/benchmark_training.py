@@ -1,5 +1,7 @@
 """Samples a second of train_ssr.py against the released recipe, taking turns in one run.
 
+    python examples/benchmark_training.py --preset pocket --size 64 --steps 15
+
 The released recipe computes VAE, vision and text features anew at every step and runs under autograd's anomaly mode; both
 compute the same loss on the same samples. With --preset sd15 the weights are random, at full size.
 """
@@ -10,24 +12,35 @@ import tempfile
 import time
 from pathlib import Path
 
+from extras import needs
+
 import numpy as np
 import torch
 from benchmark import pocket_pipeline, sd15_pipeline
+from command_line import HelpFormatter
 from diffusers import DDPMScheduler
 from diffusers_ssr import SSREncoder
 from diffusers_ssr.image_processing_ssr import preprocess
 from diffusers_ssr.unet_hooks import subject_in_unet
 from PIL import Image
 from tqdm.auto import tqdm
-from train_ssr import FrozenFeatures, SubjectEncoding, compute_loss, draw
-from training_data import FeatureCache
+
+
+with needs("train"):
+    from train_ssr import FrozenFeatures, SubjectEncoding, compute_loss, draw
+    from training_data import FeatureCache
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--preset", choices=("sd15", "pocket"), default="sd15")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument(
+        "--preset",
+        choices=("sd15", "pocket"),
+        default="sd15",
+        help="Stable Diffusion 1.5's sizes with random weights, or the pocket checkpoint",
+    )
     parser.add_argument("--size", type=int, default=512, help="of the pictures, in pixels")
-    parser.add_argument("--train_batch_size", type=int, default=2)
+    parser.add_argument("--train_batch_size", type=int, default=2, help="samples in a step")
     parser.add_argument("--steps", type=int, default=3, help="in each turn")
     parser.add_argument("--rounds", type=int, default=3, help="how often the two take turns")
     args = parser.parse_args()

@@ -1,15 +1,25 @@
 """Draw a subject along the lines of a photo: controlnet-aux finds them, a ControlNet follows them.
 
-Needs `pip install controlnet-aux`. Both detectors work without a download. Without --photo it is the portrait that comes with
-scikit-image, by NASA.
+    python examples/controlnet.py --query cat --prompt "a cat on the beach" --photo photo.jpg
+
+Both detectors work without a download. Without --photo, the base model draws a picture of the query, and its lines are used.
 """
 
-from controlnet_aux import CannyDetector, LineartStandardDetector
+import warnings
+
+from extras import needs
+
 from diffusers import ControlNetModel
 from diffusers.utils import load_image
 from diffusers_ssr import StableDiffusionSSRControlNetPipeline
 from drawing import POCKET, call_arguments, load_pipeline, options, reference_options, write_contact_sheet
 from PIL import Image, ImageOps
+
+
+with needs("demo"), warnings.catch_warnings():
+    # about packages that other detectors need
+    warnings.simplefilter("ignore")
+    from controlnet_aux import CannyDetector, LineartStandardDetector
 
 
 def canny(photo: Image.Image) -> Image.Image:
@@ -26,33 +36,27 @@ def lineart(photo: Image.Image) -> Image.Image:
 DETECTORS = {"canny": canny, "lineart": lineart}
 
 
-def load_photo(address: str | None) -> Image.Image:
-    if address is not None:
-        return load_image(address)
-    from skimage.data import astronaut  # comes with controlnet-aux
-
-    return Image.fromarray(astronaut()).crop((90, 0, 360, 270))
-
-
 def main():
     parser = options(__doc__)
     reference_options(parser)
-    parser.set_defaults(
-        reference=str(POCKET / "references" / "6_guitar_woman_cat.png"), query="woman", prompt="a woman on the beach"
-    )
-    parser.add_argument("--controlnet", default=str(POCKET / "controlnet"))
-    parser.add_argument("--photo", help="a file or address: its lines are followed")
-    parser.add_argument("--detector", choices=DETECTORS, default="canny")
-    parser.add_argument("--controlnet_conditioning_scale", type=float, default=1.0)
-    parser.add_argument("--num_images", type=int, default=3)
+    parser.set_defaults(prompt="a cat on the beach", seed=3)
+    parser.add_argument("--controlnet", default=str(POCKET / "controlnet"), help="folder or repository")
+    parser.add_argument("--photo", help="file or URL: its lines are followed")
+    parser.add_argument("--detector", choices=DETECTORS, default="canny", help="how lines are found")
+    parser.add_argument("--controlnet_conditioning_scale", type=float, default=1.0, help="how strongly the lines act")
+    parser.add_argument("--num_images", type=int, default=3, help="pictures to draw")
     args = parser.parse_args()
 
     pipe = load_pipeline(args.checkpoint)
+    if args.photo is None:
+        photo = pipe(f"a {args.query}", **call_arguments(args)).images[0]
+    else:
+        photo = load_image(args.photo)
     controlnet = ControlNetModel.from_pretrained(args.controlnet, dtype=pipe.unet.dtype).to(pipe.device)
     pipe = StableDiffusionSSRControlNetPipeline.from_pipe(pipe, controlnet=controlnet)
-    pipe.set_progress_bar_config(disable=True)
+    pipe.set_progress_bar_config(desc="steps")
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    photo = ImageOps.fit(load_photo(args.photo).convert("RGB"), (side, side), Image.Resampling.LANCZOS)
+    photo = ImageOps.fit(photo, (side, side), Image.Resampling.LANCZOS)
     lines = DETECTORS[args.detector](photo)
     reference = load_image(args.reference)
     images = pipe(

@@ -1,14 +1,21 @@
-"""Turn the two files that the authors of SSR-Encoder released into a folder that `load_ssr` and publish.py take."""
+"""Turn the two files that the authors of SSR-Encoder released into a folder that `load_ssr` and publish.py take.
+
+    python examples/convert_released_checkpoint.py --aligner pytorch_model.bin --layers pytorch_model_1.bin \\
+        --output_dir ssr
+"""
 
 import argparse
 from pathlib import Path
 
+import extras  # noqa: F401  (says so if the project is not installed)
+
+from command_line import HelpFormatter
 from diffusers_ssr import SSREncoder
 from transformers import CLIPImageProcessor, CLIPVisionModel
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--aligner", type=Path, required=True, help="pytorch_model.bin: aligner and subject encoder")
     parser.add_argument(
         "--layers", type=Path, required=True, help="pytorch_model_1.bin: the UNet layers' keys and values"
@@ -16,7 +23,7 @@ def main():
     parser.add_argument(
         "--image_encoder", default="openai/clip-vit-large-patch14", help="the vision encoder they go with"
     )
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--output_dir", type=Path, required=True, help="the folder to write")
     args = parser.parse_args()
     encoder = SSREncoder.from_released(args.aligner, args.layers)
     image_encoder = CLIPVisionModel.from_pretrained(args.image_encoder)

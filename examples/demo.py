@@ -1,19 +1,24 @@
 """Draw each subject of a few reference pictures on its own, with the embedded pocket checkpoint.
 
 Every reference holds two or three things, and none of these very things was seen in training. A contact sheet shows the
-reference, each query and what was drawn for it; then the same subjects in another checkpoint's look, along the edges of a
-ControlNet, and in a video, whose GIF lies beside the sheet.
+reference, each query and what was drawn for it; then subjects of two references together, subjects chosen by a mask, and the
+first ones in another checkpoint's look, along the edges of a ControlNet, and in a video, whose GIF is written beside the sheet.
+
+    python examples/demo.py
 """
 
 import argparse
-import json
 from pathlib import Path
 
+from extras import is_installed
+
+import numpy as np
 from diffusers import ControlNetModel, DiffusionPipeline, MotionAdapter, UNet2DConditionModel
 from diffusers.utils import export_to_gif
 from diffusers_ssr import AnimateDiffSSRPipeline, StableDiffusionSSRControlNetPipeline
 from drawing import POCKET, call_arguments, load_pipeline, options, write_contact_sheet
 from PIL import Image
+from text_files import read_json
 from tqdm.auto import tqdm
 
 
@@ -50,10 +55,38 @@ def first_subjects(pipe: DiffusionPipeline, args: argparse.Namespace, count: int
     return found
 
 
+def draw_together(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> Row:
+    """The first subjects of two references in one picture, each kept to its half."""
+    row = []
+    subjects = first_subjects(pipe, args, len(args.queries))
+    for (first, one, left), (second, other, right) in zip(subjects[::2], subjects[1::2], strict=False):
+        half = np.zeros((64, 64))
+        half[:, :32] = 1
+        subject = left.inside(half) + right.inside(1 - half)
+        prompt = f"{named(one)} and {named(other)} {args.places[-1]}"
+        image = pipe(prompt, subject=subject, **call_arguments(args)).images[0]
+        row += [(f'"{one}"', first), (f'"{other}"', second), ("together", image)]
+        bar.update()
+    return row
+
+
+def draw_masked(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> Row:
+    """Subjects that a mask marks in their reference, without any query."""
+    row = []
+    for file in sorted((Path(args.checkpoint) / "masks").glob("*.png")):
+        reference, mask = Image.open(args.references / file.name), Image.open(file)
+        subject = pipe.encode_subject(reference, mask=mask, mask_weight=3.0).scaled(args.scale)
+        image = pipe(f"a thing {args.places[-1]}", subject=subject, **call_arguments(args)).images[0]
+        row += [("reference", reference), ("mask", mask.convert("RGB")), ("drawn by mask", image)]
+        bar.update()
+    return row
+
+
 def draw_look(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> Row:
     """The first subjects, drawn by another checkpoint: a UNet of the same layout with a look of its own."""
     unet = UNet2DConditionModel.from_pretrained(args.checkpoint, subfolder="unet", dtype=pipe.unet.dtype)
     pipe = type(pipe).from_pipe(pipe, unet=unet.to(pipe.device))
+    pipe.set_progress_bar_config(disable=True)
     pipe.load_lora_weights(f"{args.checkpoint}/look")
     pipe.fuse_lora()
     row = []
@@ -68,6 +101,7 @@ def draw_along_edges(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqd
     """The first subjects where the edges of another picture want them."""
     controlnet = ControlNetModel.from_pretrained(args.checkpoint, subfolder="controlnet", dtype=pipe.unet.dtype)
     pipe = StableDiffusionSSRControlNetPipeline.from_pipe(pipe, controlnet=controlnet.to(pipe.device))
+    pipe.set_progress_bar_config(disable=True)
     row = []
     for reference, query, subject in first_subjects(pipe, args, 2):
         file = Path(args.checkpoint) / "controls" / f"{query}.png"
@@ -84,8 +118,9 @@ def draw_along_edges(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqd
 def draw_video(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> Row:
     """The first subject in motion: a few frames for the sheet, all of them as a GIF."""
     adapter = MotionAdapter.from_pretrained(args.checkpoint, subfolder="motion_adapter", dtype=pipe.unet.dtype)
-    # the UNet with motion modules is a new one
+    # the UNet with motion modules is a new one, on the CPU
     pipe = AnimateDiffSSRPipeline.from_pipe(pipe, motion_adapter=adapter).to(pipe.device)
+    pipe.set_progress_bar_config(disable=True)
     ((reference, query, subject),) = first_subjects(pipe, args, 1)
     frames = pipe(
         f"{named(query)} {args.places[0]}", subject=subject, num_frames=8, **call_arguments(args)
@@ -97,7 +132,11 @@ def draw_video(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> 
     return [("reference", reference), *((f"frame {i + 1} of 8", frames[i]) for i in range(0, 8, 2))]
 
 
-CHAINS = {"look": draw_look, "controlnet": draw_along_edges, "motion_adapter": draw_video}
+# What each further row needs of a checkpoint, since another may come alone
+CHAINS = {
+    "unet": draw_together, "masks": draw_masked, "look": draw_look, "controlnet": draw_along_edges,
+    "motion_adapter": draw_video,
+}  # fmt: skip
 
 
 def main():
@@ -105,13 +144,15 @@ def main():
     parser.add_argument("--references", type=Path, default=POCKET / "references", help="pictures and queries.json")
     parser.add_argument("--places", nargs="+", default=["in the snow", "on the beach"], help="where to draw them")
     args = parser.parse_args()
-    args.queries = json.loads((args.references / "queries.json").read_text())
+    args.queries = read_json(args.references / "queries.json")
     pipe = load_pipeline(args.checkpoint)
-    with tqdm(total=sum(map(len, args.queries.values())) + 3 + 2 + 1, desc="subjects") as bar:
+    chains = {part: draw for part, draw in CHAINS.items() if (Path(args.checkpoint) / part).is_dir()}
+    if "look" in chains and not is_installed("peft"):
+        print('The row with another look is left out: it needs peft, which pip install -e ".[demo]" brings.')
+        del chains["look"]
+    with tqdm(total=sum(map(len, args.queries.values())) + 3 + 2 + 3 + 2 + 1, desc="subjects") as bar:
         rows = draw_subjects(pipe, args, bar)
-        for part, draw in CHAINS.items():
-            if (Path(args.checkpoint) / part).is_dir():  # another checkpoint may come alone
-                rows.append(draw(pipe, args, bar))
+        rows += [draw(pipe, args, bar) for draw in chains.values()]
     write_contact_sheet(rows, args.output_dir / "demo.png")
 
 

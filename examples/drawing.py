@@ -3,14 +3,19 @@
 import argparse
 from pathlib import Path
 
+import extras  # noqa: F401  (says so if the project is not installed)
+
+import diffusers_ssr
 import torch
+import transformers
+from command_line import HelpFormatter
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
-ROOT = Path(__file__).resolve().parent.parent
-POCKET = ROOT / "pocket"
+CODE = Path(diffusers_ssr.__file__).parent
+POCKET = Path(__file__).resolve().parent.parent / "pocket"
 ZOOM = 2
 LARGEST = 512
 GAP = 12
@@ -18,36 +23,57 @@ LABEL = 22
 
 
 def options(description: str | None) -> argparse.ArgumentParser:
-    """How to draw; the defaults are the pocket checkpoint's."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--checkpoint", default=str(POCKET), help="base model and SSR-Encoder")
-    parser.add_argument("--scale", type=float, default=1.0, help="how strongly the subject acts")
-    parser.add_argument("--num_inference_steps", type=int, default=25)
-    parser.add_argument("--guidance_scale", type=float, default=3.0)
-    parser.add_argument("--eta", type=float, default=0.9, help="DDIM's noise: it corrects errors on the way")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs"))
+    """How to draw, and where the files go."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    call_options(parser)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help="where the results are written")
     return parser
+
+
+def call_options(parser: argparse.ArgumentParser) -> None:
+    """How to draw; the defaults are the pocket checkpoint's."""
+    parser.add_argument(
+        "--checkpoint", default=str(POCKET), help="folder or repository with base model and SSR-Encoder"
+    )
+    parser.add_argument(
+        "--scale",
+        type=float,
+        default=1.0,
+        help="how strongly the subject acts; 0.5 to 0.8 is usual with real checkpoints",
+    )
+    parser.add_argument("--num_inference_steps", type=int, default=25, help="denoising steps")
+    parser.add_argument("--guidance_scale", type=float, default=3.0, help="of classifier-free guidance")
+    parser.add_argument("--eta", type=float, default=0.9, help="how much noise DDIM adds at each step, from 0 to 1")
+    parser.add_argument("--seed", type=int, default=0, help="of the initial noise")
 
 
 def reference_options(parser: argparse.ArgumentParser) -> None:
     """Which subject, and the prompt for it."""
-    parser.add_argument("--reference", default=str(POCKET / "references" / "1_cat_car.png"), help="file or address")
+    parser.add_argument("--reference", default=str(POCKET / "references" / "1_cat_car.png"), help="file or URL")
     parser.add_argument("--query", default="cat", help="which thing in the reference is meant")
-    parser.add_argument("--prompt", default="a cat in the snow")
+    parser.add_argument("--prompt", default="a cat in the snow", help="what to draw")
 
 
-def load_pipeline(checkpoint: str) -> DiffusionPipeline:
-    """The SSR pipeline of a checkpoint that holds base model and SSR-Encoder, on a GPU in half precision."""
+def hide_library_output() -> None:
+    """Keep the libraries' own progress bars and notes out of a script's output."""
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def load_pipeline(checkpoint: str, ssr: str | None = None) -> DiffusionPipeline:
+    """The SSR pipeline of a checkpoint that holds base model and SSR-Encoder, or with the SSR-Encoder of `ssr`; on a GPU in
+    half precision."""
+    hide_library_output()
     on_gpu = torch.cuda.is_available()
     pipe = DiffusionPipeline.from_pretrained(
         checkpoint,
-        custom_pipeline=str(ROOT),
+        custom_pipeline=str(CODE),
         trust_remote_code=True,
         dtype=torch.float16 if on_gpu else torch.float32,
     )
-    pipe.load_ssr(checkpoint)
+    if ssr is not None or pipe.ssr_encoder is None:
+        pipe.load_ssr(ssr or checkpoint)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to("cuda" if on_gpu else "cpu")
 

@@ -23,19 +23,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-import generate_batch
-import matplotlib
+from extras import needs
+
 import numpy as np
 import torch
-from accelerate import PartialState
+from command_line import HelpFormatter
 from PIL import Image
 from similarity import ClipFeatures, ClipVisionFeatures, DinoFeatures, mean_matching, mean_pairwise, selection
+from text_files import open_text, read_lines
 from tqdm.auto import tqdm
-from training_data import PICTURE_SUFFIXES, BadSample, open_picture
 
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+with needs("train"):
+    import generate_batch
+    import matplotlib
+    from accelerate import PartialState
+    from training_data import PICTURE_SUFFIXES, BadSample, open_picture
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
 
 
 HERE = Path(__file__).resolve().parent
@@ -68,13 +74,13 @@ def read_classes(file: Path | None) -> dict[str, str]:
     """Lines `subject,class`."""
     if file is None:
         return {}
-    with file.open(encoding="utf-8", newline="") as lines:
+    with open_text(file, "classes") as lines:
         return {row[0].strip(): row[1].strip() for row in csv.reader(lines) if len(row) == 2}
 
 
 def draw_subjects(args: argparse.Namespace) -> None:
     """Each prompt for each subject, from its first picture."""
-    templates = [line.strip() for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    templates = read_lines(args.prompts, "prompts")
     if not templates or not all("{}" in template for template in templates):
         raise ValueError(f"`prompts`: each line of {args.prompts} has to hold {{}} where the subject is named.")
     classes = read_classes(args.classes)
@@ -233,7 +239,7 @@ def write_chart(rows: list[dict], file: Path) -> None:
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--subjects_dir", type=Path, help="DreamBench's dataset folder, or one like it")
     add("--selective_dir", type=Path, help="references that hold several subjects")
@@ -250,11 +256,11 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--pretrained_model_name_or_path", help="draw the pictures first, with this base model")
     add("--ssr", help="and what load_ssr takes")
     add("--prompts", type=Path, default=HERE / "evaluation_prompts.txt", help="a line each, {} for the subject")
-    add("--images_per_prompt", type=int, default=4)
-    add("--scale", type=float, default=0.65)
-    add("--num_inference_steps", type=int, default=30)
-    add("--guidance_scale", type=float, default=5.0)
-    add("--seed", type=int, default=0)
+    add("--images_per_prompt", type=int, default=4, help="seeds for each prompt")
+    add("--scale", type=float, default=0.65, help="how strongly subjects act")
+    add("--num_inference_steps", type=int, default=30, help="denoising steps")
+    add("--guidance_scale", type=float, default=5.0, help="of classifier-free guidance")
+    add("--seed", type=int, default=0, help="of the first picture of each prompt")
     return parser.parse_args(arguments)
 
 

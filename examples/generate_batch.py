@@ -1,28 +1,41 @@
 """Draw every row of a table: which picture, which thing in it, which prompt, which seed.
 
-    accelerate launch examples/generate_batch.py --table rows.csv --output_dir drawn \
+    accelerate launch examples/generate_batch.py --table rows.csv --output_dir drawn \\
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --ssr my-ssr
 
-The table is CSV with a header, or JSON lines: `image`, `query`, `prompt`, `seed`, and if wanted `mask`, `scale` and `name`
-(of the picture to write). Pictures are looked for beside the table. The rows are divided among accelerate's processes; each is drawn on its own, so its
-picture does not depend on their number. `manifest.jsonl` says for each row which picture it became, or why it did not; run
-again, only the rows that are not done are drawn.
+The table is CSV with a header, or JSON lines: `image`, `query`, `prompt`, `seed`, and optionally `mask`, `scale` and `name`
+(of the picture to write). Paths of pictures are relative to the table. The rows are divided among accelerate's processes,
+and `--batch_size` of them are drawn together. Each has a random generator of its own, so that a row's picture depends
+neither on the number of processes nor, apart from rounding, on the batch size.
+
+`manifest.jsonl` says for each row which picture it became, or why it failed. Run the same command again to draw only the rows
+that are not done. The exit status is 1 if a row failed.
 """
 
 import argparse
-import csv
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from extras import needs
 
 import torch
-from accelerate import PartialState
-from diffusers.utils import logging
-from diffusers_ssr import StableDiffusionSSRPipeline
+from command_line import HelpFormatter
+from diffusers_ssr import StableDiffusionSSRPipeline, SubjectEmbeds
+from diffusers_ssr.file_utils import atomic_file, check_regular_file
+from diffusers_ssr.image_processing_ssr import open_image
+from drawing import hide_library_output
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from text_files import read_rows
 from tqdm.auto import tqdm
+
+
+with needs("demo"):
+    from accelerate import PartialState
 
 
 REQUIRED = ("query", "prompt", "image")
@@ -37,35 +50,53 @@ def read_table(table: Path) -> list[dict]:
     Raises:
         `ValueError`: if the file is missing, no table, or lacks a column.
     """
-    if not table.is_file():
-        raise ValueError(f"`table`: there is no file {table}.")
-    with table.open(encoding="utf-8", newline="") as file:
-        if table.suffix == ".csv":
-            rows = [{name: value for name, value in row.items() if name} for row in csv.DictReader(file)]
-        else:
-            try:
-                rows = [json.loads(line) for line in file if line.strip()]
-            except json.JSONDecodeError as error:
-                raise ValueError(f"`table` has to be .csv or JSON lines, but {table} is not: {error}.") from error
-            if not all(isinstance(row, dict) for row in rows):
-                raise ValueError(f"`table`: each line of {table} has to be a JSON object.")
+    try:
+        read = list(read_rows(table, "table"))
+    except FileNotFoundError as error:
+        raise ValueError(f"`table`: there is no file {table}.") from error
+    for number, row in read:
+        if isinstance(row, str):
+            raise ValueError(f"`table` has to be CSV or JSON lines, but line {number} of {table} is not: {row}")
+    rows = [row for _, row in read]
     if not rows:
         raise ValueError(f"`table`: {table} has no rows.")
     columns = {name for row in rows for name in row}
     missing = {"image", "prompt"} - columns
     if missing or not columns & {"query", "mask"}:
-        raise ValueError(f"`table` lacks the columns {sorted(missing or {'query'})}; it has {sorted(columns)}.")
+        raise ValueError(
+            f"`table`: {table} lacks the columns {sorted(missing or {'query'})}; it has {sorted(columns)}."
+        )
     unknown = columns - set(KNOWN)
     if unknown:
-        raise ValueError(f"`table` has the columns {sorted(unknown)}, but only {KNOWN} mean something.")
-    files = [file_of(row, index) for index, row in enumerate(rows)]
-    twice = sorted({file for file in files if files.count(file) > 1}) if len(set(files)) < len(files) else []
-    outside = [file for file in files if Path(file).is_absolute() or ".." in Path(file).parts]
-    if twice or outside:
-        raise ValueError(
-            f"`table`: `name` has to be different in each row, and inside the folder; see {twice or outside}."
-        )
+        raise ValueError(f"`table`: {table} has the columns {sorted(unknown)}, but only {KNOWN} mean something.")
     return rows
+
+
+def check_names(rows: list[dict]) -> dict[int, ValueError]:
+    """What is wrong with the names of rows, by their numbers: those rows fail, the others are drawn."""
+    faults: dict[int, ValueError] = {}
+    files: dict[str, int] = {}
+    folders: dict[str, int] = {}
+    for index, row in enumerate(rows):
+        path = PurePosixPath(file_of(row, index))
+        file, within = str(path), [str(parent) for parent in path.parents][:-1]
+        taken = [files[name] for name in (file, *within) if name in files]
+        taken += [folders[file]] if file in folders else []
+        if path.is_absolute() or ".." in path.parts or not all(map(_is_file_name, path.parts)):
+            faults[index] = ValueError(f"`name` is {row['name']!r:.80}, which cannot be a file in the output folder.")
+        elif taken:
+            faults[index] = ValueError(f"`name` is {row.get('name')!r:.80}, which is in the way of row {taken[0]}.")
+        else:
+            files[file] = index
+            folders.update((name, index) for name in within if name not in folders)
+    return faults
+
+
+def _is_file_name(name: str) -> bool:
+    try:
+        return "\0" not in name and len(name.encode()) < 256
+    except UnicodeEncodeError:  # half of a character, which JSON can hold
+        return False
 
 
 def identity(row: dict, settings: dict) -> str:
@@ -75,16 +106,24 @@ def identity(row: dict, settings: dict) -> str:
 
 def read_manifests(folder: Path) -> dict[str, dict]:
     """What is done already, by identity, from whatever number of processes; a line cut off in the writing is nothing."""
-    entries = {}
+    entries: dict[str, dict] = {}
     for file in sorted(folder.glob("manifest*.jsonl")):
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
             try:
                 entry = json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 continue
-            if entries.get(entry["id"], {}).get("status") != "done":
+            if _is_entry(entry) and entries.get(entry["id"], {}).get("status") != "done":
                 entries[entry["id"]] = entry
     return entries
+
+
+def _is_entry(entry) -> bool:
+    """Whether a line of a manifest is one of this script's, and not somebody else's."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("id"), str):
+        return False
+    said = {"done": "file", "failed": "error"}.get(str(entry.get("status")))
+    return said is not None and isinstance(entry.get(said), str)
 
 
 def is_done(entry: dict | None, folder: Path) -> bool:
@@ -92,9 +131,11 @@ def is_done(entry: dict | None, folder: Path) -> bool:
     if entry is None or entry["status"] != "done":
         return False
     try:
-        with Image.open(folder / entry["file"]) as picture:
+        check_regular_file(folder / entry["file"], "file")
+        with Image.open(folder / entry["file"], formats=["PNG"]) as picture:
             return picture.text.get("id") == entry["id"]
-    except OSError:
+    # whatever lies there, it is not the row's picture
+    except Exception:
         return False
 
 
@@ -103,64 +144,129 @@ def file_of(row: dict, index: int) -> str:
     return f"{row.get('name') or f'{index:06d}'}.png"
 
 
-def draw_row(pipe: StableDiffusionSSRPipeline, row: dict, folder: Path, args: argparse.Namespace) -> Image.Image:
+@dataclass
+class Request:
+    """What a row asks for, ready to be drawn."""
+
+    prompt: str
+    subject: SubjectEmbeds
+    seed: int
+
+
+def read_row(pipe: StableDiffusionSSRPipeline, row: dict, folder: Path, args: argparse.Namespace) -> Request:
     """
-    One picture, from a generator of its own. `folder` is where the row's pictures lie.
+    Check a row and encode its subject.
+
+    Args:
+        pipe ([`StableDiffusionSSRPipeline`]): encodes the subject.
+        row (`dict`): a row of the table.
+        folder (`Path`): what the row's paths are relative to.
+        args (`argparse.Namespace`): the options; `scale` is for rows without one.
 
     Raises:
-        `ValueError` or `OSError`: if the row is not what it should be.
+        `ValueError` or `OSError`: if a value is missing, is not what it should be, or names no picture.
     """
     for name in ("image", "prompt"):
         if not isinstance(row.get(name), str) or not row[name].strip():
             raise ValueError(f"`{name}` is missing in this row.")
     try:
-        seed, scale = int(row.get("seed") or 0), float(row.get("scale") or args.scale)
+        # an empty cell is no number, but 0 is one
+        scale = float(args.scale if row.get("scale") in (None, "") else row["scale"])
+        seed = int(row.get("seed") or 0)
     except (TypeError, ValueError):
         raise ValueError(
             f"`seed` and `scale` are {row.get('seed')!r} and {row.get('scale')!r}, not numbers."
         ) from None
-    mask = Image.open(folder / row["mask"]) if row.get("mask") else None
+    mask = open_image(folder / row["mask"], "mask") if row.get("mask") else None
+    subject = pipe.encode_subject(open_image(folder / row["image"], "image"), row.get("query") or None, mask)
+    return Request(row["prompt"], subject.scaled(scale), seed)
+
+
+def draw(pipe: StableDiffusionSSRPipeline, requests: list[Request], args: argparse.Namespace) -> list[Image.Image]:
+    """One picture for each request, all in one call, each from a generator of its own."""
     return pipe(
-        row["prompt"],
-        negative_prompt=args.negative_prompt,
-        subject_image=Image.open(folder / row["image"]),
-        subject_query=row.get("query") or None,
-        subject_mask=mask,
-        subject_scale=scale,
+        [request.prompt for request in requests],
+        negative_prompt=None if args.negative_prompt is None else [args.negative_prompt] * len(requests),
+        subject=[request.subject for request in requests],
         height=args.height,
         width=args.width,
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
         eta=args.eta,
-        generator=torch.Generator().manual_seed(seed),
-    ).images[0]
+        generator=[torch.Generator().manual_seed(request.seed) for request in requests],
+    ).images
+
+
+def draw_each(
+    pipe: StableDiffusionSSRPipeline, requests: list[Request], args: argparse.Namespace
+) -> list[Image.Image | Exception]:
+    """For each request its picture, or the error that it failed with. If they cannot be drawn together, they are drawn one
+    by one, so that one request cannot make others fail."""
+    try:
+        return draw(pipe, requests, args)
+    except Exception as error:
+        if len(requests) == 1:
+            return [error]
+    return [draw_each(pipe, [request], args)[0] for request in requests]
+
+
+def draw_rows(
+    pipe: StableDiffusionSSRPipeline, rows: list[dict | ValueError], folder: Path, args: argparse.Namespace
+) -> list[Image.Image | Exception]:
+    """For each row its picture, or the error that it failed with; a row may be an error already."""
+    results: list[Image.Image | Exception | Request] = []
+    for row in rows:
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            results.append(read_row(pipe, row, folder, args))
+        # whatever is wrong with one row, the others are drawn
+        except Exception as error:
+            results.append(error)
+    requests = [each for each in results if isinstance(each, Request)]
+    drawn = iter(draw_each(pipe, requests, args) if requests else [])
+    return [next(drawn) if isinstance(each, Request) else each for each in results]
+
+
+def save_picture(image: Image.Image, file: Path, name: str) -> None:
+    """Write the picture beside and rename it, with the row's identity `name` in it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    note = PngInfo()
+    note.add_text("id", name)
+    with atomic_file(file) as partial:
+        image.save(partial, "png", pnginfo=note)
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--table", type=Path, required=True, help=".csv or .jsonl")
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--output_dir", type=Path, required=True, help="where the pictures are written")
     parser.add_argument("--pretrained_model_name_or_path", required=True, help="the base model")
     parser.add_argument("--ssr", required=True, help="what load_ssr takes")
     parser.add_argument("--dtype", choices=DTYPES, help="default: fp16 on a GPU, else fp32")
+    parser.add_argument("--batch_size", type=int, default=1, help="rows that are drawn together")
     parser.add_argument("--scale", type=float, default=0.65, help="for rows without a scale")
-    parser.add_argument("--negative_prompt")
-    parser.add_argument("--height", type=int)
-    parser.add_argument("--width", type=int)
-    parser.add_argument("--num_inference_steps", type=int, default=30)
-    parser.add_argument("--guidance_scale", type=float, default=5.0)
-    parser.add_argument("--eta", type=float, default=0.0)
+    parser.add_argument("--negative_prompt", help="what the pictures should not show")
+    parser.add_argument("--height", type=int, help="in pixels; default: the base model's")
+    parser.add_argument("--width", type=int, help="in pixels; default: the base model's")
+    parser.add_argument("--num_inference_steps", type=int, default=30, help="denoising steps")
+    parser.add_argument("--guidance_scale", type=float, default=5.0, help="of classifier-free guidance")
+    parser.add_argument("--eta", type=float, default=0.0, help="how much noise DDIM adds at each step, from 0 to 1")
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Draw; returns how many rows failed, in the first process."""
     args = parse_args(arguments)
     rows = read_table(args.table)
+    faults = check_names(rows)
     if args.num_inference_steps < 1:
         raise ValueError(f"`num_inference_steps` has to be at least 1, but is {args.num_inference_steps}.")
+    if args.batch_size < 1:
+        raise ValueError(f"`batch_size` has to be at least 1, but is {args.batch_size}.")
     state = PartialState()
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    not_asked = ("table", "output_dir")
+    not_asked = ("table", "output_dir", "batch_size")
     settings = {name: str(value) for name, value in vars(args).items() if name not in not_asked}
     ids = [f"{identity(row, settings)}-{index:06d}" for index, row in enumerate(rows)]
     known = read_manifests(args.output_dir)
@@ -170,10 +276,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     own = waiting[state.process_index :: state.num_processes]
     if own:
-        logging.set_verbosity_error()
+        hide_library_output()
         dtype = DTYPES[args.dtype or ("fp16" if state.device.type == "cuda" else "fp32")]
         pipe = StableDiffusionSSRPipeline.from_pretrained(
-            args.pretrained_model_name_or_path, dtype=dtype, safety_checker=None, requires_safety_checker=False
+            args.pretrained_model_name_or_path,
+            dtype=dtype,
+            safety_checker=None,
+            requires_safety_checker=False,
+            ssr_encoder=None,
+            ssr_image_encoder=None,
         ).to(state.device)
         pipe.load_ssr(args.ssr)
         pipe.set_progress_bar_config(disable=True)
@@ -181,28 +292,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with (args.output_dir / f"manifest.{state.process_index}.jsonl").open("a", encoding="utf-8") as manifest:
         # begin on a line of our own, in case the last writer was cut off
         manifest.write("\n")
-        for index in own:
-            entry = {"id": ids[index], "row": index, **rows[index]}
-            try:
-                image = draw_row(pipe, rows[index], args.table.parent, args)
-            # whatever is wrong with one row, the others are drawn
-            except Exception as error:
-                entry |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
-            else:
-                file = args.output_dir / file_of(rows[index], index)
-                file.parent.mkdir(parents=True, exist_ok=True)
-                partial = file.with_suffix(".part")
-                note = PngInfo()
-                note.add_text("id", ids[index])
-                image.save(partial, "png", pnginfo=note)
-                partial.replace(file)
-                entry |= {"status": "done", "file": file_of(rows[index], index)}
-            manifest.write(json.dumps(entry) + "\n")
-            manifest.flush()
-            bar.update()
+        for start in range(0, len(own), args.batch_size):
+            batch = own[start : start + args.batch_size]
+            results = draw_rows(pipe, [faults.get(index, rows[index]) for index in batch], args.table.parent, args)
+            for index, result in zip(batch, results, strict=True):
+                entry = {"id": ids[index], "row": index, **rows[index]}
+                name = file_of(rows[index], index)
+                try:
+                    if isinstance(result, Exception):
+                        raise result
+                    save_picture(result, args.output_dir / name, ids[index])
+                except Exception as error:
+                    entry |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+                else:
+                    entry |= {"status": "done", "file": name}
+                manifest.write(json.dumps(entry) + "\n")
+                manifest.flush()
+                bar.update()
     bar.close()
 
     state.wait_for_everyone()
+    failed = []
     if state.is_main_process:
         entries = read_manifests(args.output_dir)
         lines = [json.dumps({**entries[name], "row": index}) for index, name in enumerate(ids)]
@@ -210,13 +320,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         merged.with_suffix(".part").write_text("\n".join(lines) + "\n", encoding="utf-8")
         merged.with_suffix(".part").replace(merged)
         for file in args.output_dir.glob("manifest.*.jsonl"):
-            file.unlink()
+            if file.is_file():
+                file.unlink()
         failed = [entries[name] for name in ids if entries[name]["status"] == "failed"]
         print(f"{len(rows) - len(failed)} of {len(rows)} pictures are in {args.output_dir}")
         for entry in failed:
-            print(f"  row {entry['row']}: {entry['error']}")
+            # names and texts of rows may hold what no terminal can show
+            print(f"  row {entry['row']}: {entry['error']}".encode("utf-8", "backslashreplace").decode())
     state.destroy_process_group()
+    return len(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main() > 0)

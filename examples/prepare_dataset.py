@@ -1,6 +1,6 @@
 """Make a training set: caption pictures, choose queries, leave out what is small or ugly, and write WebDataset shards.
 
-    accelerate launch examples/prepare_dataset.py --source photos --output_dir shards \
+    accelerate launch examples/prepare_dataset.py --source photos --output_dir shards \\
         --caption_model Salesforce/blip-image-captioning-large
 
 `--source` is a folder of pictures, or one that train_ssr.py takes; `--dataset_name` is a dataset of the Hub. `photo.txt`
@@ -14,28 +14,38 @@ import hashlib
 import io
 import json
 import re
+import sys
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import count, islice, takewhile
 from pathlib import Path
 
+from extras import needs
+
 import torch
-from accelerate import PartialState
+from command_line import HelpFormatter
 from PIL import Image
 from similarity import ClipFeatures
+from text_files import open_text
 from tqdm.auto import tqdm
-from training_data import (
-    ERROR_COLUMN,
-    METADATA_FILES,
-    PICTURE_SUFFIXES,
-    BadSample,
-    StreamedRows,
-    load_rows,
-    open_picture,
-    read_bytes,
-    summary,
-)
 from transformers import AutoModelForImageTextToText, AutoProcessor
+
+
+with needs("train"):
+    from accelerate import PartialState
+    from training_data import (
+        ERROR_COLUMN,
+        MAX_TEXT,
+        METADATA_FILES,
+        PICTURE_SUFFIXES,
+        BadSample,
+        StreamedRows,
+        load_rows,
+        open_picture,
+        read_bytes,
+        summary,
+    )
 
 
 OPENINGS = re.compile(
@@ -148,7 +158,7 @@ def read_source(args: argparse.Namespace):
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
     if not files:
         raise ValueError(f"`source`: the folder {folder} holds no pictures.")
-    return [{"__key__": str(file.relative_to(folder)), "image": str(file)} for file in files]
+    return [{"__key__": str(file.relative_to(folder)), "image": file} for file in files]
 
 
 def chunks(rows, size: int) -> Iterator[tuple[int, Sequence[dict]]]:
@@ -181,8 +191,11 @@ class _Part:
 def _sidecar(row: dict, suffix: str) -> str:
     """The text beside a picture that is a file of its own."""
     path = row.get("image")
-    file = Path(path).with_suffix(suffix) if isinstance(path, str) else None
-    return file.read_text(encoding="utf-8", errors="replace").strip() if file is not None and file.is_file() else ""
+    file = path.with_suffix(suffix) if isinstance(path, Path) else None
+    if file is None or not file.is_file():
+        return ""
+    with open_text(file, errors="replace") as text:
+        return text.read(MAX_TEXT).strip()
 
 
 def read_row(row: dict, args: argparse.Namespace) -> dict:
@@ -289,17 +302,17 @@ def write_shard(file: Path, samples: list[tuple[int, dict]]) -> None:
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--source", type=Path, help="a folder")
     add("--dataset_name", help="a dataset of the Hub, instead")
-    add("--dataset_config_name")
+    add("--dataset_config_name", help="of the Hub's dataset")
     add("--streaming", action="store_true", help="do not download the dataset first")
     add("--output_dir", type=Path, required=True, help="for the shards")
     add("--shard_size", type=int, default=1000, help="rows of the source that go into a shard")
-    add("--image_column", default="image")
+    add("--image_column", default="image", help="the picture")
     add("--caption_column", default="text", help="used where it is filled")
-    add("--query_column", default="query")
+    add("--query_column", default="query", help="with `--query_from column`")
     add("--query_from", choices=("caption", "column", "file"), default="caption",
         help="the caption's first thing, the query column, or the picture's .query.txt")  # fmt: skip
     add("--caption_model", help="for pictures without a caption, such as Salesforce/blip-image-captioning-large")
@@ -308,10 +321,10 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--min_image_size", type=int, default=512, help="shorter side; smaller pictures are left out")
     add("--max_image_size", type=int, help="shorter side; larger pictures are scaled down")
     add("--max_aspect_ratio", type=float, default=2.0, help="longer pictures are left out")
-    add("--jpeg_quality", type=int, default=95)
+    add("--jpeg_quality", type=int, default=95, help="of the pictures in the shards")
     add("--aesthetic_head", type=Path, help="linear layers on CLIP's embedding; without it nothing is scored")
     add("--aesthetic_clip", default="openai/clip-vit-large-patch14", help="the CLIP that the head was trained on")
-    add("--min_aesthetic", type=float, default=5.0)
+    add("--min_aesthetic", type=float, default=5.0, help="pictures with a lower score are left out")
     return parser.parse_args(arguments)
 
 
@@ -352,10 +365,12 @@ def check_settings(args: argparse.Namespace, state: PartialState) -> None:
     state.wait_for_everyone()
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int | None:
+    """Prepare; returns the number of samples in the shards, `None` in all processes but the first."""
     args = parse_args(arguments)
     check_args(args)
     state = PartialState()
+    kept = None
     rows = read_source(args)
     check_settings(args, state)
     captioner = None
@@ -387,10 +402,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = [json.loads(file.read_text()) for file in sorted(reports.glob("*.json"))]
         bad = {name: reason for each in found for name, reason in each["bad"].items()}
         (args.output_dir / "bad_samples.json").write_text(json.dumps(bad, indent=1) + "\n")
-        print(f"{sum(each['kept'] for each in found)} samples are in {args.output_dir}")
+        kept = sum(each["kept"] for each in found)
+        print(f"{kept} samples are in {args.output_dir}" if kept else "No sample was kept: there is no shard.")
         print(summary(bad))
+        if not kept:
+            reasons = Counter(bad.values()).most_common(3)
+            print("\n".join(f"  {count} times: {reason}" for reason, count in reasons))
     state.destroy_process_group()
+    return kept
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main() == 0)

@@ -1,8 +1,14 @@
 """Assemble the Hub repository (code, weights, model card) and upload it.
 
+    python examples/publish.py --repo_id me/ssr --weights pocket
+
 With the pocket checkpoint, or any folder of a whole pipeline, the repository loads on its own with
 `DiffusionPipeline.from_pretrained("<owner>/<repo>", trust_remote_code=True)`. With an encoder alone, as
 convert_released_checkpoint.py writes it, it serves `custom_pipeline="<owner>/<repo>"` and `load_ssr("<owner>/<repo>")`.
+
+--space also assembles a Space, the page of app.py, which loads the weights from that repository, or holds them itself:
+
+    python examples/publish.py --repo_id <owner>/<repo> --space <owner>/<space> --space_weights copy
 """
 
 import argparse
@@ -10,15 +16,20 @@ import json
 import shutil
 from pathlib import Path
 
+import extras  # noqa: F401  (says so if the project is not installed)
+
 import torch
+from command_line import HelpFormatter
 from diffusers import DiffusionPipeline
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files
 from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from space import write_space
 from transformers import CLIPVisionModel
 
 
 ROOT = Path(__file__).resolve().parent.parent
+BASE_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
 def copy_code(folder: Path) -> None:
@@ -31,9 +42,14 @@ def copy_code(folder: Path) -> None:
     shutil.copy(ROOT / "pipeline_ssr.py", folder / "pipeline.py")
 
 
+def is_whole(weights: Path) -> bool:
+    """Whether it is a pipeline, and not an encoder alone."""
+    return (weights / "model_index.json").exists()
+
+
 def write_weights(weights: Path, folder: Path, variants: list[str]) -> None:
     """The whole pipeline if `weights` holds one, else the encoder, in full precision and as each of `variants`."""
-    whole = (weights / "model_index.json").exists()
+    whole = is_whole(weights)
     # full precision last: its configs are the ones that stay
     for variant in [*variants, None]:
         dtype = torch.float16 if variant == "fp16" else torch.float32
@@ -60,7 +76,7 @@ def write_card(folder: Path, repo_id: str) -> None:
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["diffusers", "stable-diffusion", "ssr-encoder", "subject-driven-generation"],
-        base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        base_model=BASE_MODEL,
     )
     card.save(folder / "README.md")
     if (ROOT / "docs").exists():
@@ -68,18 +84,46 @@ def write_card(folder: Path, repo_id: str) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--repo_id", required=True, help="<owner>/<repo> on the Hub")
     parser.add_argument("--weights", type=Path, default=ROOT / "pocket", help="a pipeline, or an encoder, in a folder")
     parser.add_argument(
         "--output_dir", type=Path, default=Path("outputs/hub"), help="where the repository is put together"
     )
     parser.add_argument("--variants", nargs="*", default=["fp16"], choices=["fp16"], help="beside full precision")
+    parser.add_argument("--space", help="<owner>/<space>: assemble a Space too")
+    parser.add_argument(
+        "--space_weights", choices=["hub", "copy"], default="hub", help="load them from --repo_id, or hold a copy"
+    )
+    parser.add_argument("--base_model", default=BASE_MODEL, help="what the encoder alone is drawn with in a Space")
     parser.add_argument("--push_to_hub", action="store_true", help="upload it")
-    parser.add_argument("--private", action="store_true")
+    parser.add_argument("--private", action="store_true", help="make the repository private")
     parser.add_argument("--revision", help="the branch to upload to")
     parser.add_argument("--token", help="the token to upload with, unless you are logged in")
     return parser.parse_args()
+
+
+def assemble_space(args: argparse.Namespace, folder: Path) -> None:
+    """The Space that draws with what is published."""
+    copied = args.space_weights == "copy"
+    ssr = args.weights.resolve().name if copied else args.repo_id
+    arguments = ["--checkpoint", ssr] if is_whole(args.weights) else ["--checkpoint", args.base_model, "--ssr", ssr]
+    models = [name for name in arguments if "/" in name]
+    write_space(folder, arguments, models, args.weights.resolve() if copied else None)
+
+
+def finish(args: argparse.Namespace, folder: Path, repo_id: str, **kind: str) -> None:
+    """Say what was put together, and upload it if that was asked for."""
+    files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+    print(json.dumps(files, indent=1))
+    if args.push_to_hub:
+        api = HfApi(token=args.token)
+        sdk = {"space_sdk": "gradio"} if kind else {}
+        api.create_repo(repo_id, private=args.private, exist_ok=True, **kind, **sdk)
+        api.upload_folder(repo_id=repo_id, folder_path=folder, revision=args.revision, **kind)
+        print(f"Uploaded to {api.endpoint}/{'spaces/' if kind else ''}{repo_id}")
+    else:
+        print(f"Put together in {folder}; --push_to_hub uploads it")
 
 
 def main():
@@ -89,15 +133,11 @@ def main():
     copy_code(folder)
     write_weights(args.weights, folder, args.variants)
     write_card(folder, args.repo_id)
-    files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
-    print(json.dumps(files, indent=1))
-    if args.push_to_hub:
-        api = HfApi(token=args.token)
-        api.create_repo(args.repo_id, private=args.private, exist_ok=True)
-        api.upload_folder(repo_id=args.repo_id, folder_path=folder, revision=args.revision)
-        print(f"Uploaded to {api.endpoint}/{args.repo_id}")
-    else:
-        print(f"Put together in {folder}; --push_to_hub uploads it")
+    finish(args, folder, args.repo_id)
+    if args.space:
+        folder = args.output_dir / f"spaces--{args.space.replace('/', '--')}"
+        assemble_space(args, folder)
+        finish(args, folder, args.space, repo_type="space")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Train an SSR-Encoder, from nothing or from a trained one, on a frozen Stable Diffusion 1.5 (section 3.4 of the paper).
 
-    accelerate launch examples/train_ssr.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
+    accelerate launch examples/train_ssr.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
         --image_encoder_name_or_path openai/clip-vit-large-patch14 --train_data_dir pictures --output_dir my-ssr
 
 `pictures` holds `metadata.jsonl` with lines like {"file_name": "1.jpg", "text": "a cat on a sofa", "query": "cat"}; see
@@ -26,12 +26,11 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from extras import needs
+
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.logging import get_logger
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, gather_object, set_seed
 from diffusers import DDPMScheduler
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline
@@ -41,9 +40,15 @@ from diffusers_ssr.unet_hooks import subject_in_unet
 from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
-from training_data import Columns, FeatureCache, FiniteRows, Preparation, Samples, StreamedRows, load_rows, summary
 from training_options import check_args, parse_args
 from transformers import CLIPImageProcessor, CLIPVisionModel
+
+
+with needs("train"):
+    from accelerate import Accelerator
+    from accelerate.logging import get_logger
+    from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, gather_object, set_seed
+    from training_data import Columns, FeatureCache, FiniteRows, Preparation, Samples, StreamedRows, load_rows, summary
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -87,7 +92,7 @@ def load_models(
     """
     pipe = StableDiffusionSSRPipeline.from_pretrained(
         args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, dtype=torch.float32,
-        safety_checker=None, requires_safety_checker=False,
+        safety_checker=None, requires_safety_checker=False, ssr_encoder=None, ssr_image_encoder=None,
     )  # fmt: skip
     source, start = args.image_encoder_name_or_path, args.ssr_encoder_name_or_path
     if source is not None:
@@ -107,6 +112,8 @@ def load_models(
     pipe.set_progress_bar_config(disable=True)
     for model in (pipe.unet, pipe.vae, pipe.text_encoder, vision):
         model.requires_grad_(False).eval()
+    if args.resolution is None:
+        args.resolution = pipe.unet.config.sample_size * pipe.vae_scale_factor
     return pipe, encoder.float().train()
 
 

@@ -4,10 +4,9 @@ Rows are read in an order that depends on seed and epoch alone, and every sample
 was cut off goes on with the very next row, and nothing has to be remembered but two numbers for each process.
 """
 
-import csv
 import hashlib
-import io
 import json
+import os
 import tarfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -18,12 +17,15 @@ from pathlib import Path
 import datasets
 import fsspec
 import numpy as np
+import pyarrow.parquet
 import torch
 from datasets.distributed import split_dataset_by_node
-from diffusers_ssr.image_processing_ssr import preprocess, preprocess_mask, to_mask, to_pil
-from PIL import Image, UnidentifiedImageError
+from diffusers_ssr.file_utils import check_regular_file
+from diffusers_ssr.image_processing_ssr import open_image, preprocess, preprocess_mask, to_mask, to_pil
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from text_files import read_rows
 from transformers import CLIPImageProcessor
 
 
@@ -31,6 +33,11 @@ PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", "
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 # Where a row could not even be read, this column says why; it is no name that a metadata file would use.
 ERROR_COLUMN = "__error__"
+# The most that is read for one row, of one text file in a shard, and of one text in a row. A shard of 2 KB may ask for 20 GB.
+MAX_ROW_BYTES = 2**27
+MAX_TEXT_BYTES = 2**20
+MAX_TEXT = 2**15
+MAX_SUBJECTS = 16
 
 Position = tuple[int, int]
 
@@ -70,42 +77,42 @@ def read_folder(folder: Path) -> list[dict]:
             f"`train_data_dir`: {folder} holds neither *.tar nor *.parquet nor one of {METADATA_FILES}, which name each"
             " picture in `file_name` and hold its caption and query."
         )
-    return [_with_paths(row, file.parent) for file in files for row in _metadata_rows(file)]
+    return [_with_paths(row, file.parent, folder) for file in files for row in _metadata_rows(file)]
 
 
 def _metadata_rows(file: Path) -> Iterator[dict]:
-    with file.open(encoding="utf-8", errors="replace", newline="" if file.suffix == ".csv" else None) as lines:
-        if file.suffix == ".csv":
-            yield from csv.DictReader(lines)
-            return
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            name = f"{file}, line {number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                yield {"__key__": name, ERROR_COLUMN: f"not JSON: {error}"}
-                continue
-            if isinstance(row, dict):
-                yield row
-            else:
-                yield {"__key__": name, ERROR_COLUMN: "not a JSON object"}
+    try:
+        for number, row in read_rows(file, errors="replace"):
+            yield row if isinstance(row, dict) else {"__key__": f"{file}, line {number}", ERROR_COLUMN: row}
+    except (OSError, ValueError) as error:
+        yield {"__key__": str(file), ERROR_COLUMN: f"cannot be read: {error}"}
 
 
-def _with_paths(row: dict, folder: Path) -> dict:
+def _with_paths(row: dict, folder: Path, root: Path) -> dict:
     columns = {}
     for name, value in row.items():
-        if value and isinstance(name, str) and (name == "file_name" or name.endswith("_file_name")):
+        columns[name] = value
+        if value and (name == "file_name" or name.endswith("_file_name")):
             listed = value if isinstance(value, list) else [value]
-            paths = [each and str(folder / str(each)) for each in listed]
+            # a `Path` is opened later; text from a file of somebody else never is
+            paths = [each and Path(os.path.normpath(folder / str(each))) for each in listed]
+            if not all(path.is_relative_to(os.path.normpath(root)) for path in paths if path):
+                columns[ERROR_COLUMN] = f"{name} is {value!r:.80}, which lies outside of {root}"
             columns[name.removesuffix("file_name").removesuffix("_") or "image"] = (
                 paths if isinstance(value, list) else paths[0]
             )
-            columns[name] = value
-        else:
-            columns[name] = value
     return columns
+
+
+class _BoundedTarInfo(tarfile.TarInfo):
+    """An entry of a shard. tarfile reads what some entries hold on its own, such as a long name, however long it says it is."""
+
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        entry = super().frombuf(buf, encoding, errors)
+        if entry.size > MAX_TEXT_BYTES and entry.type not in tarfile.REGULAR_TYPES:
+            raise tarfile.ReadError(f"an entry of type {entry.type!r} asks for {entry.size:,} bytes")
+        return entry
 
 
 def read_shards(shards: list[str]) -> Iterator[dict]:
@@ -113,30 +120,51 @@ def read_shards(shards: list[str]) -> Iterator[dict]:
     The rows of WebDataset shards, one after the other: files of one key are one row. `key.jpg` (or another picture) is
     the column `image`, `key.txt` is `text`, `key.mask.png` is `mask`, and what `key.json` holds are columns of their own;
     `key.reference.0.png`, `key.reference.1.png` and so on are a list in `reference`.
-    A shard that is cut off gives the rows before the cut, and one that says what happened.
+    A shard that is cut off, or asks for more than a row may take, gives the rows before, and one that says what happened.
     """
     for shard in shards:
-        row, key = {}, None
+        row = {}
         try:
-            with fsspec.open(shard, "rb") as stream, tarfile.open(fileobj=stream, mode="r|*") as archive:
-                for member in archive:
-                    folder, _, name = member.name.rpartition("/")
-                    stem, _, field = name.partition(".")
-                    if not member.isfile() or not stem or not field:
-                        continue
-                    member_key = f"{folder}/{stem}" if folder else stem
-                    if key is not None and member_key != key:
+            if "://" not in shard:
+                check_regular_file(shard, "train_data_dir")
+            with (
+                fsspec.open(shard, "rb") as stream,
+                tarfile.open(fileobj=stream, mode="r|*", tarinfo=_BoundedTarInfo) as archive,
+            ):
+                for key, field, content in _shard_files(archive):
+                    name = f"{shard}:{key}"
+                    if row and row["__key__"] != name:
                         yield _with_lists(row)
                         row = {}
-                    key = member_key
-                    row["__key__"] = f"{shard}:{key}"
-                    row.update(_shard_columns(field, archive.extractfile(member).read()))
+                    columns = _shard_columns(field, content)
+                    # a file of the shard is worth more than what its JSON says: that often names the file it once was
+                    columns = {each: columns[each] for each in columns if not isinstance(row.get(each), bytes)}
+                    row = {**row, **columns, "__key__": name}
             if row:
                 yield _with_lists(row)
-        except (OSError, tarfile.TarError, EOFError) as error:
+        except Exception as error:  # a decompressor that meets arbitrary bytes may raise anything
             if row:
                 yield _with_lists(row)
             yield {"__key__": shard, ERROR_COLUMN: f"the rest of this shard cannot be read: {error}"}
+
+
+def _shard_files(archive: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
+    """Key, field and content of each file in a shard."""
+    last_key, size = None, 0
+    for member in archive:
+        folder, _, name = member.name.rpartition("/")
+        stem, _, field = name.partition(".")
+        if not member.isfile() or not stem or not field:
+            continue
+        key = f"{folder}/{stem}" if folder else stem
+        # each file counts for its header as well, or a row could have any number of empty ones
+        size = member.size + tarfile.BLOCKSIZE + (size if key == last_key else 0)
+        last_key = key
+        most = MAX_TEXT_BYTES if field.rpartition(".")[2] in ("json", "txt") else MAX_ROW_BYTES
+        if member.size > most or size > MAX_ROW_BYTES:
+            # to read on behind it, gigabytes of zeros may have to be decompressed
+            raise ValueError(f"{member.name!r:.80} asks for {max(size, member.size):,} bytes, of at most {most:,}")
+        yield key, field, archive.extractfile(member).read()
 
 
 def _shard_columns(field: str, content: bytes) -> dict:
@@ -146,24 +174,29 @@ def _shard_columns(field: str, content: bytes) -> dict:
     if suffix == "json":
         try:
             columns = json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return {ERROR_COLUMN: f"{field} is not JSON: {error}"}
-        return columns if isinstance(columns, dict) else {ERROR_COLUMN: f"{field} is not a JSON object"}
+        return _own_columns(columns) if isinstance(columns, dict) else {ERROR_COLUMN: f"{field} is not a JSON object"}
     if suffix == "txt":
-        return {prefix or "text": content.decode("utf-8", errors="replace").strip()}
+        return {prefix or "text": content.decode("utf-8-sig", errors="replace").strip()}
     return {field: content}
+
+
+def _own_columns(columns: dict) -> dict:
+    """Without the names that mean something here."""
+    return {name: value for name, value in columns.items() if not name.startswith("__")}
 
 
 def _with_lists(row: dict) -> dict:
     """The columns `name.0`, `name.1`, ... as one list in `name`."""
-    columns: dict = {}
-    for name in sorted(row):
+    columns, lists = {}, {}
+    for name, value in row.items():
         stem, _, number = name.rpartition(".")
-        if stem and number.isdigit():
-            columns.setdefault(stem, []).append(row[name])
+        if stem and number.isdecimal() and len(number) < 9:
+            lists.setdefault(stem, {})[int(number)] = value
         else:
-            columns[name] = row[name]
-    return columns
+            columns[name] = value
+    return {**columns, **{stem: [values[number] for number in sorted(values)] for stem, values in lists.items()}}
 
 
 def load_rows(
@@ -194,15 +227,35 @@ def load_rows(
     shards = sorted(map(str, folder.rglob("*.tar")))
     if shards:
         return datasets.IterableDataset.from_generator(read_shards, gen_kwargs={"shards": shards})
-    tables = sorted(map(str, folder.rglob("*.parquet")))
+    tables = sorted(folder.rglob("*.parquet"))
     if tables:
-        return _undecoded(datasets.load_dataset("parquet", data_files=tables, split="train", streaming=streaming))
+        return _load_tables(tables, streaming)
     rows = read_folder(folder)
     if not rows:
         raise ValueError(f"`train_data_dir`: the metadata in {folder} names no picture.")
     if streaming:
         raise ValueError("`streaming` is for WebDataset shards, Parquet files and datasets by name, not for a folder.")
     return rows
+
+
+def _load_tables(tables: list[Path], streaming: bool):
+    for table in tables:
+        check_regular_file(table, "train_data_dir")
+        try:
+            pyarrow.parquet.read_metadata(table)
+        except Exception as error:  # a parser that meets arbitrary bytes may raise anything
+            raise ValueError(f"`train_data_dir`: {table} is cut off or no Parquet file: {error}") from error
+    files = list(map(str, tables))
+    dataset = _undecoded(datasets.load_dataset("parquet", data_files=files, split="train", streaming=streaming))
+    return dataset.map(_without_paths, batched=True) if streaming else dataset.with_transform(_without_paths)
+
+
+def _without_paths(batch: dict[str, list]) -> dict[str, list]:
+    """A table holds its pictures: a path in it would be that of any file on this machine."""
+    return {
+        name: [{**value, "path": None} if isinstance(value, dict) and "path" in value else value for value in values]
+        for name, values in batch.items()
+    }
 
 
 def _undecoded(dataset):
@@ -288,7 +341,7 @@ def _flat(row: dict) -> dict:
         if "." + suffix.lower() in PICTURE_SUFFIXES and value is not None:
             columns[prefix or "image"] = value
         elif suffix == "json" and isinstance(value, dict):
-            columns.update(value)
+            columns.update(_own_columns(value))
         else:
             columns["text" if name == "txt" else name] = value
     return _with_lists(columns)
@@ -296,52 +349,53 @@ def _flat(row: dict) -> dict:
 
 def open_picture(value, min_size: int = 1, name: str = "image") -> Image.Image:
     """
-    A picture from bytes, a path, a dict of either as `datasets` has it, or a PIL image, upright and in RGB.
+    A picture from bytes, a `Path`, a dict of bytes or a path as `datasets` has it, or a PIL image, upright and in RGB.
 
     Raises:
-        [`BadSample`]: if it is missing, cannot be decoded to its end, or is smaller than `min_size` on a side.
+        [`BadSample`]: if it is missing, cannot be decoded to its end, is larger than `image_processing_ssr.MAX_PIXELS`, or
+            smaller than `min_size` on a side.
     """
-    picture = _decode(value, name)
     try:
-        picture = to_pil(picture, name)
-    except Exception as error:
-        raise BadSample(f"{name} is no usable picture: {error}") from error
+        picture = to_pil(_decode(value, name), name)
+    except ValueError as error:
+        raise BadSample(str(error)) from error
     if min(picture.size) < min_size:
         raise BadSample(f"{name} is {picture.width} x {picture.height} pixels, less than {min_size} on a side")
     return picture
 
 
 def _decode(value, name: str) -> Image.Image:
-    if isinstance(value, Image.Image):
-        return value
-    try:
-        picture = Image.open(io.BytesIO(read_bytes(value, name)))
-        picture.load()
-    except BadSample:
-        raise
-    except UnidentifiedImageError as error:
-        raise BadSample(f"{name} cannot be decoded: no known format") from error
-    # a decoder meeting arbitrary bytes may raise anything
-    except Exception as error:
-        raise BadSample(f"{name} cannot be decoded: {error}") from error
-    return picture
+    return value if isinstance(value, Image.Image) else open_image(read_bytes(value, name), name)
 
 
 def read_bytes(value, name: str = "image") -> bytes:
-    """The bytes behind what a row holds as a picture. Raises [`BadSample`] if there are none."""
+    """The bytes behind what a row holds as a picture. Raises [`BadSample`] if there are none, or more than a picture has."""
     if isinstance(value, dict):
+        # only rows that `datasets` itself made hold paths here: see `_load_tables`
         value = value.get("bytes") or value.get("path")
+        value = _read_file(value, name) if isinstance(value, str) and value else value
     if isinstance(value, Image.Image):
         return value.mode.encode() + str(value.size).encode() + value.tobytes()
-    if isinstance(value, (str, Path)) and str(value):
-        try:
-            with fsspec.open(str(value), "rb") as file:
-                value = file.read()
-        except OSError as error:
-            raise BadSample(f"{name} cannot be read: {error}") from error
+    if isinstance(value, Path):
+        value = _read_file(str(value), name)
+    if isinstance(value, str) and value:
+        raise BadSample(f"{name} is the text {value!r:.80}, not a picture; in a folder, `file_name` names pictures")
     if not isinstance(value, (bytes, bytearray)) or not value:
         raise BadSample(f"{name} is missing")
     return bytes(value)
+
+
+def _read_file(path: str, name: str) -> bytes:
+    try:
+        if "://" not in path:
+            check_regular_file(path, name)
+        with fsspec.open(path, "rb") as file:
+            content = file.read(MAX_ROW_BYTES + 1)
+    except Exception as error:  # each file system of fsspec has errors of its own
+        raise BadSample(f"{name} cannot be read: {error}") from error
+    if len(content) > MAX_ROW_BYTES:
+        raise BadSample(f"{name} has more than {MAX_ROW_BYTES:,} bytes")
+    return content
 
 
 def crop_square(picture: Image.Image, side: int) -> Image.Image:
@@ -418,6 +472,8 @@ class Preparation:
         if len(set(lengths.values())) > 1 or 0 in lengths.values():
             raise BadSample(f"lists of several subjects have to be of one length and not empty, but are {lengths}")
         count = max(lengths.values(), default=1)
+        if count > MAX_SUBJECTS:
+            raise BadSample(f"a row may have at most {MAX_SUBJECTS} subjects, but has {count}")
         cells = {part: cell if isinstance(cell, list) else [cell] * count for part, cell in cells.items()}
         return [
             {
@@ -452,7 +508,10 @@ class Preparation:
 
 def _text(value, name: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise BadSample(f"{name} is missing or empty" if not value else f"{name} is no text: {value!r}")
+        raise BadSample(f"{name} is missing or empty" if not value else f"{name} is no text: {value!r:.80}")
+    if len(value) > MAX_TEXT or any("\ud800" <= letter <= "\udfff" for letter in value):
+        # JSON can hold halves of characters, which tokenizers and files cannot
+        raise BadSample(f"{name} is no text of at most {MAX_TEXT:,} characters: {value!r:.80}")
     return value.strip()
 
 

@@ -5,12 +5,14 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
+from command_line import HelpFormatter
+
 
 def parse_args(
     description: str, lr_schedulers: Sequence[str], arguments: Sequence[str] | None = None
 ) -> argparse.Namespace:
     """The options, from `arguments` or the command line."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     add = parser.add_argument
 
     add("--pretrained_model_name_or_path", required=True, help="Stable Diffusion 1.5, of the Hub or in a folder")
@@ -29,11 +31,11 @@ def parse_args(
 
     add("--train_data_dir", help="folder with metadata.jsonl, or with *.parquet, or with WebDataset *.tar")
     add("--dataset_name", help="dataset of the Hub, instead of a folder")
-    add("--dataset_config_name")
+    add("--dataset_config_name", help="of the Hub's dataset")
     add("--streaming", action="store_true", help="read Parquet or a dataset of the Hub as a stream; shards always are")
     add("--shuffle_buffer_size", type=int, default=1000, help="rows that a stream is shuffled in")
     add("--image_column", default="image", help="the target picture")
-    add("--caption_column", default="text")
+    add("--caption_column", default="text", help="the prompt")
     add("--query_column", default="query",
         help="which thing in the reference is meant; a list, where the target shows several subjects together")  # fmt: skip
     add("--reference_column", help="the reference, where it is not the target itself; or a list of them")
@@ -42,7 +44,7 @@ def parse_args(
         help="the query of a subject with a mask and no query; empty, if masks are to be used without words")  # fmt: skip
     add("--mask_weight", type=float, default=1.0, help="how strongly masks draw the attention inside")
     add("--min_image_size", type=int, default=64, help="smaller pictures are left out")
-    add("--resolution", type=int, default=512, help="side of the targets, which are cropped to a square")
+    add("--resolution", type=int, help="side of the square targets, in pixels; default: the base model's")
     add("--dataloader_num_workers", type=int, default=4, help="threads that read and prepare samples ahead")
     add("--cache_features", type=Path, help="keep what the frozen models make of each sample in this folder")
 
@@ -52,21 +54,21 @@ def parse_args(
     add("--seed", type=int, help="default: 0")
     add("--max_train_steps", type=int, default=100_000, help="optimizer steps")
     add("--train_batch_size", type=int, default=16, help="of each process")
-    add("--gradient_accumulation_steps", type=int, default=1)
+    add("--gradient_accumulation_steps", type=int, default=1, help="batches in an optimizer step")
     add("--gradient_checkpointing", action="store_true", help="less memory, slower")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's config")
-    add("--allow_tf32", action="store_true")
-    add("--learning_rate", type=float, default=5e-5)
-    add("--lr_scheduler", choices=lr_schedulers, default="constant")
-    add("--lr_warmup_steps", type=int, default=500)
+    add("--allow_tf32", action="store_true", help="faster float32 on NVIDIA GPUs from Ampere on")
+    add("--learning_rate", type=float, default=5e-5, help="of AdamW")
+    add("--lr_scheduler", choices=lr_schedulers, default="constant", help="how it changes")
+    add("--lr_warmup_steps", type=int, default=500, help="in which it rises from 0")
     add("--use_8bit_adam", action="store_true", help="needs bitsandbytes")
-    add("--adam_beta1", type=float, default=0.9)
-    add("--adam_beta2", type=float, default=0.999)
-    add("--adam_weight_decay", type=float, default=1e-2)
-    add("--adam_epsilon", type=float, default=1e-8)
-    add("--max_grad_norm", type=float, default=1.0)
+    add("--adam_beta1", type=float, default=0.9, help="decay of the gradients' mean")
+    add("--adam_beta2", type=float, default=0.999, help="decay of their squares' mean")
+    add("--adam_weight_decay", type=float, default=1e-2, help="of AdamW")
+    add("--adam_epsilon", type=float, default=1e-8, help="of AdamW")
+    add("--max_grad_norm", type=float, default=1.0, help="larger gradients are scaled down to it")
     add("--use_ema", action="store_true", help="keep a moving average of the weights; it is the result then")
-    add("--ema_decay", type=float, default=0.9999)
+    add("--ema_decay", type=float, default=0.9999, help="of the moving average")
 
     add("--consistency_weight", type=float, help="of the regulariser; default: 0.1, and 0.001 when fine-tuning")
     add("--consistency_form", choices=("released", "paper"), default="released",
@@ -80,18 +82,18 @@ def parse_args(
         help="what is taken of the VAE's distribution; mode for a VAE whose deviation was never trained")  # fmt: skip
     add("--prediction_type", choices=("epsilon", "v_prediction", "sample"), help="default: the scheduler's")
 
-    add("--checkpointing_steps", type=int, default=500)
+    add("--checkpointing_steps", type=int, default=500, help="steps between checkpoints")
     add("--checkpoints_total_limit", type=int, help="older checkpoints are deleted")
     add("--resume_from_checkpoint", help='a checkpoint\'s folder, or "latest"')
     add("--validation_image", type=Path, nargs="+", help="references to draw from while training")
     add("--validation_query", nargs="+", help="one for each validation image")
     add("--validation_prompt", nargs="+", help="one for each validation image")
-    add("--validation_steps", type=int, default=500)
-    add("--validation_scale", type=float, default=0.65)
-    add("--validation_inference_steps", type=int, default=30)
-    add("--push_to_hub", action="store_true")
+    add("--validation_steps", type=int, default=500, help="steps between validations")
+    add("--validation_scale", type=float, default=0.65, help="how strongly subjects act")
+    add("--validation_inference_steps", type=int, default=30, help="denoising steps")
+    add("--push_to_hub", action="store_true", help="upload the result")
     add("--hub_model_id", help="<owner>/<repo>; default: the name of output_dir")
-    add("--hub_token")
+    add("--hub_token", help="default: the one of `hf auth login`")
     args = parser.parse_args(arguments)
     if args.consistency_weight is None:
         fresh = args.ssr_encoder_name_or_path is None and args.released_aligner is None
@@ -105,7 +107,7 @@ def check_args(args: argparse.Namespace) -> None:
         `ValueError`: naming the first option that is not what it should be.
     """
     positive = (
-        "resolution", "min_image_size", "max_train_steps", "train_batch_size", "gradient_accumulation_steps",
+        "min_image_size", "max_train_steps", "train_batch_size", "gradient_accumulation_steps",
         "checkpointing_steps", "validation_steps", "validation_inference_steps", "inner_dim", "num_attention_heads",
         "shuffle_buffer_size", "timestep_bias", "learning_rate", "max_grad_norm",
     )  # fmt: skip
@@ -122,7 +124,7 @@ def check_args(args: argparse.Namespace) -> None:
             raise ValueError(f"`{name}` must not be negative, but is {getattr(args, name)}.")
     if args.seed is not None and args.seed < 0:
         raise ValueError(f"`seed` must not be negative, but is {args.seed}.")
-    if args.resolution % 8:
+    if args.resolution is not None and (args.resolution < 8 or args.resolution % 8):
         raise ValueError(f"`resolution` has to be a multiple of 8, but is {args.resolution}.")
     if args.inner_dim % args.num_attention_heads:
         raise ValueError(

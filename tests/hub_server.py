@@ -1,4 +1,4 @@
-"""A Hub on loopback: as much of its HTTP interface as huggingface_hub's client uses to load and to upload models."""
+"""A Hub on loopback: as much of its HTTP interface as huggingface_hub's client uses to load models and to upload them and Spaces."""
 
 import base64
 import hashlib
@@ -116,11 +116,11 @@ class _Handler(BaseHTTPRequestHandler):
                 return self.answer_json({"url": f"{self.hub.endpoint}/{name}"}, 409)
             self.hub.repos[name] = {"main": {}}
             return self.answer_json({"url": f"{self.hub.endpoint}/{name}", "id": name})
-        if parts[:2] == ["api", "models"] and parts[4] == "preupload":
+        if parts[0] == "api" and parts[1] in ("models", "spaces") and parts[4] == "preupload":
             files = json.loads(body)["files"]
             modes = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]
             return self.answer_json({"files": modes})
-        if parts[:2] == ["api", "models"] and parts[4] == "commit":
+        if parts[0] == "api" and parts[1] in ("models", "spaces") and parts[4] == "commit":
             name, revision = "/".join(parts[2:4]), parts[5]
             if not self.allowed(name):
                 return self.refuse("RepoNotFound", 401)

@@ -1,6 +1,7 @@
 """SSR beside everything else that draws with Stable Diffusion 1.5: every pipeline class, ControlNet, AnimateDiff."""
 
 import inspect
+from dataclasses import replace
 
 import diffusers
 import numpy as np
@@ -553,6 +554,131 @@ def test_settings_of_video(video_pipe, setting):
     without = pipe(**video_args(**{key: each for key, each in arguments.items() if key != "subject_end"})).frames
     assert np.abs(after - before).max() > 1e-5 and np.abs(after - without).max() > 1e-4
     assert snapshot(pipe.unet) == state
+
+
+# Moving subjects
+
+
+def still(adapter):
+    """Motion modules that add nothing: each frame is a picture of its own."""
+    for name, parameter in adapter.named_parameters():
+        if "proj_out" in name:
+            parameter.data.zero_()
+    return adapter
+
+
+@pytest.fixture
+def frame_by_frame(pipe):
+    """Draws a video without motion, and the same frames as pictures: `(subject, subjects of the frames)` to both."""
+    video = AnimateDiffSSRPipeline.from_pipe(pipe, motion_adapter=still(make_motion_adapter()))
+    video.set_progress_bar_config(disable=True)
+
+    def draw(subject, subjects, **kwargs):
+        latents = torch.randn(1, 4, len(subjects), 8, 8, generator=torch.Generator().manual_seed(1))
+        frames = latents[0].transpose(0, 1)
+        pictures = pipe(**call_args(prompt=["a cat"] * len(subjects), subject=subjects, latents=frames, **kwargs))
+        arguments = {"num_frames": len(subjects), "latents": latents, **kwargs}
+        return video(**video_args(prompt="a cat", subject=subject, **arguments)).frames[0], pictures.images
+
+    return draw
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_a_region_may_move(pipe, frame_by_frame, guidance_scale):
+    """A stack of masks, one a frame, beside a subject that may be anywhere."""
+    cat, dog = (s.scaled(0.9) for s in pipe.encode_subject(make_picture(), query=["cat", "dog"]))
+    masks = np.zeros((4, 8, 8), np.float32)
+    for frame in range(4):
+        masks[frame, :, 2 * frame : 2 * frame + 2] = 1
+    each = [cat.inside(mask) + dog for mask in masks]
+    video, pictures = frame_by_frame(cat.inside(masks) + dog, each, guidance_scale=guidance_scale)
+    np.testing.assert_allclose(video, pictures, atol=2e-5)
+
+
+def test_subjects_at_keyframes(pipe, frame_by_frame):
+    """At its keyframes a video shows the subject of the keyframe; in between, one between them; after the last, the last."""
+    cat, dog = (s.scaled(0.9) for s in pipe.encode_subject(make_picture(), query=["cat", "dog"]))
+    video, pictures = frame_by_frame({0: cat, 2: dog}, [cat, cat, dog, dog])
+    np.testing.assert_allclose(video[[0, 2, 3]], pictures[[0, 2, 3]], atol=2e-5)
+    between = video[1]
+    blended = replace(
+        cat.subjects[0],
+        **{
+            name: (getattr(cat.subjects[0], name) + getattr(dog.subjects[0], name)) / 2
+            for name in ("embeds", "negative_embeds")
+        },
+    )
+    half = replace(cat, subjects=(blended,))
+    _, pictures = frame_by_frame(half, [half] * 4)
+    np.testing.assert_allclose(between, pictures[1], atol=2e-5)
+
+
+def test_a_subject_fades_out(pipe, frame_by_frame):
+    cat = pipe.encode_subject(make_picture(), "cat").scaled(0.8)
+    video, pictures = frame_by_frame({0: cat, 2: None}, [cat, cat.scaled(0.4), None, None])
+    np.testing.assert_allclose(video[[0, 2, 3]], pictures[[0, 2, 3]], atol=2e-5)
+    assert np.abs(video[1] - video[0]).max() > 1e-5
+
+
+def test_several_subjects_and_their_places_at_keyframes(pipe, frame_by_frame):
+    """Each frame has the region of the nearest keyframe."""
+    cat, dog = (s.scaled(0.9) for s in pipe.encode_subject(make_picture(), query=["cat", "dog"]))
+    left, right = LEFT_HALF, 1 - LEFT_HALF
+    first, last = cat.inside(left) + dog.inside(right), cat.inside(right) + dog.inside(left)
+    video, pictures = frame_by_frame({0: first, 3: last}, [first, first, last, last])
+    np.testing.assert_allclose(video, pictures, atol=2e-5)
+    assert np.abs(video[1] - video[2]).max() > 1e-4
+
+
+def test_keyframes_for_each_prompt(pipe):
+    """Two prompts, in one video each, with a subject's keyframes of their own; the same keyframes for both as well."""
+    cat, dog = (s.scaled(0.9) for s in pipe.encode_subject(make_picture(), query=["cat", "dog"]))
+    video = AnimateDiffSSRPipeline.from_pipe(pipe, motion_adapter=make_motion_adapter())
+    video.set_progress_bar_config(disable=True)
+    latents = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    moves = [{0: cat, 2: dog}, {0: dog, 2: None}]
+    both = video(**video_args(prompt=["a", "b"], subject=moves, latents=latents)).frames
+    shared = video(**video_args(prompt=["a", "b"], subject=moves[0], latents=latents)).frames
+    for index, prompt in enumerate("ab"):
+        one = {"prompt": prompt, "latents": latents[index : index + 1]}
+        alone = video(**video_args(**one, subject=moves[index])).frames[0]
+        np.testing.assert_allclose(both[index], alone, atol=5e-5)
+        np.testing.assert_allclose(shared[index], video(**video_args(**one, subject=moves[0])).frames[0], atol=5e-5)
+
+
+@pytest.mark.parametrize(
+    "subject,message",
+    [
+        (lambda cat: {0: cat, 3: cat}, r"keyframes at \[0, 3\], but the video has 3 frames, the last one 2"),
+        (lambda cat: {-1: cat}, "subjects by frame, 0 the first"),
+        (lambda cat: {"0": cat}, "subjects by frame"),
+        (lambda cat: {}, "subjects by frame"),
+        (lambda cat: {0: cat, 2: "dog"}, "a SubjectEmbeds or None at a frame, but holds str"),
+        (lambda cat: {0: cat, 2: cat + cat}, "as many subjects and tokens"),
+        (lambda cat: {0: cat.compact(5), 2: cat.compact(5)}, "compact"),
+        (lambda cat: {0: None, 2: None}, "None alone"),
+        (lambda cat: cat.inside(np.ones((2, 8, 8))), "a region of 2 masks, one for each frame, but the video has 3"),
+    ],
+)
+def test_moving_subjects_that_do_not_fit_are_refused_before_any_step(video_pipe, subject, message):
+    cat, steps = video_pipe.encode_subject(make_picture(), "cat"), []
+    video_pipe.unet.register_forward_pre_hook(lambda *_: steps.append(1))
+    with pytest.raises(ValueError, match=message):
+        video_pipe(**video_args(subject=subject(cat)))
+    assert not steps
+
+
+def test_a_picture_takes_no_moving_subject(pipe):
+    cat = pipe.encode_subject(make_picture(), "cat")
+    for subject in ({0: cat, 2: cat}, cat.inside(np.ones((2, 8, 8)))):
+        with pytest.raises(ValueError, match="a picture has none"):
+            pipe(**call_args(subject=subject))
+
+
+def test_prompts_have_their_keyframes_at_the_same_frames(video_pipe):
+    cat = video_pipe.encode_subject(make_picture(), "cat")
+    with pytest.raises(ValueError, match="the same keyframes for all prompts"):
+        video_pipe(**video_args(prompt=["a", "b"], subject=[{0: cat, 2: cat}, {0: cat, 1: cat}]))
 
 
 def test_split_inference_of_free_noise_is_refused(video_pipe):

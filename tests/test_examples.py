@@ -1,7 +1,10 @@
 """The example scripts, as a user runs them."""
 
+import argparse
+import importlib.util
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -9,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from commands import check_script, example_scripts, shell_lines, split_command
 from conftest import POCKET, ROOT, make_image_encoder, make_image_processor
 from diffusers.utils import logging
 from diffusers_ssr import SSREncoder
@@ -44,6 +48,23 @@ def test_demo_writes_its_contact_sheet(tmp_path):
     assert sheet.width > 800 and sheet.height > 1300
     with Image.open(tmp_path / "outputs" / "demo.gif") as video:
         assert video.n_frames == 8
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_demo_needs_no_peft(installed, monkeypatch, capsys):
+    """Without it the row with another look is left out and says how to get it; the others are drawn."""
+    import demo
+
+    drawn = []
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: installed or None)
+    monkeypatch.setattr(demo, "load_pipeline", lambda checkpoint: None)
+    monkeypatch.setattr(demo, "draw_subjects", lambda *args: [])
+    monkeypatch.setattr(demo, "write_contact_sheet", lambda *args: None)
+    monkeypatch.setattr(demo, "CHAINS", {part: lambda *args, part=part: drawn.append(part) for part in demo.CHAINS})
+    monkeypatch.setattr(sys, "argv", ["demo.py"])
+    demo.main()
+    assert ("look" in drawn) == installed and set(drawn) | {"look"} == set(demo.CHAINS)
+    assert ("diffusers-ssr[pocket]" in capsys.readouterr().out) != installed
 
 
 def test_attention_maps_are_drawn(run, tmp_path):
@@ -95,6 +116,89 @@ def test_benchmark_compares_the_methods(run, tmp_path, extra):
     assert max(flops["ip_adapter_plus"], flops["ssr_compact"]) < flops["ssr"] < flops["released"]
     if sys.platform == "linux":
         assert all(each["peak_bytes"] > 2**27 for each in methods.values())
+
+
+def test_without_peft_the_demo_leaves_a_row_out(run, tmp_path, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *args: None if name == "peft" else find_spec(name, *args)
+    )
+    output = run("demo.py", "--num_inference_steps", 2)
+    assert 'pip install -e ".[demo]"' in output and "outputs/demo.png" in output
+    assert (tmp_path / "outputs" / "demo.gif").exists()
+
+
+def test_progress_bars_of_libraries_stay_out(run, capfd):
+    run("controlnet.py", "--num_inference_steps", 2)
+    run("attention_map.py")
+    shown = capfd.readouterr().err
+    assert "Loading" not in shown
+
+
+SCRIPTS = [file.name for file in example_scripts()]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_commands_and_defaults(script, run, monkeypatch, capfd):
+    """The help's commands can be copied, and each default is in it."""
+    parsers = []
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse(self, *args, **kwargs):
+        parsers.append(self)
+        return parse_args(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(argparse.ArgumentParser, "parse_args", parse)
+        patched.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit, match="0"):
+            run(script, "--help")
+    shown = capfd.readouterr().out
+    (parser,) = parsers
+    for action in parser._actions:
+        assert action.help, f"{action.option_strings} has no help"
+        if action.default is not None and action.default is not False and action.default != argparse.SUPPRESS:
+            described = re.sub(r"\s+", " ", parser._get_formatter()._expand_help(action))
+            assert "default" in described and described in re.sub(r"\s+", " ", shown)
+    indented = "\n".join(line[4:] for line in shown.splitlines() if re.match(r"    +\S", line) or line.endswith("\\"))
+    commands = [line for line in shell_lines(indented) if f"examples/{script} " in f"{line} "]
+    assert commands, "the help prints no command"
+    for command in commands:
+        check_script(split_command(command), monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "script, package, extra",
+    [
+        ("controlnet.py", "controlnet_aux", "demo"),
+        ("animatediff.py", "imageio_ffmpeg", "demo"),
+        ("generate_batch.py", "accelerate", "demo"),
+        ("train_ssr.py", "accelerate", "train"),
+        ("train_ssr.py", "datasets", "train"),
+        ("prepare_dataset.py", "datasets", "train"),
+        ("evaluate.py", "matplotlib", "train"),
+        ("benchmark_training.py", "datasets", "train"),
+    ],
+)
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(script, package, extra, run, monkeypatch):
+    for module in [name for name in sys.modules if name.partition(".")[0] in (package, "training_data", "train_ssr")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit) as ended:
+        run(script, "--help")
+    assert package in ended.value.code and f'pip install -e ".[{extra}]"' in ended.value.code
+    metadata = (ROOT / "pyproject.toml").read_text()
+    listed = re.search(rf"^{extra} = \[(.*?)\]", metadata, re.MULTILINE | re.DOTALL)[1]
+    assert package.replace("_", "-") in listed
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_project_that_is_not_installed_is_named(script, run, monkeypatch):
+    monkeypatch.delitem(sys.modules, "extras", raising=False)
+    monkeypatch.setitem(sys.modules, "diffusers_ssr", None)
+    with pytest.raises(SystemExit) as ended:
+        run(script, "--help")
+    assert "pip install -e ." in ended.value.code and script in ended.value.code
 
 
 @pytest.mark.parametrize("script", sorted(file.stem for file in POCKET_SCRIPTS.glob("[!_]*.py")))

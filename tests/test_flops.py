@@ -74,3 +74,20 @@ def test_flops_of_a_video(models):
             added.append(step(unet, 1, frames, conditions) - stock)
     assert added[1] == 4 * added[0]
     assert added[0] / 803.3e9 <= 0.027
+
+
+@pytest.mark.parametrize("moving", ["keyframes", "region"])
+def test_a_moving_subject_costs_a_frame_what_a_still_one_does(models, moving):
+    _, encoder = models
+    with torch.device("meta"):
+        unet = UNetMotionModel(sample_size=64, cross_attention_dim=768, motion_num_attention_heads=8).eval()
+    still = conditions_of(encoder, 1, 1)
+    if moving == "keyframes":
+        pairs = {name: tuple(torch.stack([each, each], 1) for each in pair) for name, pair in still.pairs.items()}
+        moves = SubjectConditions(pairs, frames=4, keyframes=torch.empty(4, device="meta"))
+    else:
+        owner = torch.zeros(1, TOKENS, device="meta")
+        moves = SubjectConditions(still.pairs, owner, [[torch.ones(4, 64, 64)]], frames=4)
+    still.frames = 4
+    with subject_in_unet(unet, encoder.config.attention_layers):
+        assert step(unet, 1, 4, moves) == step(unet, 1, 4, still)

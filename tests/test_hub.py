@@ -102,6 +102,24 @@ assert np.array_equal(draw(pipe), expected)
     assert not hub.requests
 
 
+@pytest.mark.parametrize(
+    "load,cold,warm",
+    [
+        ("DiffusionPipeline.from_pretrained('base', custom_pipeline='owner/ssr', trust_remote_code=True)", 74, 43),
+        ("DiffusionPipeline.from_pretrained('owner/ssr', trust_remote_code=True)", 99, 26),
+    ],
+    ids=["code", "whole"],
+)
+def test_how_many_requests_loading_takes(hub, load, cold, warm, request):
+    """diffusers asks for each relative import of each file, and for the commit each time: with entries alone that import
+    relatively, a small multiple of the number of files."""
+    home, counts = f"hf-count-{request.node.callspec.id}", []
+    for _ in range(2):
+        elsewhere(hub, f"pipe = {load}\npipe.load_ssr('owner/ssr')\nassert np.array_equal(draw(pipe), expected)", home)
+        counts.append(len(hub.requests))
+    assert counts[0] <= cold and counts[1] <= warm, counts
+
+
 def test_a_whole_repository_also_offline(hub):
     load = """
 from huggingface_hub import snapshot_download
@@ -155,7 +173,7 @@ def test_publish_uploads_a_repository_that_loads(hub):
     environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(hub.folder / "hf-publish")}
     environment.pop("HF_HUB_OFFLINE", None)
     command = [sys.executable, str(ROOT / "examples" / "publish.py"), "--repo_id", "owner/published"]
-    command += ["--weights", "whole", "--push_to_hub", "--token", "hf_mine"]
+    command += ["--weights", "whole", "--push_to_hub", "--token", "hf_mine", "--space", "owner/page"]
     StableDiffusionSSRPipeline.from_pretrained(hub.folder / "base", **make_ssr_components()).save_pretrained(
         hub.folder / "whole"
     )
@@ -166,6 +184,10 @@ def test_publish_uploads_a_repository_that_loads(hub):
     assert "ssr_encoder/diffusion_pytorch_model.fp16.safetensors" in files
     card = files["README.md"].decode()
     assert card.startswith("---\n") and "library_name: diffusers" in card and "<owner>/<repo>" not in card
+    space = hub.repos["owner/page"]["main"]
+    assert {"app.py", "README.md", "requirements.txt", "page/layout.py", "diffusers_ssr/mixin_ssr.py"} <= set(space)
+    assert b"'owner/published'" in space["app.py"] and b"sdk: gradio" in space["README.md"]
+    assert "POST api/spaces/owner/page/commit/main" in hub.requests
     elsewhere(
         hub,
         """

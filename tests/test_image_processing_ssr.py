@@ -1,9 +1,24 @@
+import io
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 from conftest import make_image_processor, make_picture
-from diffusers_ssr.image_processing_ssr import preprocess, preprocess_mask, to_mask, to_pil, unfit
-from PIL import Image
+from diffusers.utils import logging
+from diffusers_ssr import image_processing_ssr
+from diffusers_ssr.image_processing_ssr import (
+    mask_values,
+    open_image,
+    postprocess_map,
+    preprocess,
+    preprocess_mask,
+    to_mask,
+    to_pil,
+)
+from PIL import Image, ImageCms
 
 
 ARRAY = np.asarray(make_picture())
@@ -25,9 +40,35 @@ def test_all_kinds_of_pictures_are_one(image):
     assert np.array_equal(np.asarray(to_pil(image)), ARRAY)
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
-def test_other_modes_become_rgb(mode):
-    assert to_pil(make_picture().convert(mode)).mode == "RGB"
+COLOURS = Image.new("RGB", (48, 16), "white")
+COLOURS.paste((204, 51, 51), (0, 0, 16, 16))
+COLOURS.paste("black", (16, 0, 32, 16))
+GREY_MODES = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+COLOUR_MODES = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
+
+
+def in_mode(picture: Image.Image, mode: str) -> Image.Image:
+    if mode == "LAB":
+        lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(picture.convert("RGB"), rgb, lab, outputMode="LAB")
+    if mode.startswith("I;16"):
+        values = np.asarray(picture.convert("L")).astype(np.uint16) * 257
+        order = ">" if mode.endswith("B") else "<" if mode != "I;16N" else "="
+        return Image.frombytes(mode, picture.size, values.astype(f"{order}u2").tobytes())
+    steps = {"La": ("LA", "La"), "RGBa": ("RGBA", "RGBa"), "PA": ("RGBA", "PA")}
+    for step in steps.get(mode, (mode,)):
+        picture = picture.convert(step)
+    return picture
+
+
+@pytest.mark.parametrize("mode", GREY_MODES + COLOUR_MODES)
+def test_every_mode_becomes_rgb(mode):
+    expected = COLOURS if mode in COLOUR_MODES else COLOURS.convert("1" if mode == "1" else "L").convert("RGB")
+    given = in_mode(COLOURS, mode)
+    assert given.mode == mode
+    found = to_pil(given)
+    assert found.mode == "RGB" and given.mode == mode
+    assert np.abs(np.asarray(found).astype(int) - np.asarray(expected)).max() <= 3
 
 
 def test_a_rotated_photo_stands_upright(tmp_path):
@@ -92,34 +133,225 @@ def test_transparent_parts_become_white():
     assert (pixels[:, :8] == (255, 0, 0)).all() and (pixels[:, 8:] == 255).all()
 
 
-def test_sixteen_bits_are_scaled():
-    values = np.full((16, 16), 0x8080, np.uint16)
-    assert (np.asarray(to_pil(Image.fromarray(values))) == 0x80).all()
+@pytest.mark.parametrize(
+    "values,expected",
+    [
+        (np.full((16, 16), 0x8080, np.uint16), 0x80),
+        (np.full((16, 16), 0x80, np.uint16), 0x80),
+        (np.full((16, 16), 0xFFFF, np.int32), 0xFF),
+        (np.diag([70_000] * 16).astype(np.int32), np.diag([255] * 16)),
+        (np.full((16, 16), 0.5, np.float32), 128),
+        (np.full((16, 16), 200.0, np.float32), 200),
+    ],
+    ids=["16 bits", "8 bits in 16", "mode I", "above 16 bits", "floats to 1", "floats to 255"],
+)
+def test_deep_pictures_are_scaled_by_their_range(values, expected):
+    assert (np.asarray(to_pil(Image.fromarray(values)))[..., 0] == expected).all()
 
 
-def test_float_pictures_are_refused():
-    with pytest.raises(ValueError, match="mode F"):
-        to_pil(Image.new("F", (16, 16)))
+@pytest.mark.parametrize("value", [-1, np.nan, np.inf])
+def test_values_that_are_no_brightness_are_refused(value):
+    with pytest.raises(ValueError, match=f"`photo`.*{value}"):
+        to_pil(Image.fromarray(np.full((16, 16), value, np.float32)), "photo")
+
+
+def test_arrays_and_tensors_of_integers():
+    deep = ARRAY.astype(np.uint16) * 257
+    for image in (deep, deep.astype(">u2"), torch.from_numpy(ARRAY.copy()).permute(2, 0, 1)):
+        assert np.array_equal(np.asarray(to_pil(image)), ARRAY)
+
+
+@pytest.mark.parametrize("convert", [lambda image: image, np.asarray, lambda image: torch.zeros(3, 20, 20)])
+def test_too_many_pixels_are_refused_before_they_are_decoded(convert, monkeypatch):
+    image = convert(Image.new("RGB", (20, 20)))
+    with pytest.raises(ValueError, match="`photo` has 400 pixels, more than the 399"):
+        to_pil(image, "photo", max_pixels=399)
+    assert to_pil(image, max_pixels=400).size == (20, 20)
+    monkeypatch.setattr(image_processing_ssr, "MAX_PIXELS", 399)
+    with pytest.raises(ValueError, match="`subject_image` has 400 pixels.*MAX_PIXELS"):
+        to_pil(image)
+
+
+def encoded(picture: Image.Image, kind: str = "png", **options) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_huge_file_is_refused_undecoded(tmp_path):
+    """A file of 15 KB whose pixels would take 363 MB in RGB."""
+    file = tmp_path / "huge.png"
+    Image.new("1", (11_000, 11_000)).save(file)
+    for image in (file, file.read_bytes()):
+        with pytest.raises(ValueError, match="`photo` has 121,000,000 pixels"):
+            open_image(image, "photo")
+    with Image.open(file) as lazy:
+        with pytest.raises(ValueError, match="has 121,000,000 pixels"):
+            to_pil(lazy)
+        with pytest.raises(ValueError, match="has 121,000,000 pixels"):
+            to_mask(lazy, lazy.size)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "webp", "tiff", "bmp"])
+@pytest.mark.parametrize("part", [0, 0.02, 0.5, 0.9])
+def test_a_file_that_is_cut_off_is_named(tmp_path, kind, part):
+    content = encoded(make_picture(size=(64, 64)), kind)
+    content = content[: int(len(content) * part)]
+    (tmp_path / "photo").write_bytes(content)
+    with pytest.raises(ValueError, match="`photo` cannot be decoded"):
+        open_image(tmp_path / "photo", "photo")
+    with pytest.raises(ValueError, match="`photo` cannot be decoded"):
+        open_image(content, "photo")
+    try:
+        lazy = Image.open(tmp_path / "photo")
+    except OSError:
+        return
+    with lazy, pytest.raises(ValueError, match="`photo` cannot be decoded"):
+        to_pil(lazy, "photo")
+
+
+def test_what_is_no_file_of_a_picture_is_named(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for file in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(ValueError, match="`photo`.*is no regular file"):
+            open_image(file, "photo")
+    with pytest.raises(ValueError, match="`photo`.*cannot be the name of a file"):
+        open_image("photo\0.png", "photo")
+    with pytest.raises(FileNotFoundError):
+        open_image(tmp_path / "nowhere.png")
+    # Pillow would start Ghostscript
+    with pytest.raises(ValueError, match="`photo` cannot be decoded"):
+        open_image(encoded(make_picture(), "eps"), "photo")
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp", "png", "tiff"])
+def test_of_several_frames_the_first_is_taken_and_said_once(kind, caplog):
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ("white", "black", "white")]
+    content = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+    image_processing_ssr._say_animated.cache_clear()
+    image_processing_ssr.logger.propagate = True
+    logging.enable_propagation()
+    for _ in range(2):
+        assert (np.asarray(to_pil(open_image(content), "photo")) == 255).all()
+        assert (np.asarray(to_pil(Image.open(io.BytesIO(content)), "photo")) == 255).all()
+    logging.disable_propagation()
+    said = [record.message for record in caplog.records if "`photo` holds several frames" in record.message]
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "webp", "tiff"])
+def test_threads_may_share_a_picture_that_is_not_decoded_yet(kind, tmp_path):
+    file = tmp_path / "photo"
+    file.write_bytes(encoded(make_picture(size=(300, 200)), kind))
+    expected = np.asarray(to_pil(open_image(file)))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            for _ in range(8):
+                shared = Image.open(file)
+                for found in pool.map(to_pil, [shared] * 8):
+                    assert np.array_equal(np.asarray(found), expected)
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def test_the_result_is_a_picture_of_its_own():
+    given = make_picture()
+    found = to_pil(given)
+    found.paste("red", (0, 0, *found.size))
+    assert np.array_equal(np.asarray(given), ARRAY)
 
 
 MASK = np.zeros((32, 40), np.uint8)
 MASK[:, :10] = 255
 
 
-@pytest.mark.parametrize(
-    "mask",
-    [
-        MASK,
-        MASK / 255,
-        MASK > 0,
-        torch.from_numpy(MASK / 255),
-        torch.from_numpy(MASK > 0)[None],
-        Image.fromarray(MASK),
-    ],
-    ids=["uint8", "float", "bool", "tensor", "bool tensor", "PIL"],
-)
+def painted(colour, mode: str = "RGBA", opacity: int = 255) -> Image.Image:
+    """The mask, painted on a transparent layer."""
+    layer = Image.new("RGBA", (40, 32), (0, 0, 0, 0))
+    layer.paste(Image.new("RGBA", (10, 32), (*colour, opacity)), (0, 0))
+    return layer.convert(mode)
+
+
+def palette_mask(colour) -> Image.Image:
+    """The mask as an index, as segmentation data sets have it."""
+    mask = Image.fromarray(MASK // 255, "P")
+    mask.putpalette([0, 0, 0, *colour])
+    return mask
+
+
+def as_file(mask: Image.Image, kind: str = "png") -> Image.Image:
+    return open_image(encoded(mask, kind))
+
+
+WHITE_ON_BLACK = Image.fromarray(MASK)
+MASKS = {
+    "uint8": MASK,
+    "uint8 of 0 and 1": MASK // 255,
+    "int64": MASK.astype(int),
+    "uint16": MASK.astype(np.uint16) * 257,
+    "uint16, other byte order": (MASK.astype(np.uint16) * 257).astype(">u2"),
+    "uint16 to 255": MASK.astype(np.uint16),
+    "float": MASK / 255,
+    "float to 255": MASK.astype(np.float32),
+    "float16": (MASK / 255).astype(np.float16),
+    "float, a little more than 1": MASK / 254.9,
+    "bool": MASK > 0,
+    "(1, H, W)": MASK[None],
+    "(H, W, 1)": MASK[..., None],
+    "(1, 1, H, W)": MASK[None, None],
+    "(1, H, W, 1)": MASK[None, ..., None],
+    "(H, W, 3)": np.repeat(MASK[..., None], 3, -1),
+    "(H, W, 4)": np.asarray(painted((0, 0, 0))),
+    "tensor": torch.from_numpy(MASK / 255),
+    "bfloat16": torch.from_numpy(MASK / 255).bfloat16(),
+    "bool tensor": torch.from_numpy(MASK > 0)[None],
+    "uint8 tensor": torch.from_numpy(MASK)[None, None],
+    "tensor that learns": torch.from_numpy(MASK / 255).requires_grad_(),
+    **{f"mode {mode}": in_mode(WHITE_ON_BLACK, mode) for mode in GREY_MODES + COLOUR_MODES},
+    "mode L of 0 and 1": Image.fromarray(MASK // 255),
+    "mode I": Image.fromarray(MASK.astype(np.int32)),
+    "I;16 of 0 and 1": Image.fromarray((MASK // 255).astype(np.uint16)),
+    "I;16 from a file": as_file(Image.fromarray(MASK.astype(np.uint16) * 257)),
+    "painted in black": painted((0, 0, 0)),
+    "painted in red": painted((255, 0, 0)),
+    "painted in white": painted((255, 255, 255)),
+    "painted with half a brush": painted((255, 0, 0), opacity=100),
+    "painted, LA": painted((0, 0, 0), "LA"),
+    "painted, RGBa": painted((0, 0, 0), "RGBa"),
+    "painted, PA": painted((0, 0, 0), "PA"),
+    "painted, a file": as_file(painted((0, 0, 0))),
+    "painted, a GIF": as_file(painted((0, 0, 0)), "gif"),
+    "painted, WebP": open_image(encoded(painted((0, 0, 0)), "webp", lossless=True)),
+    "red on black": palette_mask((128, 0, 0)).convert("RGB"),
+    "palette, red on black": palette_mask((128, 0, 0)),
+    "palette, white on black, a file": as_file(palette_mask((255, 255, 255))),
+    "palette with a transparent index": open_image(encoded(palette_mask((0, 0, 0)), transparency=0)),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_all_kinds_of_masks_are_one(mask):
     assert np.array_equal(np.asarray(to_mask(mask, (40, 32))), MASK)
+    assert np.abs(mask_values(mask) - MASK / 255).max() < 0.5
+
+
+def test_values_between_stay_between():
+    """A region may end softly."""
+    soft = np.linspace(0, 1, 256).reshape(16, 16)
+    for mask in (soft, Image.fromarray((soft * 255).round().astype(np.uint8)), torch.from_numpy(soft)[None]):
+        assert np.abs(mask_values(mask) - soft).max() < 0.003
+
+
+def test_a_mask_of_several_frames():
+    frames = np.stack([MASK, MASK.T[:32].repeat(2, 1)[:, :40], np.zeros_like(MASK)])
+    for mask in (frames, frames[:, None], frames[..., None], frames[None], torch.from_numpy(frames)):
+        assert np.array_equal(mask_values(mask) * 255, frames)
+    assert mask_values(np.ones((9, 1, 2))).shape == (9, 1, 2) and mask_values(np.ones((1, 1, 1, 2, 3))).shape == (2, 3)
+    with pytest.raises(ValueError, match="as large as its picture"):
+        to_mask(frames, (40, 32))
 
 
 @pytest.mark.parametrize(
@@ -131,6 +363,21 @@ def test_all_kinds_of_masks_are_one(mask):
         (np.ones_like(MASK), "marks the whole picture"),
         (np.full(MASK.shape, np.nan), "nan"),
         (MASK.astype(int) * 2, "510"),
+        (np.zeros((32, 40, 4)), "is empty"),
+        (Image.new("RGBA", (40, 32), (255, 255, 255, 0)), "is empty"),
+        (Image.new("RGBA", (40, 32), (0, 0, 0, 255)), "is empty"),
+        (Image.new("RGBA", (40, 32), (255, 255, 255, 255)), "marks the whole picture"),
+        (MASK.astype(np.int16) - 1, "-1"),
+        (MASK.astype(complex), "complex128"),
+        (MASK.astype(str), "<U"),
+        (MASK.astype(object), "object"),
+        (MASK[:0], r"\(0, 40\)"),
+        (MASK[0], r"\(40,\)"),
+        (np.array(1.0), r"\(\)"),
+        (np.stack([MASK[None]] * 2)[None, None], r"\(1, 1, 2, 1, 32, 40\)|as large as"),
+        (torch.zeros(32, 40, dtype=torch.complex64), "complex64"),
+        (torch.zeros(32, 40, device="meta"), "meta"),
+        (torch.eye(32).to_sparse(), "plain tensor"),
         ("mask.png", "str"),
     ],
 )
@@ -150,7 +397,7 @@ def test_a_mask_marks_the_pixels_of_its_subject(size, resize_mode):
     processor = make_image_processor()
     pixels, marked = preprocess(picture, processor, resize_mode), preprocess_mask(mask, processor, resize_mode)
     assert pixels[0, 0][marked[0, 0] > 0.8].min() > 0.5 and pixels[0, 0][marked[0, 0] < 0.05].max() < 0.1
-    back = unfit(marked[0], size, resize_mode)[0]
+    back = postprocess_map(marked[0], size, resize_mode)[0]
     assert back.shape == size[::-1]
     inside = torch.zeros(size[::-1], dtype=torch.bool)
     inside[box[1] : box[3], box[0] : box[2]] = True

@@ -1,9 +1,11 @@
 import json
+import os
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_ssr_encoder
+from conftest import make_image_encoder, make_ssr_encoder, make_unet
 from diffusers_ssr import SSREncoder
 from diffusers_ssr.modeling_ssr import SD15_ATTENTION_LAYERS, consistency_loss
 from safetensors.torch import load_file, save_file
@@ -101,6 +103,104 @@ def test_from_released_refuses_a_pickle_that_holds_code(tmp_path):
         SSREncoder.from_released(tmp_path / "evil.bin", layers, attention_layers={"b": 8, "a": 16}, **SMALL)
 
 
+TWO_LAYERS = {"attention_layers": {"b": 8, "a": 16}, **SMALL}
+OTHER_FILES = {
+    "an encoder that `save_pretrained` wrote": make_ssr_encoder().state_dict(),
+    "an encoder that `save_pretrained` wrote, which": {"to_q.weight": 0, "to_out.0.weight": 0, "norm.bias": 0},
+    "a UNet": make_unet().state_dict(),
+    "a VAE": {"encoder.conv_in.weight": 0, "quant_conv.bias": 0},
+    "a CLIP model": make_image_encoder().state_dict() | {"vision_model.post_layernorm.weight": 0},
+    "a LoRA": {"unet.mid_block.attentions.0.to_q.lora_A.weight": 0},
+    "an IP-Adapter": {"ip_adapter": {}, "image_proj": {}},
+    "a ControlNet": {"controlnet_mid_block.weight": 0, "down_blocks.0.resnets.0.conv1.weight": 0},
+    "a whole Stable Diffusion checkpoint": {"model.diffusion_model.out.0.weight": 0, "cond_stage_model.a": 0},
+    "weights behind the prefix `module.`": {"module.aligner.to_q.weight": 0},
+    "a training's state": {"optimizer": {}, "state_dict": {}},
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_FILES)
+@pytest.mark.parametrize("argument", ["aligner", "layers"])
+def test_from_released_says_what_was_given_instead(argument, kind):
+    _, aligner, layers = small_released()
+    given = {"aligner": aligner, "layers": layers, argument: OTHER_FILES[kind]}
+    with pytest.raises(
+        ValueError, match=rf"`{argument}` has to be the released {argument} .*, but is {kind}"
+    ) as caught:
+        SSREncoder.from_released(**given, **TWO_LAYERS)
+    assert len(str(caught.value)) < 250
+
+
+def test_from_released_says_that_files_are_in_the_wrong_order_or_one_twice():
+    _, aligner, layers = small_released()
+    with pytest.raises(ValueError, match="`aligner` and `layers` are in the wrong order"):
+        SSREncoder.from_released(layers, aligner, **TWO_LAYERS)
+    with pytest.raises(ValueError, match="`layers` has to be .* but is the released aligner .*as the other file is"):
+        SSREncoder.from_released(aligner, aligner, **TWO_LAYERS)
+    with pytest.raises(ValueError, match="`aligner` has to be .* but is the released layers .*as the other file is"):
+        SSREncoder.from_released(layers, layers, **TWO_LAYERS)
+
+
+@pytest.mark.parametrize(
+    "value,message",
+    [
+        (None, "NoneType"),
+        ([0.0], "list"),
+        (torch.zeros(16, 32, dtype=torch.long), "int64"),
+        (torch.zeros(16, 32, dtype=torch.complex64), "complex64"),
+        (torch.zeros(16, 32).to_sparse(), "float32"),
+        (torch.full((16, 32), torch.nan), "not finite"),
+        (torch.full((16, 32), torch.inf), "not finite"),
+        (torch.zeros(16, 32, device="meta"), "not finite"),
+        (torch.zeros(()).expand(10**6, 10**6), r"\(1000000, 1000000\)"),
+    ],
+)
+def test_from_released_refuses_what_is_no_weight(value, message):
+    _, aligner, layers = small_released()
+    with pytest.raises(ValueError, match=f"`aligner` holds aligner.to_q.weight .*{message}"):
+        SSREncoder.from_released({**aligner, "aligner.to_q.weight": value}, layers, **TWO_LAYERS)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"garbage", [1, 2], {1: torch.zeros(1)}, "cut off", "compressed", "folder", "pipe"]
+)
+def test_from_released_names_a_file_that_cannot_be_read(tmp_path, content):
+    _, aligner, layers = small_released()
+    path = tmp_path / "weights.bin"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content == "folder":
+        path.mkdir()
+    elif content == "pipe":
+        os.mkfifo(path)
+    else:
+        torch.save(aligner if isinstance(content, str) else content, path)
+    if content == "cut off":
+        path.write_bytes(path.read_bytes()[:2000])
+    if content == "compressed":
+        with (
+            zipfile.ZipFile(path) as stored,
+            zipfile.ZipFile(tmp_path / "small.bin", "w", zipfile.ZIP_DEFLATED) as small,
+        ):
+            for entry in stored.namelist():
+                small.writestr(entry, stored.read(entry))
+        path = tmp_path / "small.bin"
+    with pytest.raises(
+        ValueError, match="`aligner`.* (holds no weights that can be read|has to hold tensors by name)"
+    ):
+        SSREncoder.from_released(path, layers, **TWO_LAYERS)
+
+
+def test_from_released_reads_files_of_before_torch_1_6(tmp_path):
+    encoder, aligner, layers = small_released()
+    torch.save(aligner, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    loaded = SSREncoder.from_released(tmp_path / "old.bin", layers, **TWO_LAYERS)
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in encoder.state_dict().items())
+    assert not loaded.training and all(parameter.requires_grad for parameter in loaded.parameters())
+    with pytest.raises(FileNotFoundError):
+        SSREncoder.from_released(tmp_path / "nowhere.bin", layers, **TWO_LAYERS)
+
+
 @pytest.mark.parametrize("argument", ["aligner", "layers"])
 @pytest.mark.parametrize("fault", ["missing", "extra", "shape"])
 def test_from_released_names_the_wrong_tensor(argument, fault):
@@ -143,6 +243,63 @@ def test_shapes(num_tokens, as_list):
 def test_rejects_another_number_of_levels():
     with pytest.raises(ValueError, match="`image_hidden_states` has to hold 3 levels"):
         make_ssr_encoder()(torch.randn(1, 77, 32), torch.randn(2, 1, 17, 24))
+
+
+BAD_CONFIGS = [
+    *({name: value} for name in ("cross_attention_dim", "vision_hidden_size", "inner_dim", "num_attention_heads")
+      for value in (0, -8, 10**9, "32", 32.0, None, True, [32], float("nan"))),
+    *({"image_levels": value} for value in ("123", 3, None, [-1], [1.5], ["1"], [True], [10**6], [1] * 65, {"1": 1})),
+    *({"attention_layers": value} for value in (
+        [8], "a", {"a": "8"}, {"a": 0}, {"a": -8}, {"a": 10**9}, {"a": None}, {"a": {"b": 8}}, {"": 8},
+        {f"a{index}": 8 for index in range(1025)}, {"a.b": 8, "a_b": 8})),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", BAD_CONFIGS, ids=lambda config: str(config)[:60])
+def test_a_config_that_is_no_encoders_is_refused(tmp_path, config):
+    (name,) = config
+    with pytest.raises(ValueError, match=f"`{name}"):
+        make_ssr_encoder(**config)
+    make_ssr_encoder().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
+    if config != {"attention_layers": None}:
+        with pytest.raises(ValueError, match=f"`pretrained_model_name_or_path`: {tmp_path} .*`{name}"):
+            SSREncoder.from_pretrained(tmp_path)
+
+
+def test_an_encoder_larger_than_any_is_refused():
+    wide = {"cross_attention_dim": 2**15, "vision_hidden_size": 2**15, "inner_dim": 2**15, "num_attention_heads": 8}
+    with pytest.raises(ValueError, match="more than any: 1,073,741,824"):
+        SSREncoder(**wide)
+
+
+@pytest.mark.parametrize("fault", ["nan", "inf", "missing", "shape", "cut off", "empty", "config", "list", "deep"])
+def test_broken_files_of_an_encoder_are_refused(tmp_path, fault):
+    make_ssr_encoder().save_pretrained(tmp_path)
+    weights, config = tmp_path / "diffusion_pytorch_model.safetensors", tmp_path / "config.json"
+    tensors = load_file(weights)
+    if fault in ("nan", "inf"):
+        tensors["to_q.weight"][3, 3] = float(fault)
+    elif fault == "shape":
+        tensors["to_q.weight"] = tensors["to_q.weight"][:-1]
+    elif fault == "missing":
+        del tensors["to_q.weight"]
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, weights, metadata={"format": "pt"})
+    if fault in ("cut off", "empty"):
+        weights.write_bytes(weights.read_bytes()[: 5000 if fault == "cut off" else 0])
+    if fault in ("config", "list", "deep"):
+        config.write_text({"config": "{", "list": "[1]", "deep": "[" * 10**5}[fault])
+    with pytest.raises((ValueError, OSError), match=str(tmp_path)) as caught:
+        SSREncoder.from_pretrained(tmp_path)
+    if fault in ("nan", "inf", "missing", "shape"):
+        assert isinstance(caught.value, ValueError) and "to_q.weight" in str(caught.value)
+
+
+def test_loading_info_is_given_when_asked_for(tmp_path):
+    make_ssr_encoder().save_pretrained(tmp_path)
+    model, info = SSREncoder.from_pretrained(tmp_path, output_loading_info=True, dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16 and not model.training and info["missing_keys"] == []
 
 
 def test_rejects_heads_that_do_not_divide():

@@ -18,8 +18,7 @@ from tools.pocket.world import CATEGORY_NAMES
 
 @pytest.fixture(scope="module")
 def pocket():
-    pipe = StableDiffusionSSRPipeline.from_pretrained(POCKET, dtype=torch.float32)
-    pipe.load_ssr(POCKET)
+    pipe = StableDiffusionSSRPipeline.from_pretrained(POCKET, trust_remote_code=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

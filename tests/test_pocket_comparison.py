@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,8 +19,8 @@ from training_options import check_args, parse_args
 from tools.pocket.measure import comparison
 from tools.pocket.methods import COMMON, METHODS
 from tools.pocket.rivals import MeanPatchEncoder, WholePictureEncoder
-from tools.pocket.train.pairs import rows
-from tools.pocket.world import DESIGN_SETS, DESIGNS, HELD_OUT, NUM_VARIANTS, SEEN, Instance, _code_points
+from tools.pocket.train.pairs import Rows, rows
+from tools.pocket.world import CATEGORY_NAMES, DESIGN_SETS, DESIGNS, NUM_VARIANTS, SPLITS, Instance, _code_points
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -92,7 +93,7 @@ def test_a_rival_is_trained_as_ssr_encoder_is():
 
 def test_the_nearest_of_sixteen():
     """Own design and colour: a hit. Another design: a miss, if that one is among the sixteen; chance is 1 in 16."""
-    own = HELD_OUT[0]
+    own = SPLITS["first"][1][0]
     scenes = [SimpleNamespace(instances=[own])] * 400
     designs, variants = np.full((400, len(DESIGNS)), -5.0), np.full((400, NUM_VARIANTS), -5.0)
     variants[:, own.variant] = 5
@@ -113,10 +114,11 @@ def designs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("designs")
     for number, (name, (_, _, ending, _)) in enumerate(DESIGN_SETS.items()):
         (folder / name).mkdir()
-        for index, code in enumerate(_code_points()):
+        for index, code in enumerate([*_code_points(), "1f004"]):
             Image.new("RGBA", (16, 16), (index * 10, 40 + number * 80, 120, 255)).save(
                 folder / name / f"{code}.{ending}"
             )
+    (folder / "others.json").write_text('{"others": {"1f004": "mahjong"}, "kin": {}}')
     return folder
 
 
@@ -126,24 +128,63 @@ def test_pairs_depend_on_their_number_alone(designs):
     assert together[2] != next(rows(str(designs), [2], 8))
 
 
-def test_pairs_show_the_queried_thing_and_never_name_its_colour(designs):
-    pairs = list(rows(str(designs), list(range(60)), 0))
-    masked = [pair for pair in pairs if pair["mask"]]
-    assert 3 <= len(masked) <= 25
+def test_pairs_are_of_three_kinds_and_never_name_a_colour(designs):
+    pairs = list(rows(str(designs), list(range(120)), 0))
+    kinds = {"two": 0, "masked": 0, "without a query": 0, "absent": 0}
     for pair in pairs:
-        pictures = [Image.open(io.BytesIO(pair[name]["bytes"])) for name in ("image", "reference")]
+        pictures = [Image.open(io.BytesIO(each["bytes"])) for each in (pair["image"], *pair["reference"])]
         assert all(picture.size == (64, 64) for picture in pictures)
-        assert not any(word in pair["text"].split() + pair["query"].split() for word in ("red", "blue", *DESIGNS))
-        if not pair["mask"]:
-            name = pair["query"].split()[-1]
-            assert name in pair["text"] or "a thing" in pair["text"]
+        assert len(pair["reference"]) == len(pair["query"]) == len(pair["mask"]) in (1, 2)
+        words = " ".join([pair["text"], *(query or "" for query in pair["query"])]).split()
+        assert not any(word in words for word in ("red", "blue", *DESIGNS))
+        assert all(query or mask for query, mask in zip(pair["query"], pair["mask"], strict=True))
+        kinds["two"] += len(pair["query"]) == 2
+        kinds["masked"] += any(pair["mask"])
+        kinds["without a query"] += not all(pair["query"])
+        (first, *_), (mask, *_) = pair["query"], pair["mask"]
+        kinds["absent"] += not mask and "a thing" not in pair["text"] and first.split()[-1] not in pair["text"]
+    assert all(count >= 5 for count in kinds.values()), kinds
+    assert 20 <= kinds["two"] <= 45 and kinds["absent"] <= 20
 
 
-def test_held_out_instances_are_not_trained_on():
-    assert len(HELD_OUT) * 3 == len(SEEN) and not set(HELD_OUT) & set(SEEN)
+def test_a_target_shows_the_queried_things_and_no_held_out_one(designs):
+    """Of two references each one's queried thing; of instances seen in training alone."""
+    drawing, rng = Rows(str(designs), "wide"), np.random.default_rng(3)
+    drawn = []
+    original = drawing.world.paste
+    drawing.world.paste = lambda canvas, thing, *rest: drawn.append(thing) or original(canvas, thing, *rest)
+    for _ in range(20):
+        drawn.clear()
+        row = drawing.two(rng)
+        target = drawn[-2:]
+        assert {name for name in row["text"].split() if name in CATEGORY_NAMES} <= {thing.name for thing in target}
+        grid = [
+            replace(t, shift=0.0, saturation=1.0, lightness=1.0, flipped=False)
+            for t in drawn
+            if isinstance(t, Instance)
+        ]
+        assert set(grid) <= set(SPLITS["wide"][0])
+        for thing in target:
+            assert sum(replace(each, flipped=False) == thing for each in drawn if isinstance(each, Instance)) >= 2
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_held_out_instances_are_not_trained_on(split):
+    seen, held_out = SPLITS[split]
+    assert not set(held_out) & set(seen) and len(held_out) + len(seen) == 12 * len(DESIGNS) * NUM_VARIANTS
     for category in range(12):
         for design in range(len(DESIGNS)):
-            assert sum(Instance(category, design, v) in HELD_OUT for v in range(NUM_VARIANTS)) == 3
+            assert sum(Instance(category, design, v) in held_out for v in range(NUM_VARIANTS)) in (3, NUM_VARIANTS)
+
+
+def test_in_the_wide_split_no_colour_predicts_a_design():
+    """A colour that a category lacks in one design, it lacks in all, unless it lacks the whole design."""
+    seen, held_out = SPLITS["wide"]
+    whole = {(c, d) for c in range(12) for d in range(3) if not any(i.category == c and i.design == d for i in seen)}
+    assert len(whole) == 4 and len({category for category, _ in whole}) == 4
+    for instance in held_out:
+        if (instance.category, instance.design) not in whole:
+            assert not any(i.category == instance.category and i.variant == instance.variant for i in seen)
 
 
 @pytest.mark.parametrize("name", METHODS)

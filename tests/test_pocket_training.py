@@ -5,17 +5,19 @@ import subprocess
 import sys
 from argparse import Namespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 
-from tools.pocket.training import train
+from tools.pocket import training
+from tools.pocket.training import Ahead, train
 
 
 def options(folder, steps):
     return Namespace(
         work_dir=folder, max_train_steps=steps, learning_rate=1e-2, lr_warmup_steps=2, checkpointing_steps=2,
-        sample_steps=1000, ema_decay=0.9, seed=0,
+        sample_steps=1000, ema_decay=0.9, seed=0, minutes=None,
     )  # fmt: skip
 
 
@@ -43,6 +45,36 @@ def test_a_resumed_run_ends_where_an_uncut_one_does(tmp_path):
         run(tmp_path / "cut", stop_at=5)
     assert torch.equal(run(tmp_path / "cut"), uncut)
     assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_run_stops_after_its_minutes_however_often_it_is_resumed(tmp_path, monkeypatch):
+    """Each step takes a quarter of a minute by this clock: four of them, however they are divided."""
+    now = [0.0]
+    monkeypatch.setattr(training.time, "time", lambda: now[0])
+    model = torch.nn.Linear(3, 3)
+    steps = []
+
+    def loss_fn(generator):
+        if len(steps) == 2 and now[0] < 100:
+            now[0] = 1000.0
+            raise KeyboardInterrupt
+        steps.append(generator.initial_seed())
+        now[0] += 15.0
+        return model(torch.ones(1, 3)).square().mean(), {}
+
+    args = options(tmp_path, 1000)
+    args.minutes = 1.0
+    with pytest.raises(KeyboardInterrupt):
+        train("test", args, {"model": model}, loss_fn)
+    train("test", args, {"model": model}, loss_fn)
+    assert steps == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_drawn_ahead_are_the_same(num_workers):
+    ahead = Ahead(lambda number: np.random.default_rng(number).random(3), num_workers)
+    for number in (4, 5, 5, 6, 9, 10):
+        assert np.array_equal(ahead(number), np.random.default_rng(number).random(3))
 
 
 WORKER = """

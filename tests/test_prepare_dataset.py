@@ -1,6 +1,8 @@
 """From a folder of pictures to shards that training reads."""
 
 import json
+import runpy
+import sys
 import tarfile
 from itertools import islice
 
@@ -69,7 +71,7 @@ def test_pictures_become_shards_that_training_reads(photos, tmp_path, capsys):
     assert "caption" in bad["alone.png"] and "less than 16" in bad["small.png"] and "to 1" in bad["long.png"]
     prepare = Preparation(Columns(), make_image_processor(), 16)
     samples = Samples(StreamedRows(load_rows(out), 0, 4), prepare)
-    assert {sample["query"] for sample in islice(samples, 6)} == {"brown dog"} and not samples.bad
+    assert {sample["queries"][0] for sample in islice(samples, 6)} == {"brown dog"} and not samples.bad
 
 
 def test_a_run_that_was_cut_off_goes_on_with_the_next_shard(photos, tmp_path, monkeypatch):
@@ -224,3 +226,14 @@ def test_a_folder_without_pictures(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="source"):
         prepare_dataset.main(arguments(tmp_path / "empty", tmp_path / "out"))
+
+
+def test_nothing_kept_is_said_and_fails(photos, tmp_path, capsys, monkeypatch):
+    options = arguments(photos, tmp_path / "out", min_image_size=500)
+    monkeypatch.setattr(sys, "argv", ["prepare_dataset.py", *options])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(prepare_dataset.__file__, run_name="__main__")
+    assert int(ended.value.code) == 1
+    output = capsys.readouterr().out
+    assert "No sample was kept" in output and "less than 500" in output
+    assert not list((tmp_path / "out").glob("*.tar"))

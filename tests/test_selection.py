@@ -209,7 +209,7 @@ def test_scale_per_block(pipe, scale, expected):
 def test_a_scale_of_nothing_is_the_stock_call(pipe, scale, monkeypatch):
     """No hooks, no projection: the stock pipeline's FLOPs, to the last one."""
     expected = stock_of(pipe)(**call_args()).images
-    monkeypatch.setattr("diffusers_ssr.mixin_ssr.SubjectPasses", None)
+    monkeypatch.setattr("diffusers_ssr.unet_hooks.SubjectPasses", None)
     assert np.array_equal(pipe(**subject_args(subject_scale=scale)).images, expected)
 
 

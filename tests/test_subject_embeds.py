@@ -1,12 +1,17 @@
+import resource
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
 from conftest import make_picture, make_ssr_encoder
-from diffusers_ssr import SubjectEmbeds
+from diffusers_ssr import SubjectEmbeds, subject_file
 from diffusers_ssr.subject_embeds import same_fingerprint
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 
 @pytest.fixture
@@ -41,37 +46,109 @@ def test_merged_tokens_are_saved_and_merged_further(pair, tmp_path):
     assert pair.subjects[0].embeds.shape[1] == length and pair.compact(length).subjects == pair.subjects
 
 
-@pytest.mark.parametrize("missing", ["0.embeds", "1.negative_embeds", "counts"])
-def test_a_file_without_all_its_tokens_is_refused(pair, tmp_path, missing):
-    path = tmp_path / "pair.safetensors"
-    pair.compact(9).save(path)
-    with safe_open(path, "pt") as file:
-        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
-    if missing == "counts":
-        tensors["0.counts"] = tensors["0.counts"][:, 1:]
-    else:
-        del tensors[missing]
-    save_file(tensors, path, metadata=metadata)
-    with pytest.raises(ValueError, match="lacks tokens"):
-        SubjectEmbeds.load(path)
-
-
-@pytest.mark.parametrize("num_tokens", [0, -1, 2.5, True, "few"])
+@pytest.mark.parametrize(
+    "num_tokens", [0, -1, 2.5, True, "few", None, np.float64(3), np.bool_(True), torch.tensor([3])]
+)
 def test_a_number_of_tokens_that_is_none_is_refused(pair, num_tokens):
     with pytest.raises(ValueError, match="`num_tokens`"):
         pair.compact(num_tokens)
 
 
-@pytest.mark.parametrize("fault", ["cut off", "another file", "empty"])
-def test_a_broken_file_is_named(pair, tmp_path, fault):
+NUMBERS = [
+    np.float32(0.5), np.float16(0.5), np.float64(0.5), np.array(0.5), torch.tensor(0.5), torch.tensor(0.5).bfloat16(),
+    Fraction(1, 2), 0.5,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda number: f"{type(number).__module__}.{type(number).__name__}")
+def test_a_scale_may_be_any_number(pair, number):
+    (scale,) = {subject.scale for subject in pair.scaled(number).subjects}
+    assert type(scale) is float and scale == 0.5
+
+
+@pytest.mark.parametrize("count", [9, np.int64(9), np.uint8(9), np.array(9), torch.tensor(9)])
+def test_a_number_of_tokens_may_be_any_whole_number(pair, count):
+    assert [subject.embeds.shape[1] for subject in pair.compact(count).subjects] == [9, 9]
+
+
+NO_NUMBERS = [
+    "0.8", None, True, np.bool_(True), torch.tensor(True), 1j, torch.tensor(1j), float("nan"), np.float32("inf"), 1e30,
+    10**400, np.array([0.5]), torch.tensor([0.5]), torch.tensor(0.5, device="meta"), [0.5],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", NO_NUMBERS, ids=str)
+def test_a_scale_that_is_no_number_is_refused(pair, scale):
+    with pytest.raises(ValueError, match="`scale` has to be a number"):
+        pair.scaled(scale)
+
+
+@pytest.mark.parametrize("frames", [None, 1, 3])
+def test_a_region_that_subjects_share_is_saved(pair, tmp_path, frames):
+    region = np.eye(8) if frames is None else [np.eye(8) * (frame != 1) for frame in range(frames)]
+    pair.inside(region).save(tmp_path / "pair.safetensors")
+    loaded = SubjectEmbeds.load(tmp_path / "pair.safetensors")
+    expected = torch.from_numpy(np.eye(8) if frames in (None, 1) else np.stack(region)).float()
+    assert all(torch.equal(subject.region, expected) for subject in loaded.subjects)
+
+
+def test_the_file_may_go_once_it_is_loaded(pair, tmp_path):
+    """The tensors are copies, not views of the file."""
     path = tmp_path / "pair.safetensors"
     pair.save(path)
-    if fault == "another file":
-        save_file({"weight": torch.zeros(2)}, path)
-    else:
-        path.write_bytes(path.read_bytes()[: 1000 if fault == "cut off" else 0])
-    with pytest.raises(ValueError, match="`path`.*pair.safetensors"):
-        SubjectEmbeds.load(path)
+    loaded = SubjectEmbeds.load(path)
+    with path.open("r+b") as file:
+        file.write(b"\xff" * path.stat().st_size)
+    assert torch.equal(loaded.subjects[0].embeds, pair.subjects[0].embeds)
+
+
+def test_threads_may_save_to_one_path(pipe, tmp_path):
+    subjects = [pipe.encode_subject(make_picture(seed), "cat").scaled(seed / 8) for seed in range(8)]
+    path, start = tmp_path / "cat.safetensors", threading.Barrier(8)
+
+    def save(subject):
+        start.wait()
+        for _ in range(20):
+            subject.save(path)
+            loaded = SubjectEmbeds.load(path).subjects[0]
+            assert torch.equal(loaded.embeds, subjects[int(loaded.scale * 8)].subjects[0].embeds)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(save, subjects))
+    assert [file.name for file in tmp_path.iterdir()] == ["cat.safetensors"]
+
+
+def test_a_full_disk_leaves_the_old_file(pair, tmp_path):
+    path = tmp_path / "pair.safetensors"
+    pair.compact(2).save(path)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(Exception, match="[Ff]ile too large"):
+            pair.save(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_could_not_be_loaded_is_not_saved(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(subject_file, "MAX_BYTES", 1000)
+    with pytest.raises(ValueError, match="at most 64 subjects and 1,000 bytes"):
+        pair.save(tmp_path / "pair.safetensors")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="are 66 and"):
+        SubjectEmbeds(pair.subjects * 33).save(tmp_path / "pair.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_repr_is_one_short_line(pair):
+    assert repr(pair) == (
+        "SubjectEmbeds([Subject('cat', scale 0.8, 96 tokens, region 8 x 8), Subject('dog', 96 tokens)], float32, cpu)"
+    )
+    many = SubjectEmbeds(tuple(replace(pair.subjects[0], query="a very long query " * 9) for _ in range(60)))
+    shown = repr(many.inside([np.eye(8)] * 3))
+    assert "... 56 more" in shown and "region 3 x 8 x 8" in shown and len(shown) < 500 and "\n" not in shown
 
 
 def test_scaled_and_inside_reach_every_subject_and_leave_the_original(pair):
@@ -81,9 +158,55 @@ def test_scaled_and_inside_reach_every_subject_and_leave_the_original(pair):
     assert all(torch.equal(s.region, torch.eye(8)) for s in pair.inside(region).subjects)
 
 
-@pytest.mark.parametrize("region", [np.zeros((8, 8)), np.ones(8), "left", np.full((8, 8), np.nan)])
+def painted(size: tuple[int, int] = (8, 8)) -> Image.Image:
+    """Black on a transparent layer."""
+    layer = Image.new("RGBA", size, (0, 0, 0, 0))
+    layer.paste((0, 0, 0, 255), (0, 0, size[0] // 2, size[1]))
+    return layer
+
+
+LEFT = np.repeat([[1.0] * 4 + [0.0] * 4], 8, 0)
+
+
+@pytest.mark.parametrize(
+    "region",
+    [LEFT, LEFT[None], LEFT[..., None], LEFT > 0, (LEFT * 255).astype(np.uint8), (LEFT * 65535).astype(np.uint16),
+     torch.from_numpy(LEFT)[None, None], painted(), painted().convert("LA"), Image.fromarray(LEFT > 0), [LEFT], (painted(),)],
+)  # fmt: skip
+def test_a_region_may_be_any_mask(pair, region):
+    for subject in pair.inside(region).subjects:
+        assert subject.region.dtype == torch.float32 and torch.equal(subject.region, torch.from_numpy(LEFT).float())
+
+
+STACK = np.stack([LEFT, LEFT * 0, LEFT[:, ::-1]])
+
+
+@pytest.mark.parametrize(
+    "region",
+    [STACK, STACK[:, None], STACK[..., None], torch.from_numpy(STACK) > 0, (STACK * 255).astype(np.uint8), list(STACK),
+     tuple(torch.from_numpy(STACK)), [painted(), LEFT * 0, painted().transpose(Image.Transpose.FLIP_LEFT_RIGHT)]],
+)  # fmt: skip
+def test_a_region_may_be_one_mask_a_frame(pair, region):
+    for subject in pair.inside(region).subjects:
+        assert subject.region.dtype == torch.float32 and torch.equal(subject.region, torch.from_numpy(STACK).float())
+
+
+@pytest.mark.parametrize(
+    "region",
+    [np.zeros((8, 8)), np.ones(8), "left", np.full((8, 8), np.nan), -LEFT, LEFT * 300, LEFT.astype(complex), LEFT.tolist(),
+     [], [LEFT, LEFT[:4]], [STACK, STACK], [LEFT * 0] * 3, STACK * 0, STACK[None, :, None, None], np.zeros((0, 8)), None],
+)  # fmt: skip
 def test_a_region_that_is_no_mask_is_refused(pair, region):
-    with pytest.raises(ValueError, match="`region`"):
+    with pytest.raises(ValueError, match="`region"):
+        pair.inside(region)
+
+
+@pytest.mark.parametrize(
+    "region", [np.ones((2, 9, 9)), [np.ones((9, 9))] * 2, np.ones((13, 13)), Image.new("1", (13, 13), 1)]
+)
+def test_a_region_has_to_be_of_a_size_that_can_be_saved(pair, region, monkeypatch):
+    monkeypatch.setattr(subject_file, "MAX_REGION_VALUES", 161)
+    with pytest.raises(ValueError, match="`region.*161"):
         pair.inside(region)
 
 

@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -553,7 +554,7 @@ def test_an_encoder_of_another_size_is_refused(models, pictures, tmp_path):
 def test_bad_samples_are_left_out_and_named(models, pictures, tmp_path):
     lines = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
     for line in lines:
-        line["file_name"] = str(pictures / line["file_name"])
+        shutil.copy(pictures / line["file_name"], tmp_path)
     lines = [{**lines[0], "file_name": "missing.png"}, *lines, {"file_name": lines[0]["file_name"], "query": "cat"}]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n{broken")
     train_ssr.main(arguments(models, tmp_path, tmp_path / "out", max_train_steps=5))
@@ -588,3 +589,10 @@ def test_wrong_options_are_named(changes, message):
 def test_average_and_encoder_are_both_read_back(models, trained):
     for name in ("ssr_encoder", "ssr_encoder_ema"):
         assert SSREncoder.from_pretrained(trained / "checkpoint-4", subfolder=name).config.inner_dim == 16
+
+
+def test_without_a_resolution_the_base_models_is_used(models, pictures):
+    args = parse_args(None, [], arguments(models, pictures, "out", resolution=None))
+    check_args(args)
+    pipe, _ = train_ssr.load_models(args)
+    assert args.resolution == pipe.unet.config.sample_size * pipe.vae_scale_factor == 16

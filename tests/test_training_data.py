@@ -1,8 +1,12 @@
 """Rows and samples for training: every source, the order, and what is unusable."""
 
+import bz2
+import gzip
 import io
 import json
+import os
 import tarfile
+import tracemalloc
 from itertools import islice
 
 import datasets
@@ -176,6 +180,154 @@ def test_bad_rows_in_a_stream(tmp_path):
     assert "JSON" in named["1.tar:broken"] and "unexpected end" in named["2.tar"]
 
 
+TEXTS = {"text": "a cat", "query": "cat"}
+
+
+def entry(name: str, content: bytes = b"", size: int | None = None, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """A tar entry, whatever size it says it has."""
+    member = tarfile.TarInfo(name)
+    member.size, member.type = len(content) if size is None else size, kind
+    return member.tobuf(tarfile.GNU_FORMAT) + content + b"\0" * (-len(content) % 512)
+
+
+def sparse_entry(name: str, size: int) -> bytes:
+    """An entry without content that is `size` zeros when it is read: GNU tar's sparse files."""
+    header = bytearray(entry(name, kind=tarfile.GNUTYPE_SPARSE))
+    header[483:495] = b"\x80" + size.to_bytes(11, "big")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header[:512])
+    return bytes(header)
+
+
+GOOD = entry("good.png", PICTURE) + entry("good.json", json.dumps(TEXTS).encode())
+HUGE = 20 * 10**9
+BAD_SHARDS = {
+    "sparse": GOOD + sparse_entry("bomb.png", HUGE),
+    "huge": GOOD + entry("bomb.png", size=HUGE) + b"\0" * 600,
+    "a long name": GOOD + entry("././@LongLink", size=HUGE, kind=tarfile.GNUTYPE_LONGNAME),
+    "a header": GOOD + entry("pax", size=HUGE, kind=tarfile.XHDTYPE),
+    "zeros, gzipped": gzip.compress(GOOD + entry("bomb.png", size=2**28) + b"\0" * 2**24, 1),
+    "zeros, bz2": bz2.compress(GOOD + entry("bomb.png", size=2**28) + b"\0" * 2**24, 9),
+    "json": GOOD + entry("bomb.json", size=2**21),
+    "noise": bytes(range(256)) * 40,
+    "cut off": GOOD[:-500],
+    "xz of noise": b"\xfd7zXZ\0" + bytes(range(256)),
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("kind", BAD_SHARDS)
+def test_shards_that_ask_for_too_much_are_left_out(tmp_path, kind):
+    (tmp_path / "0.tar").write_bytes(BAD_SHARDS[kind])
+    (tmp_path / "1.tar").write_bytes(GOOD)
+    samples = Samples(StreamedRows(load_rows(tmp_path), 0, 1), PREPARE)
+    tracemalloc.start()
+    assert len(list(islice(samples, 3))) == 3
+    assert tracemalloc.get_traced_memory()[1] < 150 * 2**20
+    tracemalloc.stop()
+    if kind == "empty":
+        return
+    assert any("0.tar" in name for name in samples.bad)
+    assert any("cannot be read" in reason for reason in samples.bad.values())
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"image": "/etc/hostname"}, {"image": {"path": "good.png"}}, {"image": ["good.png"]}, {"image": 3}, {"text": None},
+        {"text": "half of a letter: \ud83d"}, {"query": "x" * 10**5}, {"query": {"a": 1}}, {"text": ["a cat"]},
+        {"query": ["cat"] * 10**5}, {"query": ["cat", 3]}, {"query": []},
+    ],
+)  # fmt: skip
+def test_what_a_shards_json_says_is_a_bad_sample_at_worst(tmp_path, columns):
+    with_picture = entry("0.png", PICTURE) * ("image" not in columns)
+    (tmp_path / "0.tar").write_bytes(with_picture + entry("0.json", json.dumps({**TEXTS, **columns}).encode()) + GOOD)
+    samples = Samples(StreamedRows(load_rows(tmp_path), 0, 1), PREPARE)
+    assert len(list(islice(samples, 2))) == 2
+    ((name, reason),) = samples.bad.items()
+    assert name.endswith("0.tar:0") and "root:" not in reason
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_shards_own_picture_counts_whatever_its_json_names(tmp_path, order):
+    described = json.dumps({**TEXTS, "image": "/etc/hostname", "__key__": "x", "__error__": "y"}).encode()
+    parts = [entry("0.png", PICTURE), entry("0.json", described)][::order]
+    (tmp_path / "0.tar").write_bytes(b"".join(parts))
+    ((row,), (_, _, again)) = (
+        list(read_shards([str(tmp_path / "0.tar")])),
+        next(StreamedRows(load_rows(tmp_path), 0, 1).read((0, 0))),
+    )
+    assert row["image"] == again["image"] == PICTURE and row["__key__"].endswith("0.tar:0") and "__error__" not in row
+
+
+def test_numbered_files_of_a_shard_are_a_list_in_their_order(tmp_path):
+    order = [10, 0, 2]
+    entries = [entry(f"0.reference.{number}.png", bytes([number]) * 9) for number in order]
+    described = {"reference": "named in JSON as well", "a.1": "x", "a": "y"}
+    (tmp_path / "0.tar").write_bytes(b"".join(entries) + entry("0.json", json.dumps(described).encode()) + GOOD)
+    first, second = read_shards([str(tmp_path / "0.tar")])
+    assert first["reference"] == [bytes([number]) * 9 for number in sorted(order)]
+    assert second["image"] == PICTURE
+
+
+def test_pipes_and_folders_are_left_out_and_named(tmp_path):
+    for name in ("0.tar", "picture.png"):
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "1.tar").mkdir()
+    (tmp_path / "2.tar").write_bytes(GOOD)
+    samples = Samples(StreamedRows(load_rows(tmp_path), 0, 1), PREPARE)
+    assert len(list(islice(samples, 2))) == 2
+    assert sorted(name[-5:] for name in samples.bad) == ["0.tar", "1.tar"]
+    assert all("is no regular file" in reason for reason in samples.bad.values())
+    with pytest.raises(BadSample, match="image cannot be read: .*no regular file"):
+        open_picture(tmp_path / "picture.png")
+
+
+def test_names_that_lead_out_of_the_folder_are_refused(tmp_path):
+    inside, outside = tmp_path / "set" / "a", tmp_path / "outside.png"
+    inside.mkdir(parents=True)
+    outside.write_bytes(PICTURE)
+    (tmp_path / "set" / "beside.png").write_bytes(PICTURE)
+    (tmp_path / "set" / "metadata.jsonl").symlink_to("/dev/null")
+    names = ["../beside.png", str(tmp_path / "set" / "beside.png"), "../../outside.png", str(outside), "/etc/passwd",
+             "a/../../../outside.png", "nul\0.png", "n" * 300, "half\ud83d.png", "..", ".", "/dev/zero"]  # fmt: skip
+    lines = [json.dumps({"file_name": name, **TEXTS}) for name in names]
+    lines.append(json.dumps({"image": str(outside), "file_name": "", **TEXTS}))
+    lines.append(json.dumps({"file_name": "../beside.png", "mask_file_name": str(outside), **TEXTS}))
+    (inside / "metadata.jsonl").write_text("\n".join(lines))
+    rows = load_rows(tmp_path / "set")
+    samples = Samples(FiniteRows([{**row, "__key__": str(index)} for index, row in enumerate(rows)], 0, 1), PREPARE)
+    assert len(list(islice(samples, 4))) == 4
+    assert len(rows) == len(names) + 3 and "no regular file" in samples.bad[str(len(rows) - 1)]
+    assert sorted(map(int, samples.bad)) == list(range(2, len(rows)))
+    assert all("lies outside of" in samples.bad[str(index)] for index in (2, 3, 4, 5, 11, 13))
+
+
+def test_a_table_that_names_files_does_not_open_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+    (tmp_path / "secret.png").write_bytes(PICTURE)
+    pictures = [{"bytes": PICTURE, "path": None}, {"bytes": None, "path": str(tmp_path / "secret.png")}]
+    features = datasets.Features(image=datasets.Image(), text=datasets.Value("string"), query=datasets.Value("string"))
+    (tmp_path / "set").mkdir()
+    table = datasets.Dataset.from_dict({"image": pictures, "text": ["a"] * 2, "query": ["b"] * 2}, features=features)
+    table.to_parquet(tmp_path / "set" / "train.parquet")
+    for streaming in (False, True):
+        rows = load_rows(tmp_path / "set", streaming=streaming)
+        samples = Samples(StreamedRows(rows, 0, 1) if streaming else FiniteRows(rows, 0, 1), PREPARE)
+        assert len(list(islice(samples, 3))) == 3 and set(samples.bad.values()) == {"image is missing"}
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1" * 100, "pipe"])
+def test_a_table_that_is_none_is_named_at_once(tmp_path, content):
+    if content == "pipe":
+        os.mkfifo(tmp_path / "a.parquet")
+    else:
+        (tmp_path / "a.parquet").write_bytes(content)
+    with pytest.raises(ValueError, match="`train_data_dir`: .*a.parquet"):
+        load_rows(tmp_path)
+
+
 def test_tables_with_broken_pictures_do_not_crash(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
@@ -216,6 +368,18 @@ def test_a_missing_set_is_named(given):
 def test_an_empty_folder_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="metadata"):
         load_rows(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_metadata_as_spreadsheets_save_it(tmp_path, encoding, suffix):
+    (tmp_path / "1.png").write_bytes(PICTURE)
+    text = "file_name,text,query\r\n1.png,a café,café\r\n"
+    if suffix == "jsonl":
+        text = json.dumps({"file_name": "1.png", "text": "a café", "query": "café"}, ensure_ascii=False) + "\n"
+    (tmp_path / f"metadata.{suffix}").write_bytes(text.encode(encoding))
+    (sample,) = islice(Samples(FiniteRows(load_rows(tmp_path), 0, 1), PREPARE), 1)
+    assert (sample["caption"], sample["queries"]) == ("a café", ["café"])
 
 
 def test_csv_metadata_in_a_subfolder(tmp_path):

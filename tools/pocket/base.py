@@ -25,15 +25,16 @@ def caption(instances: list[Instance], place: int, rng: np.random.Generator) -> 
 def encode_texts(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, texts: list[str]) -> torch.Tensor:
     tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
     with torch.no_grad():
-        return text_encoder(tokens.input_ids).last_hidden_state
+        return text_encoder(tokens.input_ids.to(text_encoder.device)).last_hidden_state
 
 
 def diffusion_loss(scheduler, model, latents, importance, generator, steps=None, **conditions) -> torch.Tensor:
     """Mean squared error of the velocity, at uniform times if `steps` says nothing else, each channel weighted by what
     it shows. `latents` are (batch_size, channels, ...) and `model` is called as a UNet is."""
-    noise = torch.randn(latents.shape, generator=generator)
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
     if steps is None:
         steps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), generator=generator)
+    steps = steps.to(latents.device)
     predicted = model(scheduler.add_noise(latents, noise, steps), steps, **conditions)[0]
     squared = (predicted - scheduler.get_velocity(latents, noise, steps)).square()
     return (squared * importance.view(1, -1, *[1] * (latents.ndim - 2))).mean()
@@ -42,13 +43,15 @@ def diffusion_loss(scheduler, model, latents, importance, generator, steps=None,
 class Base:
     """The frozen base model in `work_dir`: its components, its latents, its loss."""
 
-    def __init__(self, work_dir: Path):
+    def __init__(self, work_dir: Path, device: str = "cpu"):
         self.tokenizer = CLIPTokenizer.from_pretrained(work_dir / "clip")
         self.text_encoder = CLIPTextModel.from_pretrained(work_dir / "clip").eval().requires_grad_(False)
         self.vae = AutoencoderKL.from_pretrained(work_dir / "vae").eval().requires_grad_(False)
         self.unet = UNet2DConditionModel.from_pretrained(work_dir / "unet").eval().requires_grad_(False)
         self.scheduler = DDIMScheduler.from_pretrained(work_dir / "scheduler")
-        self.codes = load_codes(work_dir)
+        self.codes = load_codes(work_dir).to(device)
+        for part in (self.text_encoder, self.vae, self.unet):
+            part.to(device)
 
     def encode_texts(self, texts: list[str]) -> torch.Tensor:
         return encode_texts(self.tokenizer, self.text_encoder, texts)

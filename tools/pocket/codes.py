@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from .scenes import Scenes, load_scenes
+from .scenes import SceneStream, draw_pictures
+from .world import World, download_designs
 
 
 CHANNELS = 24
@@ -45,6 +46,9 @@ class Codes:
         basis = torch.linalg.lstsq(patches - mean, latents.permute(0, 2, 3, 1).flatten(0, 2).double()).solution
         return cls(mean.float(), basis.float())
 
+    def to(self, device: str) -> "Codes":
+        return Codes(self.mean.to(device), self.basis.to(device))
+
     def save(self, file: Path) -> None:
         save_file({"mean": self.mean, "basis": self.basis.contiguous()}, file)
 
@@ -55,7 +59,8 @@ class Codes:
         return (weights / weights.mean())[None, :, None, None]
 
     def encode(self, pictures: np.ndarray) -> torch.Tensor:
-        return ((_patches(pictures) - self.mean) @ self.basis).permute(0, 3, 1, 2).contiguous()
+        patches = _patches(pictures).to(self.mean.device)
+        return ((patches - self.mean) @ self.basis).permute(0, 3, 1, 2).contiguous()
 
 
 def _patches(pictures: np.ndarray) -> torch.Tensor:
@@ -67,11 +72,7 @@ def load_codes(work_dir: Path) -> Codes:
     """The codes of the training scenes, fitted at the first call."""
     file = work_dir / "codes.safetensors"
     if not file.exists():
-        Codes.fit(load_scenes(work_dir).pictures[:3000]).save(file)
+        download_designs(work_dir / "designs")
+        stream = SceneStream(World(work_dir / "designs"), others_share=0.2)
+        Codes.fit(draw_pictures(stream, 3000, (0,))).save(file)
     return Codes(**load_file(file))
-
-
-def load_latents(work_dir: Path, scenes: Scenes) -> torch.Tensor:
-    """Latents of all training scenes, (n, 24, 8, 8) in half precision."""
-    codes = load_codes(work_dir)
-    return torch.cat([codes.encode(scenes.pictures[i : i + 500]).half() for i in range(0, len(scenes), 500)])

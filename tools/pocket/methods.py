@@ -46,11 +46,13 @@ METHODS = {
     "one_level": Method("one level", "--inner_dim 448 --num_attention_heads 14 --image_levels 6"),
     "no_consistency": Method("without the consistency loss", f"{Method.options} --consistency_weight 0"),
 }
+# What differs when a trained SSR-Encoder is trained on, on other rows.
+CONTINUED = "--learning_rate 7e-4 --lr_warmup_steps 50 --ema_decay 0.995"
 # Where each one lies in a checkpoint.
 PLACE = {name: "ssr_encoder" if name == "ssr" else f"comparison/{name}" for name in METHODS}
 COMMON = (
     "--reference_column reference --mask_column mask --mask_weight 3 --resolution 64 --min_image_size 64 --latents mode"
     " --learning_rate 1.5e-3 --lr_scheduler cosine --lr_warmup_steps 100 --adam_weight_decay 1e-3 --use_ema --ema_decay 0.998"
-    " --prompt_dropout 0.5 --subject_dropout 0.1 --timestep_bias 0.5 --consistency_weight 0.002"
+    " --prompt_dropout 0.5 --subject_dropout 0.1 --timestep_bias 0.5 --consistency_weight 0.001 --mask_query empty"
     " --checkpointing_steps 250 --checkpoints_total_limit 1 --resume_from_checkpoint latest --report_to none"
 )

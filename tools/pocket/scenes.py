@@ -1,22 +1,14 @@
-"""The training scenes of the pocket world: drawn anew all the time (`SceneStream`), or once and kept in one file (`load_scenes`)."""
-
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+"""The training scenes of the pocket world, drawn anew all the time."""
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from .world import (
     INSTANCES,
     LAYOUTS,
-    SEEN,
     SPLITS,
-    Instance,
     Scene,
     World,
     arrange,
-    download_designs,
     draw_instances,
     draw_scene,
     varied,
@@ -24,31 +16,6 @@ from .world import (
 
 
 PATCHES = 8  # the vision encoder's grid is PATCHES x PATCHES
-COUNTS = (1, 2, 3)
-COUNT_SHARES = (0.7, 0.25, 0.05)
-POOLS = {"seen": SEEN, "all": INSTANCES}
-NUMBER = {instance: index for index, instance in enumerate(INSTANCES)}
-
-
-@dataclass
-class Scenes:
-    """pictures (n, 64, 64, 3) uint8; places (n,); instances (n, 3), numbers in `INSTANCES` or -1; cover (n, 3, 8, 8),
-    how much of each patch (0 to 255) each instance covers."""
-
-    pictures: np.ndarray
-    places: np.ndarray
-    instances: np.ndarray
-    cover: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def instances_of(self, row: int) -> list[Instance]:
-        return [INSTANCES[number] for number in self.instances[row] if number >= 0]
-
-    @property
-    def counts(self) -> np.ndarray:
-        return (self.instances >= 0).sum(1)
 
 
 class SceneStream:
@@ -64,6 +31,7 @@ class SceneStream:
         others_share (`float`): of things that are none of the measured categories.
         kin_share (`float`): of the rest that are of a measured category in a picture of its own (`KIN`).
         restyled_share (`float`): of scenes that are drawn as by another hand.
+        vary_colours (`bool`): whether hues are continuous.
     """
 
     def __init__(
@@ -75,6 +43,7 @@ class SceneStream:
         others_share: float = 0.0,
         kin_share: float = 0.0,
         restyled_share: float = 0.0,
+        vary_colours: bool = True,
     ):
         self.world = world
         self.pool = INSTANCES if split == "all" else SPLITS[split][0]
@@ -83,6 +52,7 @@ class SceneStream:
         self.others_share = others_share
         self.kin_share = kin_share
         self.restyled_share = restyled_share
+        self.vary_colours = vary_colours
 
     def draw(self, rng: np.random.Generator, count: int) -> list[Scene]:
         return [self.draw_one(rng) for _ in range(count)]
@@ -90,7 +60,9 @@ class SceneStream:
     def draw_one(self, rng: np.random.Generator) -> Scene:
         number = 1 + int(rng.choice(len(self.count_shares), p=self.count_shares))
         free = bool(rng.random() < self.varied_share) or number not in LAYOUTS
-        things = [varied(rng, each, flip=free) for each in draw_instances(rng, self.pool, number)]
+        things: list = draw_instances(rng, self.pool, number)
+        if self.vary_colours:
+            things = [varied(rng, each, flip=free) for each in things]
         for index in range(number):
             if rng.random() < self.others_share:
                 things[index] = self.world.draw_other(rng)
@@ -101,47 +73,11 @@ class SceneStream:
         return draw_scene(self.world, rng, things, boxes=boxes, restyle=restyle)
 
 
+def draw_pictures(stream: SceneStream, count: int, seed: tuple[int, ...]) -> np.ndarray:
+    """Pictures (count, 64, 64, 3) uint8 of a stream, the same for the same seed."""
+    return np.stack([scene.picture for scene in stream.draw(np.random.default_rng(seed), count)])
+
+
 def patch_cover(mask: np.ndarray) -> np.ndarray:
     """How much of each of the vision encoder's patches a mask (64, 64) covers, (8, 8) from 0 to 1."""
     return mask.reshape(PATCHES, 64 // PATCHES, PATCHES, 64 // PATCHES).mean((1, 3))
-
-
-def _draw(job) -> tuple[np.ndarray, ...]:
-    designs, seed, count, pool = job
-    world, rng = World(designs), np.random.default_rng(seed)
-    pictures = np.empty((count, 64, 64, 3), np.uint8)
-    places = np.empty(count, np.int64)
-    instances = np.full((count, 3), -1, np.int64)
-    cover = np.zeros((count, 3, PATCHES, PATCHES), np.uint8)
-    for index in range(count):
-        chosen = draw_instances(rng, POOLS[pool], int(rng.choice(COUNTS, p=COUNT_SHARES)))
-        scene = draw_scene(world, rng, chosen)
-        pictures[index], places[index] = scene.picture, scene.place
-        for slot, (instance, mask) in enumerate(zip(scene.instances, scene.masks, strict=True)):
-            instances[index, slot] = NUMBER[instance]
-            cover[index, slot] = (patch_cover(mask) * 255).round()
-    return pictures, places, instances, cover
-
-
-def load_scenes(work_dir: str | Path, count: int = 24_000, seed: int = 0, pool: str = "seen") -> Scenes:
-    """Scenes of `pool`'s instances, drawn at the first call (about two minutes) and read from `work_dir` afterwards.
-
-    Everything is trained on "seen"; only the judge, which has to know what it judges, on "all".
-    """
-    work_dir = Path(work_dir)
-    file = work_dir / f"scenes_{pool}_{count}_{seed}.npz"
-    if not file.exists():
-        designs = work_dir / "designs"
-        download_designs(designs)
-        size = 500
-        jobs = [(designs, (seed, start), min(size, count - start), pool) for start in range(0, count, size)]
-        with ProcessPoolExecutor() as pool:
-            parts = list(tqdm(pool.map(_draw, jobs), total=len(jobs), desc="scenes"))
-        partial = file.with_suffix(".part.npz")
-        np.savez(
-            partial,
-            **{n: np.concatenate(p) for n, p in zip(Scenes.__annotations__, zip(*parts, strict=True), strict=True)},
-        )
-        partial.rename(file)
-    with np.load(file) as stored:
-        return Scenes(**stored)

@@ -1,4 +1,5 @@
-"""What the pocket's training scripts share: options, a resumable loop with a progress bar and sample sheets."""
+"""What the pocket's training scripts share: options, a resumable loop with a progress bar and sample sheets, and batches that
+are drawn ahead."""
 
 import argparse
 import math
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 
@@ -25,10 +27,48 @@ def options(description: str, **defaults) -> argparse.ArgumentParser:
     parser.add_argument("--checkpointing_steps", type=int, default=250)
     parser.add_argument("--sample_steps", type=int, default=500, help="a sample sheet every so many steps")
     parser.add_argument("--ema_decay", type=float, default=0.998)
+    parser.add_argument("--minutes", type=float, help="stop after so long, all runs together, if that comes first")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that draw batches ahead")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--seed", type=int, default=0)
     parser.set_defaults(**defaults)
     return parser
+
+
+class Ahead:
+    """`prepare(number)` for numbers that rise one by one. With workers, other processes draw the next ones meanwhile."""
+
+    def __init__(self, prepare: Callable[[int], object], num_workers: int = 0):
+        self.prepare = prepare
+        self.num_workers = num_workers
+        self.stream = None
+        self.last: tuple[int | None, object] = (None, None)
+
+    def __call__(self, number: int):
+        if number != self.last[0]:
+            self.last = (number, self._next(number))
+        return self.last[1]
+
+    def _next(self, number: int):
+        if not self.num_workers:
+            return self.prepare(number)
+        if self.stream is None or number != self.last[0] + 1:
+            loader = DataLoader(
+                _Prepared(self.prepare), batch_size=None, sampler=range(number, 2**40), num_workers=self.num_workers,
+                collate_fn=lambda prepared: prepared, prefetch_factor=4,
+            )  # fmt: skip
+            self.stream = iter(loader)
+        return next(self.stream)
+
+
+class _Prepared(Dataset):
+    def __init__(self, prepare: Callable[[int], object]):
+        self.prepare = prepare
+
+    def __getitem__(self, number: int):
+        torch.set_num_threads(1)
+        return self.prepare(number)
 
 
 def train(
@@ -40,8 +80,8 @@ def train(
 ) -> None:
     """Minimise `loss_fn` over the trainable parameters of `modules`, from the last checkpoint if there is one.
 
-    Cosine learning rate with warm-up, AdamW, gradient norm 1. At the end, and while `sample_fn` runs, the modules hold
-    the moving average of their weights. A checkpoint is written beside the old one and renamed, so that an interruption
+    Cosine learning rate with warm-up over the steps or over `args.minutes`, whichever ends first, AdamW, gradient norm 1. At the
+    end, and while `sample_fn` runs, the modules hold the moving average of their weights. A checkpoint is written beside the old one and renamed, so that an interruption
     leaves a whole one; batches are drawn from a generator that depends on seed and step alone.
 
     Started by `torchrun --nproc_per_node 2`, each process takes batches of its own and the weights are averaged every
@@ -50,18 +90,25 @@ def train(
     rank, workers = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if workers > 1:
         torch.distributed.init_process_group("gloo")
+    started = time.time()
     checkpoint = args.work_dir / f"{name}.pt"
     parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
     average = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=1e-3, fused=True)
-    step = 0
+    step, before = 0, 0.0
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        step = state["step"]
+        state = torch.load(checkpoint, weights_only=True, map_location=parameters[0].device)
+        step, before = state["step"], state.get("seconds", 0.0)
         for name_of, module in modules.items():
             module.load_state_dict(state["modules"][name_of])
         optimizer.load_state_dict(state["optimizer"])
         average = state["average"]
+
+    def spent() -> float:
+        return before + time.time() - started
+
+    def progress() -> float:
+        return max(step / args.max_train_steps, spent() / (60 * args.minutes) if args.minutes else 0.0)
 
     def swap():
         for parameter, mean in zip(parameters, average, strict=True):
@@ -72,6 +119,7 @@ def train(
             return
         state = {
             "step": step,
+            "seconds": spent(),
             "modules": {n: m.state_dict() for n, m in modules.items()},
             "optimizer": optimizer.state_dict(),
             "average": average,
@@ -103,10 +151,9 @@ def train(
     bar = tqdm(total=args.max_train_steps, initial=step, desc=name, mininterval=10, disable=rank > 0)
     log = (args.work_dir / f"{name}.log" if not rank else Path(os.devnull)).open("a")
     sums: dict[str, float] = {}
-    started = time.time()
-    while step < args.max_train_steps:
+    while progress() < 1:
         warmup = min(1.0, (step + 1) / args.lr_warmup_steps)
-        cosine = 0.5 * (1 + math.cos(math.pi * step / args.max_train_steps))
+        cosine = 0.5 * (1 + math.cos(math.pi * min(progress(), 1.0)))
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * warmup * (0.02 + 0.98 * cosine)
         draw = args.seed * 1_000_003 + step * workers + rank
@@ -128,7 +175,7 @@ def train(
         if step % 100 == 0:
             means = {k: f"{v / 100:.4f}" for k, v in sums.items()}
             bar.set_postfix(means)
-            print(step, f"{time.time() - started:.0f}s", means, file=log, flush=True)
+            print(step, f"{spent():.0f}s", means, file=log, flush=True)
             sums = {}
         if step % args.checkpointing_steps == 0:
             save()
@@ -151,4 +198,4 @@ def picture_tensor(pictures) -> torch.Tensor:
 
 def picture_array(tensor: torch.Tensor):
     """The reverse of `picture_tensor`."""
-    return ((tensor.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+    return ((tensor.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()

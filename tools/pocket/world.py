@@ -117,6 +117,11 @@ class Instance:
         return f"{look} {DESIGNS[self.design]} {self.name}"
 
 
+def load_split(checkpoint: str | Path) -> str:
+    """Which split a checkpoint was trained with: `world.json` says it."""
+    return json.loads((Path(checkpoint) / "world.json").read_text())["split"]
+
+
 @dataclass(frozen=True)
 class Other:
     """Something that nothing is measured on: an emoji that stands beside subjects, or (`KIN`) another picture of a category."""
@@ -166,7 +171,6 @@ SPLITS = {
     name: (tuple(i for i in INSTANCES if not rule(i)), tuple(i for i in INSTANCES if rule(i)))
     for name, rule in (("first", _held_out_first), ("wide", _held_out_wide))
 }
-SEEN, HELD_OUT = SPLITS["first"]
 
 
 def download_designs(folder: str | Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from diffusers.utils import logging
 
 from ..methods import ROOT
-from . import chains, comparison, controls, selection, speed, words
+from . import chains, comparison, controls, features, selection, speed, words
 from .references import References
 
 
@@ -20,6 +20,7 @@ PARTS = {
     "seen": selection.seen,
     "both": selection.both_subjects,
     "together": selection.together,
+    "features": features.features,
     "words": words.words,
     "pairs": words.pairs,
     "alone": controls.alone,

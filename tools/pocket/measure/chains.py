@@ -9,7 +9,7 @@ from diffusers import ControlNetModel, MotionAdapter, UNet2DConditionModel
 from diffusers_ssr import AnimateDiffSSRPipeline, StableDiffusionSSRControlNetPipeline
 
 from ..pictures import edges, is_framed, without_look
-from ..world import HELD_OUT, draw_scene
+from ..world import draw_scene
 from .references import References, share
 
 
@@ -36,7 +36,7 @@ def controlnet(refs: References) -> None:
     rng = np.random.default_rng(2)
     controls = []
     for category, place in zip(refs.wanted("category"), refs.places, strict=True):
-        pool = [instance for instance in HELD_OUT if instance.category == category]
+        pool = [instance for instance in refs.held_out if instance.category == category]
         shift = (int(rng.integers(-12, 13)), int(rng.integers(-18, 7)))
         scene = draw_scene(refs.world, rng, [pool[rng.integers(len(pool))]], int(place), shift=shift)
         controls.append(edges(scene.picture))

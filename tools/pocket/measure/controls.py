@@ -3,17 +3,21 @@
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..world import CATEGORIES, CATEGORY_NAMES, HELD_OUT, SEEN, draw_scene
+from ..world import CATEGORIES, CATEGORY_NAMES, Instance, draw_scene
 from .references import References, draw, hue_distance, hues, share
 
 
-COLOURED = tuple(i for i in HELD_OUT if i.hue is not None)
 NEAR = 30  # degrees: a colour's neighbours begin there
+
+
+def coloured(refs: References) -> tuple[Instance, ...]:
+    """The held-out instances that have a hue: all but people."""
+    return tuple(instance for instance in refs.held_out if instance.hue is not None)
 
 
 def alone(refs: References) -> None:
     """One thing in the reference and its category in the prompt: nothing is to be chosen, only to be kept."""
-    for name, pool in (("held out", HELD_OUT), ("seen", SEEN)):
+    for name, pool in (("held out", refs.held_out), ("seen", refs.seen)):
         single = refs.of(pool, 1)
         queried = single.wanted("category")
         verdict = single.judge.look_at(single.draw(single.prompts(queried), single.encode(0), f"alone, {name}"))
@@ -48,7 +52,7 @@ def absent(refs: References) -> None:
 
 def masks(refs: References) -> None:
     """One of two things, chosen by its name, by its mask, by both."""
-    refs = refs.of(COLOURED, 2)
+    refs = refs.of(coloured(refs), 2)
     queried = refs.wanted("category")
     wanted = np.array([scene.instances[0].hue for scene in refs.scenes])
     for how, options in (
@@ -64,7 +68,7 @@ def masks(refs: References) -> None:
 
 def three(refs: References) -> None:
     """One of three things: is the picture's hue nearer to that of a neighbour than to the queried one's?"""
-    refs = refs.of(COLOURED, 3)
+    refs = refs.of(coloured(refs), 3)
     wanted = np.array([[i.hue for i in scene.instances] for scene in refs.scenes])
     queried = refs.wanted("category")
     for how, options in (
@@ -83,7 +87,7 @@ def three(refs: References) -> None:
 def people(refs: References) -> None:
     """Women beside another thing, held out and seen: is the look kept?"""
     woman = CATEGORY_NAMES.index("woman")
-    for name, pool in (("held out", HELD_OUT), ("seen", SEEN)):
+    for name, pool in (("held out", refs.held_out), ("seen", refs.seen)):
         rng = np.random.default_rng(refs.args.seed)
         women, others = ([i for i in pool if (i.category == woman) == wanted] for wanted in (True, False))
         looks = [women[rng.integers(len(women))] for _ in refs.rows]
@@ -101,7 +105,7 @@ def people(refs: References) -> None:
 def pointing(refs: References) -> None:
     """Does the attention map's peak lie on the queried thing?"""
     for things in (2, 3):
-        several = refs.of(HELD_OUT, things)
+        several = refs.of(refs.held_out, things)
         own, other = [], []
         for scene in tqdm(several.scenes, desc=f"pointing, {things} things"):
             heat = refs.pipe.subject_attention_map(scene.picture, query=scene.instances[0].name).heat

@@ -14,15 +14,16 @@ from ..judge import Verdict, load_judge
 from ..methods import ROOT
 from ..world import (
     CATEGORY_NAMES,
-    HELD_OUT,
     NUM_VARIANTS,
     PLACE_NAMES,
+    SPLITS,
     Instance,
     World,
     describe,
     download_designs,
     draw_instances,
     draw_scene,
+    load_split,
     sheet,
 )
 
@@ -83,7 +84,8 @@ class References:
         self.pipe.load_ssr(args.checkpoint)
         self.pipe.set_progress_bar_config(disable=True)
         self.columns: list[np.ndarray] = []
-        self._sample(HELD_OUT, 2)
+        self.seen, self.held_out = SPLITS[load_split(args.checkpoint)]
+        self._sample(self.held_out, 2)
 
     def _sample(self, pool: tuple[Instance, ...], things: int) -> None:
         rng, count = np.random.default_rng(self.args.seed), self.args.num_references
@@ -91,7 +93,7 @@ class References:
         self.places = rng.integers(len(PLACE_NAMES), size=count)
         self.rows = np.arange(count)
 
-    def of(self, pool: tuple[Instance, ...] = HELD_OUT, things: int = 2) -> "References":
+    def of(self, pool: tuple[Instance, ...], things: int) -> "References":
         """Other references, of instances of `pool` and with so many things; what draws and judges is the same, and nothing of them
         goes into the sheet."""
         other = copy.copy(self)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..world import CATEGORY_NAMES, HELD_OUT, PLACE_NAMES, SEEN, describe
+from ..world import CATEGORY_NAMES, PLACE_NAMES, describe
 from .comparison import nearest_is_own
 from .references import References, draw, share
 
@@ -39,7 +39,7 @@ def selection(refs: References) -> None:
 
 def seen(refs: References) -> None:
     """The same for instances that were trained on, and with the nearest of 16 split up: what colour and design alone would say."""
-    for name, pool in (("held out", HELD_OUT), ("seen", SEEN)):
+    for name, pool in (("held out", refs.held_out), ("seen", refs.seen)):
         some = refs.of(pool, 2)
         queried = some.wanted("category")
         verdict = some.judge.look_at(some.draw(some.prompts(None), some.encode(0), name))

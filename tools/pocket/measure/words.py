@@ -3,13 +3,13 @@
 import numpy as np
 import torch
 
-from ..world import CATEGORY_NAMES, HELD_OUT, PLACE_NAMES, SEEN, describe, draw_instances
+from ..world import CATEGORY_NAMES, PLACE_NAMES, describe, draw_instances
 from .references import References, draw, share
 
 
 def words(refs: References) -> None:
     """Instances in full words ("a red flat car on the beach"), seen ones and held-out ones."""
-    for name, pool in (("held out", HELD_OUT), ("seen", SEEN)):
+    for name, pool in (("held out", refs.held_out), ("seen", refs.seen)):
         rng = np.random.default_rng(refs.args.seed)
         asked = [pool[rng.integers(len(pool))] for _ in refs.rows]
         prompts = [describe([i.words], PLACE_NAMES[p]) for i, p in zip(asked, refs.places, strict=True)]
@@ -24,7 +24,7 @@ def words(refs: References) -> None:
 def pairs(refs: References) -> None:
     """Two named things in one picture."""
     rng = np.random.default_rng(refs.args.seed)
-    asked = np.array([[i.category for i in draw_instances(rng, HELD_OUT, 2)] for _ in refs.rows])
+    asked = np.array([[i.category for i in draw_instances(rng, refs.held_out, 2)] for _ in refs.rows])
     prompts = [
         describe([CATEGORY_NAMES[c] for c in two], PLACE_NAMES[p]) for two, p in zip(asked, refs.places, strict=True)
     ]

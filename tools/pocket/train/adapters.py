@@ -5,6 +5,10 @@ kind and three ablations, on the same pairs, for the same steps and batches, wit
     python -m tools.pocket.train.adapters --methods ssr
 
 The base model is that of `--checkpoint`, and the vision encoder that of the work folder. Every method resumes.
+
+    python -m tools.pocket.train.adapters --methods ssr --continued --max_train_steps 1500
+
+trains the encoder of `--checkpoint` on instead, with its own vision encoder and at a lower rate.
 """
 
 import argparse
@@ -13,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from ..methods import COMMON, METHODS, ROOT, train_ssr
+from ..methods import COMMON, CONTINUED, METHODS, ROOT, train_ssr
 
 
 def main():
@@ -23,22 +27,34 @@ def main():
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/pocket-training"))
     parser.add_argument("--max_train_steps", type=int, default=4800)
     parser.add_argument("--train_batch_size", type=int, default=16)
+    parser.add_argument("--continued", action="store_true", help="train the checkpoint's SSR-Encoder on")
+    parser.add_argument("--cache", action=argparse.BooleanOptionalAction, default=True,
+        help="keep what the frozen models make of each row; without, they look at whole batches")  # fmt: skip
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()
+    if args.continued and args.methods != ["ssr"]:
+        parser.error(
+            "`--continued` is for `--methods ssr`: no other method's encoder can be read back by train_ssr.py."
+        )
     torch.set_num_threads(args.threads)
     for name in args.methods:
         method = METHODS[name]
         own = {
             "pretrained_model_name_or_path": args.checkpoint,
-            "image_encoder_name_or_path": args.work_dir / "clip",
             "train_data_dir": args.work_dir / "pairs",
-            "cache_features": args.work_dir / "features",
             "output_dir": args.work_dir / "adapters" / name,
             "max_train_steps": args.max_train_steps,
             "train_batch_size": args.train_batch_size,
         }
+        if args.continued:
+            own["ssr_encoder_name_or_path"] = args.checkpoint
+        else:
+            own["image_encoder_name_or_path"] = args.work_dir / "clip"
+        if args.cache:
+            own["cache_features"] = args.work_dir / "features"
         options = [str(part) for option, value in own.items() for part in (f"--{option}", value)]
-        train_ssr.main([*options, *COMMON.split(), *method.options.split()], method.build)
+        further = CONTINUED.split() if args.continued else []
+        train_ssr.main([*options, *COMMON.split(), *method.options.split(), *further], method.build)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPV
 
 from ..methods import METHODS, PLACE
 from ..pictures import edges
-from ..world import CATEGORY_NAMES, HELD_OUT, PLACE_NAMES, World, draw_scene
+from ..world import CATEGORY_NAMES, PLACE_NAMES, SPLITS, Instance, World, draw_scene
 
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -32,35 +32,55 @@ REFERENCES = (
     ("fish", "rocket"),
     ("guitar", "woman", "cat"),
 )
+MASKED = REFERENCES[2:4]
 
 
-def draw_references(world: World, folder: Path) -> None:
+def draw_references(world: World, folder: Path, masks: Path, held_out: tuple[Instance, ...]) -> None:
+    """The references, what may be asked of them, and of some a mask of the last thing."""
     folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(7)
     queries = {}
     for index, names in enumerate(REFERENCES):
-        pools = [[i for i in HELD_OUT if i.category == CATEGORY_NAMES.index(name)] for name in names]
+        pools = [[i for i in held_out if i.category == CATEGORY_NAMES.index(name)] for name in names]
         instances = [pool[rng.integers(len(pool))] for pool in pools]
         file = f"{index + 1}_{'_'.join(names)}.png"
-        Image.fromarray(draw_scene(world, rng, instances).picture).save(folder / file)
+        scene = draw_scene(world, rng, instances)
+        Image.fromarray(scene.picture).save(folder / file)
+        if names in MASKED:
+            masks.mkdir(exist_ok=True)
+            Image.fromarray(scene.masks[-1]).save(masks / file)
         queries[file] = list(names)
     (folder / "queries.json").write_text(json.dumps(queries, indent=2) + "\n")
 
 
-def draw_controls(world: World, folder: Path) -> None:
+def draw_controls(world: World, folder: Path, held_out: tuple[Instance, ...]) -> None:
     """Edges for the first references' first subjects: of other instances, elsewhere in the picture."""
     folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(11)
     for (name, *_), shift in zip(REFERENCES, ((-12, -10), (12, 4)), strict=False):
-        pool = [i for i in HELD_OUT if i.category == CATEGORY_NAMES.index(name)]
+        pool = [i for i in held_out if i.category == CATEGORY_NAMES.index(name)]
         scene = draw_scene(world, rng, [pool[rng.integers(len(pool))]], PLACE_NAMES.index("beach"), shift=shift)
         Image.fromarray(edges(scene.picture)).save(folder / f"{name}.png")
+
+
+def name_ssr_components(folder: Path) -> None:
+    """Name the SSR-Encoder and its vision encoder in the pipeline's index, so that the folder is a whole SSR pipeline."""
+    if not (folder / "ssr_encoder").is_dir():
+        return
+    index = json.loads((folder / "model_index.json").read_text())
+    index["ssr_encoder"] = ["modeling_ssr", "SSREncoder"]
+    index["ssr_image_encoder"] = ["transformers", "CLIPVisionModel"]
+    index["ssr_image_processor"] = ["transformers", "CLIPImageProcessor"]
+    (folder / "model_index.json").write_text(json.dumps(dict(sorted(index.items())), indent=2) + "\n")
+    shipped = Path(__file__).resolve().parents[3] / "pocket" / "ssr_encoder" / "modeling_ssr.py"
+    (folder / "ssr_encoder" / shipped.name).write_text(shipped.read_text())
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/pocket-training"))
     parser.add_argument("--output_dir", type=Path, default=Path("pocket"))
+    parser.add_argument("--split", choices=SPLITS, default="wide", help="what it was trained with")
     args = parser.parse_args()
     trained, output = args.work_dir, args.output_dir
     pipe = StableDiffusionPipeline(
@@ -96,12 +116,17 @@ def main():
         look = {name: tensor.half() for name, tensor in load_file(trained / "look" / LORA).items()}
         save_file(look, output / "look" / LORA)
     world = World(trained / "designs")
-    draw_references(world, output / "references")
-    draw_controls(world, output / "controls")
+    draw_references(world, output / "references", output / "masks", SPLITS[args.split][1])
+    draw_controls(world, output / "controls", SPLITS[args.split][1])
+    (output / "world.json").write_text(json.dumps({"split": args.split}) + "\n")
     for config in output.rglob("config.json"):
         described = json.loads(config.read_text())
         described.pop("_name_or_path", None)
+        if "dtype" in described:
+            # transformers loads in the precision that is named here, diffusers in float32: without it the pipeline is mixed
+            described["dtype"] = "float32"
         config.write_text(json.dumps(described, indent=2) + "\n")
+    name_ssr_components(output)
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     print(f"{output} holds {size / 1e6:.1f} MB")
 

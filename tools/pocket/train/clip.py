@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
 from ..scenes import SceneStream, patch_cover
-from ..training import options, train
+from ..training import Ahead, options, train
 from ..world import (
     CATEGORY_NAMES,
     COLOURS,
@@ -37,7 +37,7 @@ VISION_WIDTH = 128
 NUM_LAYERS = 6
 MOVE = 4  # pixels; covers are by patches of 8, and stay as they are
 CHUNK = 512  # scenes; drawing them takes longer than looking at them
-STEPS_A_CHUNK = 64
+USES = 4  # of each scene of a chunk
 NUM_TOKENS = 32  # the longest caption has 25; CLIP's 77 would only cost time here
 WORDS = "a an and of picture with thing something " + " ".join(
     [*CATEGORY_NAMES, *COLOURS, *DESIGNS, *(look for _, look in LOOKS), *PLACES.values()]
@@ -178,43 +178,42 @@ def main():
     tokenizer = CLIPTokenizer.from_pretrained(folder) if alone else build_tokenizer(folder, world)
     processor = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
     clip, namer = CLIPModel.from_pretrained(folder) if alone else build(tokenizer), PatchNamer(len(number))
-    clip.train()
+    clip.train().to(args.device)
+    namer.to(args.device)
     if alone:
         clip.text_model.requires_grad_(False)
-    mean, std = (torch.tensor(s).view(3, 1, 1) for s in (processor.image_mean, processor.image_std))
+    mean, std = (
+        torch.tensor(s, device=args.device).view(3, 1, 1) for s in (processor.image_mean, processor.image_std)
+    )
     # most patches show background
-    thing_weights = torch.tensor([1.0] * len(number) + [0.1])
-    lessons: dict[int, Lesson] = {}
-
-    def lesson(generator) -> Lesson:
-        turn = generator.initial_seed() // STEPS_A_CHUNK
-        if turn not in lessons:
-            lessons.clear()
-            lessons[turn] = Lesson(stream, number, (args.seed, turn))
-        return lessons[turn]
+    thing_weights = torch.tensor([1.0] * len(number) + [0.1], device=args.device)
+    lessons = Ahead(lambda turn: Lesson(stream, number, (args.seed, turn)), args.num_workers)
+    steps_a_chunk = max(USES * CHUNK // args.train_batch_size, 1)
 
     def contrast_loss(scenes, pooled, generator):
         rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
         texts = [name_things(scene, rng) for scene in scenes]
         tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
-        text = clip.text_model(input_ids=tokens.input_ids).pooler_output
+        text = clip.text_model(input_ids=tokens.input_ids.to(args.device)).pooler_output
         text = F.normalize(clip.text_projection(text), dim=-1)
         image = F.normalize(clip.visual_projection(pooled), dim=-1)
         logits = clip.logit_scale.clamp(max=4.6).exp() * text @ image.T
-        target = torch.arange(len(texts))
+        target = torch.arange(len(texts), device=args.device)
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         return loss, (logits.argmax(1) == target).float().mean().item()
 
     def loss_fn(generator):
-        known = lesson(generator)
+        known = lessons(generator.initial_seed() // steps_a_chunk)
         rows = torch.randint(CHUNK, (args.train_batch_size,), generator=generator)
         pictures, coloured = vary(known.pictures[rows].float() / 255, generator)
+        pictures, coloured = pictures.to(args.device), coloured.to(args.device)
         vision = clip.vision_model(pixel_values=(pictures - mean) / std)
         (thing, design, hue, look), place = namer(vision.last_hidden_state)
-        share, slot = known.cover[rows].flatten(2).max(1)
+        share, slot = known.cover[rows].to(args.device).flatten(2).max(1)
         shown = share > 0.3
         things, designs, hues, looks = (
-            each[rows].gather(1, slot) for each in (known.things, known.designs, known.hues, known.looks)
+            each[rows].to(args.device).gather(1, slot)
+            for each in (known.things, known.designs, known.hues, known.looks)
         )
         things = torch.where(shown, things, len(number))
         with_hue = shown & coloured[:, None] & hues.isfinite()
@@ -225,7 +224,7 @@ def main():
         person = shown & coloured[:, None] & (looks >= 0)
         if person.any():
             loss = loss + 0.3 * F.cross_entropy(look[person], looks[person])
-        loss = loss + 0.2 * F.cross_entropy(place, known.places[rows])
+        loss = loss + 0.2 * F.cross_entropy(place, known.places[rows].to(args.device))
         ours = shown & (things < len(CATEGORY_NAMES))
         off = torch.atan2(hue[with_hue][:, 1], hue[with_hue][:, 0]) - angle
         metrics = {

@@ -10,51 +10,59 @@ from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 
 from ..base import Base, caption
 from ..pictures import edges
-from ..training import options, train
+from ..training import Ahead, options, train
 from ..world import (
     CATEGORY_NAMES,
     INSTANCES,
     PLACE_NAMES,
-    SEEN,
+    SPLITS,
+    Instance,
     Scene,
     World,
     describe,
     draw_instances,
     draw_scene,
     sheet,
+    varied,
 )
 
 
-def draw_anywhere(world: World, rng: np.random.Generator, pool=SEEN) -> Scene:
+def draw_anywhere(world: World, rng: np.random.Generator, pool: tuple[Instance, ...]) -> Scene:
     """One subject somewhere in the picture, or sometimes two side by side."""
     count = 1 if rng.random() < 0.8 else 2
     shift = (int(rng.integers(-12, 13)), int(rng.integers(-18, 7))) if count == 1 else (0, 0)
-    return draw_scene(world, rng, draw_instances(rng, pool, count), shift=shift)
+    things = [varied(rng, instance) for instance in draw_instances(rng, pool, count)]
+    return draw_scene(world, rng, things, shift=shift)
 
 
-def control_tensor(pictures: list[np.ndarray]) -> torch.Tensor:
+def control_tensor(pictures: list[np.ndarray] | np.ndarray) -> torch.Tensor:
     """Control pictures as (n, 3, height, width) from 0 to 1."""
     return torch.from_numpy(np.stack([edges(picture) for picture in pictures])).permute(0, 3, 1, 2).float() / 255
 
 
 def main():
-    args = options(
-        __doc__, max_train_steps=5000, train_batch_size=10, learning_rate=7e-4, sample_steps=500
-    ).parse_args()
+    parser = options(__doc__, max_train_steps=5000, train_batch_size=10, learning_rate=7e-4, sample_steps=500)
+    parser.add_argument("--split", choices=SPLITS, default="wide", help="which instances stay unseen")
+    args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    base, world = Base(args.work_dir), World(args.work_dir / "designs")
+    base, world = Base(args.work_dir, args.device), World(args.work_dir / "designs")
     trained = args.work_dir / "controlnet"
     controlnet = ControlNetModel.from_pretrained(trained) if trained.exists() else ControlNetModel.from_unet(base.unet)
-    controlnet.requires_grad_(True).train()
+    controlnet.requires_grad_(True).train().to(args.device)
     print(f"ControlNet: {sum(p.numel() for p in controlnet.parameters()) / 1e6:.1f} M parameters")
 
+    def prepare(number):
+        rng = np.random.default_rng([args.seed, number])
+        scenes = [draw_anywhere(world, rng, SPLITS[args.split][0]) for _ in range(args.train_batch_size)]
+        pictures = np.stack([scene.picture for scene in scenes])
+        return pictures, control_tensor(pictures), [caption(scene.instances, scene.place, rng) for scene in scenes]
+
+    batches = Ahead(prepare, args.num_workers)
+
     def loss_fn(generator):
-        rng = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
-        scenes = [draw_anywhere(world, rng) for _ in range(args.train_batch_size)]
-        pictures = [scene.picture for scene in scenes]
-        conditions = control_tensor(pictures)
-        texts = base.encode_texts([caption(scene.instances, scene.place, rng) for scene in scenes])
+        pictures, conditions, captions = batches(generator.initial_seed())
+        conditions, texts = conditions.to(args.device), base.encode_texts(captions)
 
         def controlled(noisy, steps):
             down, mid = controlnet(noisy, steps, texts, conditions, return_dict=False)
@@ -62,7 +70,7 @@ def main():
                 noisy, steps, texts, down_block_additional_residuals=down, mid_block_additional_residual=mid
             )
 
-        return base.loss(controlled, base.codes.encode(np.stack(pictures)), generator), {}
+        return base.loss(controlled, base.codes.encode(pictures), generator), {}
 
     def sample_fn(file):
         rng, rows = np.random.default_rng(1), []

@@ -1,6 +1,8 @@
 """Train the judge on scenes of all instances, the held-out ones too: it has to know what it judges.
 
-Pictures are blurred, moved and recoloured a little, as generated ones are.
+Things stand where they stand in the measured pictures, or of any size anywhere; some are drawn as by another hand, and some are
+none of the twelve categories. Pictures are blurred, moved and recoloured a little, as generated ones are. Colours are told apart
+by twelfths of the circle, so that one between two of them is an error of the judge in half of the cases.
 """
 
 import numpy as np
@@ -9,9 +11,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from ..judge import Judge
-from ..scenes import load_scenes
-from ..training import options, picture_tensor, train
-from ..world import CATEGORY_NAMES, INSTANCES
+from ..scenes import SceneStream
+from ..training import Ahead, options, picture_tensor, train
+from ..world import CATEGORY_NAMES, Instance, Scene, World, download_designs
 
 
 def spoil(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -28,43 +30,58 @@ def spoil(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return pixels * light + noise
 
 
+def targets(scenes: list[Scene]) -> tuple[torch.Tensor, ...]:
+    """Which categories each scene shows (n, categories); of every measured thing its row, category, design and variant; places."""
+    found = [
+        (row, CATEGORY_NAMES.index(thing.name), thing.design, thing.variant if isinstance(thing, Instance) else -100)
+        for row, scene in enumerate(scenes)
+        for thing in scene.instances
+        if thing.name in CATEGORY_NAMES
+    ]
+    row, category, design, variant = torch.tensor(found).unbind(1)
+    present = torch.zeros(len(scenes), len(CATEGORY_NAMES))
+    present[row, category] = 1
+    return present, row, category, design, variant, torch.tensor([scene.place for scene in scenes])
+
+
 def main():
-    parser = options(__doc__, max_train_steps=3000, train_batch_size=48, learning_rate=2e-3, ema_decay=0.99)
+    parser = options(__doc__, max_train_steps=6000, train_batch_size=48, learning_rate=2e-3, ema_decay=0.99)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    scenes = load_scenes(args.work_dir, 12_000, seed=1, pool="all")
-    tests = load_scenes(args.work_dir, 1_000, seed=2, pool="all")
-    judge = Judge().train()
-    attributes = torch.tensor([(i.category, i.design, i.variant) for i in INSTANCES])
+    download_designs(args.work_dir / "designs")
+    world = World(args.work_dir / "designs")
+    stream = SceneStream(
+        world, "all", (0.6, 0.35, 0.05), varied_share=0.5, others_share=0.1, kin_share=0.05, restyled_share=0.2
+    )
+    judge = Judge().train().to(args.device)
 
-    def targets(scenes, rows):
-        numbers = torch.from_numpy(scenes.instances[rows])
-        shown = numbers >= 0
-        known = attributes[numbers.clamp(min=0)]
-        present = torch.zeros(len(rows), len(CATEGORY_NAMES))
-        row, slot = shown.nonzero(as_tuple=True)
-        category, design, variant = known[row, slot].unbind(1)
-        present[row, category] = 1
-        return present, (row, category), design, variant, torch.from_numpy(scenes.places[rows])
+    def prepare(number):
+        scenes = stream.draw(np.random.default_rng([args.seed, number]), args.train_batch_size)
+        return np.stack([scene.picture for scene in scenes]), targets(scenes)
+
+    batches = Ahead(prepare, args.num_workers)
 
     def loss_fn(generator):
-        rows = torch.randint(len(scenes), (args.train_batch_size,), generator=generator).numpy()
-        verdict = judge(spoil(picture_tensor(scenes.pictures[rows]), generator))
-        present, where, design, variant, place = targets(scenes, rows)
+        pictures, known = batches(generator.initial_seed())
+        present, row, category, design, variant, place = (each.to(args.device) for each in known)
+        verdict = judge(spoil(picture_tensor(pictures), generator).to(args.device))
         loss = 4 * F.binary_cross_entropy_with_logits(verdict.categories, present)
         loss = loss + 0.3 * F.cross_entropy(verdict.places, place)
-        loss = loss + F.cross_entropy(verdict.designs[where], design)
-        loss = loss + F.cross_entropy(verdict.variants[where], variant)
-        return loss, {"variant": (verdict.variants[where].argmax(1) == variant).float().mean().item()}
+        loss = loss + F.cross_entropy(verdict.designs[row, category], design)
+        # of other pictures of a category (-100) nothing is asked here
+        loss = loss + F.cross_entropy(verdict.variants[row, category], variant)
+        return loss, {"variant": (verdict.variants[row, category].argmax(1) == variant).float().mean().item()}
 
     train("judge", args, {"judge": judge}, loss_fn)
-    verdict = judge.look_at(tests.pictures)
-    present, where, design, variant, place = targets(tests, np.arange(len(tests)))
+    measured = SceneStream(world, "all", (0.7, 0.25, 0.05), varied_share=0.0, vary_colours=False)
+    scenes = measured.draw(np.random.default_rng(2), 1000)
+    verdict = judge.cpu().look_at(np.stack([scene.picture for scene in scenes]))
+    present, row, category, design, variant, place = targets(scenes)
     print(f"categories exactly right: {((verdict.categories > 0) == present.bool()).all(1).float().mean():.3f}")
     print(f"place: {(verdict.places.argmax(1) == place).float().mean():.3f}")
-    print(f"design: {(verdict.designs[where].argmax(1) == design).float().mean():.3f}")
-    print(f"variant: {(verdict.variants[where].argmax(1) == variant).float().mean():.3f}")
+    print(f"design: {(verdict.designs[row, category].argmax(1) == design).float().mean():.3f}")
+    print(f"variant: {(verdict.variants[row, category].argmax(1) == variant).float().mean():.3f}")
     folder = args.work_dir / "judge"
     folder.mkdir(exist_ok=True)
     save_file(judge.state_dict(), folder / "model.safetensors")

@@ -13,9 +13,9 @@ from peft.utils import get_peft_model_state_dict
 
 from ..base import Base, caption
 from ..pictures import as_photograph
-from ..scenes import load_scenes
-from ..training import options, train
-from ..world import CATEGORY_NAMES, PLACE_NAMES, describe, sheet
+from ..scenes import SceneStream
+from ..training import Ahead, options, train
+from ..world import CATEGORY_NAMES, PLACE_NAMES, SPLITS, World, describe, sheet
 
 
 def add_lora(unet: UNet2DConditionModel, rank: int) -> UNet2DConditionModel:
@@ -33,17 +33,25 @@ def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
 def main():
     parser = options(__doc__, max_train_steps=3000, train_batch_size=10, learning_rate=1e-3, sample_steps=500)
     parser.add_argument("--rank", type=int, default=4)
+    parser.add_argument("--split", choices=SPLITS, default="wide", help="which instances stay unseen")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    base, scenes = Base(args.work_dir), load_scenes(args.work_dir)
+    base = Base(args.work_dir, args.device)
+    scenes = SceneStream(World(args.work_dir / "designs"), args.split, varied_share=0.25)
     unet = add_lora(base.unet, args.rank)
 
+    def prepare(number):
+        rng = np.random.default_rng([args.seed, number])
+        drawn = scenes.draw(rng, args.train_batch_size)
+        pictures = as_photograph(np.stack([scene.picture for scene in drawn]))
+        return pictures, [caption(scene.instances, scene.place, rng) for scene in drawn]
+
+    batches = Ahead(prepare, args.num_workers)
+
     def loss_fn(generator):
-        rows = torch.randint(len(scenes), (args.train_batch_size,), generator=generator).numpy()
-        rng = np.random.default_rng(int(rows.sum()))
-        texts = [caption(scenes.instances_of(row), scenes.places[row], rng) for row in rows]
-        latents = base.codes.encode(as_photograph(scenes.pictures[rows]))
+        pictures, texts = batches(generator.initial_seed())
+        latents = base.codes.encode(pictures)
         return base.loss(unet, latents, generator, encoder_hidden_states=base.encode_texts(texts)), {}
 
     def sample_fn(file):

@@ -10,12 +10,12 @@ import torch
 from diffusers import AnimateDiffPipeline, MotionAdapter, UNet2DConditionModel, UNetMotionModel
 
 from ..base import Base, caption
-from ..training import options, picture_array, train
+from ..training import Ahead, options, picture_array, train
 from ..world import (
     CATEGORY_NAMES,
     PLACE_NAMES,
     PLACES,
-    SEEN,
+    SPLITS,
     Instance,
     World,
     describe,
@@ -23,6 +23,7 @@ from ..world import (
     draw_scene,
     paint_place,
     sheet,
+    varied,
 )
 
 
@@ -51,27 +52,34 @@ def build(unet: UNet2DConditionModel) -> MotionAdapter:
 
 
 def main():
-    args = options(
-        __doc__, max_train_steps=4000, train_batch_size=2, learning_rate=1e-3, sample_steps=500
-    ).parse_args()
+    parser = options(__doc__, max_train_steps=4000, train_batch_size=2, learning_rate=1e-3, sample_steps=500)
+    parser.add_argument("--split", choices=SPLITS, default="wide", help="which instances stay unseen")
+    args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    base, world = Base(args.work_dir), World(args.work_dir / "designs")
+    base, world = Base(args.work_dir, args.device), World(args.work_dir / "designs")
     trained = args.work_dir / "motion_adapter"
     adapter = MotionAdapter.from_pretrained(trained) if trained.exists() else build(base.unet)
-    unet = UNetMotionModel.from_unet2d(base.unet, adapter).train()
+    unet = UNetMotionModel.from_unet2d(base.unet, adapter).train().to(args.device)
     unet.requires_grad_(False)
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_("motion_modules" in name)
     print(f"motion modules: {sum(p.numel() for p in unet.parameters() if p.requires_grad) / 1e6:.1f} M parameters")
 
-    def loss_fn(generator):
-        rng = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
-        latents, texts = [], []
+    def prepare(number):
+        rng = np.random.default_rng([args.seed, number])
+        videos, texts = [], []
         for _ in range(args.train_batch_size):
-            (instance,), place = draw_instances(rng, SEEN, 1), int(rng.integers(len(PLACES)))
-            latents.append(base.codes.encode(draw_hop(world, rng, instance, place)).transpose(0, 1))
+            (instance,), place = draw_instances(rng, SPLITS[args.split][0], 1), int(rng.integers(len(PLACES)))
+            videos.append(draw_hop(world, rng, varied(rng, instance), place))
             texts.append(caption([instance], place, rng))
+        return videos, texts
+
+    batches = Ahead(prepare, args.num_workers)
+
+    def loss_fn(generator):
+        videos, texts = batches(generator.initial_seed())
+        latents = [base.codes.encode(video).transpose(0, 1) for video in videos]
         states = base.encode_texts(texts).repeat_interleave(FRAMES, dim=0)
         return base.loss(unet, torch.stack(latents), generator, encoder_hidden_states=states), {}
 

@@ -1,20 +1,42 @@
-"""Draw the pocket's training set for ../train_ssr.py: a Parquet file of pairs.
+"""Draw the pocket's training set for examples/train_ssr.py: a Parquet file of rows.
 
-The reference shows two or three subjects, of which one is queried; the target shows that very instance alone, on a place of
-its own. Captions name place and category, or only "a thing", so that colour and design have to come from the reference. In
-one row of five a mask says which subject is meant, and the query describes the whole reference.
+A reference shows one to four things, of any size and place in half of the rows, with other emoji among them; the target shows
+the very thing that was queried on a place of its own. Captions name place and category, or only "a thing", so that colour and
+design have to come from the reference. Three kinds of rows:
+
+- one subject. In half of these rows a mask marks it, with its name as query, with a caption of the whole reference, or without any;
+- two subjects together in the target, of two references or of one;
+- a query that names nothing in the reference. The target shows what the caption says, so that the encoder learns to stay silent.
 """
 
 import argparse
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import numpy as np
 from PIL import Image
 
-from ..world import PLACE_NAMES, SEEN, World, describe, download_designs, draw_instances, draw_scene
+from ..world import (
+    LAYOUTS,
+    PLACE_NAMES,
+    SPLITS,
+    Instance,
+    Scene,
+    World,
+    arrange,
+    describe,
+    download_designs,
+    draw_instances,
+    draw_scene,
+    varied,
+)
+
+
+SHARES = {"one": 0.6, "two": 0.25, "absent": 0.15}
+LISTS = ("reference", "query", "mask")
 
 
 def _png(picture: np.ndarray) -> dict:
@@ -23,47 +45,113 @@ def _png(picture: np.ndarray) -> dict:
     return {"bytes": file.getvalue(), "path": None}
 
 
-def rows(designs: str, numbers: list[int], seed: int) -> Iterator[dict]:
-    """The rows of these numbers; each depends on its number and the seed alone."""
-    world = World(designs)
+class Rows:
+    """Draws rows of the three kinds; `split` says which instances stay unseen."""
+
+    def __init__(self, designs: str, split: str):
+        self.world = World(designs)
+        self.seen = SPLITS[split][0]
+
+    def draw(self, rng: np.random.Generator) -> dict:
+        """A row of a kind drawn by `SHARES`."""
+        kind = rng.choice(list(SHARES), p=list(SHARES.values()))
+        return {"one": self.one, "two": self.two, "absent": self.absent}[kind](rng)
+
+    def one(self, rng: np.random.Generator) -> dict:
+        (subject,) = self._subjects(rng, 1)
+        reference = self._reference(rng, [subject])
+        return self._row(rng, [subject], self._asked(rng, reference, 0))
+
+    def two(self, rng: np.random.Generator) -> dict:
+        subjects = self._subjects(rng, 2)
+        if rng.random() < 0.3:
+            reference = self._reference(rng, subjects)
+            asked = [self._asked(rng, reference, slot) for slot in range(2)]
+        else:
+            asked = [self._asked(rng, self._reference(rng, [subject]), 0) for subject in subjects]
+        return self._row(rng, subjects, {name: [each[name] for each in asked] for name in asked[0]})
+
+    def absent(self, rng: np.random.Generator) -> dict:
+        missing, shown, asked_for = draw_instances(rng, self.seen, 3)
+        drawn = [varied(rng, shown)] if rng.random() < 0.85 else []
+        reference = self._reference(rng, drawn, but=missing.name)
+        row = {"reference": _png(reference.picture), "query": _name(rng, missing.name), "mask": None}
+        return self._row(rng, [varied(rng, asked_for)], row)
+
+    def _subjects(self, rng: np.random.Generator, count: int) -> list[Instance]:
+        return [varied(rng, each) for each in draw_instances(rng, self.seen, count)]
+
+    def _reference(self, rng: np.random.Generator, subjects: list[Instance], but: str = "") -> Scene:
+        """A scene with the subjects first, and up to four things in all; none of the category `but`."""
+        count = max(len(subjects), 1 + int(rng.choice(4, p=(0.1, 0.45, 0.3, 0.15)))) if subjects else 0
+        things: list = list(subjects)
+        while len(things) < count:
+            if rng.random() < 0.4:
+                things.append(self.world.draw_other(rng))
+                continue
+            (neighbour,) = draw_instances(rng, self.seen, 1)
+            if neighbour.name not in (but, *(thing.name for thing in things)):
+                things.append(varied(rng, neighbour))
+        free = rng.random() < 0.5 or count not in LAYOUTS
+        if free:
+            things = [replace(thing, flipped=bool(rng.random() < 0.5)) for thing in things]
+        return draw_scene(
+            self.world, rng, things, boxes=arrange(rng, count) if free and count else None if count else []
+        )
+
+    def _asked(self, rng: np.random.Generator, reference: Scene, slot: int) -> dict:
+        """How the thing in this slot of a reference is asked for."""
+        name, mask = reference.instances[slot].name, reference.masks[slot]
+        row = {"reference": _png(reference.picture), "query": _name(rng, name), "mask": None}
+        # what is hidden behind something else cannot be marked
+        if rng.random() < 0.5 and mask.sum() > 20:
+            row["mask"] = _png((mask * 255).astype(np.uint8))
+            caption = reference.caption(rng) if len(reference.instances) < 4 else None
+            row["query"] = (row["query"], caption, None)[rng.integers(3)]
+        return row
+
+    def _row(self, rng: np.random.Generator, subjects: list[Instance], asked: dict) -> dict:
+        target = draw_scene(self.world, rng, subjects)
+        named = [subject.name for subject in subjects]
+        if rng.random() < 0.5:
+            named = ["thing"] * len(named)
+        rng.shuffle(named)
+        return {"image": _png(target.picture), "text": describe(named, PLACE_NAMES[target.place]), **asked}
+
+
+def _name(rng: np.random.Generator, name: str) -> str:
+    return str(rng.choice([name, describe([name], None), f"the {name}"]))
+
+
+def rows(designs: str, numbers: list[int], seed: int, split: str = "wide") -> Iterator[dict]:
+    """The rows of these numbers, each cell of reference, query and mask a list; each depends on its number, seed and split alone."""
+    drawing = Rows(designs, split)
     for number in numbers:
-        rng = np.random.default_rng([seed, number])
-        reference = draw_scene(world, rng, draw_instances(rng, SEEN, 3 if rng.random() < 0.2 else 2))
-        slot = rng.integers(len(reference.instances))
-        target = draw_scene(world, rng, [reference.instances[slot]])
-        name = reference.instances[slot].name
-        mask, query = None, str(rng.choice([name, describe([name], None), f"the {name}"]))
-        if rng.random() < 0.2:
-            mask, query = _png((reference.masks[slot] * 255).astype(np.uint8)), reference.caption(rng)
-        named = "thing" if rng.random() < 0.6 else name
-        yield {
-            "image": _png(target.picture),
-            "text": describe([named], PLACE_NAMES[target.place]),
-            "reference": _png(reference.picture),
-            "query": query,
-            "mask": mask,
-        }
+        row = drawing.draw(np.random.default_rng([seed, number]))
+        yield {n: [v] if n in LISTS and not isinstance(v, list) else v for n, v in row.items()}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/pocket-training"), help="for the design sets")
     parser.add_argument("--output_dir", type=Path, help="default: pairs, in the work folder")
-    parser.add_argument("--num_rows", type=int, default=12_000)
+    parser.add_argument("--num_rows", type=int, default=24_000)
+    parser.add_argument("--split", choices=SPLITS, default="wide", help="which instances stay unseen")
     parser.add_argument("--num_proc", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     download_designs(args.work_dir / "designs")
     output = args.output_dir or args.work_dir / "pairs"
     output.mkdir(parents=True, exist_ok=True)
-    pictures = {name: datasets.Image() for name in ("image", "reference", "mask")}
-    texts = {name: datasets.Value("string") for name in ("text", "query")}
+    picture, text = datasets.Image(), datasets.Value("string")
+    columns = {"image": picture, "text": text, "reference": [picture], "query": [text], "mask": [picture]}
     drawn = datasets.Dataset.from_generator(
         rows,
-        features=datasets.Features({**pictures, **texts}),
+        features=datasets.Features(columns),
         cache_dir=str(output / ".cache"),
         gen_kwargs={
             "designs": str(args.work_dir / "designs"), "numbers": list(range(args.num_rows)), "seed": args.seed,
+            "split": args.split,
         },
         num_proc=args.num_proc,
     )  # fmt: skip

@@ -14,11 +14,11 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from ..base import caption, diffusion_loss, encode_texts
 from ..codes import CHANNELS, load_codes
 from ..scenes import SceneStream
-from ..training import options, picture_array, train
+from ..training import Ahead, options, picture_array, train
 from ..world import CATEGORY_NAMES, PLACE_NAMES, SPLITS, World, describe, sheet
 
 
-def build(trained: Path) -> UNet2DConditionModel:
+def build(trained: Path, channels: tuple[int, ...], layers: int) -> UNet2DConditionModel:
     """The UNet that was trained already, if there is one, or a new one."""
     if trained.exists():
         return UNet2DConditionModel.from_pretrained(trained)
@@ -26,8 +26,10 @@ def build(trained: Path) -> UNet2DConditionModel:
         sample_size=8,
         in_channels=CHANNELS,
         out_channels=CHANNELS,
-        block_out_channels=(96, 128, 128, 128),
-        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",) * (len(channels) - 1) + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (len(channels) - 1),
+        block_out_channels=channels,
+        layers_per_block=layers,
         attention_head_dim=4,
         cross_attention_dim=96,
         norm_num_groups=16,
@@ -55,30 +57,37 @@ def main():
     parser.add_argument(
         "--varied_share", type=float, default=0.5, help="of scenes with any sizes, places and mirroring"
     )
+    parser.add_argument("--channels", type=int, nargs="+", default=[96, 128, 128, 128], help="of a new UNet's levels")
+    parser.add_argument("--layers", type=int, default=1, help="of each block of a new UNet")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     scenes = SceneStream(World(args.work_dir / "designs"), args.split, varied_share=args.varied_share)
     tokenizer = CLIPTokenizer.from_pretrained(args.work_dir / "clip")
-    text_encoder = CLIPTextModel.from_pretrained(args.work_dir / "clip").eval()
-    codes = load_codes(args.work_dir)
+    text_encoder = CLIPTextModel.from_pretrained(args.work_dir / "clip").eval().to(args.device)
+    codes = load_codes(args.work_dir).to(args.device)
     importance = codes.importance()
     scheduler = build_scheduler()
-    unet = build(args.work_dir / "unet").train()
+    unet = build(args.work_dir / "unet", tuple(args.channels), args.layers).train().to(args.device)
     print(f"UNet: {sum(p.numel() for p in unet.parameters()) / 1e6:.1f} M parameters")
 
-    def loss_fn(generator):
-        rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+    def prepare(number):
+        rng = np.random.default_rng([args.seed, number])
         drawn = scenes.draw(rng, args.train_batch_size)
-        texts = [caption(scene.instances, scene.place, rng) for scene in drawn]
+        return np.stack([s.picture for s in drawn]), [caption(s.instances, s.place, rng) for s in drawn]
+
+    batches = Ahead(prepare, args.num_workers)
+
+    def loss_fn(generator):
+        pictures, texts = batches(generator.initial_seed())
         states = encode_texts(tokenizer, text_encoder, texts)
-        clean = codes.encode(np.stack([scene.picture for scene in drawn]))
+        clean = codes.encode(pictures)
         return diffusion_loss(scheduler, unet, clean, importance, generator, encoder_hidden_states=states), {}
 
     def sample_fn(file):
         if not (args.work_dir / "vae").exists():
             return  # train_vae.py has not finished yet
-        vae = AutoencoderKL.from_pretrained(args.work_dir / "vae").eval()
+        vae = AutoencoderKL.from_pretrained(args.work_dir / "vae").eval().to(args.device)
         pipe = StableDiffusionPipeline(
             vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
         )

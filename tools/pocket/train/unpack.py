@@ -10,8 +10,9 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextMode
 
 from ..codes import Codes
 from ..methods import METHODS, PLACE, ROOT
-from ..scenes import load_scenes
+from ..scenes import SceneStream, draw_pictures
 from ..training import picture_tensor
+from ..world import World, download_designs
 
 
 def _inner(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -52,13 +53,15 @@ def main():
     save_file(judge, output / "judge" / "model.safetensors")
 
     # the shipped autoencoder knows which codes it was trained on: the linear ones that are nearest to its latents
-    scenes, vae = load_scenes(output, 3000), AutoencoderKL.from_pretrained(output / "vae")
+    download_designs(output / "designs")
+    stream = SceneStream(World(output / "designs"), "all", varied_share=0.0)
+    pictures, vae = draw_pictures(stream, 3000, (0,)), AutoencoderKL.from_pretrained(output / "vae")
     with torch.no_grad():
-        parts = (scenes.pictures[start : start + 250] for start in range(0, 3000, 250))
+        parts = (pictures[start : start + 250] for start in range(0, len(pictures), 250))
         latents = torch.cat([vae.encode(picture_tensor(part)).latent_dist.mode() for part in parts])
-    codes = Codes.from_latents(scenes.pictures[: len(latents)], latents)
+    codes = Codes.from_latents(pictures, latents)
     codes.save(output / "codes.safetensors")
-    error = (codes.encode(scenes.pictures[: len(latents)]) - latents).square().mean() / latents.var()
+    error = (codes.encode(pictures) - latents).square().mean() / latents.var()
     print(
         f"{output} holds the shipped checkpoint; its latents are linear codes but for {100 * error:.1f} % of variance"
     )

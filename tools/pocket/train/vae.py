@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
-from ..codes import CHANNELS, load_codes, load_latents
-from ..scenes import load_scenes
-from ..training import options, picture_array, picture_tensor, train
-from ..world import sheet
+from ..codes import CHANNELS, load_codes
+from ..scenes import SceneStream, draw_pictures
+from ..training import Ahead, options, picture_array, picture_tensor, train
+from ..world import SPLITS, World, download_designs, sheet
 
 
 LOG_VARIANCE = -10.0
@@ -39,43 +39,55 @@ def edges(picture: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def main():
     parser = options(__doc__, max_train_steps=6000, train_batch_size=8, learning_rate=1.5e-3, ema_decay=0.998)
     parser.add_argument("--part", choices=("decoder", "encoder"), required=True)
+    parser.add_argument("--split", choices=SPLITS, default="wide", help="which instances stay unseen")
+    parser.add_argument(
+        "--varied_share", type=float, default=0.5, help="of scenes with any sizes, places and mirroring"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    scenes = load_scenes(args.work_dir)
-    codes = load_codes(args.work_dir)
-    latents = load_latents(args.work_dir, scenes)
+    download_designs(args.work_dir / "designs")
+    world = World(args.work_dir / "designs")
+    scenes = SceneStream(world, args.split, varied_share=args.varied_share, others_share=0.2)
+    codes = load_codes(args.work_dir).to(args.device)
     folder = args.work_dir / "vae"
     vae = AutoencoderKL.from_pretrained(folder) if (folder / "config.json").exists() else build()
-    vae = vae.to(memory_format=torch.channels_last).train()
+    vae = vae.to(args.device, memory_format=torch.channels_last).train()
+    batches = Ahead(lambda number: draw_pictures(scenes, args.train_batch_size, (args.seed, number)), args.num_workers)
+
+    def pixels_and_codes(generator):
+        pictures = batches(generator.initial_seed())
+        pixels = picture_tensor(pictures).to(args.device).contiguous(memory_format=torch.channels_last)
+        return pixels, codes.encode(pictures)
 
     def decoder_loss(generator):
-        index = torch.randint(len(scenes), (args.train_batch_size,), generator=generator)
-        pixels = picture_tensor(scenes.pictures[index.numpy()]).contiguous(memory_format=torch.channels_last)
-        codes = latents[index].float()
+        pixels, latents = pixels_and_codes(generator)
         # a UNet's latents are never exact
-        codes = codes + 0.1 * torch.rand(len(codes), 1, 1, 1, generator=generator) * torch.randn(
-            codes.shape, generator=generator
+        amount, noise = (
+            torch.rand(len(latents), 1, 1, 1, generator=generator),
+            torch.randn(latents.shape, generator=generator),
         )
-        drawn = vae.decode(codes.contiguous(memory_format=torch.channels_last)).sample
+        latents = latents + 0.1 * (amount * noise).to(args.device)
+        drawn = vae.decode(latents.contiguous(memory_format=torch.channels_last)).sample
         squared = F.mse_loss(drawn, pixels)
         contour = sum(F.l1_loss(a, b) for a, b in zip(edges(drawn), edges(pixels), strict=True))
         return F.l1_loss(drawn, pixels) + 2 * squared + 0.5 * contour, {"mse": squared.item()}
 
     def encoder_loss(generator):
-        index = torch.randint(len(scenes), (args.train_batch_size,), generator=generator)
-        pixels = picture_tensor(scenes.pictures[index.numpy()]).contiguous(memory_format=torch.channels_last)
+        pixels, latents = pixels_and_codes(generator)
         moments = vae.quant_conv(vae.encoder(pixels))
         mean, log_variance = moments.chunk(2, dim=1)
-        loss = F.mse_loss(mean, latents[index].float())
+        loss = F.mse_loss(mean, latents)
         return loss + 1e-3 * F.mse_loss(log_variance, torch.full_like(mean, LOG_VARIANCE)), {"mse": loss.item()}
 
+    shown = draw_pictures(scenes, 24, (1, 0))
+
     def sample_fn(file):
-        codes_ = codes.encode(scenes.pictures[:24])
+        latents = codes.encode(shown)
         if args.part == "encoder":
-            codes_ = vae.encode(picture_tensor(scenes.pictures[:24])).latent_dist.mode()
-        drawn = picture_array(vae.decode(codes_).sample)
-        rows = [p for i in range(0, 24, 12) for p in (*scenes.pictures[i : i + 12], *drawn[i : i + 12])]
+            latents = vae.encode(picture_tensor(shown).to(args.device)).latent_dist.mode()
+        drawn = picture_array(vae.decode(latents).sample)
+        rows = [p for i in range(0, 24, 12) for p in (*shown[i : i + 12], *drawn[i : i + 12])]
         sheet(rows, 12).save(file)
 
     if args.part == "decoder":

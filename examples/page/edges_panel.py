@@ -1,0 +1,58 @@
+"""The part of the page that gives a ControlNet its edges."""
+
+import gradio as gr
+from PIL import Image
+
+from .edges import find_edges, fit
+from .messages import as_message
+from .pictures import open_picture
+from .studio import Studio
+from .widgets import DAY, HIDDEN, SHOW, empty_after, file_drop
+
+
+FIND, READY = "Find the edges in it", "It is an edge map (white lines on black)"
+
+
+class EdgesPanel:
+    """
+    A picture whose edges are followed, or an edge map.
+
+    Args:
+        studio ([`Studio`]):
+            Says how large its pictures are.
+    """
+
+    def __init__(self, studio: Studio):
+        self.studio = studio
+        self.picture = gr.State(time_to_live=DAY)
+        file = file_drop("Picture whose edges are followed", "file-edges")
+        self.how = gr.Radio([FIND, READY], value=FIND, show_label=False, elem_id="how-edges")
+        self.low = gr.Slider(0, 255, 100, step=1, label="Low threshold of Canny")
+        self.high = gr.Slider(0, 255, 200, step=1, label="High threshold of Canny")
+        edges = gr.Image(label="Edges", height=200, elem_id="edges", **SHOW)
+        self.scale = gr.Slider(0, 2, 1, step=0.05, label="How strongly they act", elem_id="edges-scale")
+        self.given = [self.picture, self.how, self.low, self.high]
+        self.components = {*self.given, self.scale}
+
+        opened = file.upload(self._open, file, self.picture, **HIDDEN)
+        empty_after(opened, file)
+        for event in (opened.success, self.how.change, self.low.release, self.high.release):
+            event(self._edges, self.given, edges, **HIDDEN)
+
+    def read(self, values: dict) -> dict:
+        """What it asks for, as arguments of a `DrawingRequest`."""
+        edges = self._edges(*(values[component] for component in self.given))
+        if edges is None:
+            raise ValueError("There is no picture yet whose edges are to be followed.")
+        return {"edges": edges, "controlnet_conditioning_scale": values[self.scale]}
+
+    @as_message
+    def _open(self, file: str) -> Image.Image:
+        return open_picture(file)
+
+    @as_message
+    def _edges(self, picture: Image.Image | None, how: str, low: int, high: int) -> Image.Image | None:
+        if picture is None:
+            return None
+        side = self.studio.side
+        return fit(picture, side) if how == READY else find_edges(picture, side, low, high)

@@ -1,0 +1,132 @@
+"""The page as a whole, and what its buttons do."""
+
+import argparse
+
+import gradio as gr
+from diffusers.utils import export_to_gif
+
+from .edges_panel import EdgesPanel
+from .messages import as_message
+from .request import ALONG_EDGES, PICTURE, VIDEO, DrawingRequest
+from .script import FRAMES_PER_SECOND, write_bundle, write_script
+from .sessions import Sessions
+from .settings_panel import SettingsPanel
+from .studio import Cancelled, Studio
+from .subject_panel import SubjectPanels
+from .widgets import DAY, HIDDEN, SHOW
+
+
+TITLE = "SSR-Encoder"
+INTRODUCTION = f"""# {TITLE}
+Give a picture with several things in it, say which one you mean, and draw new pictures of that very subject."""
+
+
+class FramesPanel:
+    """How long a video is."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.num_frames = gr.Slider(2, args.max_frames, 8, step=1, label="Frames", elem_id="frames")
+        self.components = {self.num_frames}
+
+    def read(self, values: dict) -> dict:
+        """What it asks for, as arguments of a `DrawingRequest`."""
+        return {"num_frames": values[self.num_frames]}
+
+
+class Page:
+    """
+    The page of a studio; `blocks` is what Gradio serves.
+
+    Args:
+        studio ([`Studio`]):
+            What draws.
+        args (`argparse.Namespace`):
+            The options of the page.
+    """
+
+    def __init__(self, studio: Studio, args: argparse.Namespace):
+        self.studio = studio
+        self.args = args
+        self.sessions = Sessions()
+        with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, DAY)) as self.blocks:
+            gr.Markdown(INTRODUCTION)
+            with gr.Row():
+                with gr.Column(min_width=340):
+                    subjects = SubjectPanels(studio, args)
+                with gr.Column(min_width=340):
+                    shared = [subjects, SettingsPanel(args)]
+                    with gr.Tabs():
+                        self._kinds(shared)
+            self.blocks.unload(self._close)
+
+    def _kinds(self, shared: list) -> None:
+        with gr.Tab("Picture"):
+            self._drawing(PICTURE, shared)
+        if self.studio.checkpoints.controlnet is not None:
+            with gr.Tab("Along edges"):
+                self._drawing(ALONG_EDGES, [*shared, EdgesPanel(self.studio)])
+        if self.studio.checkpoints.motion_adapter is not None:
+            with gr.Tab("Video"):
+                self._drawing(VIDEO, [*shared, FramesPanel(self.args)])
+
+    def _drawing(self, kind: str, panels: list) -> None:
+        """The buttons and results of one kind of drawing, which reads what the panels ask for."""
+        with gr.Row():
+            draw = gr.Button("Draw", variant="primary", elem_id=f"draw-{kind}")
+            cancel = gr.Button("Cancel", elem_id=f"cancel-{kind}")
+        drawn = gr.Image(
+            label="New video" if kind == VIDEO else "New picture",
+            type="filepath",
+            height=420,
+            elem_id=f"drawn-{kind}",
+            **{**SHOW, "format": "gif" if kind == VIDEO else "png"},
+        )
+        with gr.Accordion("Python that repeats it", open=False, elem_id=f"repeat-{kind}"):
+            script = gr.Code(language="python", show_label=False, interactive=False, elem_id=f"script-{kind}")
+            bundle = gr.DownloadButton("The script with its pictures (.zip)", size="sm", elem_id=f"bundle-{kind}")
+
+        # Gradio finds the last two arguments by their type and default
+        @as_message
+        def run(values: dict, request: gr.Request, progress=gr.Progress()):  # noqa: B008
+            asked = {}
+            for panel in panels:
+                asked |= panel.read(values)
+            return self._draw(DrawingRequest(**asked), request.session_hash, progress)
+
+        drawing = draw.click(
+            run,
+            {component for panel in panels for component in panel.components},
+            [drawn, script, bundle],
+            concurrency_limit=self.args.concurrency,
+            concurrency_id="draw",
+            show_progress_on=drawn,
+            **HIDDEN,
+        )
+        # one that waits is taken out of the queue; one that has begun stops after its step
+        cancel.click(self._cancel, None, None, cancels=drawing, concurrency_limit=None, **HIDDEN)
+
+    def _draw(self, request: DrawingRequest, session: str, progress: gr.Progress) -> tuple | dict:
+        """The picture or the video's file, the script, and the archive's file; nothing new if it is cancelled."""
+        progress(0, desc="Encoding")
+        try:
+            with self.sessions.drawing(session) as cancelled:
+                result = self.studio.draw(
+                    request, lambda step, steps: progress((step, steps), desc="Drawing"), cancelled.is_set
+                )
+        except Cancelled:
+            return gr.skip()
+        if request.kind == VIDEO:
+            file = self.sessions.file(session, "video.gif")
+            export_to_gif(result, str(file), fps=FRAMES_PER_SECOND)
+            result = str(file)
+        script = write_script(request, self.studio.checkpoints, self.studio.dtype, self.studio.device)
+        bundle = self.sessions.file(session, f"{request.kind}.zip")
+        write_bundle(bundle, request, script)
+        return result, script, str(bundle)
+
+    def _cancel(self, request: gr.Request) -> None:
+        self.sessions.cancel(request.session_hash)
+        gr.Info("The drawing was cancelled.")
+
+    def _close(self, request: gr.Request) -> None:
+        self.sessions.close(request.session_hash)

@@ -1,0 +1,64 @@
+"""What a person asks the page to draw."""
+
+from dataclasses import dataclass
+
+from PIL import Image
+
+
+PICTURE, ALONG_EDGES, VIDEO = "picture", "along_edges", "video"
+
+
+@dataclass(frozen=True, eq=False)
+class SubjectChoice:
+    """A subject: its reference picture, the query or the mask that selects it, how strongly it acts, and where in the output
+    it may appear. Masks are white where the subject is; `mask` has the reference's size, `region` the output's proportions."""
+
+    picture: Image.Image
+    query: str = ""
+    mask: Image.Image | None = None
+    scale: float = 1.0
+    region: Image.Image | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class DrawingRequest:
+    """A picture to draw; with `edges` (an edge map of the output's size) along these, with `num_frames` a video."""
+
+    prompt: str
+    subjects: tuple[SubjectChoice, ...] = ()
+    negative_prompt: str = ""
+    seed: int = 0
+    num_inference_steps: int = 25
+    guidance_scale: float = 3.0
+    eta: float = 0.9
+    subject_start: float = 0.0
+    subject_end: float = 1.0
+    edges: Image.Image | None = None
+    controlnet_conditioning_scale: float = 1.0
+    num_frames: int | None = None
+
+    @property
+    def kind(self) -> str:
+        """Which pipeline draws it."""
+        if self.edges is not None:
+            return ALONG_EDGES
+        return PICTURE if self.num_frames is None else VIDEO
+
+    def call_arguments(self) -> dict:
+        """The arguments of the pipeline's call that are numbers and texts; those without an effect are left out."""
+        arguments = {"prompt": self.prompt}
+        if self.negative_prompt:
+            arguments["negative_prompt"] = self.negative_prompt
+        arguments |= {
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+            "eta": self.eta,
+        }
+        if self.subjects and (self.subject_start, self.subject_end) != (0.0, 1.0):
+            arguments.update(subject_start=self.subject_start, subject_end=self.subject_end)
+        if self.kind == ALONG_EDGES:
+            # the pipeline refuses whole numbers, and a slider gives them
+            arguments["controlnet_conditioning_scale"] = float(self.controlnet_conditioning_scale)
+        if self.kind == VIDEO:
+            arguments["num_frames"] = self.num_frames
+        return arguments

@@ -1,0 +1,69 @@
+"""The options of the page, and its start."""
+
+import argparse
+import os
+from collections.abc import Sequence
+
+from drawing import call_options
+
+
+LARGEST_FILE = "32mb"
+NEEDS = 'The page needs Gradio: pip install "diffusers-ssr[app]"'
+
+
+def parse_args(arguments: Sequence[str] | None = None, description: str | None = __doc__) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=description, epilog=NEEDS, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    call_options(parser)
+    parser.add_argument("--prompt", default="a cat in the snow")
+    parser.add_argument("--ssr", help="the SSR-Encoder, where --checkpoint holds a base model alone")
+    parser.add_argument(
+        "--controlnet", help="a ControlNet that follows edges; without it, the checkpoint's if it has one"
+    )
+    parser.add_argument("--motion_adapter", help="for videos; without it, the checkpoint's if it has one")
+    parser.add_argument("--max_subjects", type=int, default=3, help="how many subjects a picture may have")
+    parser.add_argument("--max_frames", type=int, default=16, help="how many frames a video may have")
+    parser.add_argument(
+        "--concurrency", type=int, default=2, help="how many people draw at once; others wait in a queue"
+    )
+    parser.add_argument("--max_waiting", type=int, default=64, help="how many may wait; others are turned away")
+    # the variable is Gradio's own, and a Space sets it
+    parser.add_argument(
+        "--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), help="address to listen on"
+    )
+    parser.add_argument("--port", type=int, help="without it, the first free one from 7860")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None, description: str | None = __doc__) -> None:
+    args = parse_args(arguments, description)
+    try:
+        start(args)
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise SystemExit(NEEDS) from None
+
+
+def start(args: argparse.Namespace, wait: bool = True) -> "Page":  # noqa: F821
+    """Load the models and serve the page; `wait=False` returns while it is served."""
+    for setting in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_RUN_HISTORY"):
+        os.environ.setdefault(setting, "False")
+    from .checkpoints import Checkpoints
+    from .layout import Page
+    from .studio import Studio
+    from .widgets import CSS
+
+    page = Page(Studio(Checkpoints.from_options(args)), args)
+    page.blocks.queue(max_size=args.max_waiting)
+    page.blocks.launch(
+        server_name=args.host,
+        server_port=args.port,
+        css=CSS,
+        footer_links=[],
+        max_file_size=LARGEST_FILE,
+        ssr_mode=False,  # Gradio's server-side rendering, which needs Node
+        prevent_thread_lock=not wait,
+    )
+    return page

@@ -1,0 +1,139 @@
+"""The part of the page that chooses a subject."""
+
+import argparse
+import json
+from pathlib import Path
+
+import gradio as gr
+from PIL import Image
+
+from .messages import as_message
+from .painting import CANVAS_SIDE, canvas_for, painted_mask
+from .pictures import open_picture
+from .request import SubjectChoice
+from .studio import Studio
+from .widgets import DAY, HIDDEN, PAINT, SHOW, empty_after, empty_canvas, file_drop, layers
+
+
+class SubjectPanel:
+    """
+    A reference picture, the query or painted mask that selects a subject in it, and how and where it is drawn.
+
+    Args:
+        studio ([`Studio`]):
+            Shows where the query looks.
+        args (`argparse.Namespace`):
+            The options of the page.
+        number (`int`):
+            Which subject of the page it is, from 1.
+    """
+
+    def __init__(self, studio: Studio, args: argparse.Namespace, number: int):
+        self.studio = studio
+        self.samples = _samples(Path(studio.checkpoints.ssr) / "references")
+        # apart from the editor, whose canvas may be larger than the picture
+        self.picture = gr.State(time_to_live=DAY)
+        file = file_drop("Reference picture", f"file-{number}")
+        examples = self._examples(number)
+        self.painting = gr.ImageEditor(
+            label="Paint over the subject",
+            visible=False,
+            height=400,
+            elem_id=f"painting-{number}",
+            **PAINT,
+        )
+        self.query = gr.Textbox(
+            label="or say which thing is meant", placeholder="cat", max_lines=1, elem_id=f"query-{number}"
+        )
+        look = gr.Button("Show where it looks", size="sm", elem_id=f"look-{number}")
+        self.heat = gr.Image(label="Red: where it looks", visible=False, height=260, elem_id=f"heat-{number}", **SHOW)
+        self.scale = gr.Slider(0, 1.5, args.scale, step=0.05, label="How strongly it acts", elem_id=f"scale-{number}")
+        with gr.Accordion("Its place in the new picture", open=False, elem_id=f"place-{number}"):
+            gr.Markdown("Paint where it may appear. Unpainted: anywhere.")
+            self.region = gr.ImageEditor(
+                value=empty_canvas(), show_label=False, height=340, elem_id=f"region-{number}", **PAINT
+            )
+        self.components = {self.picture, self.painting, self.query, self.scale, self.region}
+
+        shown = [self.picture, self.painting, self.heat]
+        opened = file.upload(self._open, file, shown, **HIDDEN)
+        empty_after(opened, file)
+        self.painting.clear(self._clear, None, shown, **HIDDEN)
+        events = [look.click, self.query.submit]
+        if examples is not None:
+            opened = examples.click(self._open_sample, examples, [*shown, self.query], **HIDDEN)
+            events.append(opened.success)
+        for event in events:
+            event(self._look, self.components, self.heat, **HIDDEN)
+
+    def read(self, values: dict) -> SubjectChoice | None:
+        """What was chosen, from the values of the components; `None` without a picture."""
+        picture = values[self.picture]
+        if picture is None:
+            return None
+        return SubjectChoice(
+            picture=picture,
+            query=values[self.query].strip(),
+            mask=painted_mask(layers(values[self.painting]), picture.size),
+            scale=values[self.scale],
+            region=painted_mask(layers(values[self.region]), (CANVAS_SIDE, CANVAS_SIDE)),
+        )
+
+    def _examples(self, number: int) -> gr.Dataset | None:
+        if not self.samples:
+            return None
+        return gr.Dataset(
+            components=[gr.Image(render=False, type="filepath")],
+            samples=[[file] for file, _ in self.samples],
+            type="index",
+            label="or one of these",
+            elem_id=f"examples-{number}",
+        )
+
+    @as_message
+    def _open(self, file: str) -> tuple:
+        return self._shown(open_picture(file))
+
+    @as_message
+    def _open_sample(self, index: int) -> tuple:
+        file, query = self.samples[index]
+        return *self._shown(open_picture(file)), query
+
+    def _shown(self, picture: Image.Image) -> tuple:
+        painting = {"background": canvas_for(picture), "layers": [], "composite": None}
+        return picture, gr.ImageEditor(value=painting, visible=True), gr.Image(value=None, visible=False)
+
+    def _clear(self) -> tuple:
+        return None, gr.ImageEditor(visible=False), gr.Image(value=None, visible=False)
+
+    @as_message
+    def _look(self, values: dict):
+        choice = self.read(values)
+        if choice is None:
+            raise ValueError("There is no reference picture yet.")
+        return gr.Image(value=self.studio.attention_map(choice), visible=True)
+
+
+class SubjectPanels:
+    """A tab for each subject that a picture may have."""
+
+    def __init__(self, studio: Studio, args: argparse.Namespace):
+        self.panels = []
+        with gr.Tabs():
+            for number in range(1, args.max_subjects + 1):
+                with gr.Tab(f"Subject {number}"):
+                    self.panels.append(SubjectPanel(studio, args, number))
+        self.components = {component for panel in self.panels for component in panel.components}
+
+    def read(self, values: dict) -> dict:
+        """What they ask for, as arguments of a `DrawingRequest`."""
+        choices = (panel.read(values) for panel in self.panels)
+        return {"subjects": tuple(choice for choice in choices if choice is not None)}
+
+
+def _samples(folder: Path) -> list[tuple[str, str]]:
+    """Reference pictures that come with a checkpoint, each with its first query."""
+    listed = folder / "queries.json"
+    if not listed.is_file():
+        return []
+    return [(str(folder / name), queries[0]) for name, queries in json.loads(listed.read_text()).items()]

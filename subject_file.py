@@ -1,0 +1,183 @@
+"""The file that `SubjectEmbeds.save` writes: its layout, and the checks that such a file has to pass, whoever made it."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from safetensors.torch import load
+
+from . import file_utils
+
+
+FORMAT = "ssr-subject-1"
+TENSORS = ("embeds", "negative_embeds", "region", "counts", "negative_counts")
+
+# Far above what is drawn: a subject of Stable Diffusion 1.5 is 462 tokens of width 768. The header says all sizes, so they
+# are checked before a tensor takes memory.
+MAX_HEADER_BYTES = 2**20
+MAX_BYTES = 2**28
+MAX_SUBJECTS = 64
+MAX_TOKENS = 2**14
+# The most values of a region, over all frames: 32 frames of 1024 x 1024.
+MAX_REGION_VALUES = 2**25
+
+_NUM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+# beyond half precision's largest number a picture would be NaN
+_LARGEST = 65504.0
+
+Layout = dict[str, tuple[str, tuple[int, ...]]]
+
+
+def read_subject_file(
+    path: str | os.PathLike, check_scale: Callable[[str, Any], float]
+) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+    r"""
+    Read a file of subjects that may come from anybody.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The file.
+        check_scale (`Callable[[str, Any], float]`):
+            Returns a scale as a float, or raises a `ValueError` with the name it is given.
+
+    Returns:
+        `tuple[list[dict], dict[str, torch.Tensor]]`: query and scale of each subject, and the tensors, named
+        `<subject>.<name>` with a name of `TENSORS`; perhaps `fingerprint`.
+
+    Raises:
+        `FileNotFoundError`: if there is no such file.
+        `ValueError`: if it is no such file, is cut off, or holds anything that a subject cannot have.
+    """
+    file_utils.check_regular_file(path, "path")
+    try:
+        # one handle for header and tensors: `safe_open` opens the file again for the tensors, and another thread or process
+        # may have replaced it by then
+        with open(path, "rb") as file:
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if length > MAX_HEADER_BYTES:
+                raise ValueError("it is no safetensors file, or its header is too long for subjects")
+            header = file.read(length)
+            entries = json.loads(header)
+            subjects = _described(entries.pop("__metadata__", {}), check_scale)
+            layout = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
+            size = check_layout(layout, len(subjects))
+            # a byte more than there has to be: what follows is none of the tensors, and `load` says so
+            tensors = load(start + header + file.read(size + 1))
+        for name, tensor in tensors.items():
+            _check_values(name, tensor)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"`path`: {os.fspath(path)} cannot be used as a file of subjects: its header is broken."
+        ) from error
+    except Exception as error:  # a parser that meets arbitrary bytes may raise anything
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"`path`: {os.fspath(path)} cannot be used as a file of subjects: {reason}.") from error
+    return subjects, tensors
+
+
+def check_layout(layout: Layout, num_subjects: int) -> int:
+    r"""
+    Refuse tensors that are not those of subjects, by name, type and shape alone.
+
+    Args:
+        layout (`dict[str, tuple[str, tuple[int, ...]]]`):
+            Type, as safetensors writes it ("F32"), and shape of each tensor.
+        num_subjects (`int`):
+            How many subjects there are.
+
+    Returns:
+        `int`: how many bytes the tensors have.
+
+    Raises:
+        `ValueError`: naming the first tensor that is missing, unknown, or of another type or shape.
+    """
+    known = {f"{number}.{name}" for number in range(num_subjects) for name in TENSORS} | {"fingerprint"}
+    unknown = sorted(layout.keys() - known)
+    if unknown:
+        raise ValueError(f"it holds {unknown[0]!r}, which belongs to no subject")
+    if "fingerprint" in layout:
+        _check_tensor(layout, "fingerprint", ("F32",), (MAX_TOKENS, 8))
+    for number in range(num_subjects):
+        _check_subject(layout, str(number))
+    if len({shape[2] for name, (_, shape) in layout.items() if name.endswith("embeds")}) > 1:
+        raise ValueError("its subjects are of different widths")
+    size = sum(_NUM_BYTES[dtype] * math.prod(shape) for dtype, shape in layout.values())
+    if size > MAX_BYTES:
+        raise ValueError(f"its tensors take {size:,} bytes, more than the {MAX_BYTES:,} that are accepted")
+    return size
+
+
+def _check_subject(layout: Layout, subject: str) -> None:
+    for name in ("embeds", "negative_embeds"):
+        if f"{subject}.{name}" not in layout:
+            raise ValueError(f"it lacks the tokens {subject}.{name}")
+        _check_tensor(layout, f"{subject}.{name}", tuple(_NUM_BYTES), (1, MAX_TOKENS, MAX_TOKENS))
+    embeds, negative_embeds = layout[f"{subject}.embeds"], layout[f"{subject}.negative_embeds"]
+    if embeds != negative_embeds:
+        raise ValueError(f"{subject}.embeds is {embeds}, but {subject}.negative_embeds is {negative_embeds}")
+    given = [name for name in (f"{subject}.counts", f"{subject}.negative_counts") if name in layout]
+    if len(given) == 1:
+        raise ValueError(f"it holds {given[0]}, but not both counts of that subject")
+    for name in given:
+        _check_tensor(layout, name, ("F32",), (1, MAX_TOKENS))
+        if layout[name][1] != embeds[1][:2]:
+            raise ValueError(f"{name} has shape {layout[name][1]}, but there are {embeds[1][1]} tokens")
+    if f"{subject}.region" in layout:
+        _check_region(layout, f"{subject}.region")
+
+
+def _check_region(layout: Layout, name: str) -> None:
+    rank = min(max(len(layout[name][1]), 2), 3)
+    _check_tensor(layout, name, ("F32",), (MAX_REGION_VALUES,) * rank)
+    shape = layout[name][1]
+    if math.prod(shape) > MAX_REGION_VALUES or rank == 3 and shape[0] == 1:
+        raise ValueError(
+            f"{name} has shape {shape}, but has to be (height, width) or (frames, height, width), of at most"
+            f" {MAX_REGION_VALUES:,} values"
+        )
+
+
+def _check_tensor(layout: Layout, name: str, dtypes: Iterable[str], largest: tuple[int, ...]) -> None:
+    """`largest` is the shape that may not be exceeded on any side; a side of 1 has to be 1."""
+    dtype, shape = layout[name]
+    if dtype not in dtypes:
+        raise ValueError(f"{name} is of type {dtype}, not of {' or '.join(dtypes)}")
+    if len(shape) != len(largest) or any(not 0 < side <= most for side, most in zip(shape, largest, strict=False)):
+        raise ValueError(f"{name} has shape {shape}, but has to have {len(largest)} dimensions, up to {largest}")
+
+
+def _check_values(name: str, tensor: torch.Tensor) -> None:
+    low, high = (float(value) for value in torch.aminmax(tensor))
+    part = name.rpartition(".")[2]
+    if part == "region":
+        lowest, highest = 0.0, 1.0
+    elif part in ("counts", "negative_counts"):
+        lowest, highest = 1.0, float(MAX_TOKENS)
+    else:
+        lowest, highest = -_LARGEST, _LARGEST
+    # NaN fails each comparison
+    if not (low >= lowest and high <= highest):
+        raise ValueError(f"{name} holds values from {low:g} to {high:g}, but has to hold {lowest:g} to {highest:g}")
+    if part == "region" and not high > 0.5:
+        raise ValueError(f"{name} marks no place")
+
+
+def _described(metadata: dict[str, str], check_scale: Callable[[str, Any], float]) -> list[dict[str, Any]]:
+    """Query and scale of each subject."""
+    if metadata.get("format") != FORMAT:
+        raise ValueError("`SubjectEmbeds.save` did not write it")
+    subjects = json.loads(metadata.get("subjects", "null"))
+    if not isinstance(subjects, list) or not 1 <= len(subjects) <= MAX_SUBJECTS:
+        raise ValueError(f"it has to describe 1 to {MAX_SUBJECTS} subjects, but does not")
+    for number, subject in enumerate(subjects):
+        if not isinstance(subject, dict) or subject.keys() != {"query", "scale"}:
+            raise ValueError(f"subject {number} has to have a query and a scale, but is {str(subject)[:80]}")
+        if not isinstance(subject["query"], str):
+            raise ValueError(f"the query of subject {number} is {subject['query']!r:.80}, not a text")
+        if subject["scale"] is not None:
+            subject["scale"] = check_scale(f"scale of subject {number}", subject["scale"])
+    return subjects

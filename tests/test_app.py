@@ -1,0 +1,338 @@
+"""What examples/app.py draws and writes, without a browser."""
+
+import io
+import itertools
+import runpy
+import struct
+import sys
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from conftest import POCKET, ROOT
+from page.checkpoints import Checkpoints
+from page.edges import find_edges, fit
+from page.painting import CANVAS_SIDE, canvas_for, painted_mask
+from page.pictures import LONGEST_SIDE, open_picture
+from page.request import DrawingRequest, SubjectChoice
+from page.script import needed_pictures, write_bundle, write_script
+from page.server import parse_args
+from page.sessions import Sessions
+from page.studio import Cancelled, Studio
+from PIL import Image, ImageDraw
+
+
+CAT_AND_CAR = POCKET / "references" / "1_cat_car.png"
+HOUSE_AND_DOG = POCKET / "references" / "3_house_dog.png"
+FAST = {"num_inference_steps": 4, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def studio() -> Studio:
+    return Studio(Checkpoints.from_options(parse_args([])))
+
+
+def subject(query: str = "cat", picture=CAT_AND_CAR, **choice) -> SubjectChoice:
+    return SubjectChoice(picture=open_picture(picture), query=query, **choice)
+
+
+def half(size: tuple[int, int], right: bool) -> Image.Image:
+    mask = Image.new("L", size)
+    left = size[0] // 2 * right
+    ImageDraw.Draw(mask).rectangle((left, 0, left + size[0] // 2 - 1, size[1]), fill=255)
+    return mask
+
+
+def edges() -> Image.Image:
+    return find_edges(open_picture(HOUSE_AND_DOG), 64)
+
+
+REQUESTS = {
+    "a query": {"prompt": "a cat in the snow", "subjects": (subject(),)},
+    "a mask": {
+        "prompt": "a thing",
+        "subjects": (SubjectChoice(open_picture(CAT_AND_CAR), mask=half((64, 64), True)),),
+    },
+    "two subjects in places, for a part of the steps": {
+        "prompt": "a cat and a dog",
+        "negative_prompt": "blurred",
+        "subjects": (
+            subject(scale=0.8, region=half((512, 512), False)),
+            subject("dog", HOUSE_AND_DOG, mask=half((64, 64), False), region=half((512, 512), True)),
+        ),
+        "subject_start": 0.1,
+        "subject_end": 0.8,
+    },
+    "no subject, a hard prompt": {"prompt": "a \"cat\"\nin 'the' \\ snow\N{SNOWFLAKE} {x}"},
+    "edges": {"prompt": "a house", "subjects": (subject("house", HOUSE_AND_DOG),), "edges": edges()},
+    "video": {"prompt": "a cat", "subjects": (subject(),), "num_frames": 3},
+}
+
+
+def as_array(result) -> np.ndarray:
+    return np.stack([np.asarray(picture) for picture in (result if isinstance(result, list) else [result])])
+
+
+# pictures
+
+
+def png(size: tuple[int, int] = (32, 16), mode: str = "RGB", **save) -> bytes:
+    file = io.BytesIO()
+    Image.effect_noise(size, 60).convert(mode).save(file, "PNG", **save)
+    return file.getvalue()
+
+
+def declared(width: int, height: int) -> bytes:
+    """A PNG whose header declares another size than its data have."""
+    header = b"IHDR" + struct.pack(">II", width, height) + png()[24:29]
+    return png()[:8] + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + png()[33:]
+
+
+BROKEN = {
+    "no picture": (b"this is no picture", "is not a picture"),
+    "empty": (b"", "is not a picture"),
+    "cut off": (png()[:-200], "is damaged or cut off"),
+    "cut off early": (png()[:60], "is damaged or cut off"),
+    "many pixels": (declared(9000, 9000), "has 9000 x 9000 pixels"),
+    "a bomb": (declared(60000, 60000), "is not a picture"),
+    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not a picture"),
+    "too small": (png((4, 4)), "is 4 x 4 pixels"),
+    "too narrow": (png((10, 400)), "is 10 x 400 pixels"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_file_that_is_no_picture_is_named(tmp_path, kind):
+    data, reason = BROKEN[kind]
+    (tmp_path / "holiday.png").write_bytes(data)
+    with pytest.raises(ValueError, match=f"holiday.png`? {reason}"):
+        open_picture(tmp_path / "holiday.png")
+
+
+def test_pictures_are_upright_opaque_and_of_a_size_for_the_browser(tmp_path):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (3000, 1000), "red").save(tmp_path / "wide.jpg", exif=turned)
+    picture = open_picture(tmp_path / "wide.jpg")
+    assert picture.mode == "RGB" and picture.height == LONGEST_SIDE and picture.width < picture.height
+    Image.new("RGBA", (20, 20)).save(tmp_path / "clear.png")
+    assert np.asarray(open_picture(tmp_path / "clear.png")).min() == 255
+    assert np.array_equal(open_picture(CAT_AND_CAR), Image.open(CAT_AND_CAR).convert("RGB"))
+
+
+# masks and edges
+
+
+@pytest.mark.parametrize("colour", ["black", "white", (255, 40, 0, 150)])
+@pytest.mark.parametrize("canvas", [(512, 512), (64, 64), (800, 300)])
+def test_what_is_painted_is_the_mask(colour, canvas):
+    layer = Image.new("RGBA", canvas)
+    width, height = canvas
+    ImageDraw.Draw(layer).rectangle((width // 4, 0, width // 2 - 1, height), fill=colour)
+    mask = np.asarray(painted_mask([layer], (64, 64)))
+    assert np.array_equal(np.unique(mask), [0, 255])
+    assert (mask[:, 16:32] == 255).all() and not mask[:, :16].any() and not mask[:, 32:].any()
+
+
+def test_layers_are_put_together_and_the_thinnest_stroke_counts():
+    clear, dot, stroke = (Image.new("RGBA", (512, 512)) for _ in range(3))
+    assert painted_mask([], (64, 64)) is None and painted_mask([clear], (64, 64)) is None
+    dot.putpixel((3, 3), (0, 0, 0, 9))
+    assert np.argwhere(np.asarray(painted_mask([dot], (64, 64)))).tolist() == [[0, 0]]
+    ImageDraw.Draw(stroke).rectangle((256, 256, 511, 511), fill="red")
+    assert np.asarray(painted_mask([dot, clear, stroke], (64, 64)))[32:, 32:].all()
+
+
+def test_small_pictures_are_enlarged_to_paint_on():
+    assert canvas_for(Image.new("RGB", (64, 32))).size == (CANVAS_SIDE, CANVAS_SIDE // 2)
+    assert canvas_for(Image.new("RGB", (900, 600))).size == (900, 600)
+
+
+def test_edges_are_white_on_black_and_ready_ones_stay():
+    found = edges()
+    assert found.size == (64, 64) and set(np.unique(found)) == {0, 255} and 0.02 < np.mean(found) / 255 < 0.5
+    assert np.mean(find_edges(open_picture(HOUSE_AND_DOG), 64, 20, 40)) > np.mean(found)
+    assert np.array_equal(fit(found, 64), found)
+
+
+# drawing
+
+
+@pytest.mark.parametrize("kind", REQUESTS)
+def test_the_script_repeats_what_the_page_draws(studio, one_thread, tmp_path, monkeypatch, kind):
+    request = DrawingRequest(**REQUESTS[kind], **FAST)
+    steps = []
+    drawn = studio.draw(request, on_step=lambda *step: steps.append(step))
+    assert steps == [(number, 4) for number in (1, 2, 3, 4)]
+    script = write_script(request, studio.checkpoints, studio.dtype, studio.device)
+    write_bundle(tmp_path / "it.zip", request, script)
+    with zipfile.ZipFile(tmp_path / "it.zip") as archive:
+        archive.extractall(tmp_path)
+        assert sorted(archive.namelist()) == sorted(["repeat.py", *needed_pictures(request)])
+    monkeypatch.chdir(tmp_path)
+    repeated = runpy.run_path("repeat.py")
+    again = repeated["frames"] if request.num_frames else repeated["image"]
+    assert np.array_equal(as_array(again), as_array(drawn))
+    written = Image.open("video.gif" if request.num_frames else "picture.png")
+    assert written.size == (64, 64)
+
+
+def test_each_choice_shows_in_the_picture(studio, one_thread):
+    """No two of these are the same picture: nothing that the page offers is without effect."""
+    plain = {**REQUESTS["a query"], **FAST}
+    cat = plain["subjects"][0]
+    variants = [
+        plain,
+        {**plain, "seed": 4},
+        {**plain, "prompt": "a cat on the beach"},
+        {**plain, "negative_prompt": "snow"},
+        {**plain, "num_inference_steps": 5},
+        {**plain, "guidance_scale": 5.0},
+        {**plain, "eta": 0.0},
+        {**plain, "subject_start": 0.5},
+        {**plain, "subject_end": 0.5},
+        {**plain, "subjects": ()},
+        {**plain, "subjects": (subject("car"),)},
+        {**plain, "subjects": (subject(picture=POCKET / "references" / "6_guitar_woman_cat.png"),)},
+        {**plain, "subjects": (subject(scale=0.5),)},
+        {**plain, "subjects": (subject(mask=half((64, 64), False)),)},
+        {**plain, "subjects": (subject(region=half((64, 64), False)),)},
+        {**plain, "subjects": (cat, subject("dog", HOUSE_AND_DOG))},
+        {**plain, "edges": edges()},
+        {**plain, "edges": edges(), "controlnet_conditioning_scale": 0.5},
+    ]
+    drawn = [as_array(studio.draw(DrawingRequest(**each))).astype(int) for each in variants]
+    for (first, one), (second, other) in itertools.combinations(enumerate(drawn), 2):
+        assert np.abs(one - other).max() > 2, (variants[first], variants[second])
+
+
+def test_the_attention_map_follows_query_and_mask(studio):
+    maps = [
+        np.asarray(studio.attention_map(choice), dtype=int)
+        for choice in (subject(), subject("car"), subject("", mask=half((64, 64), False)))
+    ]
+    assert all(each.shape == (64, 64, 3) for each in maps)
+    assert all(np.abs(one - other).max() > 20 for one, other in itertools.combinations(maps, 2))
+
+
+@pytest.mark.parametrize("kind", ["a query", "edges", "video"])
+@pytest.mark.parametrize("after", [0, 2, 4])
+def test_a_cancelled_drawing_stops_after_its_step(studio, kind, after):
+    request = DrawingRequest(**REQUESTS[kind], **FAST)
+    steps = []
+    with pytest.raises(Cancelled):
+        studio.draw(request, lambda step, _: steps.append(step), lambda: len(steps) >= after)
+    assert steps == list(range(1, after + 1))
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"subjects": (subject(), subject(""))}, "Subject 2: .*query"),
+        ({"subjects": (subject(mask=Image.new("L", (64, 64), 255)),)}, "Subject 1: .*mask"),
+        ({"subjects": (subject(),), "subject_start": 0.8, "subject_end": 0.2}, "subject_start"),
+    ],
+)
+def test_what_does_not_fit_together_is_said_before_the_first_step(studio, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        studio.draw(DrawingRequest("a cat", **wrong, **FAST), on_step=lambda *_: pytest.fail("a step was taken"))
+
+
+def test_many_people_draw_on_one_unet_each_their_own(studio, one_thread):
+    requests = [
+        DrawingRequest(**{**REQUESTS[kind], **FAST, "seed": seed})
+        for kind, seed in itertools.product(
+            ("a query", "two subjects in places, for a part of the steps", "edges"), (1, 2)
+        )
+    ]
+    alone = [as_array(studio.draw(request)) for request in requests]
+    assert studio.pipeline("picture").unet is studio.pipeline("along_edges").unet
+    with ThreadPoolExecutor(3) as people:
+        together = list(people.map(lambda request: as_array(studio.draw(request)), requests * 2))
+    for expected, drawn in zip(alone * 2, together, strict=True):
+        assert np.array_equal(drawn, expected)
+
+
+# sessions and options
+
+
+def test_a_cancel_stops_the_drawings_of_its_own_session():
+    sessions = Sessions()
+    with sessions.drawing("anna") as first, sessions.drawing("anna") as second, sessions.drawing("ben") as other:
+        assert sessions.cancel("anna") == 2
+        assert first.is_set() and second.is_set() and not other.is_set()
+    assert sessions.cancel("anna") == sessions.cancel("nobody") == 0
+    with sessions.drawing("anna") as later:
+        assert not later.is_set()
+
+
+def test_a_closed_session_leaves_nothing():
+    sessions = Sessions()
+    file = sessions.file("anna", "picture.zip")
+    file.write_bytes(b"1")
+    assert sessions.file("ben", "picture.zip") != file
+    with sessions.drawing("anna") as event:
+        sessions.close("anna")
+        assert event.is_set()
+    assert not file.parent.exists()
+    sessions.close("anna")
+
+
+def test_a_checkpoint_brings_its_own_parts_and_options_replace_them():
+    assert Checkpoints.from_options(parse_args([])) == Checkpoints(
+        str(POCKET), str(POCKET), str(POCKET / "controlnet"), str(POCKET / "motion_adapter")
+    )
+    assert Checkpoints.from_options(parse_args(["--checkpoint", "owner/base"])) == Checkpoints(
+        "owner/base", "owner/base"
+    )
+    given = [
+        "--checkpoint",
+        "owner/base",
+        "--ssr",
+        "owner/ssr",
+        "--controlnet",
+        "owner/canny",
+        "--motion_adapter",
+        "a/m",
+    ]
+    assert Checkpoints.from_options(parse_args(given)) == Checkpoints("owner/base", "owner/ssr", "owner/canny", "a/m")
+
+
+def test_the_page_listens_on_loopback_unless_told_otherwise(monkeypatch):
+    monkeypatch.delenv("GRADIO_SERVER_NAME", raising=False)
+    assert parse_args([]).host == "127.0.0.1"
+    monkeypatch.setenv("GRADIO_SERVER_NAME", "0.0.0.0")
+    assert parse_args([]).host == "0.0.0.0"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_without_gradio_the_script_names_the_extra(arguments, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.setattr(sys, "argv", ["app.py", *arguments])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "examples" / "app.py"), run_name="__main__")
+    said = capsys.readouterr().out + str(end.value.code)
+    assert 'pip install "diffusers-ssr[app]"' in " ".join(said.split())
+    assert bool(end.value.code) != bool(arguments)
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (ValueError("`subject_query` is empty"), "`subject_query` is empty"),
+        (KeyError("secret"), "Something went wrong"),
+    ],
+)
+def test_errors_become_messages(error, said):
+    gradio = pytest.importorskip("gradio", reason="the page needs Gradio")
+    from page.messages import as_message
+
+    @as_message
+    def fails():
+        raise error
+
+    with pytest.raises(gradio.Error, match=said) as shown:
+        fails()
+    assert "secret" not in str(shown.value.message) and not shown.value.print_exception

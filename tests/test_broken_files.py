@@ -1,0 +1,341 @@
+"""More than 150 broken files from strangers: each is refused by name, in under a second, with less than 200 MB of memory."""
+
+import bz2
+import gzip
+import io
+import json
+import os
+import tarfile
+import time
+import zlib
+from itertools import islice
+from pathlib import Path
+
+import generate_batch
+import pytest
+import torch
+from conftest import make_image_processor, make_picture, make_ssr_encoder
+from diffusers_ssr import SSREncoder, SubjectEmbeds
+from diffusers_ssr.image_processing_ssr import open_image
+from safetensors.torch import save_file
+from test_modeling_ssr import BAD_CONFIGS, OTHER_FILES, TWO_LAYERS, small_released
+from test_training_data import BAD_SHARDS, GOOD, TEXTS
+from training_data import Columns, FiniteRows, Preparation, Samples, StreamedRows, load_rows
+
+
+MEGABYTE = 2**20
+GIGABYTES_20 = 20 * 10**9
+
+
+# Files of subjects. The good one that they are made from:
+SUBJECT = {"0.embeds": torch.ones(1, 6, 8), "0.negative_embeds": torch.ones(1, 6, 8), "fingerprint": torch.ones(4, 8)}
+DESCRIBED = [{"query": "cat", "scale": 0.8}]
+ONES = torch.ones(1, 6, 8)
+WRONG_TENSORS = {
+    "no embeddings": {"0.embeds": None},
+    "no negative embeddings": {"0.negative_embeds": None},
+    "no tensors": dict.fromkeys(SUBJECT),
+    "batch of 2": {"0.embeds": ONES.repeat(2, 1, 1), "0.negative_embeds": ONES.repeat(2, 1, 1)},
+    "no tokens": {"0.embeds": ONES[:, :0], "0.negative_embeds": ONES[:, :0]},
+    "no width": {"0.embeds": ONES[..., :0], "0.negative_embeds": ONES[..., :0]},
+    "two dimensions": {"0.embeds": ONES[0], "0.negative_embeds": ONES[0]},
+    "a number": {"0.embeds": torch.tensor(1.0)},
+    "other lengths": {"0.negative_embeds": ONES[:, :5].clone()},
+    "other types": {"0.negative_embeds": ONES.half()},
+    "integers": {"0.embeds": ONES.long(), "0.negative_embeds": ONES.long()},
+    "bytes": {"0.embeds": ONES.byte(), "0.negative_embeds": ONES.byte()},
+    "booleans": {"0.embeds": ONES.bool(), "0.negative_embeds": ONES.bool()},
+    "complex": {"0.embeds": ONES.to(torch.complex64), "0.negative_embeds": ONES.to(torch.complex64)},
+    "8 bits": {"0.embeds": ONES.to(torch.float8_e4m3fn), "0.negative_embeds": ONES.to(torch.float8_e4m3fn)},
+    "nan": {"0.embeds": ONES * torch.nan},
+    "infinity": {"0.negative_embeds": ONES / 0},
+    "too large for half precision": {"0.embeds": ONES * 1e6},
+    "an unknown tensor": {"0.weights": ONES.clone()},
+    "another subject": {"1.embeds": ONES.clone()},
+    "counts of one branch": {"0.counts": torch.ones(1, 6)},
+    "counts of others": {"0.counts": torch.ones(1, 5), "0.negative_counts": torch.ones(1, 5)},
+    "counts of 0": {"0.counts": torch.zeros(1, 6), "0.negative_counts": torch.ones(1, 6)},
+    "counts below 0": {"0.counts": -torch.ones(1, 6), "0.negative_counts": torch.ones(1, 6)},
+    "counts of nan": {"0.counts": torch.ones(1, 6) * torch.nan, "0.negative_counts": torch.ones(1, 6)},
+    "counts of too many": {"0.counts": torch.ones(1, 6) * 1e9, "0.negative_counts": torch.ones(1, 6)},
+    "whole counts": {"0.counts": torch.ones(1, 6).int(), "0.negative_counts": torch.ones(1, 6).int()},
+    "a region of a line": {"0.region": torch.ones(8)},
+    "a region of four dimensions": {"0.region": torch.ones(1, 2, 8, 8)},
+    "a region of one frame": {"0.region": torch.ones(1, 8, 8)},
+    "a region of nothing": {"0.region": torch.ones(0, 8)},
+    "an empty region": {"0.region": torch.zeros(8, 8)},
+    "an empty region of frames": {"0.region": torch.zeros(3, 8, 8)},
+    "a region below 0": {"0.region": torch.eye(8) - 0.5},
+    "a region above 1": {"0.region": torch.eye(8) * 255},
+    "a region of nan": {"0.region": torch.eye(8) * torch.nan},
+    "a region of bytes": {"0.region": torch.eye(8).byte()},
+    "a fingerprint of nan": {"fingerprint": torch.ones(4, 8) * torch.nan},
+    "a fingerprint of a line": {"fingerprint": torch.ones(8)},
+    "a fingerprint of integers": {"fingerprint": torch.ones(4, 8).long()},
+}
+WRONG_DESCRIPTIONS = {
+    "no subjects": [],
+    "too many subjects": DESCRIBED * 65,
+    "one more": DESCRIBED * 2,
+    "a dict": DESCRIBED[0],
+    "null": None,
+    "numbers": [1],
+    "no query": [{"scale": 1.0}],
+    "no scale": [{"query": "cat"}],
+    "more keys": [{**DESCRIBED[0], "embeds": 3}],
+    **{f"query {value!r}": [{"query": value, "scale": 1.0}] for value in (None, 3, ["cat"])},
+    **{f"scale {value!r}": [{"query": "cat", "scale": value}]
+       for value in ("0.8", True, [1], {}, float("nan"), float("inf"), 1e30, 10**400)},
+}  # fmt: skip
+# What cannot be written by safetensors: headers of other sizes than the files.
+HUGE_TENSORS = {
+    "a region of 20,000 x 20,000": {"0.region": ("F32", [20_000, 20_000])},
+    "a region of many frames": {"0.region": ("F32", [10_000, 512, 512])},
+    "a million tokens": {"0.embeds": ("F32", [1, 10**6, 768]), "0.negative_embeds": ("F32", [1, 10**6, 768])},
+    "a width of a million": {"0.embeds": ("F16", [1, 462, 10**6]), "0.negative_embeds": ("F16", [1, 462, 10**6])},
+    "16,000 tokens of width 16,000": {"0.embeds": ("F32", [1, 16_000, 16_000]), "0.negative_embeds": ("F32", [1, 16_000, 16_000])},
+    "a fingerprint of gigabytes": {"fingerprint": ("F32", [10**8, 8])},
+    "an unknown one of gigabytes": {"other": ("U8", [4 * 10**9])},
+}  # fmt: skip
+
+
+def subject_file(file: Path, changes: dict, described=DESCRIBED, **metadata) -> None:
+    tensors = {name: tensor for name, tensor in {**SUBJECT, **changes}.items() if tensor is not None}
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    save_file(tensors, file, {"format": "ssr-subject-1", "subjects": json.dumps(described), **metadata})
+
+
+def raw_file(file: Path, header: bytes, length: int | None = None, size: int = 0) -> None:
+    """A header, whatever length it says it has, and `size` zeros, which take no room on the disk."""
+    with file.open("wb") as content:
+        content.write((len(header) if length is None else length).to_bytes(8, "little") + header)
+        content.truncate(8 + len(header) + size)
+
+
+def huge_file(file: Path, layout: dict) -> None:
+    small = {"0.embeds": ("F32", [1, 6, 8]), "0.negative_embeds": ("F32", [1, 6, 8])}
+    header = {"__metadata__": {"format": "ssr-subject-1", "subjects": json.dumps(DESCRIBED)}}
+    position = 0
+    for name, (dtype, shape) in {**small, **layout}.items():
+        size = torch.Size(shape).numel() * {"F32": 4, "F16": 2, "U8": 1}[dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + size]}
+        position += size
+    raw_file(file, json.dumps(header).encode(), size=position)
+
+
+def subject_files(folder: Path) -> dict[str, Path]:
+    files = {}
+
+    def new(name: str) -> Path:
+        files[f"subject: {name}"] = folder / f"{len(files)}.safetensors"
+        return files[f"subject: {name}"]
+
+    for name, changes in WRONG_TENSORS.items():
+        subject_file(new(name), changes)
+    for name, described in WRONG_DESCRIPTIONS.items():
+        subject_file(new(name), {}, described)
+    for name, layout in HUGE_TENSORS.items():
+        huge_file(new(name), layout)
+    subject_file(new("other widths"), {"1.embeds": ONES[..., :4], "1.negative_embeds": ONES[..., :4]}, DESCRIBED * 2)
+    subject_file(new("another format"), {}, format="pt")
+    subject_file(new("subjects that are not JSON"), {}, subjects="[{")
+    subject_file(new("subjects too deep"), {}, subjects="[" * 10**5)
+    save_file({"weight": ONES}, new("without metadata"))
+    subject_file(new("cut off"), {})
+    files["subject: cut off"].write_bytes(files["subject: cut off"].read_bytes()[:-7])
+    subject_file(new("longer than it says"), {})
+    with files["subject: longer than it says"].open("ab") as file:
+        file.truncate(GIGABYTES_20)
+    new("empty").write_bytes(b"")
+    new("text").write_bytes(b"this is no subject")
+    new("pickle").write_bytes(b"\x80\x04cos\nsystem\n(S'true'\ntR.")
+    raw_file(new("a header of gigabytes"), b"{", 2**33, 2**33)
+    raw_file(new("a header of 90 MB"), b"{}", 90 * MEGABYTE, 90 * MEGABYTE)
+    for name, header in {"a list": b"[]", "half": b"{", "deep": b"[" * 10**5, "numbers": b'{"0.embeds": 3}',
+                         "no shape": b'{"0.embeds": {"dtype": "F32"}}', "null": b"null", "no text": b"\xff" * 9}.items():  # fmt: skip
+        raw_file(new(f"header, {name}"), header, size=100)
+    os.mkfifo(new("pipe"))
+    new("folder").mkdir()
+    return files
+
+
+def released_files(folder: Path) -> dict[str, Path]:
+    _, aligner, _ = small_released()
+    name = "aligner.to_q.weight"
+    wrong = {
+        **OTHER_FILES, "nan": {**aligner, name: aligner[name] * torch.nan}, "integers": {**aligner, name: aligner[name].long()},
+        "number": {**aligner, name: 3}, "huge": {**aligner, name: torch.zeros(()).expand(10**6, 10**6)},
+        "missing": {each: aligner[each] for each in aligner if each != name}, "list": [aligner], "numbered": {1: aligner[name]},
+    }  # fmt: skip
+    files = {}
+    for number, (kind, content) in enumerate(wrong.items()):
+        files[f"released: {kind}"] = folder / f"released{number}.bin"
+        torch.save(content, files[f"released: {kind}"])
+    for kind, content in {"text": b"no weights", "empty": b"", "code": b"\x80\x04cos\nsystem\n(S'true'\ntR."}.items():
+        files[f"released: {kind}"] = folder / f"{kind}.bin"
+        files[f"released: {kind}"].write_bytes(content)
+    files["released: pipe"] = folder / "pipe.bin"
+    os.mkfifo(files["released: pipe"])
+    return files
+
+
+def huge_png(width: int, height: int) -> bytes:
+    """The header of a PNG of that size and a few of its pixels."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+
+    size = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    pixels = zlib.compress(b"\0" * 10**6)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size + b"\x08\2\0\0\0") + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def pictures(folder: Path) -> dict[str, Path]:
+    contents = {"empty": b"", "text": b"no picture", "svg": b"<svg/>", "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+                "huge": huge_png(9_000, 9_000), "larger": huge_png(60_000, 60_000), "long": huge_png(2**31 - 1, 1),
+                "bomb": huge_png(30_000, 3_000), "gzip": gzip.compress(b"\0" * 10**7), "no data": huge_png(64, 64)[:40]}  # fmt: skip
+    buffer = io.BytesIO()
+    for kind in ("png", "jpeg", "gif", "webp", "tiff", "bmp", "jpeg2000", "ppm", "tga"):
+        buffer = io.BytesIO()
+        make_picture(size=(64, 64)).save(buffer, kind)
+        for part in (0.02, 0.6):
+            contents[f"{kind}, cut off at {part}"] = buffer.getvalue()[: int(len(buffer.getvalue()) * part)]
+    files = {}
+    for number, (kind, content) in enumerate(contents.items()):
+        files[f"picture: {kind}"] = folder / f"picture{number}"
+        files[f"picture: {kind}"].write_bytes(content)
+    files["picture: pipe"] = folder / "pipe.png"
+    os.mkfifo(files["picture: pipe"])
+    return files
+
+
+def tables(folder: Path) -> dict[str, Path]:
+    contents = {"json": b"{half", "a list": b"[1]\n", "no text": b"\xff\xff", "a line without end": b"x" * 10**7, "empty": b"",
+                "deep": b"[" * 10**5, "no columns": b'{"a": 1}\n', "other columns": b'{"image": "", "prompt": "", "query": "", "x": 1}'}  # fmt: skip
+    files = {}
+    for number, (kind, content) in enumerate(contents.items()):
+        files[f"table: {kind}"] = folder / f"table{number}.{'csv' if number % 2 else 'jsonl'}"
+        files[f"table: {kind}"].write_bytes(content)
+    files["table: pipe"] = folder / "pipe.csv"
+    os.mkfifo(files["table: pipe"])
+    return files
+
+
+def configs(folder: Path) -> dict[str, Path]:
+    encoder = make_ssr_encoder()
+    files = {}
+    for number, config in enumerate(BAD_CONFIGS):
+        if config != {"attention_layers": None}:
+            file = folder / f"encoder{number}"
+            encoder.save_pretrained(file)
+            described = json.loads((file / "config.json").read_text())
+            (file / "config.json").write_text(json.dumps({**described, **config}))
+            files[f"config: {str(config)[:80]}"] = file
+    return files
+
+
+def status(field: str) -> int:
+    """Of this process's memory, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+class Cost:
+    """Seconds and memory that a block takes at most."""
+
+    def __enter__(self) -> "Cost":
+        self.known = os.access("/proc/self/clear_refs", os.W_OK)
+        if self.known:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+            self.before = status("VmRSS")
+        self.start = time.perf_counter()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.seconds = time.perf_counter() - self.start
+        self.memory = status("VmHWM") - self.before if self.known else 0
+
+
+LOADERS = {
+    "subject": SubjectEmbeds.load,
+    "released": lambda file: SSREncoder.from_released(file, small_released()[2], **TWO_LAYERS),
+    "picture": lambda file: open_image(file, file.name),
+    "table": generate_batch.read_table,
+    "config": SSREncoder.from_pretrained,
+}
+MAKERS = (subject_files, released_files, pictures, tables, configs)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning", "ignore:Detected pickle protocol")
+def test_broken_files_are_refused_by_name_quickly_and_without_memory(tmp_path, capsys):
+    """The good files pass, so that each of the others is refused for its own fault."""
+    subject_file(
+        tmp_path / "good",
+        {"0.region": torch.eye(8), "0.counts": torch.ones(1, 6), "0.negative_counts": torch.ones(1, 6)},
+    )
+    assert len(SubjectEmbeds.load(tmp_path / "good").subjects) == 1
+    with Cost() as cost:
+        assert len(bytearray(50 * MEGABYTE).replace(b"\0", b"\1"))
+    assert not cost.known or cost.memory > 90 * MEGABYTE
+    files: dict[str, Path] = {}
+    for make in MAKERS:
+        files |= make(tmp_path)
+    assert len(files) >= 150
+    wrong, most = [], (0.0, 0)
+    for name, file in files.items():
+        kind = name.partition(":")[0]
+        error = None
+        with Cost() as cost:
+            try:
+                LOADERS[kind](file)
+            except ValueError as caught:
+                error = caught
+        most = max(most[0], cost.seconds), max(most[1], cost.memory)
+        named = error is not None and (
+            file.name in str(error) or f"`{'aligner' if kind == 'released' else file.name}`" in str(error)
+        )
+        if not named or cost.seconds > 1 or cost.memory > 200 * MEGABYTE:
+            wrong.append((name, str(error)[:200], round(cost.seconds, 2), cost.memory // MEGABYTE))
+    with capsys.disabled():
+        print(f"\n{len(files)} broken files: at most {most[0]:.2f} s and {most[1] // MEGABYTE} MB each")
+    assert not wrong
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress], ids=["gzip", "bz2"])
+def test_a_shard_of_three_gigabytes_of_zeros_is_left_out(tmp_path, compress):
+    member = tarfile.TarInfo("bomb.png")
+    member.size = 3 * 10**9
+    block = b"\0" * 10**7
+    head = GOOD + member.tobuf(tarfile.GNU_FORMAT) + block
+    if compress is bz2.compress:  # members of a bz2 file follow each other
+        content = bz2.compress(head) + bz2.compress(block) * 299
+    else:
+        content = gzip.compress(head) + gzip.compress(block) * 299
+    (tmp_path / "bomb.tar").write_bytes(content)
+    check_samples(StreamedRows(load_rows(tmp_path), 0, 1), 1)
+
+
+@pytest.mark.parametrize("kind", BAD_SHARDS)
+def test_broken_shards_cost_little(tmp_path, kind):
+    (tmp_path / "0.tar").write_bytes(BAD_SHARDS[kind])
+    (tmp_path / "1.tar").write_bytes(GOOD)
+    check_samples(StreamedRows(load_rows(tmp_path), 0, 1), 2 if kind != "noise" else 1)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_broken_rows_cost_little(tmp_path):
+    files = {**pictures(tmp_path), **tables(tmp_path)}
+    rows = [{"file_name": file.name, **TEXTS} for file in files.values()]
+    make_picture().save(tmp_path / "good.png")
+    lines = [json.dumps(row) for row in [*rows, {"file_name": "good.png", **TEXTS}]]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    samples = check_samples(FiniteRows(load_rows(tmp_path), 0, 1), 2, seconds=len(rows) / 4)
+    assert len(samples.bad) == len(rows)
+
+
+def check_samples(rows, count: int, seconds: float = 1.0) -> Samples:
+    samples = Samples(rows, Preparation(Columns(), make_image_processor(), 16, 16))
+    with Cost() as cost:
+        assert len(list(islice(samples, count))) == count
+    assert cost.seconds < seconds and cost.memory < 200 * MEGABYTE
+    return samples

@@ -1,0 +1,156 @@
+"""Every way to draw, on a GPU in half precision, without having one: fake tensors know their device and shape, and raise where
+two devices or precisions meet that cannot."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import call_args, make_components, make_picture, make_ssr_components
+from diffusers import DDIMScheduler, UNetMotionModel
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from diffusers_ssr import (
+    AnimateDiffSSRPipeline,
+    StableDiffusionSSRControlNetPipeline,
+    StableDiffusionSSRPipeline,
+    subject_cache,
+    subject_embeds,
+)
+from test_chains import make_controlnet, make_motion_adapter
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+
+LEFT = np.zeros((16, 16), np.float32)
+LEFT[:, :8] = 1
+MASK = np.zeros((32, 40), np.uint8)
+MASK[8:24, 4:20] = 255
+
+
+def on_gpu(pipeline):
+    """All models' weights as fake CUDA tensors in half precision."""
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            for module in part.modules():
+                for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                    if tensor is not None:
+                        dtype = torch.float16 if tensor.is_floating_point() else tensor.dtype
+                        fake = torch.empty(tensor.shape, dtype=dtype, device="cuda")
+                        place = module._parameters if name in module._parameters else module._buffers
+                        place[name] = torch.nn.Parameter(fake, False) if place is module._parameters else fake
+    return pipeline
+
+
+def args(**overrides) -> dict:
+    """Latents are given, since no generator makes fake ones; pictures stay latents, since fake ones hold no values."""
+    batch = len(overrides.get("prompt", [])) if isinstance(overrides.get("prompt"), list) else 1
+    shape = (batch, 4, 3, 8, 8) if "num_frames" in overrides else (batch, 4, 8, 8)
+    latents = torch.empty(shape, dtype=torch.float16, device="cuda")
+    return call_args(**{"generator": None, "latents": latents, "output_type": "latent", **overrides})
+
+
+@pytest.fixture
+def parts() -> dict:
+    """Made before the fake mode, in which weights have no values to look at."""
+    return {"controlnet": make_controlnet(), "motion_adapter": make_motion_adapter()}
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch, parts):
+    """A pipeline on a fake GPU. Where values are compared (the cache, fingerprints) there are none."""
+    pipe = StableDiffusionSSRPipeline(**make_components(), **make_ssr_components(), requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    monkeypatch.setattr(subject_cache, "digest", lambda tensor: object())
+    monkeypatch.setattr(subject_embeds, "same_fingerprint", lambda first, second: True)
+    # the scheduler looks its factors up by the value of the timestep
+    monkeypatch.setattr(
+        DDIMScheduler, "step", lambda self, output, t, sample, **_: DDIMSchedulerOutput(sample + output)
+    )
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        yield on_gpu(pipe)
+
+
+def check(latents):
+    assert isinstance(latents, FakeTensor) and latents.device.type == "cuda" and latents.dtype == torch.float16
+
+
+SUBJECTS = {
+    "plain": lambda cat, dog: cat,
+    "several": lambda cat, dog: cat.scaled(0.8) + dog,
+    "regions": lambda cat, dog: cat.inside(LEFT) + dog.inside(1 - LEFT),
+}
+
+
+@pytest.mark.parametrize("how", [*SUBJECTS, "window", "blocks", "batch", "mask", "no guidance"])
+def test_pictures(fake_gpu, how):
+    cat, dog = fake_gpu.encode_subject(make_picture(), query=["cat", "dog"])
+    for each in (cat, dog):
+        assert each.subjects[0].embeds.device.type == "cuda"
+    subject, extra = SUBJECTS.get(how, SUBJECTS["plain"])(cat, dog), {}
+    if how == "window":
+        extra = {"subject_start": 0.2, "subject_end": 0.8, "num_inference_steps": 4}
+    elif how == "blocks":
+        extra = {"subject_scale": {"down": 0.4, "up": {"block_1": 0.8}}}
+    elif how == "batch":
+        subject, extra = [cat, cat + dog, None], {"prompt": ["a", "b", "c"]}
+    elif how == "mask":
+        subject = fake_gpu.encode_subject(make_picture(), mask=MASK)
+    elif how == "no guidance":
+        extra = {"guidance_scale": 1.0}
+    check(fake_gpu(**args(subject=subject, **extra)).images)
+
+
+def test_compact_subjects(fake_gpu):
+    """Tokens are merged by their values, on the CPU; here the result of that is made up."""
+    from dataclasses import replace
+
+    (subject,) = fake_gpu.encode_subject(make_picture(), "cat").subjects
+    few = {name: getattr(subject, name)[:, :9] for name in ("embeds", "negative_embeds")}
+    counts = {name: torch.ones(1, 9, device="cuda") for name in ("counts", "negative_counts")}
+    whole = fake_gpu.encode_subject(make_picture(), "dog")
+    compact = replace(whole, subjects=(replace(subject, **few, **counts),))
+    check(fake_gpu(**args(subject=compact + whole)).images)
+
+
+@pytest.mark.parametrize("in_controlnet", [False, True])
+def test_controlnet(fake_gpu, parts, in_controlnet):
+    pipe = StableDiffusionSSRControlNetPipeline.from_pipe(fake_gpu, controlnet=parts["controlnet"])
+    pipe.set_progress_bar_config(disable=True)
+    cat = on_gpu(pipe).encode_subject(make_picture(), "cat")
+    edges = torch.empty(1, 3, 16, 16, dtype=torch.float16, device="cuda")
+    check(pipe(**args(subject=cat, image=edges, subject_in_controlnet=in_controlnet)).images)
+
+
+@pytest.mark.parametrize("how", ["still", "region", "keyframes", "fading"])
+def test_video(fake_gpu, parts, how):
+    unet = UNetMotionModel.from_unet2d(fake_gpu.unet, parts["motion_adapter"], load_weights=False)
+    stock = {name: part for name, part in fake_gpu.components.items() if name not in ("unet", "safety_checker")}
+    pipe = AnimateDiffSSRPipeline(**stock, unet=unet, motion_adapter=parts["motion_adapter"])
+    pipe.set_progress_bar_config(disable=True)
+    cat, dog = on_gpu(pipe).encode_subject(make_picture(), query=["cat", "dog"])
+    masks = np.stack([np.roll(LEFT, 4 * frame, 1) for frame in range(3)])
+    subject = {
+        "still": cat,
+        "region": cat.inside(masks) + dog,
+        "keyframes": {0: cat, 2: dog.inside(LEFT)},
+        "fading": {0: cat, 2: None},
+    }[how]
+    check(pipe(**args(subject=subject, num_frames=3)).frames)
+
+
+def test_subjects_that_rest_on_the_cpu(fake_gpu):
+    """As from a file: they are moved where the pipeline runs."""
+    from dataclasses import replace
+
+    cat = fake_gpu.encode_subject(make_picture(), "cat")
+    (subject,) = cat.subjects
+    moved = {name: getattr(subject, name).cpu().float() for name in ("embeds", "negative_embeds")}
+    check(fake_gpu(**args(subject=replace(cat, subjects=(replace(subject, **moved),)).inside(LEFT))).images)
+
+
+def test_a_tensor_on_the_wrong_device_would_be_seen(fake_gpu, monkeypatch):
+    """What these tests rest on: regions that stay on the CPU raise."""
+    from diffusers_ssr.attention_processors import SubjectConditions
+
+    original = SubjectConditions._fit_regions
+    monkeypatch.setattr(SubjectConditions, "_fit_regions", lambda self, grid: original(self, grid).cpu())
+    cat = fake_gpu.encode_subject(make_picture(), "cat")
+    with pytest.raises(RuntimeError, match="device"):
+        fake_gpu(**args(subject=cat.inside(LEFT)))

@@ -1,0 +1,184 @@
+"""README and docs: their Python runs as printed, their commands are known to the scripts, their links lead somewhere."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commands import check_script, make_targets, shell_lines, split_command
+from conftest import POCKET, ROOT
+from diffusers.utils import logging
+
+
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    POCKET / "README.md",
+]
+REAL = "# with a real checkpoint"
+SHELL = ("bash", "sh", "powershell")
+# what a newcomer types that is no script of this repository
+FAMILIAR = {"git", "cd", "conda", "sudo", "tensorboard", "deactivate", "source", "ruff", "pre-commit", "py"}
+
+page = pytest.mark.parametrize("page", PAGES, ids=lambda file: str(file.relative_to(ROOT)))
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """(language, text) of every fenced block."""
+    found = re.findall(r"^```(\w*)[^\n]*\n(.*?)^```\s*$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [(language, text) for language, text in found]
+
+
+def without_blocks(text: str) -> str:
+    return re.sub(r"^```.*?^```\s*$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A folder that looks like the repository's and can be written to."""
+    for item in ROOT.iterdir():
+        if not item.name.startswith(".") and item.name not in ("outputs", "build"):
+            os.symlink(item, tmp_path / item.name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@page
+def test_python_blocks_run_as_printed(page, checkout, capfd, one_thread):
+    """All in one namespace, in order. A block for a real checkpoint is compiled, and its imports are carried out."""
+    logging.disable_progress_bar()
+    namespace = {"__name__": "__main__"}
+    for number, (language, text) in enumerate(blocks(page)):
+        if language != "python":
+            continue
+        code = compile(text, f"{page.name}, block {number}", "exec")
+        if text.startswith(REAL):
+            imports = [node for node in ast.parse(text).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+            code = compile(ast.Module(imports, []), page.name, "exec")
+        exec(code, namespace)
+
+
+def check_pip(words: list[str], name: str) -> None:
+    """`pip install` of this project names extras that there are."""
+    section = (
+        (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2].partition("\n\n[")[0]
+    )
+    known = set(re.findall(r"^(\w+) = \[", section, re.MULTILINE))
+    for extras in re.findall(rf"(?:\.|{name})\[([\w,]+)\]", " ".join(words)):
+        assert set(extras.split(",")) <= known, extras
+
+
+def check_command(line: str, monkeypatch) -> None:
+    """A line of a shell block is one that the project knows."""
+    words = split_command(line.replace(".venv\\Scripts\\python", "python").replace("\\", "/"))
+    if words[:2] == ["-m", "pip"]:
+        words = words[1:]
+    if words[0] == "make":
+        assert words[1] in make_targets(), f"there is no target {words[1]}"
+    elif words[0] == "pip":
+        check_pip(words, "diffusers-ssr")
+    elif words[0].startswith(("examples/", "tools/")):
+        check_script(words, monkeypatch)
+    elif words[0] == "-m" and words[1].startswith("tools."):
+        module = ROOT / words[1].replace(".", "/")
+        assert module.with_suffix(".py").is_file() or (module / "__main__.py").is_file(), f"there is no {words[1]}"
+    else:
+        assert words[0] in FAMILIAR or words[:2] == ["-m", "venv"] or words[0] == "-c", f"unknown command: {line}"
+
+
+@page
+def test_shell_commands_are_known(page, monkeypatch):
+    lines = [line for language, text in blocks(page) if language in SHELL for line in shell_lines(text)]
+    text = without_blocks(page.read_text(encoding="utf-8"))
+    spans = [re.sub(r"\s+", " ", span) for span in re.findall(r"`([^`]+)`", text)]
+    lines += [span for span in spans if re.match(r"(make|python|accelerate launch) \S", span) and "..." not in span]
+    for line in lines:
+        check_command(line, monkeypatch)
+
+
+def slugs(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", without_blocks(page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
+
+
+@page
+def test_links_lead_somewhere(page):
+    text = without_blocks(page.read_text(encoding="utf-8"))
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
+    for link in links:
+        target, _, anchor = link.partition("#")
+        if re.match(r"(https?|mailto):", link):
+            assert re.fullmatch(r"https://[\w.-]+\.\w+(/\S*)?|mailto:\S+", link), link
+            continue
+        file = (page.parent / target).resolve() if target else page
+        assert file.exists(), f"{link}: there is no {file}"
+        assert not anchor or anchor in slugs(file), f"{link}: no such heading"
+
+
+def test_every_page_is_in_the_guides_index_and_navigation():
+    index = (ROOT / "docs" / "README.md").read_text()
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    for file in (ROOT / "docs").glob("*.md"):
+        if file.name != "README.md":
+            assert f"({file.name})" in index, f"docs/README.md does not link {file.name}"
+        assert file.name in navigation, f"mkdocs.yml does not name {file.name}"
+
+
+def test_tests_that_the_composition_table_names_exist():
+    text = (ROOT / "docs" / "composition.md").read_text()
+    named = re.findall(r"`(test_\w+\.py)((?:::\w+)?)`((?:, `::\w+`)*)", text)
+    assert len(named) > 10
+    for file, first, more in named:
+        source = (ROOT / "tests" / file).read_text()
+        for function in re.findall(r"::(\w+)", first + more):
+            assert f"def {function}(" in source, f"{file} has no {function}"
+
+
+def test_the_site_is_built_without_warnings(tmp_path):
+    """Strict: a broken link, a missing page or a docstring that cannot be read ends the build."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr[-4000:]
+    reference = (tmp_path / "site" / "api" / "index.html").read_text()
+    for name in ("encode_subject", "subject_end", "SubjectEmbeds", "from_released", "ssr_pipeline_class"):
+        assert name in reference
+    assert (tmp_path / "site" / "repository" / "pocket" / "README" / "index.html").exists()
+
+
+def test_the_training_guide_with_two_steps(checkout, monkeypatch):
+    """The guide's own data and command, only shorter; what comes out loads, and draws."""
+    page = ROOT / "docs" / "training.md"
+    python = [text for language, text in blocks(page) if language == "python"]
+    exec(python[0], {})
+    lines = [line for language, text in blocks(page) if language == "bash" for line in shell_lines(text)]
+    (command,) = [line for line in lines if "--ssr_encoder_name_or_path pocket" in line]
+    words = split_command(command.replace("--max_train_steps 1000", "--max_train_steps 2"))
+    assert words[words.index("--max_train_steps") + 1] == "2"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert json.loads((checkout / "my-ssr" / "bad_samples.json").read_text()) == {}
+    assert python[1].startswith(REAL)
+    exec(python[1], {})
+    assert (checkout / "dog.png").exists()
+
+
+def test_the_notebook_runs_from_top_to_bottom(checkout):
+    nbformat = pytest.importorskip("nbformat", reason="the docs' blocks cover the same calls")
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(ROOT / "examples" / "ssr_encoder.ipynb", as_version=4)
+    NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(checkout)}}
+    ).execute()
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert len(cells) >= 8 and all(cell.execution_count for cell in cells)
+    shown = [output for cell in cells for output in cell.outputs if "image/png" in output.get("data", {})]
+    assert len(shown) >= 4

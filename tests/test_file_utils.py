@@ -1,0 +1,172 @@
+"""Files and folders that are written whole or not at all."""
+
+import os
+import resource
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from conftest import make_components
+from diffusers import StableDiffusionPipeline
+from diffusers_ssr.file_utils import atomic_file, atomic_folder, check_regular_file
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def write_folder(folder, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def test_a_file_is_replaced_when_it_is_whole(tmp_path):
+    file = tmp_path / "a"
+    for text in ("old", "new"):
+        with atomic_file(file) as partial:
+            partial.write_text(text)
+            assert not file.exists() or file.read_text() == "old"
+        assert contents(tmp_path) == {"a": text.encode()}
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("written", [True, False])
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path, error, written):
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(error), atomic_file(tmp_path / "a") as partial:
+        if written:
+            partial.write_text("half")
+        raise error
+    assert contents(tmp_path) == {"a": b"old"}
+
+
+def test_the_file_behind_a_link_is_replaced(tmp_path):
+    (tmp_path / "a").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    with atomic_file(tmp_path / "link") as partial:
+        partial.write_text("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "a").read_text() == "new"
+
+
+def test_the_longest_possible_name_can_be_written(tmp_path):
+    with atomic_file(tmp_path / ("a" * 255)) as partial:
+        partial.write_text("new")
+    assert contents(tmp_path) == {"a" * 255: b"new"}
+
+
+def test_threads_that_write_one_file_do_not_mix(tmp_path):
+    start = threading.Barrier(8)
+
+    def write(number):
+        start.wait()
+        for _ in range(20):
+            with atomic_file(tmp_path / "a") as partial:
+                for _ in range(50):
+                    with partial.open("a") as file:
+                        file.write(str(number))
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(write, range(8)))
+    (text,) = contents(tmp_path).values()
+    assert len(text) == 50 and len(set(text)) == 1
+
+
+OLD = {
+    "model_index.json": "old",
+    "README.md": "mine",
+    ".git/HEAD": "mine",
+    "unet/config.json": "old",
+    "unet/weights.safetensors": "old",
+    "unet/weights.fp16.safetensors": "another variant",
+    "vae/config.json": "old",
+    "vae/weights-00001-of-00002.safetensors": "old",
+    "vae/weights-00002-of-00002.safetensors": "old",
+    "vae/weights.safetensors.index.json": "old",
+}
+NEW = {"model_index.json": "new", "unet/config.json": "new", "unet/weights.safetensors": "new", "code.py": "new",
+       "vae/config.json": "new", "vae/weights.safetensors": "new", "scheduler/config.json": "new"}  # fmt: skip
+
+
+def test_a_folder_gets_the_new_files_and_keeps_the_others(tmp_path):
+    folder = tmp_path / "pipeline"
+    write_folder(folder, OLD)
+    with atomic_folder(folder) as partial:
+        assert partial.name == folder.name and not list(partial.iterdir())
+        write_folder(partial, NEW)
+        assert {name: text for name, text in contents(folder).items() if ".saving" not in name} == {
+            name: text.encode() for name, text in OLD.items()
+        }
+    kept = {name: text for name, text in OLD.items() if not name.startswith("vae/weights")}
+    assert contents(folder) == {name: text.encode() for name, text in {**kept, **NEW}.items()}
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_an_error_leaves_the_old_folder(tmp_path, error):
+    write_folder(tmp_path / "old", OLD)
+    for folder in (tmp_path / "old", tmp_path / "new"):
+        with pytest.raises(error), atomic_folder(folder) as partial:
+            write_folder(partial, NEW)
+            raise error
+    assert contents(tmp_path) == {f"old/{name}": text.encode() for name, text in OLD.items()}
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("fails_at", range(1, 17))
+def test_an_error_in_moving_is_undone(tmp_path, monkeypatch, fails_at):
+    """Ten files are replaced or removed and seven moved."""
+    write_folder(tmp_path, OLD)
+    replace, calls = os.replace, []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == fails_at:
+            raise OSError("moved no further")
+        replace(*args)
+
+    monkeypatch.setattr(os, "replace", failing)
+    try:
+        with atomic_folder(tmp_path) as partial:
+            write_folder(partial, NEW)
+    except OSError:
+        assert contents(tmp_path) == {name: text.encode() for name, text in OLD.items()}
+    else:
+        assert len(calls) < fails_at
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(ValueError, match="is a file, not a folder"), atomic_folder(tmp_path / "a"):
+        pass
+
+
+@pytest.fixture
+def full_disk():
+    """Writing more than 2 KB to a file fails, as it does when the disk is full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_leaves_the_old_pipeline(tmp_path, request):
+    pipe = StableDiffusionPipeline(**make_components(), requires_safety_checker=False)
+    pipe.save_pretrained(tmp_path)
+    before = contents(tmp_path)
+    other = StableDiffusionPipeline(**make_components(seed=3), requires_safety_checker=False)
+    request.getfixturevalue("full_disk")
+    with pytest.raises(Exception, match="[Ff]ile too large|large"), atomic_folder(tmp_path) as partial:
+        other.save_pretrained(partial)
+    assert contents(tmp_path) == before
+
+
+def test_what_is_no_file_is_named(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for file in (tmp_path, tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(ValueError, match="`table`: .* is no regular file"):
+            check_regular_file(file, "table")
+    with pytest.raises(ValueError, match="`table`: .*cannot be the name of a file"):
+        check_regular_file("a\0b", "table")
+    with pytest.raises(FileNotFoundError):
+        check_regular_file(tmp_path / "nowhere", "table")

@@ -1,0 +1,236 @@
+"""Properties that hold for whatever people and strangers pass, searched for counterexamples by hypothesis."""
+
+import json
+import math
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_image_processor
+from diffusers_ssr import SubjectEmbeds
+from diffusers_ssr.image_processing_ssr import (
+    mask_values,
+    open_image,
+    postprocess_map,
+    preprocess,
+    preprocess_mask,
+    to_mask,
+    to_pil,
+)
+from diffusers_ssr.subject_embeds import Subject, check_count, check_scale
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+from PIL import Image
+from text_files import read_rows
+
+
+settings.register_profile("suite", max_examples=40, deadline=None, derandomize=True)
+settings.load_profile("suite")
+
+FLOATS = st.floats(-100, 100)
+SIDES = st.integers(1, 6)
+DTYPES = st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64])
+
+
+@st.composite
+def tensors(draw, *shape: int, dtype=torch.float32):
+    seed = draw(st.integers(0, 2**32))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@st.composite
+def regions(draw):
+    shape = draw(st.sampled_from([(5, 7), (1, 1), (2, 3, 4), (9, 1, 2)]))
+    region = draw(tensors(*shape)).abs().clamp(0, 1)
+    region.view(-1)[draw(st.integers(0, region.numel() - 1))] = 1.0
+    return region
+
+
+@st.composite
+def subjects(draw):
+    dtype, width = draw(DTYPES), draw(SIDES)
+    each = []
+    for _ in range(draw(st.integers(1, 3))):
+        length = draw(SIDES)
+        counts = draw(st.none() | st.just(torch.ones(1, length) * draw(st.floats(1, 100, width=32))))
+        each.append(
+            Subject(
+                draw(tensors(1, length, width, dtype=dtype)),
+                draw(tensors(1, length, width, dtype=dtype)),
+                draw(st.text()),
+                draw(st.none() | FLOATS),
+                draw(st.none() | regions()),
+                counts,
+                counts,
+            )
+        )
+    return SubjectEmbeds(tuple(each), draw(st.none() | tensors(4, 8)))
+
+
+def same(first, second) -> bool:
+    if isinstance(first, torch.Tensor):
+        return isinstance(second, torch.Tensor) and first.dtype == second.dtype and torch.equal(first, second)
+    return first == second
+
+
+@pytest.fixture(scope="module")
+def file():
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder) / "file"
+
+
+@given(subject=subjects())
+def test_what_is_saved_is_loaded(subject, file):
+    subject.save(file)
+    loaded = SubjectEmbeds.load(file)
+    assert same(loaded.fingerprint, subject.fingerprint) and len(loaded.subjects) == len(subject.subjects)
+    for first, second in zip(loaded.subjects, subject.subjects, strict=True):
+        assert all(same(vars(first)[name], vars(second)[name]) for name in vars(second))
+    assert "\n" not in repr(loaded) and len(repr(loaded)) < 800
+
+
+@settings(max_examples=150)
+@given(subject=subjects(), data=st.data())
+def test_a_changed_file_is_refused_or_still_a_subject(subject, data, file):
+    """Bytes are overwritten, removed or added anywhere; whatever is loaded then could have been saved."""
+    subject.save(file)
+    content = bytearray(file.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        start = data.draw(st.integers(0, max(len(content) - 1, 0)))
+        content[start : start + data.draw(st.integers(0, 8))] = data.draw(st.binary(max_size=8))
+    file.write_bytes(content)
+    try:
+        loaded = SubjectEmbeds.load(file)
+    except ValueError as error:
+        assert str(file) in str(error)
+    else:
+        assert all(torch.isfinite(each.embeds).all() for each in loaded.subjects)
+        loaded.save(file)
+        SubjectEmbeds.load(file)
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda each: (
+    st.lists(each, max_size=3) | st.dictionaries(st.sampled_from(["query", "scale", "dtype", "shape", "data_offsets"]), each)
+), max_leaves=6)  # fmt: skip
+
+
+@settings(max_examples=100)
+@given(
+    header=st.dictionaries(st.sampled_from(["__metadata__", "0.embeds", "0.negative_embeds", "fingerprint"]), JSON)
+    | JSON
+)
+def test_any_header_is_refused_by_name(header, file):
+    content = json.dumps(header).encode()
+    file.write_bytes(len(content).to_bytes(8, "little") + content + b"\0" * 64)
+    with pytest.raises(ValueError, match="`path`: .*cannot be used as a file of subjects"):
+        SubjectEmbeds.load(file)
+
+
+ANY_ARRAY = npst.arrays(
+    st.one_of(npst.boolean_dtypes(), npst.integer_dtypes(), npst.unsigned_integer_dtypes(), npst.floating_dtypes(),
+              npst.complex_number_dtypes(), npst.unicode_string_dtypes(max_len=2)),
+    npst.array_shapes(min_dims=0, max_dims=5, min_side=0, max_side=12),
+)  # fmt: skip
+
+
+@settings(max_examples=150)
+@given(array=ANY_ARRAY)
+@example(array=np.full((8, 8, 3), 2**15, np.uint16))
+def test_any_array_is_a_mask_or_refused_by_name(array):
+    for function in (mask_values, to_pil, lambda mask, name: to_mask(mask, (8, 8), name)):
+        try:
+            found = function(array, "given")
+        except ValueError as error:
+            assert "`given`" in str(error)
+        else:
+            if function is mask_values:
+                assert found.dtype == np.float32 and found.ndim in (2, 3) and 0 <= found.min() <= found.max() <= 1
+            else:
+                assert isinstance(found, Image.Image)
+
+
+@given(
+    mask=npst.arrays(bool, (8, 8)), top=st.sampled_from([1, 255, 65535]), dims=st.integers(0, 3), last=st.booleans()
+)
+def test_a_mask_survives_its_disguises(mask, top, dims, last):
+    values = mask.astype(np.uint16) * top
+    expected = mask.astype(np.float32)
+    disguised = values.reshape((1,) * dims + (8, 8) + (1,) * last)
+    if dims + last <= 3:
+        assert np.array_equal(mask_values(disguised), expected)
+        assert np.array_equal(mask_values(torch.from_numpy(disguised.astype(np.int64).clip(0, 255))) > 0, mask)
+    assert np.array_equal(mask_values(Image.fromarray(values)), expected)
+
+
+@given(width=st.integers(8, 200), height=st.integers(8, 200), mode=st.sampled_from(["pad", "crop"]))
+def test_pictures_of_all_sizes_come_and_go(width, height, mode):
+    if max(width, height) > 16 * min(width, height):
+        return
+    picture, processor = Image.new("RGB", (width, height), "gray"), make_image_processor()
+    assert preprocess(picture, processor, mode).shape == (1, 3, 32, 32)
+    assert preprocess_mask(picture.convert("L"), processor, mode).shape == (1, 1, 32, 32)
+    assert postprocess_map(torch.ones(2, 4, 4), (width, height), mode).shape == (2, height, width)
+
+
+@settings(max_examples=100)
+@given(content=st.binary(max_size=200), head=st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"\xff\xd8\xff\xe0", b"RIFF",
+                                                               b"II*\0", b"BM", b"P6 9 9 255\n"]))  # fmt: skip
+def test_any_bytes_are_a_picture_or_refused_by_name(content, head):
+    try:
+        assert open_image(head + content, "photo").size > (0, 0)
+    except ValueError as error:
+        assert "`photo`" in str(error)
+
+
+@given(number=st.one_of(st.floats(), st.integers(), st.fractions(), st.booleans(), st.text(max_size=3), st.none(),
+                        st.complex_numbers()))  # fmt: skip
+def test_a_number_is_a_number_in_every_library(number):
+    def outcome(function, value):
+        try:
+            return function("x", value)
+        except ValueError as error:
+            assert "`x`" in str(error)
+            return None
+
+    scale = outcome(check_scale, number)
+    usable = not isinstance(number, (bool, str, complex, type(None))) and abs(number) <= 100
+    assert (scale is not None) == usable and (scale is None or math.isclose(scale, number))
+    if isinstance(number, float):
+        assert (
+            outcome(check_scale, np.float64(number))
+            == outcome(check_scale, torch.tensor(number, dtype=torch.float64))
+            == scale
+        )
+    if isinstance(number, int) and not isinstance(number, bool) and abs(number) < 2**62:
+        count = number if number > 0 else None
+        assert outcome(check_count, np.int64(number)) == outcome(check_count, torch.tensor(number)) == count
+
+
+CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\r\0"), max_size=8)
+
+
+@given(rows=st.lists(st.fixed_dictionaries({"a": CELLS, "b": CELLS}), min_size=1, max_size=4),
+       encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32"]), delimiter=st.sampled_from(",;\t"))  # fmt: skip
+def test_tables_come_back_from_every_encoding(rows, encoding, delimiter, file):
+    def quoted(text: str) -> str:
+        return '"' + text.replace('"', '""') + '"'
+
+    lines = [f"a{delimiter}b", *(f"{quoted(row['a'])}{delimiter}{quoted(row['b'])}" for row in rows)]
+    table = file.with_suffix(".csv")
+    table.write_bytes("\r\n".join(lines).encode(encoding))
+    assert [row for _, row in read_rows(table)] == [row for row in rows if row["a"] or row["b"]]
+    listed = file.with_suffix(".jsonl")
+    listed.write_bytes("\n".join(json.dumps(row) for row in rows).encode(encoding))
+    assert [row for _, row in read_rows(listed)] == rows
+
+
+@settings(max_examples=100)
+@given(content=st.binary(max_size=60), suffix=st.sampled_from([".csv", ".jsonl"]))
+def test_any_bytes_are_rows_or_say_why_not(content, suffix, file):
+    table = file.with_suffix(suffix)
+    table.write_bytes(content)
+    for errors in ("strict", "replace"):
+        assert all(isinstance(row, (dict, str)) for _, row in read_rows(table, errors=errors))

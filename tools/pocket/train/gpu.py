@@ -1,0 +1,148 @@
+"""Train the whole pocket checkpoint on one GPU, in five stages of at most nine minutes, 25 in all.
+
+    python -m tools.pocket.train.gpu
+
+trains what is not trained yet and puts it together in `--output_dir`. `--stage 2` runs that stage alone; a stage that was cut off
+goes on where it was when it is called again, and no longer than it was given. The jobs of a stage run side by side: such small
+models leave most of a GPU idle. `--dry_run` does all of it in two steps each, one job after the other and on a CPU too, to see that
+nothing is missing.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..world import download_designs
+
+
+LONGEST = 9.0  # minutes a stage
+SPLIT = "--split wide"
+# Steps that no GPU reaches in its minutes: the schedule then follows the time.
+ENDLESS = "--max_train_steps 1000000 --num_workers 3 --threads 2 --checkpointing_steps 1000 --sample_steps 4000"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A module of `tools.pocket.train`, its options, and how many minutes it trains; `None` for what takes its own time."""
+
+    name: str
+    module: str
+    options: str
+    minutes: float | None = None
+
+    def command(self, args: argparse.Namespace) -> list[str]:
+        """Its command line."""
+        line = [sys.executable, "-m", f"tools.pocket.train.{self.module}", *self.options.split()]
+        line += ["--work_dir", str(args.work_dir)]
+        if self.module in ("assemble", "pairs"):
+            line += ["--output_dir", str(args.work_dir / self.name)]
+        if self.module == "pairs" and args.dry_run:
+            line += ["--num_rows", "24"]
+        if self.module == "adapters":
+            line += ["--checkpoint", str(args.work_dir / "base")]
+        if self.minutes is not None:
+            line += ["--device", args.device, "--minutes", str(self.minutes)]
+        if args.dry_run and self.module not in ("assemble", "pairs"):
+            line += ["--max_train_steps", "2", "--train_batch_size", "2", "--threads", "1"]
+            line += [] if self.module == "adapters" else ["--num_workers", "0"]
+        return line
+
+
+def _adapter(name: str) -> Job:
+    return Job(
+        name, "adapters", f"--methods {name} --max_train_steps 5000 --train_batch_size 48 --threads 2 --no-cache"
+    )
+
+
+# What a stage needs was made by the stages before it.
+STAGES = (
+    (
+        Job("clip", "clip", f"{SPLIT} {ENDLESS} --train_batch_size 192 --learning_rate 1.5e-3", 4.5),
+        Job("judge", "judge", f"{ENDLESS} --train_batch_size 192", 4.5),
+        Job("vae decoder", "vae", f"--part decoder {SPLIT} {ENDLESS} --train_batch_size 48", 4.5),
+        Job("pairs", "pairs", f"{SPLIT} --num_rows 60000 --num_proc 3"),
+    ),
+    (
+        Job("unet", "unet", f"{SPLIT} {ENDLESS} --train_batch_size 128 --num_workers 8", 8.0),
+        Job("vae encoder", "vae", f"--part encoder {SPLIT} {ENDLESS} --train_batch_size 48", 4.0),
+    ),
+    (Job("base", "assemble", SPLIT),),
+    (
+        _adapter("ssr"),
+        Job("controlnet", "controlnet", f"{SPLIT} {ENDLESS} --train_batch_size 64", 6.0),
+        Job("motion", "motion", f"{SPLIT} {ENDLESS} --train_batch_size 16", 6.0),
+        Job("look", "look", f"{SPLIT} {ENDLESS} --train_batch_size 64", 3.0),
+    ),
+    (_adapter("ip_adapter_plus"), _adapter("mean_patch"), _adapter("one_level"), _adapter("no_consistency")),
+)
+
+
+def run(stage: int, args: argparse.Namespace) -> None:
+    """Run the jobs of a stage that are not done yet, side by side.
+
+    Raises:
+        `SystemExit`: if one fails, or if the stage takes longer than `LONGEST` minutes. What was trained is kept.
+    """
+    notes = args.work_dir / "gpu_stages.json"
+    done = json.loads(notes.read_text()) if notes.exists() else []
+    (args.work_dir / "logs").mkdir(parents=True, exist_ok=True)
+    started, running = time.monotonic(), {}
+    waiting = [job for job in STAGES[stage - 1] if job.name not in done]
+    failed: list[str] = []
+    try:
+        while (running or waiting) and not failed:
+            while waiting and not (running and args.dry_run):
+                job = waiting.pop(0)
+                with (args.work_dir / "logs" / f"{job.name.replace(' ', '_')}.log").open("a") as log:
+                    running[job.name] = subprocess.Popen(job.command(args), stdout=log, stderr=subprocess.STDOUT)
+            time.sleep(0.2)
+            for name, process in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[name]
+                if process.returncode:
+                    failed.append(name)
+                    continue
+                done.append(name)
+                notes.write_text(json.dumps(done))
+                print(
+                    f"stage {stage}: {name} is done after {(time.monotonic() - started) / 60:.1f} minutes", flush=True
+                )
+            if time.monotonic() - started > 60 * LONGEST:
+                raise SystemExit(
+                    f"Stage {stage} was cut off after {LONGEST:g} minutes. Call it again: it goes on from there."
+                )
+    finally:
+        for process in running.values():
+            process.terminate()
+            process.wait()
+    if failed:
+        raise SystemExit(f"Stage {stage}: {failed[0]} failed; see {args.work_dir / 'logs'}.")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work_dir", type=Path, default=Path("outputs/pocket-gpu"))
+    parser.add_argument("--output_dir", type=Path, default=Path("pocket"), help="the finished checkpoint")
+    parser.add_argument("--stage", type=int, choices=range(1, len(STAGES) + 1), help="this one alone")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dry_run", action="store_true", help="a few steps of everything")
+    args = parser.parse_args()
+    if args.device == "cpu" and not args.dry_run:
+        raise SystemExit("No GPU is to be seen here; `make pocket` trains on a CPU, in hours.")
+    download_designs(args.work_dir / "designs")
+    for stage in [args.stage] if args.stage else range(1, len(STAGES) + 1):
+        run(stage, args)
+    if args.stage in (None, len(STAGES)):
+        finish = [sys.executable, "-m", "tools.pocket.train.assemble", *SPLIT.split()]
+        subprocess.run([*finish, "--work_dir", args.work_dir, "--output_dir", args.output_dir], check=True)
+
+
+if __name__ == "__main__":
+    main()
