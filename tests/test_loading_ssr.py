@@ -435,3 +435,38 @@ def test_a_precision_has_the_name_that_the_library_knows(given, library, known, 
         known: dtype,
     }
     assert library_internals.precision_arguments({}, library) == {}
+
+
+def test_our_own_calls_cause_no_deprecation_warning(pipe, tmp_path):
+    """Neither as a warning of Python's nor in the log, where transformers says it."""
+    import logging
+    import warnings
+
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers", "torch")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            pipe.save_pretrained(tmp_path / "whole")
+            loaded = StableDiffusionSSRPipeline.from_pretrained(tmp_path / "whole", dtype=torch.float32)
+            loaded.load_ssr(tmp_path / "whole")
+            other = ssr_pipeline_class(diffusers.StableDiffusionImg2ImgPipeline).from_pipe(loaded, dtype=torch.float32)
+            other.set_progress_bar_config(disable=True)
+            other(**subject_args(image=control_picture(), subject_end=0.5))
+            control = StableDiffusionSSRControlNetPipeline.from_pipe(pipe, controlnet=make_controlnet())
+            control(**subject_args(image=make_picture(1, (16, 16)), subject_in_controlnet=True))
+            subject = pipe.encode_subject(make_picture(), "cat")
+            subject.save(tmp_path / "cat.safetensors")
+            pipe.subject_attention_map(make_picture(), "cat").overlay()
+            pipe.drop_ssr_encoders()
+            pipe.unload_ssr()
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+    deprecations = (DeprecationWarning, FutureWarning, PendingDeprecationWarning)
+    assert [str(each.message) for each in caught if issubclass(each.category, deprecations)] == []
+    assert [text for text in said if "deprecat" in text] == []
