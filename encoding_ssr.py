@@ -195,8 +195,9 @@ class SubjectEncodingMixin:
 
     def _own_tokens(self, query: str) -> dict[int, str]:
         """The tokens of a query's words, without start, end and padding, by their place."""
-        with shared_components.own_tokenizer(self) as pipeline:
-            ids = pipeline.tokenizer(query, truncation=True).input_ids
+        ids = shared_components.with_own_tokenizer(
+            self, lambda pipeline: pipeline.tokenizer(query, truncation=True).input_ids
+        )
         own = [i for i, token in enumerate(ids) if token not in self.tokenizer.all_special_ids]
         return dict(zip(own, self.tokenizer.convert_ids_to_tokens([ids[i] for i in own]), strict=True))
 

@@ -381,8 +381,7 @@ def _stock_class_of(pipeline_class: type) -> type:
 def _with_own_tokenizer(encode_prompt: Callable) -> Callable:
     @functools.wraps(encode_prompt)
     def method(self, *args, **kwargs):
-        with shared_components.own_tokenizer(self) as pipeline:
-            return encode_prompt(pipeline, *args, **kwargs)
+        return shared_components.with_own_tokenizer(self, lambda pipeline: encode_prompt(pipeline, *args, **kwargs))
 
     return method
 

@@ -7,8 +7,9 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from . import library_internals
@@ -96,8 +97,7 @@ def _with_component(pipeline, name: str, component):
     return twin
 
 
-@contextmanager
-def own_tokenizer(pipeline) -> Iterator:
+def with_own_tokenizer(pipeline, use: Callable[[Any], Any]) -> Any:
     r"""
     Let a pipeline use its tokenizer alone. A fast tokenizer keeps padding and truncation as state, so that two threads that
     use it at once cut or pad each other's text. A stock pipeline in another thread takes no lock; the text of a subject is
@@ -106,21 +106,24 @@ def own_tokenizer(pipeline) -> Iterator:
     Args:
         pipeline (`DiffusionPipeline`):
             The pipeline.
+        use (`Callable`):
+            Is called with a shallow copy of the pipeline that has the copied tokenizer. What it sets in the copy is set in
+            the pipeline afterwards.
 
-    Yields:
-        A shallow copy of it with the copied tokenizer. What is set in the one is set in the other at the end.
+    Returns:
+        What `use` returns.
     """
     tokenizer = pipeline.tokenizer
     if tokenizer is None:
-        yield pipeline
-        return
+        return use(pipeline)
     with _shared.lock:
         entry = _shared.tokenizers.setdefault(tokenizer, types.SimpleNamespace(lock=threading.RLock(), known=None))
+    # held in this frame and not by a generator: one that Ctrl-C has cut off would hold it until it is collected
     with entry.lock:
         twin = _with_component(pipeline, "tokenizer", _copied(tokenizer, entry))
         before = dict(vars(twin))
         try:
-            yield twin
+            return use(twin)
         finally:
             changed = {name: value for name, value in vars(twin).items() if before.get(name, before) is not value}
             vars(pipeline).update(changed)
