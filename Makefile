@@ -12,7 +12,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal --cov --cov-report=term
 
 # The tests of the root modules with other versions of the libraries, in environments of their own: the oldest that are claimed,
 # some between, and the newest, pre-releases included. The package is not installed there but found by a link.

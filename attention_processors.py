@@ -189,7 +189,7 @@ class SubjectConditions:
         if known is None:
             known = self._make_mask(per_row, grid)
             # in a compiled graph the tensors belong to that graph's run
-            if not torch.compiler.is_compiling():
+            if not torch.compiler.is_dynamo_compiling():
                 self._masks[per_row, grid] = known
         return known
 
@@ -261,4 +261,5 @@ def _frames_as_rows(states: torch.Tensor | None, frames: int, dim: int) -> torch
 
 def _thread() -> int:
     """This thread's number; in compiled code, which calls a layer and its projections in one piece, always 0."""
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+    # not `is_compiling`, which is also true in threads that run beside one that compiles
+    return 0 if torch.compiler.is_dynamo_compiling() else threading.get_ident()

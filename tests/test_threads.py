@@ -209,6 +209,19 @@ def test_a_controlnet_that_sees_the_subject_in_one_of_two_calls(pipe, subject):
     assert before is None or snapshot(control.controlnet)[:3] == before
 
 
+def test_another_thread_compiles_meanwhile(pipe, subject, monkeypatch):
+    """While a thread compiles, `torch.compiler.is_compiling()` is true in all threads: here it changes at each question."""
+    expected, asked = pipe(**call_args(subject=subject)).images, []
+
+    def is_compiling() -> bool:
+        asked.append(1)
+        return len(asked) % 3 == 0
+
+    monkeypatch.setattr(torch.compiler, "is_compiling", is_compiling)
+    assert np.array_equal(pipe(**call_args(subject=subject)).images, expected)
+    assert asked
+
+
 # Copies of the code
 
 
@@ -441,13 +454,14 @@ def interrupted_at(call, moment: int) -> bool:
                 raise KeyboardInterrupt
         return trace
 
+    tracer = sys.gettrace()  # of a coverage run
     sys.settrace(trace)
     try:
         call()
     except KeyboardInterrupt:
         return True
     finally:
-        sys.settrace(None)
+        sys.settrace(tracer)
     return False
 
 
