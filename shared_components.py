@@ -31,6 +31,7 @@ class _Shared:
     def __init__(self):
         self.using: WeakSet[_Call] = WeakSet()
         self.tokenizers: WeakKeyDictionary = WeakKeyDictionary()
+        self.compiled: WeakKeyDictionary = WeakKeyDictionary()
         self.max_calls: int | None = None
         self.running: WeakSet[_Call] = WeakSet()
         self.waiting: list[weakref.ref[_Call]] = []
@@ -44,6 +45,7 @@ class _Shared:
         """In a forked process only the forking thread goes on, and others may have held anything."""
         self.make_locks()
         self.tokenizers.clear()
+        self.compiled.clear()
         self.waiting.clear()
         for calls in (self.using, self.running):
             for call in [each for each in calls if each.thread != threading.get_ident()]:
@@ -61,6 +63,13 @@ if hasattr(os, "register_at_fork"):
 def registry_lock() -> threading.RLock:
     """To be held for a moment while what calls share is changed, and never while a model runs."""
     return _shared.lock
+
+
+def compiled_lock(module) -> threading.RLock:
+    """To be held while a module that was compiled in place runs: compiled code looks through the hooks of all layers before
+    it begins, and meanwhile none may come or go."""
+    with _shared.lock:
+        return _shared.compiled.setdefault(module, threading.RLock())
 
 
 @contextmanager

@@ -117,7 +117,7 @@ def _projections(attn: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     return queries, outputs
 
 
-# by UNet; changed under `shared_components.registry_lock`, which is never held while a UNet runs
+# by UNet; changed under `shared_components.registry_lock`, which is not held while a UNet runs
 _hooks: WeakKeyDictionary = WeakKeyDictionary()
 
 
@@ -339,11 +339,12 @@ class _CompiledCall:
         self.module, self.call = module, call
 
     def __call__(self, *args, **kwargs):
-        args, kwargs = _before_pass(self.module, args, kwargs) or (args, kwargs)
-        try:
-            return self.call(*args, **kwargs)
-        finally:
-            _after_pass(self.module, args, kwargs)
+        with shared_components.compiled_lock(self.module):
+            args, kwargs = _before_pass(self.module, args, kwargs) or (args, kwargs)
+            try:
+                return self.call(*args, **kwargs)
+            finally:
+                _after_pass(self.module, args, kwargs)
 
 
 def _add_watch(module: nn.Module) -> None:

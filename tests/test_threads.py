@@ -375,8 +375,9 @@ def most_at_once(pipe, subject, num_threads: int = 6) -> int:
     return max(most)
 
 
-@pytest.mark.parametrize("number", [1, 2])
-def test_a_bound_on_calls(pipe, subject, bound, number):
+@pytest.mark.parametrize("number,with_subject", [(1, True), (2, True), (1, False)])
+def test_a_bound_on_calls(pipe, subject, bound, number, with_subject):
+    subject = subject if with_subject else None
     bound(number)
     assert most_at_once(pipe, subject) <= number and nothing_is_left()
     bound(None)
