@@ -6,13 +6,32 @@ BIN = $(VENV)/bin
 WORK_DIR ?= outputs/pocket-training
 POCKET = $(BIN)/python -m tools.pocket
 
-.PHONY: demo test lint docs pocket pocket-gpu measure compare
+.PHONY: demo test test-oldest test-middle test-newest lint docs pocket pocket-gpu measure compare
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal --cov --cov-report=term
+
+# The tests of the root modules with other versions of the libraries, in environments of their own: the oldest that are claimed,
+# some between, and the newest, pre-releases included. The package is not installed there but found by a link.
+OLDEST_PYTHON ?= python3.10
+VERSIONS = tests/versions
+VERSION_TESTS = $(addprefix tests/test_,attention_processors.py chains.py compile.py image_processing_ssr.py ip_adapter.py \
+	loading.py loading_ssr.py modeling_ssr.py pipeline_common.py pipeline_ssr.py selection.py subject_cache.py \
+	subject_embeds.py threads.py token_merging.py unet_hooks.py)
+
+test-oldest: PYTHON = $(OLDEST_PYTHON)
+test-oldest: PIP_ARGS = -c $(VERSIONS)/oldest.txt
+test-middle: PIP_ARGS = -c $(VERSIONS)/middle.txt
+test-newest: PIP_ARGS = --pre --upgrade
+
+test-oldest test-middle test-newest: test-%:
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python tools/install.py $(PIP_ARGS) -r $(VERSIONS)/requirements.txt
+	.venv-$*/bin/python tools/link_package.py
+	.venv-$*/bin/python -m pytest -q -n auto --maxprocesses 4 $(VERSION_TESTS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ from .pipeline_classes import ssr_pipeline_class
 from .pipeline_ssr import StableDiffusionSSRPipeline
 from .pipeline_ssr_animatediff import AnimateDiffSSRPipeline
 from .pipeline_ssr_controlnet import StableDiffusionSSRControlNetPipeline
+from .shared_components import set_max_concurrent_calls
 from .subject_embeds import SubjectEmbeds
 
 
@@ -22,5 +23,6 @@ __all__ = [
     "StableDiffusionSSRPipeline",
     "SubjectAttentionMap",
     "SubjectEmbeds",
+    "set_max_concurrent_calls",
     "ssr_pipeline_class",
 ]

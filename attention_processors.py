@@ -79,7 +79,10 @@ class SSRAttnProcessor2_0:
             self.visits[_thread()] = _Visit(attn, subject)
         return args, {**kwargs, "encoder_hidden_states": text}
 
-    def keep_query(self, to_q: nn.Module, args: tuple, kwargs: dict, query: torch.Tensor) -> None:
+    # Where hooks are removed by one thread while another one, without a subject, is on its way through a module, torch calls
+    # what it has already looked up, and may call it without `kwargs`: hence the defaults.
+
+    def keep_query(self, to_q: nn.Module, args: tuple, kwargs: dict | None = None, query=None) -> None:
         """Forward hook of a query projection: remember the queries."""
         visit = self.visits.get(_thread())
         if visit is not None:
@@ -97,6 +100,10 @@ class SSRAttnProcessor2_0:
             return None
         visit.added = True
         return (args[0] + attend_to_subject(visit.query, visit.subject, visit.heads, visit.scale), *args[1:]), kwargs
+
+    def forget(self) -> None:
+        """Drop what an interrupted forward pass of this thread has left."""
+        self.visits.pop(_thread(), None)
 
     def leave(self, attn: Attention, args: tuple, kwargs: dict | None = None, output=None) -> None:
         """Forward hook of a cross-attention layer: a pass in which the subject was not added, once, is an error."""
@@ -183,7 +190,7 @@ class SubjectConditions:
         if known is None:
             known = self._make_mask(per_row, grid)
             # in a compiled graph the tensors belong to that graph's run
-            if not torch.compiler.is_compiling():
+            if not torch.compiler.is_dynamo_compiling():
                 self._masks[per_row, grid] = known
         return known
 
@@ -256,4 +263,5 @@ def _frames_as_rows(states: torch.Tensor | None, frames: int, dim: int) -> torch
 
 def _thread() -> int:
     """This thread's number; in compiled code, which calls a layer and its projections in one piece, always 0."""
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+    # not `is_compiling`, which is also true in threads that run beside one that compiles
+    return 0 if torch.compiler.is_dynamo_compiling() else threading.get_ident()

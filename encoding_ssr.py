@@ -196,8 +196,9 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
 
     def _own_tokens(self, query: str) -> dict[int, str]:
         """The tokens of a query's words, without start, end and padding, by their place."""
-        with shared_components.tokenizer_lock(self.tokenizer):
-            ids = self.tokenizer(query, truncation=True).input_ids
+        ids = shared_components.with_own_tokenizer(
+            self, lambda pipeline: pipeline.tokenizer(query, truncation=True).input_ids
+        )
         own = [i for i, token in enumerate(ids) if token not in self.tokenizer.all_special_ids]
         return dict(zip(own, self.tokenizer.convert_ids_to_tokens([ids[i] for i in own]), strict=True))
 

@@ -105,8 +105,7 @@ class SSRLoaderMixin(SSRComponents):
         ```
         """
         source = pretrained_model_name_or_path
-        torch_dtype = kwargs.pop("torch_dtype", None)
-        kwargs["dtype"] = kwargs.pop("dtype", None) or torch_dtype or unet_hooks.find_unet(self.unet).dtype
+        kwargs = library_internals.precision_arguments(kwargs, default=unet_hooks.find_unet(self.unet).dtype)
         loaded = []
         if isinstance(source, ModelMixin):
             encoder = source
@@ -259,6 +258,11 @@ class SSRLoaderMixin(SSRComponents):
         return config
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As `DiffusionPipeline.from_pretrained`. `dtype` is the precision whatever the version of diffusers."""
+        return super().from_pretrained(pretrained_model_name_or_path, **library_internals.precision_arguments(kwargs))
+
+    @classmethod
     def from_pipe(cls, pipeline, **kwargs):
         r"""
         Make this pipeline from another one's components, its SSR-Encoder included. Arguments are those of
@@ -283,9 +287,10 @@ class SSRLoaderMixin(SSRComponents):
         ours = {name: getattr(pipeline, name) for name in COMPONENTS if getattr(pipeline, name, None) is not None}
         models = (each for each in pipeline.components.values() if isinstance(each, nn.Module))
         dtypes = {getattr(each, "dtype", None) for each in models} - {None}
-        if kwargs.get("torch_dtype") is None and kwargs.get("dtype") is None and len(dtypes) == 1:
-            (kwargs["dtype"],) = dtypes
-        return super().from_pipe(pipeline, **{**ours, **kwargs})
+        default = dtypes.pop() if len(dtypes) == 1 else None
+        return super().from_pipe(
+            pipeline, **{**ours, **library_internals.precision_arguments(kwargs, default=default)}
+        )
 
 
 def _load_image_encoder(source, folder: str, kwargs: dict) -> CLIPVisionModel:
@@ -298,6 +303,7 @@ def _load_image_encoder(source, folder: str, kwargs: dict) -> CLIPVisionModel:
                 " was trained on as `image_encoder`, or `image_encoder_folder=None` to draw only encoded subjects."
             )
         source = beside
+    kwargs = library_internals.precision_arguments(kwargs, "transformers")
     return CLIPVisionModel.from_pretrained(source, subfolder=folder, **kwargs)
 
 
@@ -313,7 +319,8 @@ def _load_image_processor(path, subfolder: str, kwargs) -> CLIPImageProcessor | 
     if os.path.isdir(path) and not os.path.isdir(os.path.join(path, subfolder)):
         return None
     try:
-        kwargs = {name: value for name, value in kwargs.items() if name not in ("dtype", "variant", "use_safetensors")}
+        others = ("dtype", "torch_dtype", "variant", "use_safetensors")
+        kwargs = {name: value for name, value in kwargs.items() if name not in others}
         return CLIPImageProcessor.from_pretrained(path, subfolder=subfolder, **kwargs)
     except (EntryNotFoundError, OSError):
         logger.info(f"{path} holds no {subfolder}; it is made from the vision encoder's config.")

@@ -2,12 +2,9 @@
 
 import functools
 import inspect
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.models.modeling_utils import ModelMixin
@@ -26,11 +23,11 @@ from . import (
 
 
 def _in_own_pipeline(call: Callable) -> Callable:
-    """A pipeline's `__call__`, on a copy of the pipeline where it is in a call already."""
+    """A pipeline's `__call__`, when it may begin, and on a copy of the pipeline where that one is in a call already."""
 
     @functools.wraps(call)
     def method(self, *args, **kwargs):
-        with shared_components.own_pipeline(self) as pipeline:
+        with shared_components.turn_to_run(), shared_components.own_pipeline(self) as pipeline:
             return call(pipeline, *args, **kwargs)
 
     return method
@@ -53,6 +50,7 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
     """
 
     _ssr_scale: float | dict = loading_ssr.DEFAULT_SCALE
+    set_max_concurrent_calls = staticmethod(shared_components.set_max_concurrent_calls)
 
     def __init__(
         self,
@@ -77,7 +75,7 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
         stock: Any = super()
         for name in ("encode_prompt", "_encode_prompt"):
             if name not in vars(cls) and hasattr(stock, name):
-                setattr(cls, name, _with_tokenizer_lock(getattr(stock, name)))
+                setattr(cls, name, _with_own_tokenizer(getattr(stock, name)))
         library_internals.register_auto_pipeline(cls, _stock_class_of(cls))
         cls._optional_components = [*stock._optional_components, *loading_ssr.COMPONENTS]
         cls.model_cpu_offload_seq = stock.model_cpu_offload_seq.replace("unet", "ssr_image_encoder->ssr_encoder->unet")
@@ -204,12 +202,17 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
     def _draw(self, stock_call, arguments: dict, request: subject_request.SubjectRequest, window, in_controlnet: bool):
         """The stock call, with a subject in its forward passes through the UNet."""
         passes = unet_hooks.SubjectPasses(self.unet, self.ssr_encoder.config.attention_layers, request.conditions)
-        controlnet = _subject_in_controlnet(self.controlnet, request, passes) if in_controlnet else nullcontext()
+        if in_controlnet:
+            passes.watch_controlnet(self.controlnet, request.tokens)
         attention_kwargs = arguments.get("cross_attention_kwargs") or {}
         arguments = {**arguments, "cross_attention_kwargs": {**attention_kwargs, unet_hooks.SUBJECT: passes}}
         arguments.update(_callbacks(passes, request, window, arguments))
-        with passes, controlnet:
-            output = stock_call(**arguments)
+        try:
+            with passes:
+                output = stock_call(**arguments)
+        finally:
+            # once more, for a Ctrl-C that has come while `passes` was stopping
+            passes.stop()
         if passes.count == 0:
             raise ValueError(
                 f"{type(self).__name__} drew without its subject: no forward pass of the UNet was given"
@@ -371,27 +374,6 @@ def _follow(pipeline, passes: unet_hooks.SubjectPasses) -> None:
         pipeline._cross_attention_kwargs = {**attention_kwargs, unet_hooks.SUBJECT: passes}
 
 
-@contextmanager
-def _subject_in_controlnet(
-    controlnet: torch.nn.Module, request: subject_request.SubjectRequest, passes: unet_hooks.SubjectPasses
-) -> Iterator[None]:
-    """Let a ControlNet, or several, see the subject's tokens behind the text's: in this thread, and outside of callbacks."""
-    thread = threading.get_ident()
-
-    def join(module, args, kwargs):
-        if threading.get_ident() != thread or not passes.watching:
-            return None
-        states = kwargs["encoder_hidden_states"]
-        tokens = request.tokens(len(states), states.device).to(states.dtype)
-        return args, {**kwargs, "encoder_hidden_states": torch.cat([states, tokens], dim=1)}
-
-    handle = controlnet.register_forward_pre_hook(join, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def _stock_class_of(pipeline_class: type) -> type:
     """The pipeline class of diffusers, or of the user, to which the mixin was added."""
     return next(
@@ -401,11 +383,10 @@ def _stock_class_of(pipeline_class: type) -> type:
     )
 
 
-def _with_tokenizer_lock(encode_prompt: Callable) -> Callable:
+def _with_own_tokenizer(encode_prompt: Callable) -> Callable:
     @functools.wraps(encode_prompt)
     def method(self, *args, **kwargs):
-        with shared_components.tokenizer_lock(self.tokenizer):
-            return encode_prompt(self, *args, **kwargs)
+        return shared_components.with_own_tokenizer(self, lambda pipeline: encode_prompt(pipeline, *args, **kwargs))
 
     return method
 

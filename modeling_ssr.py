@@ -11,6 +11,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
+from . import library_internals
+
 
 # The cross-attention layers of SD 1.5's UNet and their widths, in the order of `unet.attn_processors`.
 SD15_ATTENTION_LAYERS = {
@@ -295,6 +297,7 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
         """
         source = f"`pretrained_model_name_or_path`: {pretrained_model_name_or_path}"
         with_info = kwargs.pop("output_loading_info", False)
+        kwargs = library_internals.precision_arguments(kwargs)
         try:
             loaded = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         except (OSError, ImportError):

@@ -5,14 +5,14 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from diffusers.models import UNet2DConditionModel, UNetMotionModel
 from diffusers.utils.torch_utils import is_compiled_module
 from torch import nn
 
-from . import attention_processors, library_internals
+from . import attention_processors, library_internals, shared_components
 
 
 # The name under which a subject travels in `cross_attention_kwargs`, from the pipeline's call to the UNet's transformers.
@@ -75,10 +75,11 @@ class _TransformerHook:
 
 
 class _Hooks:
-    """The hooks in one UNet, and who needs them: forward passes of calls, or a training loop."""
+    """The hooks in one UNet, and who needs them: forward passes of calls, or a training loop. Users are held weakly: one that
+    Ctrl-C has ended, before it could remove its hooks, is gone with its frame, and the next one removes them."""
 
     def __init__(self):
-        self.users: set = set()
+        self.users: WeakSet = WeakSet()
         self.modules: set[nn.Module] = set()
         # kept from pass to pass: compiled code is valid for these very objects
         self.transformers: dict[str, _TransformerHook] = {}
@@ -124,15 +125,21 @@ def _projections(attn: Any) -> tuple[list[nn.Module], list[nn.Module]]:
     return queries, outputs
 
 
-# by UNet; the lock is held while hooks come and go, and never while a UNet runs
+# by UNet; changed under `shared_components.registry_lock`, which is not held while a UNet runs
 _hooks: WeakKeyDictionary = WeakKeyDictionary()
-_lock = threading.RLock()
 
 
 def _after_fork() -> None:
-    """In a forked process only the forking thread goes on: whatever the others held is free again."""
-    global _lock
-    _lock = threading.RLock()
+    """In a forked process only the forking thread goes on: what the others had in a UNet is removed."""
+    for unet, hooks in _hooks.items():
+        for user in _of_other_threads(hooks.users):
+            _remove_hooks(unet, user)
+    for passes in {each for watchers in _watchers.values() for each in _of_other_threads(watchers)}:
+        passes.stop()
+
+
+def _of_other_threads(users: WeakSet) -> list:
+    return [user for user in users if user.thread != threading.get_ident()]
 
 
 if hasattr(os, "register_at_fork"):
@@ -140,14 +147,21 @@ if hasattr(os, "register_at_fork"):
 
 
 def _add_hooks(unet: nn.Module, layers: Iterable[str], user) -> None:
-    with _lock:
+    with shared_components.registry_lock():
         _hooks.setdefault(unet, _Hooks()).add(unet, layers, user)
 
 
 def _remove_hooks(unet: nn.Module, user) -> None:
-    with _lock:
+    with shared_components.registry_lock():
         if unet in _hooks:
             _hooks[unet].remove(user)
+
+
+class _Loop:
+    """A training loop that needs the hooks."""
+
+    def __init__(self):
+        self.thread = threading.get_ident()
 
 
 @contextmanager
@@ -171,7 +185,7 @@ def subject_in_unet(unet: Any, layers: Iterable[str]) -> Iterator[None]:
     ...     predicted = unet(latents, timestep, text, cross_attention_kwargs={"ssr_subject": conditions}).sample
     ```
     """
-    unet, user = find_unet(unet), object()
+    unet, user = find_unet(unet), _Loop()
     try:
         _add_hooks(unet, layers, user)
         yield
@@ -206,37 +220,60 @@ class SubjectPasses:
         self.layers = list(layers)
         self.conditions = conditions
         self.count = 0
-        self.watching = False
+        self.thread = threading.get_ident()
+        self.controlnet: nn.Module | None = None
         self.watch(unet)
 
     def watch(self, unet) -> None:
-        """Choose the UNet that is watched from the next `__enter__` on."""
+        """Choose the UNet that is watched from the next `start` on."""
         self.wrapped_unet, self.unet = unet, find_unet(unet)
         self.watched = _outermost_compiled(unet, self.unet)
 
-    def __enter__(self) -> "SubjectPasses":
-        with _lock:
-            _watchers.setdefault(self.watched, set()).add(self)
+    def watch_controlnet(self, controlnet: nn.Module, tokens: Callable[[int, torch.device], torch.Tensor]) -> None:
+        r"""
+        Let a ControlNet, or several, see the subject's tokens behind the text's in this call.
+
+        Args:
+            controlnet (`ControlNetModel` or `MultiControlNetModel`):
+                The ControlNet.
+            tokens (`Callable`):
+                Given a batch size and a device, the tokens, `(batch_size, num_subject_tokens, cross_attention_dim)`.
+        """
+        self.controlnet, self.tokens = controlnet, tokens
+
+    def start(self) -> None:
+        """Watch the UNet."""
+        with shared_components.registry_lock():
+            _watchers.setdefault(self.watched, WeakSet()).add(self)
             _add_watch(self.watched)
-            self.watching = True
+            if self.controlnet is not None:
+                _watchers.setdefault(self.controlnet, WeakSet()).add(self)
+                library_internals.set_forward_pre_hook(self.controlnet, _KEY, _before_controlnet)
+
+    def stop(self) -> None:
+        """Watch it no more. It can be done again at any time, also where Ctrl-C has cut the first time short."""
+        with shared_components.registry_lock():
+            for module in (self.watched, self.controlnet):
+                if module in _watchers:
+                    _watchers[module].discard(self)
+                    if not _watchers[module]:
+                        _remove_watch(module)
+        # a pass that Ctrl-C has interrupted did not come to its end
+        self.end()
+
+    def __enter__(self) -> "SubjectPasses":
+        self.start()
         return self
 
     def __exit__(self, *_) -> None:
-        with _lock:
-            watchers = _watchers.get(self.watched, set())
-            watchers.discard(self)
-            self.watching = False
-            if not watchers:
-                _remove_watch(self.watched)
-        # a pass that Ctrl-C has interrupted did not come to its end
-        self.end()
+        self.stop()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """While a callback runs the UNet is stock. After an error in it, it stays so."""
-        self.__exit__()
+        self.stop()
         yield
-        self.__enter__()
+        self.start()
 
     def begin(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """What a forward pass gets in the place of this object."""
@@ -257,6 +294,7 @@ class SubjectPasses:
         """The forward pass is over."""
         if _running.get(threading.get_ident()) is self:
             del _running[threading.get_ident()]
+            _processor.forget()
         _remove_hooks(self.unet, self)
 
 
@@ -274,7 +312,7 @@ class _NoPictures(list):
         return self.length
 
 
-# by the watched module: the calls that are under way; by thread: the call whose forward pass is
+# by the watched module: the calls that are under way, held weakly as in `_Hooks`; by thread: the call whose forward pass is
 _watchers: WeakKeyDictionary = WeakKeyDictionary()
 _running: dict[int, SubjectPasses] = {}
 
@@ -291,6 +329,19 @@ def _after_pass(module: nn.Module, args: tuple, kwargs: dict | None = None, outp
         passes.end()
 
 
+def _before_controlnet(module: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
+    if kwargs is None:
+        return None
+    with shared_components.registry_lock():
+        # of one thread there is one call at most: those whose callbacks it draws in are paused
+        passes = next((each for each in _watchers.get(module, ()) if each.thread == threading.get_ident()), None)
+    if passes is None:
+        return None
+    states = kwargs["encoder_hidden_states"]
+    tokens = passes.tokens(len(states), states.device).to(states.dtype)
+    return args, {**kwargs, "encoder_hidden_states": torch.cat([states, tokens], dim=1)}
+
+
 class _CompiledCall:
     """What runs instead of a UNet that was compiled in place: the compiled call, between the same two functions. As forward
     hooks they would be compiled with the UNet, and neither a lock nor the projection of a new subject can be compiled."""
@@ -299,11 +350,12 @@ class _CompiledCall:
         self.module, self.call = module, call
 
     def __call__(self, *args, **kwargs):
-        args, kwargs = _before_pass(self.module, args, kwargs) or (args, kwargs)
-        try:
-            return self.call(*args, **kwargs)
-        finally:
-            _after_pass(self.module, args, kwargs)
+        with shared_components.compiled_lock(self.module):
+            args, kwargs = _before_pass(self.module, args, kwargs) or (args, kwargs)
+            try:
+                return self.call(*args, **kwargs)
+            finally:
+                _after_pass(self.module, args, kwargs)
 
 
 def _add_watch(module: nn.Module) -> None:

@@ -16,7 +16,7 @@ from diffusers.models.attention_processor import (
     SlicedAttnProcessor,
 )
 from diffusers_ssr.attention_processors import SubjectConditions
-from diffusers_ssr.unet_hooks import SUBJECT, _Hooks
+from diffusers_ssr.unet_hooks import SUBJECT, _Hooks, _Loop
 from safetensors.torch import load_file
 from torch import nn
 
@@ -51,7 +51,8 @@ def attend(attn, hidden_states, text, conditions=None, grid=None, **kwargs):
     """A layer's output beside a subject, for `hidden_states` of shape `(batch_size, positions, width)`."""
     model = nn.ModuleDict({"transformer": Transformer(attn)})
     hooks = _Hooks()
-    hooks.add(model, [LAYER], "test")
+    user = _Loop()
+    hooks.add(model, [LAYER], user)
     grid = grid or (hidden_states.shape[1], 1)
     if conditions is not None:
         kwargs[SUBJECT] = conditions
@@ -63,7 +64,7 @@ def attend(attn, hidden_states, text, conditions=None, grid=None, **kwargs):
                 cross_attention_kwargs=kwargs,
             )
     finally:
-        hooks.remove("test")
+        hooks.remove(user)
         assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 

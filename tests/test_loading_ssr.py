@@ -14,6 +14,7 @@ from conftest import (
     make_image_encoder,
     make_picture,
     make_ssr_encoder,
+    make_unet,
 )
 from diffusers import (
     AutoPipelineForImage2Image,
@@ -25,6 +26,7 @@ from diffusers import (
 from diffusers_ssr import (
     StableDiffusionSSRControlNetPipeline,
     StableDiffusionSSRPipeline,
+    library_internals,
     ssr_pipeline_class,
 )
 from test_chains import make_controlnet
@@ -82,6 +84,9 @@ def test_drawing_with_models_that_are_offloaded():
     assert np.array_equal(pipe(**subject_args()).images, expected)
 
 
+@pytest.mark.skipif(
+    not hasattr(DiffusionPipeline, "enable_group_offload"), reason="diffusers before 0.35 cannot do it"
+)
 def test_components_are_exchanged_under_group_offloading():
     pipe = stock_with_room()
     expected_pipe = stock_with_room()
@@ -353,3 +358,125 @@ def test_an_unknown_argument_of_ours_is_refused_with_the_nearest_name(pipe, name
     extra = {"subject": pipe.encode_subject(make_picture(), "cat")} if with_subject else {}
     with pytest.raises(ValueError, match=f"`{name}` is no argument of this pipeline; did you mean `{meant}`"):
         pipe(**call_args(**extra, **{name: 0.5}))
+
+
+# Saving
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("number", [1, 4, 8, 11])
+def test_a_full_disk_leaves_the_older_pipeline_whole(pipe, tmp_path, monkeypatch, number):
+    """The disk is full at one file after another; what was saved there before loads as before."""
+    import errno
+    import shutil
+    from pathlib import Path
+
+    folder, writes = tmp_path / "saved", []
+    pipe.save_pretrained(folder)
+    before, expected = contents(folder), pipe(**subject_args()).images
+
+    def failing(write):
+        def wrapper(*args, **kwargs):
+            writes.append(args)
+            if len(writes) == number:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return write(*args, **kwargs)
+
+        return wrapper
+
+    changed = StableDiffusionSSRPipeline(**pipe.components, requires_safety_checker=False)
+    changed.unet = make_unet(seed=7)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", failing(shutil.copyfile))
+        patch.setattr(Path, "write_text", failing(Path.write_text))
+        for part in (changed.unet, changed.vae, changed.text_encoder, changed.ssr_encoder):
+            patch.setattr(part, "save_pretrained", failing(part.save_pretrained))
+        with pytest.raises(OSError, match="No space left"):
+            changed.save_pretrained(folder)
+    assert contents(folder) == before
+    again = StableDiffusionSSRPipeline.from_pretrained(folder)
+    again.set_progress_bar_config(disable=True)
+    assert np.array_equal(again(**subject_args()).images, expected)
+    changed.save_pretrained(folder)
+    assert contents(folder).keys() == before.keys() and contents(folder) != before
+
+
+# Versions
+
+
+@pytest.mark.parametrize(
+    "library,version", [("torch", "2.3.1+cu121"), ("diffusers", "0.30.3"), ("transformers", "4.43.0")]
+)
+def test_versions_that_are_too_old_are_refused(library, version, monkeypatch):
+    monkeypatch.setattr(getattr(library_internals, library), "__version__", version)
+    oldest = library_internals.OLDEST[library]
+    with pytest.raises(ImportError) as refused:
+        library_internals.check_versions()
+    assert str(refused.value) == f"diffusers-ssr needs {library} {oldest} or newer, but {version} is installed."
+
+
+def test_versions_are_checked_at_import():
+    import subprocess
+
+    code = "import diffusers\ndiffusers.__version__ = '0.30.3'\nimport diffusers_ssr\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == (
+        "ImportError: diffusers-ssr needs diffusers 0.31 or newer, but 0.30.3 is installed."
+    )
+
+
+@pytest.mark.parametrize("version", ["2.4", "2.10.0", "3.0.0.dev0", "2.15.0a0+git"])
+def test_versions_are_compared_as_numbers(version, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", version)
+    library_internals.check_versions()
+
+
+@pytest.mark.parametrize("given", [{"dtype": torch.float16}, {"torch_dtype": torch.float16}, {"dtype": None}, {}])
+@pytest.mark.parametrize("library", ["diffusers", "transformers"])
+@pytest.mark.parametrize("known", ["dtype", "torch_dtype"])
+def test_a_precision_has_the_name_that_the_library_knows(given, library, known, monkeypatch):
+    monkeypatch.setattr(library_internals, f"_{library.upper()}_DTYPE", known)
+    dtype = torch.float16 if any(given.values()) else torch.float32
+    assert library_internals.precision_arguments({**given, "variant": "x"}, library, torch.float32) == {
+        "variant": "x",
+        known: dtype,
+    }
+    assert library_internals.precision_arguments({}, library) == {}
+
+
+def test_our_own_calls_cause_no_deprecation_warning(pipe, tmp_path):
+    """Neither as a warning of Python's nor in the log, where transformers says it."""
+    import logging
+    import warnings
+
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers", "torch")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            pipe.save_pretrained(tmp_path / "whole")
+            loaded = StableDiffusionSSRPipeline.from_pretrained(tmp_path / "whole", dtype=torch.float32)
+            loaded.load_ssr(tmp_path / "whole")
+            other = ssr_pipeline_class(diffusers.StableDiffusionImg2ImgPipeline).from_pipe(loaded, dtype=torch.float32)
+            other.set_progress_bar_config(disable=True)
+            other(**subject_args(image=control_picture(), subject_end=0.5))
+            control = StableDiffusionSSRControlNetPipeline.from_pipe(pipe, controlnet=make_controlnet())
+            control(**subject_args(image=make_picture(1, (16, 16)), subject_in_controlnet=True))
+            subject = pipe.encode_subject(make_picture(), "cat")
+            subject.save(tmp_path / "cat.safetensors")
+            pipe.subject_attention_map(make_picture(), "cat").overlay()
+            pipe.drop_ssr_encoders()
+            pipe.unload_ssr()
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+    deprecations = (DeprecationWarning, FutureWarning, PendingDeprecationWarning)
+    assert [str(each.message) for each in caught if issubclass(each.category, deprecations)] == []
+    assert [text for text in said if "deprecat" in text] == []

@@ -103,3 +103,21 @@ def test_a_subject_hops_and_stays_itself(pocket, judge):
     queried = np.array([CATEGORY_NAMES.index(query) for _, query in some])
     shown = np.stack([judge.look_at(videos[:, frame]).categories.argmax(1).numpy() for frame in (0, 7)])
     assert (shown == queried).mean() >= 0.6, (shown, queried)
+
+
+def test_the_tokenizers_files_agree(tmp_path):
+    """transformers before 5 reads `vocab.json` and `merges.txt`, newer ones `tokenizer.json`."""
+    import shutil
+
+    from transformers import CLIPTokenizer
+
+    from tools.pocket.train.assemble import split_tokenizer
+
+    shutil.copy(POCKET / "tokenizer" / "tokenizer.json", tmp_path)
+    split_tokenizer(tmp_path)
+    for name in ("vocab.json", "merges.txt"):
+        assert (POCKET / "tokenizer" / name).read_bytes() == (tmp_path / name).read_bytes()
+    shipped = CLIPTokenizer.from_pretrained(POCKET, subfolder="tokenizer")
+    older = CLIPTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"), model_max_length=32)
+    for text in ("a brown dog with a hat on the beach", "", "Ünknown 12, words!"):
+        assert older(text).input_ids == shipped(text).input_ids

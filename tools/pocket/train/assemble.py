@@ -76,6 +76,14 @@ def name_ssr_components(folder: Path) -> None:
     (folder / "ssr_encoder" / shipped.name).write_text(shipped.read_text())
 
 
+def split_tokenizer(folder: Path) -> None:
+    """Write `vocab.json` and `merges.txt` beside `tokenizer.json`: the tokenizers of transformers before 5 read those."""
+    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False) + "\n", encoding="utf-8")
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/pocket-training"))
@@ -94,6 +102,7 @@ def main():
         requires_safety_checker=False,
     )
     pipe.save_pretrained(output)
+    split_tokenizer(output / "tokenizer")
     for part in (pipe.vae, pipe.text_encoder, pipe.unet):
         part.half()
     for name in ("vae", "text_encoder", "unet"):

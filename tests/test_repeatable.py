@@ -1,0 +1,84 @@
+"""What is the same picture, bit by bit, and what nearly the same: docs/reliability.md."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, call_args, make_components, make_picture, make_ssr_components
+from diffusers_ssr import StableDiffusionSSRPipeline
+from diffusers_ssr.encoding_ssr import _caches
+from test_pipeline_ssr import subject_args
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def again(pipe, tmp_path):
+    return pipe
+
+
+def from_pipe(pipe, tmp_path):
+    return StableDiffusionSSRPipeline.from_pipe(pipe)
+
+
+def made_anew(pipe, tmp_path):
+    return StableDiffusionSSRPipeline(**make_components(), **make_ssr_components(), requires_safety_checker=False)
+
+
+def saved_and_loaded(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    return StableDiffusionSSRPipeline.from_pretrained(tmp_path)
+
+
+def without_the_cache(pipe, tmp_path):
+    _caches.clear()
+    return pipe
+
+
+@pytest.mark.parametrize("way", [again, from_pipe, made_anew, saved_and_loaded, without_the_cache])
+def test_the_same_request_gives_the_same_picture(pipe, tmp_path, way):
+    expected = pipe(**subject_args()).images
+    other = way(pipe, tmp_path)
+    other.set_progress_bar_config(disable=True)
+    assert np.array_equal(other(**subject_args()).images, expected)
+
+
+def test_another_process_draws_the_same_picture(pipe, tmp_path):
+    code = (
+        "import sys\n"
+        f"sys.path[:0] = [{str(ROOT / 'tests')!r}, {str(ROOT / 'examples')!r}]\n"
+        "import conftest, numpy, torch\n"
+        "torch.set_num_threads(1)\n"
+        "from test_pipeline_ssr import subject_args\n"
+        "pipe = conftest.StableDiffusionSSRPipeline(\n"
+        "    **conftest.make_components(), **conftest.make_ssr_components(), requires_safety_checker=False\n"
+        ")\n"
+        f"numpy.save({str(tmp_path / 'images.npy')!r}, pipe(**subject_args()).images)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert np.array_equal(np.load(tmp_path / "images.npy"), pipe(**subject_args()).images)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_the_place_in_a_list_of_queries_changes_a_subject_by_rounding_alone(pipe, place):
+    queries = ["dog", "a house"]
+    queries.insert(place, "cat")
+    alone = pipe.encode_subject(make_picture(), "cat").subjects[0].embeds
+    _caches.clear()
+    listed = pipe.encode_subject(make_picture(), queries)[place].subjects[0].embeds
+    np.testing.assert_allclose(listed.numpy(), alone.numpy(), atol=1e-5)
+
+
+def test_a_batch_and_its_pictures_alone_differ_by_rounding_alone(pipe):
+    import torch
+
+    subjects = [pipe.encode_subject(make_picture(seed), "cat").scaled(1.0) for seed in range(3)]
+    prompts = ["a cat", "a dog on the beach", "a house"]
+    generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+    together = pipe(**call_args(prompt=prompts, subject=subjects, generator=generators)).images
+    for index in range(3):
+        generator = torch.Generator().manual_seed(index)
+        alone = pipe(**call_args(prompt=prompts[index], subject=subjects[index], generator=generator)).images[0]
+        np.testing.assert_allclose(together[index], alone, atol=1e-5)

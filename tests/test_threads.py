@@ -1,0 +1,575 @@
+"""One UNet, scheduler, tokenizer and SSR-Encoder for many threads, copies of the code, forks, callbacks and interrupts.
+
+Longer runs: `RUN_SLOW=1 pytest tests/test_threads.py`; docs/reliability.md has their figures.
+"""
+
+import gc
+import importlib.util
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, UNET_LAYERS, call_args, make_picture, make_unet, snapshot
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers.utils import logging
+from diffusers_ssr import StableDiffusionSSRPipeline, library_internals, set_max_concurrent_calls, shared_components
+from diffusers_ssr import unet_hooks as hooks_of_the_package
+from test_chains import make_controlnet
+
+from tools.mixed_requests import mixed_requests, wrong_outcomes
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SLOW = os.environ.get("RUN_SLOW") == "1"
+
+
+@pytest.fixture
+def subject(pipe):
+    return pipe.encode_subject(make_picture(), "cat").scaled(1.0)
+
+
+@pytest.fixture(params=[None, 1e-4], ids=["as usual", "1e-4"])
+def switch_interval(request):
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(request.param or before)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.fixture
+def quiet():
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    yield
+    logging.set_verbosity(level)
+
+
+def nothing_is_left() -> bool:
+    """Whether no call is known any more."""
+    gc.collect()
+    shared = shared_components._shared
+    return not (shared.using or shared.running or shared.waiting or hooks_of_the_package._running)
+
+
+def in_threads(*functions) -> list:
+    """What functions return that run at the same time."""
+    with ThreadPoolExecutor(len(functions)) as pool:
+        return [future.result(timeout=300) for future in [pool.submit(each) for each in functions]]
+
+
+# Requests
+
+
+def test_200_mixed_requests_from_8_threads(pipe, switch_interval, quiet):
+    """Each has the outcome, picture or error, that it has alone, bit by bit; 20 times in the slow run."""
+    photos, queries = [make_picture(seed) for seed in range(3)], ["cat", "dog", "blue car on the left"]
+    requests = mixed_requests(pipe, make_controlnet(), photos, queries, size=16)
+    expected, before = [each.outcome() for each in requests], snapshot(pipe.unet)
+    assert Counter(type(each) for each in expected) == {np.ndarray: 33, str: 6}
+    for turn in range(20 if SLOW else 1):
+        order = random.Random(turn).choices(range(len(requests)), k=200)
+        assert wrong_outcomes(requests, expected, order) == []
+        assert snapshot(pipe.unet) == before and nothing_is_left()
+
+
+@pytest.mark.parametrize("disturbed", [False, True], ids=["alone", "beside stock use of the tokenizer"])
+def test_encodes_from_8_threads(pipe, quiet, disturbed):
+    """5,000 in the slow run. A stock pipeline beside them takes no lock on the tokenizer that it shares with them."""
+    photos, queries = [make_picture(seed) for seed in range(20)], ["cat", "a dog on the left", "the blue car " * 20]
+
+    def encode(index: int) -> torch.Tensor:
+        return pipe.encode_subject(photos[index % 20], queries[index % 3]).subjects[0].embeds
+
+    expected, stop = [encode(index) for index in range(60)], threading.Event()
+
+    def disturb():
+        while not stop.is_set():
+            pipe.tokenizer(["a cat on the beach"], padding="longest", return_tensors="pt")
+            pipe.tokenizer("a cat")
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    beside = threading.Thread(target=disturb)
+    try:
+        if disturbed:
+            beside.start()
+        with ThreadPoolExecutor(8) as pool:
+            seen = pool.map(
+                lambda index: torch.equal(encode(index), expected[index % 60]), range(5000 if SLOW else 160)
+            )
+            assert all(seen)
+    finally:
+        stop.set()
+        sys.setswitchinterval(before)
+    if disturbed:
+        beside.join()
+
+
+def test_the_copied_tokenizer_follows_the_pipelines_own(pipe):
+    """A token that is added, as textual inversion does, a normaliser or a whole tokenizer: the next text is read with it."""
+    alone = StableDiffusionPipeline(
+        **{name: part for name, part in pipe.components.items() if not name.startswith("ssr_")},
+        requires_safety_checker=False,
+    )
+
+    def agree(text: str) -> bool:
+        ours, stock = (each.encode_prompt(text, "cpu", 1, True)[0] for each in (pipe, alone))
+        return torch.equal(ours, stock)
+
+    assert agree("a CAT <new>")
+    before = pipe.encode_prompt("a CAT <new>", "cpu", 1, False)[0]
+    pipe.tokenizer.add_tokens("<new>")
+    pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer))
+    assert agree("a CAT <new>") and not torch.equal(pipe.encode_prompt("a CAT <new>", "cpu", 1, False)[0], before)
+    pipe.tokenizer.model_max_length = 8
+    assert agree("a CAT <new>") and pipe.encode_prompt("a cat", "cpu", 1, False)[0].shape[1] == 8
+
+
+def test_what_encode_prompt_sets_is_set_in_the_pipeline(pipe):
+    pipe.encode_prompt("a cat", "cpu", 1, False, lora_scale=0.25)
+    assert pipe._lora_scale == 0.25
+
+
+# Hooks
+
+
+def test_hooks_that_go_while_another_thread_passes(pipe, subject):
+    """torch calls the hooks that it has looked up, though they are removed meanwhile: in the very place where another thread
+    could do so, a hook of the user's removes them."""
+    stock = StableDiffusionPipeline(
+        **{name: part for name, part in pipe.components.items() if not name.startswith("ssr_")},
+        requires_safety_checker=False,
+    )
+    stock.set_progress_bar_config(disable=True)
+    expected, gone = stock(**call_args()).images, []
+
+    def remove(module, *_):
+        library_internals.clear_forward_hooks(module, hooks_of_the_package._KEY)
+        gone.append(module)
+
+    handles = []
+    for module in [pipe.unet, *(pipe.unet.get_submodule(name) for name in UNET_LAYERS)]:
+        for each in [module, *([module.to_q, module.to_out[0]] if module is not pipe.unet else [])]:
+            handles += [each.register_forward_pre_hook(remove), each.register_forward_hook(remove)]
+    passes = hooks_of_the_package.SubjectPasses(pipe.unet, list(UNET_LAYERS), lambda sample: None)
+    with passes, hooks_of_the_package.subject_in_unet(pipe.unet, UNET_LAYERS):
+        assert np.array_equal(stock(**call_args()).images, expected)
+    assert len(set(gone)) == 1 + 3 * len(UNET_LAYERS)
+    for handle in handles:
+        handle.remove()
+
+
+def test_from_pipe_beside_a_drawing_thread(pipe, subject):
+    """What walks the UNet's modules meets no change in them."""
+    expected, done = pipe(**call_args(subject=subject)).images, threading.Event()
+
+    def make():
+        made = 0
+        while not done.is_set() or made < 20:
+            StableDiffusionPipeline.from_pipe(pipe)
+            StableDiffusionSSRPipeline.from_pipe(pipe)
+            sum(parameter.numel() for parameter in pipe.unet.parameters())
+            made += 1
+        return made
+
+    def draw():
+        images = [pipe(**call_args(subject=subject)).images for _ in range(10)]
+        done.set()
+        return images
+
+    made, images = in_threads(make, draw)
+    assert made >= 20 and all(np.array_equal(each, expected) for each in images)
+
+
+def test_a_controlnet_that_sees_the_subject_in_one_of_two_calls(pipe, subject):
+    from diffusers_ssr import StableDiffusionSSRControlNetPipeline
+
+    control = StableDiffusionSSRControlNetPipeline.from_pipe(pipe, controlnet=make_controlnet())
+    control.set_progress_bar_config(disable=True)
+    before = snapshot(control.controlnet)[:3] if hasattr(control.controlnet, "attn_processors") else None
+    kinds = [{"subject_in_controlnet": True}, {}]
+
+    def draw(**extra):
+        return control(**call_args(image=make_picture(1, (16, 16)), subject=subject, **extra)).images
+
+    expected = [draw(**each) for each in kinds]
+    assert np.abs(expected[0] - expected[1]).max() > 1e-5
+    seen = in_threads(*(lambda each=each: [draw(**each) for _ in range(6)] for each in kinds * 2))
+    for index, images in enumerate(seen):
+        assert all(np.array_equal(each, expected[index % 2]) for each in images)
+    assert not control.controlnet._forward_pre_hooks
+    assert before is None or snapshot(control.controlnet)[:3] == before
+
+
+def test_another_thread_compiles_meanwhile(pipe, subject, monkeypatch):
+    """While a thread compiles, `torch.compiler.is_compiling()` is true in all threads: here it changes at each question."""
+    expected, asked = pipe(**call_args(subject=subject)).images, []
+
+    def is_compiling() -> bool:
+        asked.append(1)
+        return len(asked) % 3 == 0
+
+    monkeypatch.setattr(torch.compiler, "is_compiling", is_compiling)
+    assert np.array_equal(pipe(**call_args(subject=subject)).images, expected)
+    assert asked
+
+
+# Copies of the code
+
+
+@pytest.fixture(scope="module")
+def second_copy():
+    """The code once more under another name, as `custom_pipeline=` loads it beside an installed package."""
+    spec = importlib.util.spec_from_file_location(
+        "diffusers_ssr_again", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    for name in [each for each in sys.modules if each.startswith(spec.name)]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_two_copies_of_the_code_on_one_unet(pipe, second_copy, switch_interval, compiled):
+    """They share its scheduler and tokenizer as well."""
+    assert second_copy.StableDiffusionSSRPipeline is not StableDiffusionSSRPipeline
+    if compiled:
+        torch._dynamo.reset()
+        pipe.unet.compile(backend="eager")
+    other = second_copy.StableDiffusionSSRPipeline(**pipe.components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    pipes, before = (pipe, other), snapshot(pipe.unet)
+    subjects = [each.encode_subject(make_picture(seed), "cat").scaled(1.0) for seed, each in enumerate(pipes)]
+    expected = [each(**call_args(subject=one)).images for each, one in zip(pipes, subjects, strict=True)]
+
+    def draw(index: int):
+        return [pipes[index](**call_args(subject=subjects[index])).images for _ in range(1 if compiled else 5)]
+
+    for _ in range(3 if compiled else 1):
+        for index, images in enumerate(in_threads(*(lambda index=index: draw(index % 2) for index in range(4)))):
+            assert all(np.array_equal(each, expected[index % 2]) for each in images)
+        assert snapshot(pipe.unet) == before
+
+
+def test_a_callback_of_one_copy_draws_with_the_other(pipe, second_copy, subject):
+    other = second_copy.StableDiffusionSSRPipeline(**pipe.components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    dog = other.encode_subject(make_picture(3), "dog").scaled(1.0)
+    expected, inner, drawn = pipe(**call_args(subject=subject)).images, other(**call_args(subject=dog)).images, []
+
+    def callback(own, step, timestep, callback_kwargs):
+        drawn.append(other(**call_args(subject=dog)).images)
+        return callback_kwargs
+
+    assert np.array_equal(pipe(**call_args(subject=subject, callback_on_step_end=callback)).images, expected)
+    assert len(drawn) == 2 and all(np.array_equal(each, inner) for each in drawn)
+
+
+# Forks
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork; nothing to guard there")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_in_the_midst_of_calls(pipe, subject):
+    """The child, forked in a callback while another thread draws, goes on with its call, draws another one, and has no hooks
+    of the other thread's."""
+    before, expected = snapshot(pipe.unet), pipe(**call_args(subject=subject)).images
+    stop, children, is_child = threading.Event(), [], []
+
+    def callback(own, step, timestep, callback_kwargs):
+        if step == 0:
+            child = os.fork()
+            (is_child if child == 0 else children).append(child)
+        if is_child and snapshot(pipe.unet) != before:
+            os._exit(3)
+        return callback_kwargs
+
+    def draw():
+        while not stop.is_set():
+            pipe(**call_args(subject=subject))
+
+    beside = threading.Thread(target=draw)
+    beside.start()
+    try:
+        for _ in range(3):
+            images = pipe(**call_args(subject=subject, callback_on_step_end=callback)).images
+            if is_child:
+                again = pipe(**call_args(subject=subject)).images
+                good = np.array_equal(images, expected) and np.array_equal(again, expected)
+                os._exit(0 if good and snapshot(pipe.unet) == before else 4)
+            assert np.array_equal(images, expected)
+        for child in children:
+            deadline = time.monotonic() + 300
+            while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            if ended == (0, 0):
+                os.kill(child, signal.SIGKILL)
+            assert os.waitstatus_to_exitcode(ended[1]) == 0 and ended[0] == child
+    finally:
+        if is_child:  # an error in the child must not go on with the parent's tests
+            os._exit(5)
+        stop.set()
+        beside.join()
+
+
+# Whose turn it is
+
+
+def test_a_short_call_does_not_wait_for_long_ones(pipe, subject):
+    started, short_is_done, ended = threading.Barrier(4), threading.Event(), []
+
+    def long():
+        seen = []
+
+        def callback(own, step, timestep, callback_kwargs):
+            if not seen:
+                started.wait(timeout=300)
+            seen.append(step)
+            own._interrupt = short_is_done.is_set()
+            return callback_kwargs
+
+        pipe(**call_args(subject=subject, num_inference_steps=900, callback_on_step_end=callback))
+        ended.append(short_is_done.is_set())
+
+    def short():
+        started.wait(timeout=300)
+        pipe(**call_args(subject=subject, num_inference_steps=1))
+        short_is_done.set()
+
+    in_threads(long, long, long, short)
+    assert ended == [True] * 3
+
+
+@pytest.fixture
+def bound():
+    yield set_max_concurrent_calls
+    set_max_concurrent_calls(None)
+
+
+def most_at_once(pipe, subject, num_threads: int = 6) -> int:
+    """How many calls are between their first and last step at the same time."""
+    lock, now, most = threading.Lock(), set(), []
+
+    def draw(index: int):
+        def callback(own, step, timestep, callback_kwargs):
+            with lock:
+                (now.discard if step == 2 else now.add)(index)
+                most.append(len(now))
+            time.sleep(0.01)
+            return callback_kwargs
+
+        return pipe(**call_args(subject=subject, num_inference_steps=3, callback_on_step_end=callback)).images
+
+    images = in_threads(*(lambda index=index: draw(index) for index in range(num_threads)))
+    assert all(np.array_equal(each, images[0]) for each in images)
+    return max(most)
+
+
+@pytest.mark.parametrize("number,with_subject", [(1, True), (2, True), (1, False)])
+def test_a_bound_on_calls(pipe, subject, bound, number, with_subject):
+    subject = subject if with_subject else None
+    bound(number)
+    assert most_at_once(pipe, subject) <= number and nothing_is_left()
+    bound(None)
+    assert most_at_once(pipe, subject) > number
+
+
+def test_the_bound_is_the_processs(pipe, subject, bound, second_copy):
+    second_copy.set_max_concurrent_calls(1)
+    assert most_at_once(pipe, subject) == 1
+    pipe.set_max_concurrent_calls(None)
+    assert most_at_once(pipe, subject) > 1
+
+
+def test_a_call_in_a_callback_does_not_wait_for_its_own_place(pipe, subject, bound):
+    bound(1)
+    expected, drawn = pipe(**call_args(subject=subject)).images, []
+
+    def callback(own, step, timestep, callback_kwargs):
+        drawn.append(pipe(**call_args(subject=subject)).images)
+        return callback_kwargs
+
+    images = in_threads(*[lambda: pipe(**call_args(subject=subject, callback_on_step_end=callback)).images] * 3)
+    assert all(np.array_equal(each, expected) for each in images + drawn) and len(drawn) == 6
+
+
+def test_who_waits_first_draws_first(bound):
+    bound(1)
+    order, threads = [], []
+
+    def call(index: int):
+        with shared_components.turn_to_run():
+            order.append(index)
+
+    with shared_components.turn_to_run():
+        for index in range(6):
+            threads.append(threading.Thread(target=call, args=(index,)))
+            threads[-1].start()
+            while len(shared_components._shared.waiting) <= index:
+                time.sleep(0.001)
+        assert order == []
+    for thread in threads:
+        thread.join()
+    assert order == list(range(6)) and nothing_is_left()
+
+
+def test_a_place_is_free_again_after_an_error(pipe, subject, bound):
+    bound(1)
+    for arguments in ({"subject": "no subject"}, {"height": 13, "subject": subject}, {"subject_scal": 1}):
+        with pytest.raises(ValueError):
+            pipe(**call_args(**arguments))
+        assert nothing_is_left()
+    (images,) = in_threads(lambda: pipe(**call_args(subject=subject)).images)
+    assert images.shape == (1, 16, 16, 3)
+
+
+@pytest.mark.parametrize("number", [0, -1, 1.5, True, "2"])
+def test_a_bound_that_is_no_number_of_calls(number):
+    with pytest.raises(ValueError, match="`number` has to be a positive number of calls"):
+        set_max_concurrent_calls(number)
+
+
+# Interrupts
+
+
+def interrupted_at(call, moment: int) -> bool:
+    """Run a call with a Ctrl-C at the n-th line that it executes in this project's modules, or to its end if it has fewer."""
+    files, left = {str(ROOT / file) for file in os.listdir(ROOT) if file.endswith(".py")}, [moment]
+
+    def trace(frame, event, argument):
+        if frame.f_code.co_filename not in files:
+            return None
+        if event == "line":
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+        return trace
+
+    tracer = sys.gettrace()  # of a coverage run
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(tracer)
+    return False
+
+
+@pytest.mark.parametrize("way", ["UNet", "compiled in place", "ControlNet"])
+def test_ctrl_c_at_every_line(pipe, subject, way):
+    """At every 97th in the suite, at each one in the slow run: the UNet is what it was, nothing is taken for being in use,
+    and the next picture is right."""
+    own, extra = pipe, {}
+    if way == "compiled in place":
+        torch._dynamo.reset()
+        pipe.unet.compile(backend="eager")
+    if way == "ControlNet":
+        from diffusers_ssr import StableDiffusionSSRControlNetPipeline
+
+        own = StableDiffusionSSRControlNetPipeline.from_pipe(pipe, controlnet=make_controlnet())
+        own.set_progress_bar_config(disable=True)
+        extra = {"image": make_picture(1, (16, 16)), "subject_in_controlnet": True}
+    callback = {"callback_on_step_end": lambda own, step, timestep, callback_kwargs: callback_kwargs}
+
+    def draw():
+        return own(**call_args(subject=subject, height=16, width=16, **callback, **extra)).images
+
+    before, expected, moment = snapshot(pipe.unet), draw(), 1
+    while interrupted_at(draw, moment):
+        gc.collect()
+        assert snapshot(pipe.unet) == before, moment
+        assert nothing_is_left(), moment
+        assert way != "ControlNet" or not own.controlnet._forward_pre_hooks
+        moment += 1 if SLOW else 97
+    assert moment > 1000
+    assert np.array_equal(draw(), expected) and snapshot(pipe.unet) == before
+
+
+def test_ctrl_c_at_random_moments(pipe, subject):
+    """A signal, 30 of them in the suite and 300 in the slow run, while another thread draws beside."""
+    assert threading.current_thread() is threading.main_thread()
+    before, expected = snapshot(pipe.unet), pipe(**call_args(subject=subject)).images
+    started = time.monotonic()
+    pipe(**call_args(subject=subject))
+    duration = time.monotonic() - started
+    handler, chance, interrupts = signal.signal(signal.SIGALRM, signal.default_int_handler), random.Random(0), 0
+    beside_images = []
+
+    def draw_beside():
+        beside_images.append(pipe(**call_args(subject=subject)).images)
+
+    try:
+        for turn in range(300 if SLOW else 30):
+            beside = threading.Thread(target=draw_beside if turn % 3 == 0 else lambda: None)
+            beside.start()
+            try:
+                signal.setitimer(signal.ITIMER_REAL, chance.uniform(0.1, 1.0) * duration)
+                pipe(**call_args(subject=subject))
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                interrupts += 1
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            beside.join()
+            assert snapshot(pipe.unet) == before and nothing_is_left(), turn
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+    assert interrupts > (100 if SLOW else 10)
+    assert all(np.array_equal(each, expected) for each in beside_images)
+    assert np.array_equal(pipe(**call_args(subject=subject)).images, expected)
+
+
+def test_what_an_interrupted_call_has_left_is_removed_by_the_next(pipe, subject):
+    """Two interrupts in a row may cut the cleaning up short. The hooks that stay do nothing, and go with the next call."""
+    before, expected = snapshot(pipe.unet), pipe(**call_args(subject=subject)).images
+    request = lambda sample: None  # noqa: E731
+    passes = hooks_of_the_package.SubjectPasses(pipe.unet, list(UNET_LAYERS), request)
+    passes.start()
+    hooks_of_the_package._add_hooks(pipe.unet, UNET_LAYERS, passes)
+    del passes, request
+    gc.collect()
+    assert snapshot(pipe.unet) != before
+    assert np.array_equal(pipe(**call_args(subject=subject)).images, expected)
+    assert snapshot(pipe.unet) == before
+
+
+def test_schedulers_are_told_apart_after_an_interrupt(pipe):
+    """A pipeline whose call was cut short is not taken for being in use: the next call is its own."""
+    seen = []
+
+    def callback(own, step, timestep, callback_kwargs):
+        seen.append(own is pipe)
+        return callback_kwargs
+
+    assert interrupted_at(lambda: pipe(**call_args()), 15)
+    gc.collect()
+    pipe(**call_args(callback_on_step_end=callback))
+    assert seen == [True, True]
+
+
+def test_a_unet_of_another_pipeline_in_a_thread_keeps_its_scheduler(pipe, subject, components):
+    """Pipelines with UNets of their own but one scheduler."""
+    second = StableDiffusionSSRPipeline.from_pipe(pipe, unet=make_unet(seed=4))
+    second.set_progress_bar_config(disable=True)
+    assert second.scheduler is pipe.scheduler and isinstance(pipe.scheduler, DDIMScheduler)
+    pipes = (pipe, second)
+    expected = [each(**call_args(subject=subject, num_inference_steps=3)).images for each in pipes]
+    seen = in_threads(
+        *(
+            lambda each=each: [each(**call_args(subject=subject, num_inference_steps=3)).images for _ in range(5)]
+            for each in pipes * 2
+        )
+    )
+    for index, images in enumerate(seen):
+        assert all(np.array_equal(each, expected[index % 2]) for each in images)
