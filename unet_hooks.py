@@ -254,7 +254,7 @@ class SubjectPasses:
         """Watch it no more. It can be done again at any time, also where Ctrl-C has cut the first time short."""
         with shared_components.registry_lock():
             for module in (self.watched, self.controlnet):
-                if module in _watchers:
+                if module is not None and module in _watchers:
                     _watchers[module].discard(self)
                     if not _watchers[module]:
                         _remove_watch(module)
