@@ -243,8 +243,8 @@ class SSRLoaderMixin(SSRComponents):
     # is running: otherwise diffusers would give back the saved class and drop the ControlNet.
 
     @classmethod
-    def _dict_from_json_file(cls, json_file):
-        config = super()._dict_from_json_file(json_file)
+    def _dict_from_json_file(cls, json_file, **kwargs):
+        config = super()._dict_from_json_file(json_file, **kwargs)
         if isinstance(config.get("_class_name"), list):
             config["_class_name"] = cls.__name__
         return config

@@ -479,4 +479,6 @@ def test_our_own_calls_cause_no_deprecation_warning(pipe, tmp_path):
             logger.removeHandler(handler)
     deprecations = (DeprecationWarning, FutureWarning, PendingDeprecationWarning)
     assert [str(each.message) for each in caught if issubclass(each.category, deprecations)] == []
-    assert [text for text in said if "deprecat" in text] == []
+    # diffusers before 0.40 itself uses names that transformers has deprecated
+    if library_internals._DIFFUSERS_DTYPE == "dtype":
+        assert [text for text in said if "deprecat" in text] == []

@@ -164,6 +164,8 @@ def test_group_offloading(pipe, offload, monkeypatch):
 
 def test_layerwise_casting(pipe):
     """Weights rest in 8 bits: the picture changes a little, the subject still acts, and nothing of it stays behind."""
+    if not hasattr(pipe.unet, "enable_layerwise_casting"):
+        pytest.skip("diffusers before 0.33 cannot do it")
     expected = pipe(**subject_args()).images
     for part in (pipe.unet, pipe.ssr_encoder):
         part.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)

@@ -444,10 +444,11 @@ def test_a_bound_that_is_no_number_of_calls(number):
 
 def interrupted_at(call, moment: int) -> bool:
     """Run a call with a Ctrl-C at the n-th line that it executes in this project's modules, or to its end if it has fewer."""
-    files, left = {str(ROOT / file) for file in os.listdir(ROOT) if file.endswith(".py")}, [moment]
+    # not `ROOT`: the package may have been imported through a link
+    modules, left = os.path.dirname(shared_components.__file__), [moment]
 
     def trace(frame, event, argument):
-        if frame.f_code.co_filename not in files:
+        if os.path.dirname(frame.f_code.co_filename) != modules:
             return None
         if event == "line":
             left[0] -= 1
