@@ -150,7 +150,7 @@ def test_a_tensor_on_the_wrong_device_would_be_seen(fake_gpu, monkeypatch):
     from diffusers_ssr.attention_processors import SubjectConditions
 
     original = SubjectConditions._fit_regions
-    monkeypatch.setattr(SubjectConditions, "_fit_regions", lambda self, grid: original(self, grid).cpu())
+    monkeypatch.setattr(SubjectConditions, "_fit_regions", lambda self, *args: original(self, *args).cpu())
     cat = fake_gpu.encode_subject(make_picture(), "cat")
     with pytest.raises(RuntimeError, match="device"):
         fake_gpu(**args(subject=cat.inside(LEFT)))

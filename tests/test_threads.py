@@ -425,7 +425,7 @@ def test_who_waits_first_draws_first(bound):
 
 def test_a_place_is_free_again_after_an_error(pipe, subject, bound):
     bound(1)
-    for arguments in ({"subject": "no subject"}, {"height": 13, "subject": subject}, {"subject_scal": 1}):
+    for arguments in ({"subject": "no subject"}, {"height": 13, "width": 16, "subject": subject}, {"subject_scal": 1}):
         with pytest.raises(ValueError):
             pipe(**call_args(**arguments))
         assert nothing_is_left()
