@@ -150,7 +150,7 @@ def test_the_site_is_built_without_warnings(tmp_path):
     reference = (tmp_path / "site" / "api" / "index.html").read_text()
     for name in ("encode_subject", "subject_end", "SubjectEmbeds", "from_released", "ssr_pipeline_class"):
         assert name in reference
-    assert (tmp_path / "site" / "repository" / "pocket" / "README" / "index.html").exists()
+    assert (tmp_path / "site" / "repository" / "pocket" / "index.html").exists()
 
 
 def test_the_training_guide_with_two_steps(checkout, monkeypatch):
