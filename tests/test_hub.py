@@ -105,8 +105,8 @@ assert np.array_equal(draw(pipe), expected)
 @pytest.mark.parametrize(
     "load,cold,warm",
     [
-        ("DiffusionPipeline.from_pretrained('base', custom_pipeline='owner/ssr', trust_remote_code=True)", 74, 43),
-        ("DiffusionPipeline.from_pretrained('owner/ssr', trust_remote_code=True)", 99, 26),
+        ("DiffusionPipeline.from_pretrained('base', custom_pipeline='owner/ssr', trust_remote_code=True)", 76, 44),
+        ("DiffusionPipeline.from_pretrained('owner/ssr', trust_remote_code=True)", 102, 27),
     ],
     ids=["code", "whole"],
 )
