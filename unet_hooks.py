@@ -286,7 +286,9 @@ class SubjectPasses:
             attention_kwargs[SUBJECT] = conditions
         kwargs = {**kwargs, "cross_attention_kwargs": attention_kwargs or None}
         added = kwargs.get("added_cond_kwargs") or {}
-        if self.unet.config["encoder_hid_dim_type"] == "ip_image_proj" and "image_embeds" not in added:
+        # `load_ip_adapter` sets the config's attribute, not its item, which keeps the old value
+        hid_dim_type = getattr(self.unet.config, "encoder_hid_dim_type", None)
+        if hid_dim_type == "ip_image_proj" and "image_embeds" not in added:
             kwargs["added_cond_kwargs"] = {**added, "image_embeds": _NoPictures(self.unet.encoder_hid_proj)}
         return args, kwargs
 
