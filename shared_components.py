@@ -95,6 +95,16 @@ def own_pipeline(pipeline) -> Iterator:
     finally:
         with _shared.lock:
             _shared.using.discard(call)
+        _release_locks()
+
+
+def _release_locks() -> None:
+    """After a call: these locks are held for moments inside of one, so that one which this thread still holds was left by a
+    Ctrl-C between a `with` block and its end. Other threads would wait for it without end."""
+    locks = [_shared.lock, *(entry.lock for entry in _shared.tokenizers.values())]
+    for lock in locks:
+        while lock._is_owned():
+            lock.release()
 
 
 def _with_component(pipeline, name: str, component):

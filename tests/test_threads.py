@@ -467,6 +467,9 @@ def interrupted_at(call, moment: int) -> bool:
     return False
 
 
+@pytest.mark.skipif(
+    not SLOW, reason="with RUN_SLOW=1; test_unet_hooks.py::test_ctrl_c_leaves_nothing_behind is in the suite"
+)
 @pytest.mark.parametrize("way", ["UNet", "compiled in place", "ControlNet"])
 def test_ctrl_c_at_every_line(pipe, subject, way):
     """At every 97th in the suite, at each one in the slow run: the UNet is what it was, nothing is taken for being in use,
@@ -497,7 +500,9 @@ def test_ctrl_c_at_every_line(pipe, subject, way):
     assert np.array_equal(draw(), expected) and snapshot(pipe.unet) == before
 
 
-@pytest.mark.skipif(not SLOW, reason="with RUN_SLOW=1; test_ctrl_c_at_every_line interrupts at chosen lines instead")
+@pytest.mark.skipif(
+    not SLOW, reason="with RUN_SLOW=1; test_unet_hooks.py::test_ctrl_c_leaves_nothing_behind is in the suite"
+)
 def test_ctrl_c_at_random_moments(pipe, subject):
     """A signal, 300 times, while another thread draws beside."""
     assert threading.current_thread() is threading.main_thread()
