@@ -580,3 +580,15 @@ def test_a_unet_of_another_pipeline_in_a_thread_keeps_its_scheduler(pipe, subjec
     )
     for index, images in enumerate(seen):
         assert all(np.array_equal(each, expected[index % 2]) for each in images)
+
+
+def test_a_lock_that_an_interrupt_has_left_is_released_at_the_end_of_the_next_call(pipe, subject):
+    """A Ctrl-C between the body of a `with` and its end leaves the lock held; other threads draw all the same."""
+    expected = pipe(**call_args(subject=subject)).images
+    locks = [shared_components._shared.lock, shared_components._shared.tokenizers[pipe.tokenizer].lock]
+    for lock in locks:
+        lock.acquire()
+    assert np.array_equal(pipe(**call_args(subject=subject)).images, expected)
+    assert not any(lock._is_owned() for lock in locks)
+    (images,) = in_threads(lambda: pipe(**call_args(subject=subject)).images)
+    assert np.array_equal(images, expected)
