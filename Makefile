@@ -6,16 +6,13 @@ BIN = $(VENV)/bin
 WORK_DIR ?= outputs/pocket-training
 POCKET = $(BIN)/python -m tools.pocket
 
-.PHONY: demo test coverage test-oldest test-middle test-newest lint docs pocket pocket-gpu measure compare
+.PHONY: demo test test-oldest test-middle test-newest lint docs pocket pocket-gpu measure compare
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
 
+# Its last lines say which share of the root modules' lines the tests reach.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
-
-# The same tests, and which share of the root modules' lines they reach.
-coverage: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal --cov --cov-report=term
 
 # The tests of the root modules with other versions of the libraries, in environments of their own: the oldest that are claimed,
