@@ -1,13 +1,15 @@
-"""Draw each subject of a few reference pictures on its own, with the embedded pocket checkpoint.
+"""Draw each subject of a few reference pictures with the pocket checkpoint.
 
-Every reference holds two or three things, and none of these very things was seen in training. A contact sheet shows the
-reference, each query and what was drawn for it; then subjects of two references together, subjects chosen by a mask, and the
-first ones in another checkpoint's look, along the edges of a ControlNet, and in a video, whose GIF is written beside the sheet.
+Every reference shows two or three things, which are not in the training data in this design and colour. A contact sheet shows the
+references, the queries and the pictures that were drawn for them. More rows show subjects of two references in one picture, subjects
+that were selected with a mask, and the first subjects with another checkpoint, with a ControlNet, and in a video. The video is also
+saved as a GIF.
 
     python examples/demo.py
 """
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
 from extras import is_installed
@@ -29,9 +31,8 @@ def named(thing: str) -> str:
     return f"{'an' if thing[0] in 'aeiou' else 'a'} {thing}"
 
 
-def draw_subjects(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> list[Row]:
-    """A row for each reference: each of its subjects in each place."""
-    rows = []
+def draw_subjects(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> Iterator[Row]:
+    """A row for each reference, with each of its subjects in each place."""
     for name, queries in args.queries.items():
         reference = Image.open(args.references / name)
         row = [("reference", reference)]
@@ -42,8 +43,7 @@ def draw_subjects(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) 
             places = [place.split()[-1] for place in args.places]
             row += [(f'"{query}", {place}', image) for place, image in zip(places, images, strict=True)]
             bar.update()
-        rows.append(row)
-    return rows
+        yield row
 
 
 def first_subjects(pipe: DiffusionPipeline, args: argparse.Namespace, count: int) -> list[tuple]:
@@ -148,12 +148,18 @@ def main():
     pipe = load_pipeline(args.checkpoint)
     chains = {part: draw for part, draw in CHAINS.items() if (Path(args.checkpoint) / part).is_dir()}
     if "look" in chains and not is_installed("peft"):
-        print('The row with another look is left out: it needs peft, which pip install -e ".[demo]" brings.')
+        print('The row with another look is skipped, because it needs peft. To install it: pip install -e ".[demo]"')
         del chains["look"]
+    sheet = args.output_dir / "demo.png"
+    print(f"The pictures appear in {sheet}, one row for each reference.")
     with tqdm(total=sum(map(len, args.queries.values())) + 3 + 2 + 3 + 2 + 1, desc="subjects") as bar:
-        rows = draw_subjects(pipe, args, bar)
+        rows = []
+        # written after each reference, so that the first pictures can be looked at early
+        for row in draw_subjects(pipe, args, bar):
+            rows.append(row)
+            write_contact_sheet(rows, sheet, finished=False)
         rows += [draw(pipe, args, bar) for draw in chains.values()]
-    write_contact_sheet(rows, args.output_dir / "demo.png")
+    write_contact_sheet(rows, sheet)
 
 
 if __name__ == "__main__":

@@ -88,8 +88,10 @@ def call_arguments(args: argparse.Namespace) -> dict:
     }
 
 
-def write_contact_sheet(rows: list[list[tuple[str, Image.Image | None]]], file: Path) -> None:
-    """Rows of labelled pictures, `None` leaving a place empty, into a file."""
+def write_contact_sheet(
+    rows: list[list[tuple[str, Image.Image | None]]], file: Path, finished: bool = True
+) -> None:
+    """Write rows of labelled pictures to a file and, if it is `finished`, print its name. `None` leaves a cell empty."""
     side = min(max(picture.width for row in rows for _, picture in row if picture) * ZOOM, LARGEST)
     columns = max(len(row) for row in rows)
     cell_width, cell_height = side + GAP, side + LABEL + GAP
@@ -105,4 +107,5 @@ def write_contact_sheet(rows: list[list[tuple[str, Image.Image | None]]], file: 
             sheet.paste(ImageOps.contain(picture, (side, side), Image.Resampling.BICUBIC), (left, top + LABEL))
     file.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(file)
-    print(f"The contact sheet is in {file}")
+    if finished:
+        print(f"The contact sheet is in {file}")
