@@ -46,11 +46,21 @@ def _png(picture: np.ndarray) -> dict:
 
 
 class Rows:
-    """Draws rows of the three kinds; `split` says which instances stay unseen."""
+    """
+    Draws rows of the three kinds.
 
-    def __init__(self, designs: str, split: str):
+    Args:
+        designs (`str`): the folder of the design sets.
+        split (`str`): which instances stay unseen.
+        free_share (`float`): of references with things of any size at any place; in the others they are arranged by `LAYOUTS`.
+        others_share (`float`): of neighbours that are other emoji than the measured categories.
+    """
+
+    def __init__(self, designs: str, split: str, free_share: float = 0.5, others_share: float = 0.4):
         self.world = World(designs)
         self.seen = SPLITS[split][0]
+        self.free_share = free_share
+        self.others_share = others_share
 
     def draw(self, rng: np.random.Generator) -> dict:
         """A row of a kind drawn by `SHARES`."""
@@ -86,13 +96,13 @@ class Rows:
         count = max(len(subjects), 1 + int(rng.choice(4, p=(0.1, 0.45, 0.3, 0.15)))) if subjects else 0
         things: list = list(subjects)
         while len(things) < count:
-            if rng.random() < 0.4:
+            if rng.random() < self.others_share:
                 things.append(self.world.draw_other(rng))
                 continue
             (neighbour,) = draw_instances(rng, self.seen, 1)
             if neighbour.name not in (but, *(thing.name for thing in things)):
                 things.append(varied(rng, neighbour))
-        free = rng.random() < 0.5 or count not in LAYOUTS
+        free = rng.random() < self.free_share or count not in LAYOUTS
         if free:
             things = [replace(thing, flipped=bool(rng.random() < 0.5)) for thing in things]
         return draw_scene(
@@ -123,9 +133,10 @@ def _name(rng: np.random.Generator, name: str) -> str:
     return str(rng.choice([name, describe([name], None), f"the {name}"]))
 
 
-def rows(designs: str, numbers: list[int], seed: int, split: str = "wide") -> Iterator[dict]:
-    """The rows of these numbers, each cell of reference, query and mask a list; each depends on its number, seed and split alone."""
-    drawing = Rows(designs, split)
+def rows(designs: str, numbers: list[int], seed: int, split: str = "wide", **shares: float) -> Iterator[dict]:
+    """The rows of these numbers, each cell of reference, query and mask a list; each depends on its number, the seed and the
+    arguments of [`Rows`] alone."""
+    drawing = Rows(designs, split, **shares)
     for number in numbers:
         row = drawing.draw(np.random.default_rng([seed, number]))
         yield {n: [v] if n in LISTS and not isinstance(v, list) else v for n, v in row.items()}
@@ -137,6 +148,10 @@ def main():
     parser.add_argument("--output_dir", type=Path, help="default: pairs, in the work folder")
     parser.add_argument("--num_rows", type=int, default=24_000)
     parser.add_argument("--split", choices=SPLITS, default="wide", help="which instances stay unseen")
+    parser.add_argument(
+        "--free_share", type=float, default=0.5, help="of references with things of any size at any place"
+    )
+    parser.add_argument("--others_share", type=float, default=0.4, help="of neighbours that are other emoji")
     parser.add_argument("--num_proc", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -151,7 +166,7 @@ def main():
         cache_dir=str(output / ".cache"),
         gen_kwargs={
             "designs": str(args.work_dir / "designs"), "numbers": list(range(args.num_rows)), "seed": args.seed,
-            "split": args.split,
+            "split": args.split, "free_share": args.free_share, "others_share": args.others_share,
         },
         num_proc=args.num_proc,
     )  # fmt: skip
