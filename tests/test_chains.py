@@ -217,6 +217,8 @@ TWO_PICTURES = ("StableDiffusionAdapterPipeline", "StableDiffusionInstructPix2Pi
 
 def make_pipeline(name: str):
     """The stock pipeline and its SSR version, made of the same parts."""
+    if not hasattr(diffusers, name):
+        pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
     stock_class = getattr(diffusers, name)
     extra, _ = CHAINS[name]
     taken = inspect.signature(stock_class.__init__).parameters
@@ -388,6 +390,8 @@ def test_from_pipe_leaves_the_precision_as_it_is(pipe):
     for name in ("unet", "vae", "text_encoder", "ssr_encoder", "controlnet"):
         assert getattr(other, name).dtype == torch.bfloat16, name
     assert StableDiffusionSSRPipeline.from_pipe(other, dtype=torch.float32).unet.dtype == torch.float32
+    if "torch.float32" not in inspect.getsource(DiffusionPipeline.from_pipe):
+        return  # older versions of diffusers leave different precisions as they are
     pipe.unet.to(torch.float16)  # of different precisions diffusers makes the one that loses nothing
     assert StableDiffusionSSRPipeline.from_pipe(pipe).unet.dtype == torch.float32
 
