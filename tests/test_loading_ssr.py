@@ -107,6 +107,23 @@ def test_an_encoder_in_memory_is_taken_as_it_is():
     assert np.isfinite(pipe(**subject_args()).images).all()
 
 
+@pytest.mark.parametrize("training", ["ssr_encoder", "ssr_image_encoder"])
+def test_an_encoder_in_training_is_loaded_for_evaluation(training):
+    pipe, parts = stock_with_room(), {"ssr_encoder": make_ssr_encoder(), "ssr_image_encoder": make_image_encoder()}
+    parts[training].train()
+    pipe.load_ssr(parts["ssr_encoder"], image_encoder=parts["ssr_image_encoder"])
+    assert not any(module.training for part in parts.values() for module in part.modules())
+
+
+def test_unloading_forgets_the_scale(pipe):
+    expected = pipe(**subject_args(subject_scale=None)).images
+    pipe.set_ssr_scale(0.2)
+    parts = pipe.ssr_encoder, pipe.ssr_image_encoder, pipe.ssr_image_processor
+    pipe.unload_ssr()
+    pipe.load_ssr(parts[0], image_encoder=parts[1], image_processor=parts[2])
+    assert np.array_equal(pipe(**subject_args(subject_scale=None)).images, expected)
+
+
 def test_an_encoder_on_another_device_is_refused(monkeypatch):
     pipe = stock_with_room()
     monkeypatch.setattr(StableDiffusionSSRPipeline, "_execution_device", torch.device("cuda"))

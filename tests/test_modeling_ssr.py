@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import make_image_encoder, make_ssr_encoder, make_unet
 from diffusers_ssr import SSREncoder
 from diffusers_ssr.modeling_ssr import SD15_ATTENTION_LAYERS, consistency_loss
@@ -225,6 +226,28 @@ def test_save_and_load(tmp_path):
     assert dict(loaded.config)["attention_layers"] == encoder.config.attention_layers
     for name, tensor in encoder.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("way", ["from_released", "from_pretrained", "layers_alone"])
+def test_an_encoder_is_made_for_evaluation(tmp_path, way):
+    if way == "from_released":
+        _, *files = small_released()
+        made = SSREncoder.from_released(*files, **TWO_LAYERS)
+    elif way == "from_pretrained":
+        make_ssr_encoder().save_pretrained(tmp_path)
+        made = SSREncoder.from_pretrained(tmp_path)
+    else:
+        made = make_ssr_encoder().layers_alone()
+    assert not any(module.training for module in made.modules())
+
+
+def test_a_fingerprint_is_made_where_the_encoder_runs():
+    """Offloaded weights lie on no device until they are used."""
+    encoder = make_ssr_encoder()
+    expected = encoder.fingerprint()
+    cpu_offload(encoder, torch.device("cpu"))
+    assert encoder.device.type == "meta"
+    assert torch.equal(encoder.fingerprint(torch.device("cpu")), expected)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 77])

@@ -218,6 +218,12 @@ def test_subjects_of_different_encoders_are_not_added(pipe, pair):
         pair + 1
 
 
+@pytest.mark.parametrize("unknown", ["first", "second", "both"])
+def test_a_sum_knows_its_encoder_if_a_part_does(pair, unknown):
+    parts = [replace(pair, fingerprint=None) if unknown in (which, "both") else pair for which in ("first", "second")]
+    assert (parts[0] + parts[1]).fingerprint is (None if unknown == "both" else pair.fingerprint)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_fingerprint_tells_encoders_apart_but_not_precisions(dtype):
     encoder = make_ssr_encoder()
