@@ -7,6 +7,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook, CpuOffload
 from conftest import (
     call_args,
@@ -82,6 +83,17 @@ def test_drawing_with_models_that_are_offloaded():
     pipe.enable_model_cpu_offload(device="cpu")
     pipe.load_ssr(make_ssr_encoder(), image_encoder=make_image_encoder())
     assert np.array_equal(pipe(**subject_args()).images, expected)
+
+
+def test_an_encoder_whose_weights_lie_on_no_device_until_they_are_used(pipe, monkeypatch):
+    """As in sequential offloading; both encoding and drawing ask for its fingerprint."""
+    expected = pipe(**subject_args()).images
+    cpu_offload(pipe.ssr_encoder, torch.device("cpu"))
+    monkeypatch.setattr(StableDiffusionSSRPipeline, "_execution_device", torch.device("cpu"))
+    assert pipe.ssr_encoder.device.type == "meta"
+    assert np.array_equal(pipe(**subject_args(subject_image=np.asarray(make_picture()))).images, expected)
+    subject = pipe.encode_subject(make_picture(), "cat").scaled(1.0)
+    assert np.array_equal(pipe(**call_args(subject=subject)).images, expected)
 
 
 @pytest.mark.skipif(
