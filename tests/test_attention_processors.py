@@ -288,6 +288,14 @@ def test_regions_keep_each_subject_to_its_place(grid, mask_size):
         torch.testing.assert_close(out[:, rows:, columns:], nothing[:, rows:, columns:])
 
 
+def test_a_position_is_reached_where_a_region_covers_more_than_half_of_it():
+    """A quarter and a half above, three quarters and all below."""
+    region = torch.tensor([[[1.0, 0, 1, 1], [0, 0, 0, 0], [1, 1, 1, 1], [1, 0, 1, 1]]])
+    tokens = torch.randn(1, 3, 8), torch.randn(1, 3, 8)
+    subject = conditions_of(*tokens, torch.zeros(1, 3), [[region]]).for_layer(LAYER, 1, (2, 2))
+    assert subject.reached.flatten().tolist() == [0, 0, 1, 1]
+
+
 def test_positions_that_are_no_grid_are_refused_with_a_region_alone():
     attn, tensors, key, value = parity_layer()
     states = torch.randn(2, 10, 40), tensors["text_embeds"]

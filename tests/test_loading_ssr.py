@@ -7,6 +7,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook, CpuOffload
 from conftest import (
     call_args,
@@ -84,6 +85,17 @@ def test_drawing_with_models_that_are_offloaded():
     assert np.array_equal(pipe(**subject_args()).images, expected)
 
 
+def test_an_encoder_whose_weights_lie_on_no_device_until_they_are_used(pipe, monkeypatch):
+    """As in sequential offloading; both encoding and drawing ask for its fingerprint."""
+    expected = pipe(**subject_args()).images
+    cpu_offload(pipe.ssr_encoder, torch.device("cpu"))
+    monkeypatch.setattr(StableDiffusionSSRPipeline, "_execution_device", torch.device("cpu"))
+    assert pipe.ssr_encoder.device.type == "meta"
+    assert np.array_equal(pipe(**subject_args(subject_image=np.asarray(make_picture()))).images, expected)
+    subject = pipe.encode_subject(make_picture(), "cat").scaled(1.0)
+    assert np.array_equal(pipe(**call_args(subject=subject)).images, expected)
+
+
 @pytest.mark.skipif(
     not hasattr(DiffusionPipeline, "enable_group_offload"), reason="diffusers before 0.35 cannot do it"
 )
@@ -105,6 +117,23 @@ def test_an_encoder_in_memory_is_taken_as_it_is():
     pipe.load_ssr(encoder, image_encoder=image_encoder)
     assert (encoder.dtype, image_encoder.dtype) == (torch.float16, torch.bfloat16)
     assert np.isfinite(pipe(**subject_args()).images).all()
+
+
+@pytest.mark.parametrize("training", ["ssr_encoder", "ssr_image_encoder"])
+def test_an_encoder_in_training_is_loaded_for_evaluation(training):
+    pipe, parts = stock_with_room(), {"ssr_encoder": make_ssr_encoder(), "ssr_image_encoder": make_image_encoder()}
+    parts[training].train()
+    pipe.load_ssr(parts["ssr_encoder"], image_encoder=parts["ssr_image_encoder"])
+    assert not any(module.training for part in parts.values() for module in part.modules())
+
+
+def test_unloading_forgets_the_scale(pipe):
+    expected = pipe(**subject_args(subject_scale=None)).images
+    pipe.set_ssr_scale(0.2)
+    parts = pipe.ssr_encoder, pipe.ssr_image_encoder, pipe.ssr_image_processor
+    pipe.unload_ssr()
+    pipe.load_ssr(parts[0], image_encoder=parts[1], image_processor=parts[2])
+    assert np.array_equal(pipe(**subject_args(subject_scale=None)).images, expected)
 
 
 def test_an_encoder_on_another_device_is_refused(monkeypatch):

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import make_image_encoder, make_ssr_encoder, make_unet
-from diffusers_ssr import SSREncoder
+from diffusers_ssr import SSREncoder, modeling_ssr
 from diffusers_ssr.modeling_ssr import SD15_ATTENTION_LAYERS, consistency_loss
 from safetensors.torch import load_file, save_file
 
@@ -227,6 +228,28 @@ def test_save_and_load(tmp_path):
         assert torch.equal(loaded.state_dict()[name], tensor)
 
 
+@pytest.mark.parametrize("way", ["from_released", "from_pretrained", "layers_alone"])
+def test_an_encoder_is_made_for_evaluation(tmp_path, way):
+    if way == "from_released":
+        _, *files = small_released()
+        made = SSREncoder.from_released(*files, **TWO_LAYERS)
+    elif way == "from_pretrained":
+        make_ssr_encoder().save_pretrained(tmp_path)
+        made = SSREncoder.from_pretrained(tmp_path)
+    else:
+        made = make_ssr_encoder().layers_alone()
+    assert not any(module.training for module in made.modules())
+
+
+def test_a_fingerprint_is_made_where_the_encoder_runs():
+    """Offloaded weights lie on no device until they are used."""
+    encoder = make_ssr_encoder()
+    expected = encoder.fingerprint()
+    cpu_offload(encoder, torch.device("cpu"))
+    assert encoder.device.type == "meta"
+    assert torch.equal(encoder.fingerprint(torch.device("cpu")), expected)
+
+
 @pytest.mark.parametrize("num_tokens", [1, 77])
 @pytest.mark.parametrize("as_list", [True, False])
 def test_shapes(num_tokens, as_list):
@@ -266,6 +289,40 @@ def test_a_config_that_is_no_encoders_is_refused(tmp_path, config):
     if config != {"attention_layers": None}:
         with pytest.raises(ValueError, match=f"`pretrained_model_name_or_path`: {tmp_path} .*`{name}"):
             SSREncoder.from_pretrained(tmp_path)
+
+
+LARGEST = {
+    **dict.fromkeys(("cross_attention_dim", "vision_hidden_size", "inner_dim"), 2 ** 15),
+    "num_attention_heads": 2**15, "image_levels": [1] * 64, "image_levels[0]": [1024], "attention_layers['a']": {"a": 2**15},
+    "attention_layers": {f"a{index}": 1 for index in range(1024)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LARGEST)
+def test_the_largest_sizes_are_accepted_and_no_larger_ones(name):
+    argument, largest = name.partition("[")[0], LARGEST[name]
+    if isinstance(largest, int):
+        larger = largest + 1
+    elif name == "image_levels[0]":
+        larger = [1025]
+    elif name == "attention_layers['a']":
+        larger = {"a": 2**15 + 1}
+    else:
+        larger = [*largest, 1] if isinstance(largest, list) else {**largest, "b": 1}
+    sizes = {"inner_dim": 2**15} if name == "num_attention_heads" else {}
+    with torch.device("meta"):
+        assert make_ssr_encoder(**{**sizes, argument: largest}).config[argument] == largest
+        with pytest.raises(ValueError, match=f"`{argument}"):
+            make_ssr_encoder(**{**sizes, argument: larger})
+
+
+def test_weights_are_counted_before_they_take_memory(monkeypatch):
+    count = sum(parameter.numel() for parameter in make_ssr_encoder().parameters())
+    monkeypatch.setattr(modeling_ssr, "MAX_PARAMETERS", count)
+    make_ssr_encoder()
+    monkeypatch.setattr(modeling_ssr, "MAX_PARAMETERS", count - 1)
+    with pytest.raises(ValueError, match=f"has {count:,} weights, more than any: {count - 1:,}"):
+        make_ssr_encoder()
 
 
 def test_an_encoder_larger_than_any_is_refused():

@@ -3,12 +3,13 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_picture, make_ssr_encoder
-from diffusers_ssr import SubjectEmbeds, subject_file
+from diffusers_ssr import SubjectEmbeds, subject_embeds, subject_file
 from diffusers_ssr.subject_embeds import same_fingerprint
 from PIL import Image
 from safetensors import safe_open
@@ -132,6 +133,22 @@ def test_a_full_disk_leaves_the_old_file(pair, tmp_path):
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
+def test_an_error_in_writing_leaves_the_old_file(pair, tmp_path, monkeypatch):
+    """Whether or not safetensors itself writes files whole."""
+    path = tmp_path / "pair.safetensors"
+    pair.save(path)
+    before = path.read_bytes()
+
+    def write_a_part(tensors, file, metadata):
+        Path(file).write_bytes(before[:100])
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(subject_embeds, "save_file", write_a_part)
+    with pytest.raises(OSError, match="the disk is gone"):
+        pair.compact(2).save(path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
 def test_what_could_not_be_loaded_is_not_saved(pair, tmp_path, monkeypatch):
     monkeypatch.setattr(subject_file, "MAX_BYTES", 1000)
     with pytest.raises(ValueError, match="at most 64 subjects and 1,000 bytes"):
@@ -218,11 +235,18 @@ def test_subjects_of_different_encoders_are_not_added(pipe, pair):
         pair + 1
 
 
+@pytest.mark.parametrize("unknown", ["first", "second", "both"])
+def test_a_sum_knows_its_encoder_if_a_part_does(pair, unknown):
+    parts = [replace(pair, fingerprint=None) if unknown in (which, "both") else pair for which in ("first", "second")]
+    assert (parts[0] + parts[1]).fingerprint is (None if unknown == "both" else pair.fingerprint)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_fingerprint_tells_encoders_apart_but_not_precisions(dtype):
     encoder = make_ssr_encoder()
     fingerprint = encoder.fingerprint()
-    assert same_fingerprint(fingerprint, encoder.to(dtype).fingerprint())
+    rough = encoder.to(dtype).fingerprint()
+    assert same_fingerprint(fingerprint, rough) and (rough.dtype, rough.device.type) == (torch.float32, "cpu")
     assert not same_fingerprint(fingerprint, make_ssr_encoder(seed=5).fingerprint())
     changed = make_ssr_encoder()
     next(iter(changed.layers.values()))["to_v"].weight.data *= 2
