@@ -250,6 +250,62 @@ def test_a_fingerprint_is_made_where_the_encoder_runs():
     assert torch.equal(encoder.fingerprint(torch.device("cpu")), expected)
 
 
+def test_a_fingerprint_stays_what_it_is_in_files():
+    """Files of subjects hold it, and are to be read by later versions too."""
+    encoder = make_ssr_encoder()
+    for index, parameter in enumerate(encoder.parameters()):
+        parameter.data = torch.sin(torch.arange(parameter.numel()) * 0.37 + index).reshape(parameter.shape)
+    fingerprint = encoder.fingerprint()
+    assert fingerprint.shape == (4, 8)
+    expected = [[1.386, 0.844, -0.158], [1.026, 0.837, -0.817], [0.082, -0.019, -1.335], [6.418, 20.636, -19.880]]
+    torch.testing.assert_close(fingerprint[:, [0, 1, 7]], torch.tensor(expected), atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_layers_alone_draw_as_the_whole_encoder(dtype):
+    encoder = make_ssr_encoder().to(dtype)
+    alone, subject = encoder.layers_alone(), torch.randn(1, 5, 32, dtype=dtype)
+    assert {parameter.dtype for parameter in alone.parameters()} == {dtype}
+    assert torch.equal(alone.fingerprint(), encoder.fingerprint())
+    for ours, theirs in zip(alone.project(subject), encoder.project(subject), strict=True):
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+
+
+def test_the_attention_is_given_when_asked_for():
+    encoder = make_ssr_encoder()
+    states = torch.randn(1, 5, 32), torch.randn(3, 1, 17, 24)
+    with torch.no_grad():
+        subject, probs = encoder(*states, output_attentions=True)
+        assert torch.equal(subject, encoder(*states))
+        assert torch.equal(probs, encoder.attention_probs(states[0], states[1][-1]))
+
+
+@pytest.mark.parametrize(
+    "tensor,finite",
+    [
+        (torch.tensor([1.0, 2.0]), True),
+        (torch.tensor([1.0, float("nan")]), False),
+        (torch.tensor([1.0, -float("inf")]).half(), False),
+        (torch.tensor([1.0, float("nan")], device="meta"), True),
+        (torch.tensor([1, 2]), True),
+        (torch.tensor([1.0, float("nan")]).to(torch.float8_e4m3fn), True),
+    ],
+    ids=["finite", "nan", "inf in half precision", "meta", "whole numbers", "8 bits"],
+)
+def test_what_is_finite(tensor, finite):
+    assert modeling_ssr.is_finite(tensor) is finite
+
+
+@pytest.mark.parametrize("count,named", [(0, "none"), (1, "0"), (3, "0, 1, 2"), (5, "0, 1, 2 and 2 more")])
+def test_of_many_names_the_first_are_given(count, named):
+    assert modeling_ssr.some_names([str(index) for index in range(count)]) == named
+
+
+def test_a_folder_that_is_not_there_is_an_os_error(tmp_path):
+    with pytest.raises(OSError, match="nowhere"):
+        SSREncoder.from_pretrained(tmp_path / "nowhere")
+
+
 @pytest.mark.parametrize("num_tokens", [1, 77])
 @pytest.mark.parametrize("as_list", [True, False])
 def test_shapes(num_tokens, as_list):
@@ -316,13 +372,20 @@ def test_the_largest_sizes_are_accepted_and_no_larger_ones(name):
             make_ssr_encoder(**{**sizes, argument: larger})
 
 
-def test_weights_are_counted_before_they_take_memory(monkeypatch):
-    count = sum(parameter.numel() for parameter in make_ssr_encoder().parameters())
+@pytest.mark.parametrize("config", [{"image_levels": [0]}, {"num_attention_heads": 1}, {"attention_layers": {"a": 1}}])
+def test_the_smallest_sizes_are_accepted(config):
+    make_ssr_encoder(**config)
+
+
+@pytest.mark.parametrize("config", [{}, {"attention_layers": {}, "image_levels": ()}, {"image_levels": (1, 1)}])
+def test_weights_are_counted_before_they_take_memory(monkeypatch, config):
+    sizes = {**TWO_LAYERS, **config}
+    count = sum(parameter.numel() for parameter in SSREncoder(**sizes).parameters())
     monkeypatch.setattr(modeling_ssr, "MAX_PARAMETERS", count)
-    make_ssr_encoder()
+    SSREncoder(**sizes)
     monkeypatch.setattr(modeling_ssr, "MAX_PARAMETERS", count - 1)
     with pytest.raises(ValueError, match=f"has {count:,} weights, more than any: {count - 1:,}"):
-        make_ssr_encoder()
+        SSREncoder(**sizes)
 
 
 def test_an_encoder_larger_than_any_is_refused():
@@ -375,6 +438,15 @@ def test_attention_probs_are_a_distribution_and_follow_the_mask():
     torch.testing.assert_close(plain.sum(-1), torch.ones(1, 2, 5))
     inside = masked[..., 1:].unflatten(-1, (4, 4))[..., :2].sum((-1, -2))
     assert (inside > 0.99).all()
+
+
+@pytest.mark.parametrize("method", ["attention_probs", "forward"])
+def test_a_mask_weighs_1_by_default(method):
+    encoder, mask = make_ssr_encoder(), torch.eye(32)[None, None]
+    levels = torch.randn(3, 1, 17, 24)
+    states = torch.randn(1, 5, 32), levels[-1] if method == "attention_probs" else levels
+    with torch.no_grad():
+        assert torch.equal(getattr(encoder, method)(*states, mask), getattr(encoder, method)(*states, mask, 1.0))
 
 
 @pytest.mark.parametrize("form,key", [("released", "released_code"), ("paper", "paper")])
