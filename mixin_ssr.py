@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Optional
 
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -55,9 +55,10 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
     def __init__(
         self,
         *args,
-        ssr_encoder: ModelMixin | None = None,
-        ssr_image_encoder: PreTrainedModel | None = None,
-        ssr_image_processor: CLIPImageProcessor | None = None,
+        # not `ModelMixin | None`: diffusers 0.36 understands no such annotation, and `from_pretrained` would raise a KeyError
+        ssr_encoder: Optional[ModelMixin] = None,  # noqa: UP045
+        ssr_image_encoder: Optional[PreTrainedModel] = None,  # noqa: UP045
+        ssr_image_processor: Optional[CLIPImageProcessor] = None,  # noqa: UP045
         **kwargs,
     ):
         super().__init__(*args, **kwargs)

@@ -1,7 +1,9 @@
 """Components that are exchanged, absent, offloaded, pickled or loaded as another class."""
 
+import inspect
 import pickle
 import sys
+from typing import Union, get_origin
 
 import diffusers
 import numpy as np
@@ -25,6 +27,7 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from diffusers_ssr import (
+    AnimateDiffSSRPipeline,
     StableDiffusionSSRControlNetPipeline,
     StableDiffusionSSRPipeline,
     library_internals,
@@ -249,6 +252,16 @@ def test_auto_pipelines_find_ours(pipe):
     # and the stock ones what they found before
     stock = AutoPipelineForImage2Image.from_pipe(StableDiffusionPipeline.from_pipe(pipe))
     assert type(stock) is diffusers.StableDiffusionImg2ImgPipeline
+
+
+@pytest.mark.parametrize(
+    "pipeline_class", [StableDiffusionSSRPipeline, StableDiffusionSSRControlNetPipeline, AnimateDiffSSRPipeline]
+)
+def test_components_are_annotated_as_old_versions_of_diffusers_read_it(pipeline_class):
+    """diffusers 0.36 reads `Optional[X]` and not `X | None`, and could not load a pipeline with such a component."""
+    parameters = inspect.signature(pipeline_class.__init__).parameters
+    for name in ("ssr_encoder", "ssr_image_encoder", "ssr_image_processor"):
+        assert get_origin(parameters[name].annotation) is Union, name
 
 
 def test_a_whole_pipeline_loads_as_another_class(pipe, tmp_path):
