@@ -15,7 +15,7 @@ from diffusers.models.attention_processor import (
     IPAdapterAttnProcessor2_0,
     SlicedAttnProcessor,
 )
-from diffusers_ssr.attention_processors import SubjectConditions
+from diffusers_ssr.attention_processors import LayerSubject, SSRAttnProcessor2_0, SubjectConditions, TextAndSubject
 from diffusers_ssr.unet_hooks import SUBJECT, _Hooks, _Loop
 from safetensors.torch import load_file
 from torch import nn
@@ -99,7 +99,7 @@ class OwnProjections(nn.Module):
             self.to_q_mine = nn.Linear(40, 40, bias=False)
         if own_output:
             self.to_out_mine = nn.Linear(40, 40)
-        self.strength = None
+        self.strength, self.further = None, ()
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, my_strength=1.0):
         self.strength = my_strength
@@ -108,7 +108,7 @@ class OwnProjections(nn.Module):
         query, key, value = to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
         states = (each.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for each in (query, key, value))
         found = torch.nn.functional.scaled_dot_product_attention(*states) * my_strength
-        return to_out(found.transpose(1, 2).flatten(2))
+        return to_out(found.transpose(1, 2).flatten(2), *self.further)
 
 
 def by_hand(attn, to_q, to_out, hidden, text, key, value):
@@ -209,6 +209,32 @@ def test_a_processor_beside_which_a_subject_cannot_act_is_named(way):
     attend(attn, tensors["hidden_states"], text)  # without a subject it may do what it likes
 
 
+def test_further_arguments_of_the_output_projection_are_passed_on():
+    class Scaled(nn.Linear):
+        def forward(self, states, factor):
+            return factor * super().forward(states)
+
+    attn, tensors, key, value = parity_layer()
+    processor = OwnProjections(False, True)
+    processor.to_out_mine, processor.further = Scaled(40, 40), (3.0,)
+    attn.set_processor(processor)
+    hidden, text = tensors["hidden_states"], tensors["text_embeds"]
+    out = attend(attn, hidden, text, conditions_of(key, value))
+    expected = by_hand(attn, attn.to_q, lambda states: processor.to_out_mine(states, 3.0), hidden, text, key, value)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_pass_whose_hooks_go_meanwhile_is_no_error():
+    """torch calls a hook that is removed during the pass without `kwargs`, so that the output stands in their place."""
+    attn, tensors, key, value = parity_layer()
+    processor = SSRAttnProcessor2_0()
+    text = TextAndSubject(tensors["text_embeds"], LayerSubject(key, value))
+    processor.enter(attn, (), {"encoder_hidden_states": text})
+    assert processor.visits
+    processor.leave(attn, (), tensors["hidden_states"])
+    assert not processor.visits
+
+
 def test_an_error_in_the_processor_is_its_own():
     attn, tensors, key, value = parity_layer()
 
@@ -296,6 +322,26 @@ def test_a_position_is_reached_where_a_region_covers_more_than_half_of_it():
     assert subject.reached.flatten().tolist() == [0, 0, 1, 1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("regions", [None, [[torch.eye(4)[None]]]])
+def test_masks_are_made_once_for_each_grid_in_the_keys_precision(dtype, regions):
+    tokens = torch.randn(1, 3, 8, dtype=dtype), torch.randn(1, 3, 8, dtype=dtype)
+    conditions = conditions_of(*tokens, torch.zeros(1, 3), regions, torch.tensor([[1.0, 2.0, 4.0]]))
+    first, again = (conditions.for_layer(LAYER, 1, (2, 2)) for _ in range(2))
+    assert first.mask is again.mask and first.reached is again.reached and first.mask.dtype == dtype
+    assert first.reached is None or first.reached.dtype == dtype
+    if regions is not None:
+        shapes = [conditions.for_layer(LAYER, *size).mask.shape[2] for size in ((1, (2, 2)), (3, (2, 2)), (1, (4, 4)))]
+        assert shapes == [4, 12, 16]
+
+
+def test_regions_are_fitted_where_the_keys_are():
+    tokens = torch.zeros(1, 3, 8, device="meta"), torch.zeros(1, 3, 8, device="meta")
+    owner = torch.zeros(1, 3, device="meta")
+    subject = conditions_of(*tokens, owner, [[torch.eye(4)[None], None]]).for_layer(LAYER, 1, (2, 2))
+    assert {subject.mask.device.type, subject.reached.device.type} == {"meta"}
+
+
 def test_positions_that_are_no_grid_are_refused_with_a_region_alone():
     attn, tensors, key, value = parity_layer()
     states = torch.randn(2, 10, 40), tensors["text_embeds"]
@@ -321,6 +367,17 @@ def test_keyframes_are_blended():
         blended = (each[row, 0] * (1 - place) + each[row, 1] * place for each in pair)
         alone = attend(attn, hidden[index][None], text[:1], conditions_of(*(each[None] for each in blended)))
         torch.testing.assert_close(video[index], alone[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("regions", [None, [[torch.ones(1, 2, 2)]]])
+def test_padding_stays_padding_in_every_frame(regions):
+    """With keyframes each frame is a row of its own."""
+    tokens, owner = torch.randn(1, 2, 3, 8), torch.tensor([[0.0, 0.0, -1.0]])
+    places = torch.tensor([0.0, 0.5, 1.0])
+    conditions = conditions_of(tokens, tokens, owner, regions, frames=3, keyframes=places)
+    mask = conditions.for_layer(LAYER, 3, (2, 2)).mask
+    assert mask.shape == (3, 1, 1 if regions is None else 4, 3)
+    assert torch.equal(mask, torch.tensor([True, True, False]).expand_as(mask))
 
 
 def test_regions_may_differ_from_frame_to_frame():

@@ -258,6 +258,13 @@ def test_every_pipeline(name):
     assert np.array_equal(draw(stock, name), expected)
 
 
+def test_a_window_needs_a_pipeline_with_callbacks():
+    _, pipe = make_pipeline("StableDiffusionGLIGENPipeline")
+    subject = pipe.encode_subject(make_picture(), "cat")
+    with pytest.raises(ValueError, match="need a pipeline with `callback_on_step_end`"):
+        draw(pipe, "StableDiffusionGLIGENPipeline", subject=subject, subject_end=0.5)
+
+
 def test_every_pipeline_of_diffusers_is_accounted_for():
     for name in dir(diffusers):
         found = getattr(diffusers, name) if name.endswith("Pipeline") else None

@@ -1,15 +1,27 @@
 """What diffusers' own pipeline tests check of every pipeline, for ours with a subject."""
 
+import ast
 import inspect
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import call_args, make_components, make_picture, make_ssr_components, snapshot
-from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionPipeline,
+)
 from diffusers.utils.testing_utils import torch_device
-from diffusers_ssr import StableDiffusionSSRPipeline
+from diffusers_ssr import SSREncoder, SSRPipelineMixin, StableDiffusionSSRPipeline, mixin_ssr
+from diffusers_ssr.attention_processors import SubjectConditions
 from diffusers_ssr.encoding_ssr import _caches
+from diffusers_ssr.modeling_ssr import consistency_loss
+from diffusers_ssr.subject_embeds import Subject
 from peft import LoraConfig, inject_adapter_in_model
 from test_pipeline_ssr import stock_of, subject_args
 
@@ -44,6 +56,61 @@ def test_the_signature_names_every_argument():
 def test_every_argument_is_documented():
     for name in OURS:
         assert f"{name} (" in inspect.getdoc(StableDiffusionSSRPipeline.__call__), name
+
+
+DOCUMENTED = [
+    SSRPipelineMixin.__call__, SSRPipelineMixin.encode_subject, SSRPipelineMixin.subject_attention_map,
+    SSRPipelineMixin.load_ssr, SSREncoder, SSREncoder.attention_probs, SSREncoder.forward, consistency_loss,
+    SubjectConditions, Subject,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("what", DOCUMENTED, ids=lambda what: what.__qualname__)
+def test_defaults_are_those_that_are_documented(what):
+    parameters = inspect.signature(what).parameters
+    documented = dict(re.findall(r"(\w+) \(`[^\n]*?defaults to `?(.+?)`?\)[,:]", what.__doc__))
+    assert documented
+    found = {name: parameters[name].default for name in documented}
+    assert found == {name: ast.literal_eval(value) for name, value in documented.items()}
+
+
+BRANCHES = {
+    "stock": (SimpleNamespace(), {1: (True,), 2: (False, True)}),
+    "PAG": (
+        SimpleNamespace(do_perturbed_attention_guidance=True), {1: (True,), 2: (True, True), 3: (False, True, True)}
+    ),
+    "PAG, switched off": (SimpleNamespace(do_perturbed_attention_guidance=False), {1: (True,), 2: (False, True)}),
+    "InstructPix2Pix": (
+        StableDiffusionInstructPix2PixPipeline.__new__(StableDiffusionInstructPix2PixPipeline),
+        {1: (True,), 3: (True, False, False)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BRANCHES)
+def test_the_branches_of_guidance_and_their_order(kind):
+    pipeline, known = BRANCHES[kind]
+    for count in range(5):
+        if count in known:
+            assert mixin_ssr._branches(pipeline, count) == known[count]
+        else:
+            with pytest.raises(ValueError, match=f"each picture {count} times"):
+                mixin_ssr._branches(pipeline, count)
+
+
+def test_a_class_of_the_users_keeps_what_it_has_of_its_own():
+    made = []
+
+    class Stock(StableDiffusionPipeline):
+        def __init_subclass__(cls, **kwargs):
+            super().__init_subclass__(**kwargs)
+            made.append(cls)
+
+    class Mine(SSRPipelineMixin, Stock):
+        def encode_prompt(self, prompt):
+            return f"mine: {prompt}"
+
+    assert made == [Mine] and Mine.encode_prompt(None, "a cat") == "mine: a cat"
 
 
 def test_components_make_the_same_pipeline(pipe):

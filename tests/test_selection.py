@@ -162,11 +162,16 @@ def test_fewer_tokens_change_the_picture_more(pipe):
     assert change[1] < 0.3 * np.abs(pipe(**call_args()).images - whole).mean()
 
 
-def test_references_one_to_one_with_the_prompts(pipe):
+@pytest.mark.parametrize("encoded", [False, True])
+def test_references_one_to_one_with_the_prompts(pipe, encoded):
     prompts, queries = ["a cat", "a dog"], ["cat", "dog"]
     pictures = [make_picture(1), make_picture(2)]
     arguments = subject_args(generator=None, latents=torch.zeros(2, 4, 8, 8))
-    images = pipe(**{**arguments, "prompt": prompts, "subject_image": pictures, "subject_query": queries}).images
+    text = {"prompt": prompts}
+    if encoded:
+        embeds = pipe.encode_prompt(prompts, "cpu", 1, True)
+        text = {"prompt": None, "prompt_embeds": embeds[0], "negative_prompt_embeds": embeds[1]}
+    images = pipe(**{**arguments, **text, "subject_image": pictures, "subject_query": queries}).images
     for index in range(2):
         changed = {"prompt": prompts[index], "subject_image": pictures[index], "subject_query": queries[index]}
         alone = pipe(**{**arguments, **changed, "latents": torch.zeros(1, 4, 8, 8)}).images[0]

@@ -22,7 +22,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.utils import logging
 from diffusers_ssr import StableDiffusionSSRPipeline, library_internals, set_max_concurrent_calls, shared_components
 from diffusers_ssr import unet_hooks as hooks_of_the_package
-from test_chains import make_controlnet
+from test_chains import make_controlnet, make_pipeline
 
 from tools.mixed_requests import mixed_requests, wrong_outcomes
 
@@ -131,6 +131,19 @@ def test_the_copied_tokenizer_follows_the_pipelines_own(pipe):
     assert agree("a CAT <new>") and not torch.equal(pipe.encode_prompt("a CAT <new>", "cpu", 1, False)[0], before)
     pipe.tokenizer.model_max_length = 8
     assert agree("a CAT <new>") and pipe.encode_prompt("a cat", "cpu", 1, False)[0].shape[1] == 8
+
+
+@pytest.mark.parametrize(
+    "name,method",
+    [("StableDiffusionPipeline", "encode_prompt"), ("StableDiffusionInstructPix2PixPipeline", "_encode_prompt")],
+)
+def test_the_shared_tokenizers_state_is_left_alone(name, method):
+    _, pipe = make_pipeline(name)
+    state = pipe.tokenizer.backend_tokenizer
+    state.no_padding()
+    getattr(pipe, method)("a cat", "cpu", 1, False)
+    pipe.encode_subject(make_picture(), "cat")
+    assert state.padding is None
 
 
 def test_what_encode_prompt_sets_is_set_in_the_pipeline(pipe):

@@ -202,8 +202,8 @@ class Reach:
                 last = max(first, min(last, node.body[0].lineno - 1))
         found = {each for number in range(first, last + 1) for each in self.contexts.get(number, ())}
         tests = {each.rpartition("|")[0] for each in found if "|" in each}
-        if not tests:  # run at import
-            tests = {each.rpartition("|")[0] for known in self.contexts.values() for each in known if "|" in each}
+        if not tests or "" in found:  # run at import
+            tests |= {each.rpartition("|")[0] for known in self.contexts.values() for each in known if "|" in each}
         chosen, total = [], 0.0
         for test in sorted(tests, key=lambda test: (self.durations.get(test, 0.0), test)):
             total += self.durations.get(test, 0.0) + 0.02
