@@ -222,9 +222,8 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
             passes.stop()
         if passes.count == 0:
             raise ValueError(
-                f"{type(self).__name__} drew without its subject: no forward pass of the UNet was given" f"
-                `cross_attention_kwargs`. Something stands between the pipeline and `unet`
-                ({type(self.unet).__name__})."
+                f"{type(self).__name__} drew without its subject: no forward pass of the UNet was given"
+                f" `cross_attention_kwargs`. Something stands between the pipeline and `unet` ({type(self.unet).__name__})."
             )
         return output
 
