@@ -1,5 +1,4 @@
-"""All uses of private names of torch, diffusers and transformers, and the differences between versions of these
-libraries.
+"""Wrappers of private names of torch, diffusers and transformers, and of differences between their versions.
 
 There are no public equivalents of these names in diffusers 0.42 and torch 2.14. To support a newer version of one of
 the libraries, start with this file.

@@ -36,9 +36,9 @@ def _in_own_pipeline(call: Callable) -> Callable:
 
 class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingMixin):
     r"""
-    Adds SSR-Encoder to a Stable Diffusion 1.5 pipeline of diffusers: `class MyPipeline(SSRPipelineMixin,
-    StockPipeline)` has the arguments and components of the stock pipeline and those documented here.
-    docs/how_it_works.md describes how a picture and a query are processed by the modules.
+    Adds SSR-Encoder to a Stable Diffusion 1.5 pipeline of diffusers. A class
+    `class MyPipeline(SSRPipelineMixin, StockPipeline)` has the arguments and components of the stock pipeline and those
+    documented here. docs/how_it_works.md describes how the modules process a picture and a query.
 
     **When the hooks are in the UNet.** The weights are in the `ssr_encoder` component and are never copied into the
     UNet. The subject is added by forward hooks. They are on the UNet's layers only during the forward passes of a call
@@ -101,7 +101,7 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
         **kwargs,
     ):
         r"""
-        The call function to the pipeline for generation, with subjects from reference pictures. It accepts all
+        Generates pictures or videos like the stock pipeline, with subjects from reference pictures. It accepts all
         arguments of the stock pipeline. Without a subject, the stock call runs unchanged.
 
         `subject_image`, `subject_query` and `subject_mask` can be lists. With a list of prompts, they have one element
@@ -127,8 +127,8 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
             subject ([`SubjectEmbeds`], `dict` or `list`, *optional*):
                 Subjects returned by `encode_subject`, instead of the arguments above. Pass one for all prompts, or a
                 list with one for each prompt, with `None` for a prompt without a subject. For a video, a dict maps
-                frames to subjects (`{0: cat, 8: dog}`), and the frames between them are interpolated. `None` at a
-                frame fades the subject out.
+                frames to subjects (`{0: cat, 8: dog}`), and the subjects are interpolated for the frames between
+                them. `None` at a frame fades the subject out.
             subject_start (`float`, defaults to 0.0), subject_end (`float`, defaults to 1.0):
                 The part of the denoising process in which the subject is used, as fractions of the steps. Early steps
                 determine layout and colours, late steps determine details.
@@ -237,8 +237,8 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
                 the scale per block, in the format of `set_ip_adapter_scale`. Blocks that are not in the dict get 0.
 
         Raises:
-            `ValueError`: if `scale` is not a number or a dict of numbers, or if it has blocks that the UNet does not
-            have.
+            `ValueError`: if `scale` is not a number or a dict of numbers, or if it has blocks that do not attend to
+            subjects.
 
         Example:
 

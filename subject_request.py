@@ -65,8 +65,7 @@ class SubjectRequest:
         changes: if a callback switches guidance off, only the conditional branch remains.
 
         Args:
-            sample (`torch.Tensor` of shape `(batch_size, channels, height, width)` or `(batch_size, channels,
-            num_frames, height, width)`):
+            sample (`torch.Tensor` of shape `(batch_size, channels, height, width)` or `(batch_size, channels, num_frames, height, width)`):
                 The latents of the forward pass. Their batch size determines the branches of guidance.
 
         Returns:
@@ -236,8 +235,8 @@ def _regions(entries: list, num_keyframes: int, frames: int) -> list[list[torch.
 def _region_of_frames(
     regions: list[torch.Tensor | None], keyframes: tuple[int, ...], frames: int
 ) -> torch.Tensor | None:
-    """Combines the regions of one subject at its keyframes into one region of shape `(1 or num_frames, height,
-    width)`, in which each frame has the region of the nearest keyframe."""
+    """Combines the regions of one subject at its keyframes into one region, in which each frame has the region of the
+    nearest keyframe. Its shape is `(1 or num_frames, height, width)`."""
     given = [region if region is None or region.ndim == 3 else region[None] for region in regions]
     if all(region is regions[0] for region in regions):
         return given[0]
