@@ -152,7 +152,8 @@ def check_fits(unet, encoder, image_encoder, text_encoder) -> None:
 
 
 def check_fits_unet(unet, encoder) -> None:
-    """Raises a `ValueError` if an SSR-Encoder was made for another UNet, or if FreeNoise's split inference is enabled."""
+    """Raises a `ValueError` if an SSR-Encoder was made for another UNet, or if FreeNoise's split inference is
+    enabled."""
     config, unet = encoder.config, unet_hooks.find_unet(unet)
     if library_internals.uses_split_inference(unet):
         raise ValueError(
@@ -174,8 +175,8 @@ def check_fits_unet(unet, encoder) -> None:
 
 
 def check_precision(text_encoder: nn.Module | None, unet) -> None:
-    """Raises a `ValueError` if the text encoder and the UNet have different precisions and autocast is disabled. Such a
-    pipeline would fail in the first step."""
+    """Raises a `ValueError` if the text encoder and the UNet have different precisions and autocast is disabled. Such
+    a pipeline would fail in the first step."""
     usual = (torch.float16, torch.bfloat16, torch.float32)
     dtypes = (None if text_encoder is None else text_encoder.dtype), unet_hooks.find_unet(unet).dtype
     mixed = all(dtype in usual for dtype in dtypes) and dtypes[0] != dtypes[1]
