@@ -36,9 +36,9 @@ def _in_own_pipeline(call: Callable) -> Callable:
 
 class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingMixin):
     r"""
-    Adds SSR-Encoder to a Stable Diffusion 1.5 pipeline of diffusers. A class `class MyPipeline(SSRPipelineMixin,
-    StockPipeline)` has the arguments and components of the stock pipeline and those documented here.
-    docs/how_it_works.md describes how the modules process a picture and a query.
+    Adds SSR-Encoder to a Stable Diffusion 1.5 pipeline of diffusers. With
+    `class MyPipeline(SSRPipelineMixin, StockPipeline)`, the new class has the arguments and components of the stock
+    pipeline and those documented here. docs/how_it_works.md describes how the modules process a picture and a query.
 
     **When the hooks are in the UNet.** The weights are in the `ssr_encoder` component and are never copied into the
     UNet. The subject is added by forward hooks. They are on the UNet's layers only during the forward passes of a call
