@@ -1,4 +1,4 @@
-"""How a subject joins the UNet's cross-attention: equation 5 of the paper, beside whatever processor a layer has."""
+"""Adds a subject's attention to the UNet's cross-attention layers (equation 5 of the paper), with any processor."""
 
 import threading
 from dataclasses import dataclass, field
@@ -11,10 +11,13 @@ from torch import nn
 
 
 class LayerSubject(NamedTuple):
-    """What one cross-attention layer attends to beside the text: `key` and `value` of shape `(num_rows, num_tokens, width)`,
-    the scale contained in the values; `mask`, what is added to the logits (or, as booleans, which tokens a position may
-    attend to), `(num_rows, 1, num_positions or 1, num_tokens)`; `reached`, 1 at each position that a subject may reach,
-    `(num_rows, num_positions, 1)`. Consecutive pictures or frames share a row."""
+    """The subject tokens that one cross-attention layer attends to in addition to the text.
+
+    `key` and `value` have the shape `(num_rows, num_tokens, width)`; the values are already multiplied by the scale.
+    `mask` has the shape `(num_rows, 1, num_positions or 1, num_tokens)`: a float mask is added to the logits, and a
+    boolean mask is True for the tokens that a position may attend to. `reached`, of shape
+    `(num_rows, num_positions, 1)`, is 1 at each position where a subject may appear. Several consecutive pictures or
+    frames of the batch can share a row."""
 
     key: torch.Tensor
     value: torch.Tensor
@@ -23,15 +26,16 @@ class LayerSubject(NamedTuple):
 
 
 class TextAndSubject(NamedTuple):
-    """`encoder_hidden_states` on their short way from a transformer to the cross-attention inside it: the text's hidden
-    states (with those of an IP-Adapter, if there is one) and the layer's subject."""
+    """Replaces `encoder_hidden_states` between a transformer and its cross-attention layer. It holds the text's hidden
+    states (with those of an IP-Adapter, if one is loaded) and the layer's subject."""
 
     text: torch.Tensor | tuple
     subject: LayerSubject
 
 
 class _Visit:
-    """One forward pass of one layer: what its processor computed so far, and whether the subject was added to it."""
+    """The state of one forward pass of one layer: the queries that its processor computed, and whether the subject was
+    added to its output."""
 
     def __init__(self, attn: Attention, subject: LayerSubject):
         self.heads, self.scale = attn.heads, attn.scale
@@ -41,7 +45,7 @@ class _Visit:
         self.added = False
 
     def problem(self) -> str | None:
-        """Why the subject was not added as equation 5 wants it."""
+        """Returns why the subject was not added as in equation 5, or `None` if it was."""
         if self.num_queries != 1:
             return f"it computes queries with a `to_q` {self.num_queries} times instead of once"
         if self.num_outputs != 1:
@@ -51,26 +55,28 @@ class _Visit:
 
 class SSRAttnProcessor2_0:
     r"""
-    Attends to the subject beside the text (section 3.3 of the paper, equation 5):
+    Attends to the subject in addition to the text (section 3.3 of the paper, equation 5):
 
         Z = Attention(Q, K_text, V_text) + Attention(Q, K_subject, V_subject)
 
-    with the layer's own queries, heads and scale; the sum goes through the layer's own output projection. It replaces no
-    processor: the layer keeps its own (plain, sliced, fused, IP-Adapter's, Custom Diffusion's, one of the user's),
-    which computes the first term. The second joins by forward hooks on four modules: the layer itself (`enter` and
-    `leave`), its query projection (`keep_query`), and its output projection (`add_subject`).
+    Both terms use the layer's queries, heads and scale, and the sum goes through the layer's output projection. This
+    class does not replace the layer's attention processor. The layer keeps its own processor (plain, sliced, fused,
+    IP-Adapter, Custom Diffusion or user-defined), which computes the first term. Forward hooks add the second term.
+    They are registered on three modules: the layer (`enter` and `leave`), its query projection (`keep_query`) and its
+    output projection (`add_subject`).
 
-    One object serves all layers of all UNets: it holds no weights, and what it holds of a forward pass it holds by thread.
-    `torch.compile` can therefore use one compiled block for all layers of a width.
+    One object is used for all layers of all UNets, because it has no weights and keeps the state of a forward pass
+    separately for each thread. This allows `torch.compile` to reuse one compiled block for all layers of the same
+    width.
     """
 
     def __init__(self):
         self.visits: dict[int, _Visit] = {}
 
     def enter(self, attn: Attention, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
-        """Forward pre-hook of a cross-attention layer: take the subject out of `encoder_hidden_states`, so that the layer's
-        processor sees the text alone. Without a subject nothing happens, here or in the hooks below."""
-        # an interrupted forward pass of this thread may have left its visit behind
+        """Forward pre-hook of a cross-attention layer. Takes the subject out of `encoder_hidden_states`, so that the
+        layer's processor gets only the text. Without a subject, this hook and the hooks below do nothing."""
+        # an interrupted forward pass of this thread may not have removed its visit
         self.visits.pop(_thread(), None)
         if kwargs is None or not isinstance(kwargs.get("encoder_hidden_states"), TextAndSubject):
             return None
@@ -79,19 +85,20 @@ class SSRAttnProcessor2_0:
             self.visits[_thread()] = _Visit(attn, subject)
         return args, {**kwargs, "encoder_hidden_states": text}
 
-    # Where hooks are removed by one thread while another one, without a subject, is on its way through a module, torch calls
-    # what it has already looked up, and may call it without `kwargs`: hence the defaults.
+    # `kwargs` and the last arguments have defaults because of threads: if one thread removes the hooks while another
+    # thread (without a subject) runs the same module, torch still calls the hooks it has already looked up, possibly
+    # without `kwargs`.
 
     def keep_query(self, to_q: nn.Module, args: tuple, kwargs: dict | None = None, query=None) -> None:
-        """Forward hook of a query projection: remember the queries."""
+        """Forward hook of a query projection. Stores the queries."""
         visit = self.visits.get(_thread())
         if visit is not None:
             visit.query = query
             visit.num_queries += 1
 
     def add_subject(self, to_out: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
-        """Forward pre-hook of an output projection: add what the subject's attention gives to what the layer's own
-        processor found."""
+        """Forward pre-hook of an output projection. Adds the attention to the subject to the hidden states that the
+        layer's processor computed."""
         visit = self.visits.get(_thread())
         if visit is None or kwargs is None:
             return None
@@ -102,11 +109,12 @@ class SSRAttnProcessor2_0:
         return (args[0] + attend_to_subject(visit.query, visit.subject, visit.heads, visit.scale), *args[1:]), kwargs
 
     def forget(self) -> None:
-        """Drop what an interrupted forward pass of this thread has left."""
+        """Removes the state that an interrupted forward pass of this thread left."""
         self.visits.pop(_thread(), None)
 
     def leave(self, attn: Attention, args: tuple, kwargs: dict | None = None, output=None) -> None:
-        """Forward hook of a cross-attention layer: a pass in which the subject was not added, once, is an error."""
+        """Forward hook of a cross-attention layer. Raises a `ValueError` if the subject was not added exactly once in
+        this forward pass."""
         visit = self.visits.pop(_thread(), None)
         problem = None if visit is None or output is None else visit.problem()
         if problem is not None:
@@ -116,8 +124,9 @@ class SSRAttnProcessor2_0:
 
 
 def attend_to_subject(query: torch.Tensor, subject: LayerSubject, heads: int, scale: float) -> torch.Tensor:
-    """The second term of equation 5, for queries `(batch_size, sequence_length, width)`, in the same shape."""
-    # consecutive pictures and frames of a row are more queries of one attention, so that keys and values are not repeated
+    """Returns the second term of equation 5 for queries of shape `(batch_size, sequence_length, width)`, in the same
+    shape."""
+    # The queries of all pictures and frames of a row are concatenated, so that keys and values need not be repeated.
     rows = subject.key.shape[0]
     if query.shape[0] % rows:
         raise ValueError(f"The UNet's layers got a batch of {query.shape[0]} for {rows} rows of subjects.")
@@ -137,25 +146,29 @@ def attend_to_subject(query: torch.Tensor, subject: LayerSubject, heads: int, sc
 @dataclass(eq=False)
 class SubjectConditions:
     r"""
-    What travels to the UNet's cross-attention layers beside the text, as `cross_attention_kwargs["ssr_subject"]`.
+    The subjects of a forward pass. They are passed to the UNet's cross-attention layers as
+    `cross_attention_kwargs["ssr_subject"]`.
 
     Args:
         pairs (`dict[str, tuple[torch.Tensor, torch.Tensor]]`):
-            Key and value for each layer by name, each `(num_rows, num_subject_tokens, width)`, the scale contained in the
-            values; with keyframes `(num_rows, num_keyframes, num_subject_tokens, width)`. A layer whose pair holds no
-            tokens is left alone. A row serves one picture or video, or several consecutive ones of the batch.
+            Key and value for each layer name, each of shape `(num_rows, num_subject_tokens, width)`, or
+            `(num_rows, num_keyframes, num_subject_tokens, width)` with keyframes. The values are already multiplied by
+            the scale. A layer with zero tokens is not changed. A row is used for one picture or video, or for several
+            consecutive ones in the batch.
         token_subject (`torch.Tensor` of shape `(num_rows, num_subject_tokens)`, *optional*):
-            Which of its row's subjects each token belongs to, -1 for padding. Needed where rows differ in length or
-            there are regions.
+            The index of the subject in its row that each token belongs to, -1 for padding. Required if the rows have
+            different numbers of tokens or if there are regions.
         regions (`list[list[torch.Tensor | None]]`, *optional*):
-            For each row and each of its subjects where in the output it may appear: 1 there and 0 elsewhere, of shape
-            `(1, height, width)`, or `(num_frames, height, width)` for one that moves; `None` is everywhere.
+            For each row and each of its subjects, a mask of where in the output the subject may appear: 1 inside and 0
+            outside. The shape is `(1, height, width)`, or `(num_frames, height, width)` for a region that moves.
+            `None` allows the subject everywhere.
         counts (`torch.Tensor` of shape `(num_rows, num_subject_tokens)`, *optional*):
-            How often each token counts in the softmax; once by default.
+            How many times each token counts in the softmax. By default each token counts once.
         frames (`int`, defaults to 1):
-            Frames of each video.
+            Number of frames of each video.
         keyframes (`torch.Tensor` of shape `(num_frames,)`, *optional*):
-            For each frame its place between the keyframes: 1.25 is a quarter of the way from the second to the third.
+            The position of each frame between the keyframes. For example, 1.25 is a quarter of the way from the second
+            keyframe to the third.
     """
 
     pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -168,15 +181,15 @@ class SubjectConditions:
 
     def for_layer(self, name: str, batch_size: int, grid: tuple[int, int]) -> LayerSubject:
         r"""
-        What one layer attends to.
+        Returns the subject tokens and masks of one layer.
 
         Args:
             name (`str`):
                 The layer's name in the UNet.
             batch_size (`int`):
-                Pictures (of a video: frames) that the layer gets.
+                The number of pictures (or frames, for videos) in the layer's batch.
             grid (`tuple[int, int]`):
-                Its height and width in positions.
+                The height and width of the layer's grid of positions.
         """
         key, value = self.pairs[name]
         if self.keyframes is not None:
@@ -185,11 +198,11 @@ class SubjectConditions:
         return LayerSubject(key, value, *self._mask(per_row, grid))
 
     def _mask(self, per_row: int, grid: tuple[int, int]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """`LayerSubject.mask` and `LayerSubject.reached`, made once for each grid."""
+        """Returns `LayerSubject.mask` and `LayerSubject.reached`. They are computed once for each grid."""
         known = self._masks.get((per_row, grid))
         if known is None:
             known = self._make_mask(per_row, grid)
-            # in a compiled graph the tensors belong to that graph's run
+            # tensors made inside a compiled graph are only valid during that run of the graph
             if not torch.compiler.is_dynamo_compiling():
                 self._masks[per_row, grid] = known
         return known
@@ -197,12 +210,12 @@ class SubjectConditions:
     def _make_mask(self, per_row: int, grid: tuple[int, int]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         allowed, reached = self._allowed(per_row, grid)
         if self.counts is not None:
-            # a key that counts n times adds n times its exponential to the softmax
+            # adding log(n) to a logit multiplies its exponential by n, as if the key occurred n times in the softmax
             bias = self.counts.log()[:, None, None, :].to(self._dtype)
             allowed = bias if allowed is None else bias.masked_fill(~allowed, -torch.inf)
         if self.keyframes is None:
             return allowed, reached
-        # with keyframes each frame is a row of its own
+        # with keyframes each frame has its own row
         return _frames_as_rows(allowed, self.frames, 2), _frames_as_rows(reached, self.frames, 1)
 
     def _allowed(self, per_row: int, grid: tuple[int, int]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -215,8 +228,8 @@ class SubjectConditions:
         index = self.token_subject.clamp(min=0).long()[:, :, None].expand(-1, -1, fitted.shape[2])
         allowed = fitted.gather(1, index).transpose(1, 2)[:, None] & present
         reached = allowed.any(-1)
-        # a position that no subject may reach attends to all of them, and then to nothing of what it found: a row of the
-        # softmax without any token would be NaN
+        # A position that no subject may reach attends to all tokens, and `reached` sets its result to 0 afterwards.
+        # Without any token, its softmax would be NaN.
         allowed = allowed | ~reached[..., None] & present
         repeats = per_row // self.frames if self.keyframes is None else 1
         reached = reached[:, 0, :, None].to(self._dtype)
@@ -225,8 +238,8 @@ class SubjectConditions:
     def _fit_regions(
         self, regions: list[list[torch.Tensor | None]], grid: tuple[int, int], device: torch.device
     ) -> torch.Tensor:
-        """The regions on a layer's own grid, `(num_rows, num_subjects, frames * positions)`, as booleans: this is where a
-        region is applied."""
+        """Returns the regions resized to a layer's grid, as booleans of shape
+        `(num_rows, num_subjects, frames * positions)`."""
         everywhere = torch.ones(1, self.frames * grid[0] * grid[1], dtype=torch.bool, device=device)
         slots = max(map(len, regions))
         rows = []
@@ -245,7 +258,8 @@ class SubjectConditions:
 
 
 def _between_keyframes(states: torch.Tensor, keyframes: torch.Tensor) -> torch.Tensor:
-    """Keys or values of keyframes, `(num_rows, num_keyframes, ...)`, blended for each frame, `(num_rows * frames, ...)`."""
+    """Interpolates the keys or values of keyframes, `(num_rows, num_keyframes, ...)`, to those of all frames,
+    `(num_rows * frames, ...)`."""
     before = keyframes.floor().long()
     after = (before + 1).clamp(max=states.shape[1] - 1)
     share = (keyframes - before).to(states.dtype)[:, None, None]
@@ -253,7 +267,7 @@ def _between_keyframes(states: torch.Tensor, keyframes: torch.Tensor) -> torch.T
 
 
 def _frames_as_rows(states: torch.Tensor | None, frames: int, dim: int) -> torch.Tensor | None:
-    """`(num_rows, ..., frames * positions, ...)` as `(num_rows * frames, ..., positions, ...)`."""
+    """Reshapes `(num_rows, ..., frames * positions, ...)` to `(num_rows * frames, ..., positions, ...)`."""
     if states is None:
         return None
     if states.shape[dim] == 1:
@@ -262,6 +276,7 @@ def _frames_as_rows(states: torch.Tensor | None, frames: int, dim: int) -> torch
 
 
 def _thread() -> int:
-    """This thread's number; in compiled code, which calls a layer and its projections in one piece, always 0."""
-    # not `is_compiling`, which is also true in threads that run beside one that compiles
+    """Returns the identifier of the current thread. In compiled code it always returns 0, because compiled code runs a
+    layer and its projections without interruption."""
+    # not `is_compiling`, which is also true in other threads while one thread compiles
     return 0 if torch.compiler.is_dynamo_compiling() else threading.get_ident()

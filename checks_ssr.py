@@ -1,4 +1,4 @@
-"""Checks of a call's arguments and of whether an SSR-Encoder fits a pipeline, all before any work starts."""
+"""Checks the arguments of a call, and whether an SSR-Encoder fits a pipeline, before any computation starts."""
 
 import difflib
 
@@ -10,7 +10,8 @@ from . import image_processing_ssr, library_internals, subject_embeds, subject_r
 
 
 def check_references(image, query, mask) -> list[tuple[object, Image.Image, str, Image.Image | None]]:
-    """(the picture as given, as PIL, query, mask) for each reference; a single value is used for all."""
+    """Returns (the picture as given, the picture as PIL, query, mask) for each reference. An argument that is not a
+    list is used for all references."""
     given = {"subject_image": image, "subject_query": query, "subject_mask": mask}
     lengths = {name: len(value) for name, value in given.items() if isinstance(value, list)}
     if len(set(lengths.values())) > 1 or 0 in lengths.values():
@@ -41,7 +42,7 @@ def _check_reference(image, query, mask) -> None:
 
 
 def check_window(start, end) -> tuple[float, float] | None:
-    """The window, or `None` where it is the whole denoising."""
+    """Returns the window, or `None` if it covers the whole denoising process."""
     start, end = subject_embeds.check_scale("subject_start", start), subject_embeds.check_scale("subject_end", end)
     if not 0 <= start < end <= 1:
         raise ValueError(
@@ -50,24 +51,25 @@ def check_window(start, end) -> tuple[float, float] | None:
     return None if (start, end) == (0.0, 1.0) else (start, end)
 
 
-# names under which other pipelines take what is called otherwise here
+# names that other pipelines use for arguments that have different names here
 _OTHER_NAMES = {"subject_embeds": "subject", "subjects": "subject", "subject_images": "subject_image"}
 
 
 def check_unknown_arguments(given, stock, own) -> None:
-    """Refuse arguments that neither the stock call nor ours takes and that look like one of ours (`subject_scal`): stock
-    calls that end in `**kwargs` would drop them silently."""
+    """Raises a `ValueError` for an argument that neither the stock call nor ours accepts and that is similar to one of
+    ours (for example `subject_scal`). Stock calls with `**kwargs` would ignore it silently."""
     for name in given:
         if name in _OTHER_NAMES:
             raise ValueError(f"`{name}` is no argument of this pipeline; did you mean `{_OTHER_NAMES[name]}`?")
-        # whatever begins with "subject" is meant for us, however it goes on
+        # an unknown argument that begins with "subject" is always treated as one of ours
         near = difflib.get_close_matches(name, own, n=1, cutoff=0.0 if name.startswith("subject") else 0.8)
         if name not in stock and near:
             raise ValueError(f"`{name}` is no argument of this pipeline; did you mean `{near[0]}`?")
 
 
 def one_for_each(names: str, subjects: list, num_prompts: int) -> list:
-    """The list itself; a `ValueError` if it holds neither one subject for all prompts nor one for each."""
+    """Returns the list. Raises a `ValueError` if it has neither one subject for all prompts nor one for each
+    prompt."""
     if len(subjects) not in (1, num_prompts):
         raise ValueError(
             f"{names} as a list has to hold one for each prompt, but holds {len(subjects)} for {num_prompts}."
@@ -76,7 +78,8 @@ def one_for_each(names: str, subjects: list, num_prompts: int) -> list:
 
 
 def check_subjects(subject, num_prompts: int, check_encoder) -> list[subject_request.SubjectRow]:
-    """`subject` as rows, one for all prompts or one for each; `check_encoder` is called with each `SubjectEmbeds`."""
+    """Converts `subject` to rows, one for all prompts or one for each prompt, and calls `check_encoder` with each
+    `SubjectEmbeds`."""
     given = subject if isinstance(subject, list) else [subject]
     rows = [_row(each, isinstance(subject, list)) for each in given]
     embeds = [each for row in rows for each in row.keyframes if each is not None]
@@ -126,7 +129,8 @@ def _row_of_keyframes(keyframes: dict) -> subject_request.SubjectRow:
 
 
 def check_fits(unet, encoder, image_encoder, text_encoder) -> None:
-    """Raise a `ValueError` if an SSR-Encoder was made for other models. Those that are absent, and not needed, are skipped."""
+    """Raises a `ValueError` if an SSR-Encoder was made for other models. An image encoder or text encoder that is
+    `None` is not checked."""
     config = encoder.config
     text_width = None if text_encoder is None else text_encoder.config.hidden_size
     if text_width not in (None, config.cross_attention_dim):
@@ -148,7 +152,8 @@ def check_fits(unet, encoder, image_encoder, text_encoder) -> None:
 
 
 def check_fits_unet(unet, encoder) -> None:
-    """The same for the UNet alone."""
+    """Raises a `ValueError` if an SSR-Encoder was made for another UNet, or if FreeNoise's split inference is
+    enabled."""
     config, unet = encoder.config, unet_hooks.find_unet(unet)
     if library_internals.uses_split_inference(unet):
         raise ValueError(
@@ -170,7 +175,8 @@ def check_fits_unet(unet, encoder) -> None:
 
 
 def check_precision(text_encoder: nn.Module | None, unet) -> None:
-    """Raise a `ValueError` for a checkpoint in mixed precision, which fails in the first step otherwise."""
+    """Raises a `ValueError` if the text encoder and the UNet have different precisions and autocast is disabled. Such
+    a pipeline would fail in the first step."""
     usual = (torch.float16, torch.bfloat16, torch.float32)
     dtypes = (None if text_encoder is None else text_encoder.dtype), unet_hooks.find_unet(unet).dtype
     mixed = all(dtype in usual for dtype in dtypes) and dtypes[0] != dtypes[1]
@@ -182,7 +188,7 @@ def check_precision(text_encoder: nn.Module | None, unet) -> None:
 
 
 def check_controlnet(controlnet, encoder) -> None:
-    """Raise a `ValueError` if a ControlNet, or one of several, belongs to another model family."""
+    """Raises a `ValueError` if a ControlNet, or one of several ControlNets, belongs to another model family."""
     for net in getattr(controlnet, "nets", [controlnet] if controlnet is not None else []):
         if net.config.cross_attention_dim != encoder.config.cross_attention_dim:
             raise ValueError(
@@ -192,7 +198,7 @@ def check_controlnet(controlnet, encoder) -> None:
 
 
 def check_in_controlnet(rows: list[subject_request.SubjectRow], has_controlnet: bool, pipeline_name: str) -> None:
-    """Raise a `ValueError` if the subjects' tokens cannot be appended to the text that a ControlNet reads."""
+    """Raises a `ValueError` if the subjects' tokens cannot be appended to the text that a ControlNet gets."""
     if not has_controlnet:
         raise ValueError(f"`subject_in_controlnet` is True, but {pipeline_name} has no ControlNet.")
     if any(len(row.frames) > 1 for row in rows):
@@ -208,7 +214,8 @@ def check_in_controlnet(rows: list[subject_request.SubjectRow], has_controlnet: 
 
 
 def check_block_scales(name: str, scale: dict, layers) -> None:
-    """Raise a `ValueError` if a scale per block holds anything but numbers, or names blocks that no subject reaches."""
+    """Raises a `ValueError` if a scale per block contains values that are not numbers, or blocks that do not attend to
+    subjects."""
     _check_numbers(name, scale)
     blocks = {
         "down": {layer.split(".")[1] for layer in layers if layer.startswith("down_blocks.")},
@@ -232,7 +239,7 @@ def _check_numbers(name: str, scale) -> None:
 
 
 def acts(rows: list[subject_request.SubjectRow], scale: float | dict[str, float]) -> bool:
-    """Whether any subject has a scale other than 0, in any layer."""
+    """Returns whether any subject has a scale other than 0 in any layer."""
     number = scale if isinstance(scale, float) else 1.0
     subjects = [s for row in rows for each in row.keyframes if each is not None for s in each.subjects]
     scales = [number if subject.scale is None else subject.scale for subject in subjects]

@@ -1,4 +1,4 @@
-"""From pictures and queries to subject embeddings (section 3.2 of the paper): the part of a pipeline that reads references."""
+"""Encodes reference pictures and queries into subject embeddings (section 3.2 of the paper)."""
 
 from weakref import WeakKeyDictionary
 
@@ -15,7 +15,7 @@ from . import (
 )
 
 
-# by SSR-Encoder, which many pipelines may share
+# the cache of each SSR-Encoder, which several pipelines may share
 _caches: WeakKeyDictionary = WeakKeyDictionary()
 
 
@@ -33,31 +33,35 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
         clip_skip: int | None = None,
     ) -> subject_embeds.SubjectEmbeds | list[subject_embeds.SubjectEmbeds]:
         r"""
-        Pick a subject, or several, out of a picture (section 3.2 of the paper).
+        Encodes one or several subjects of a picture (section 3.2 of the paper).
 
         Args:
             image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
                 The reference picture.
             query (`str` or `list[str]`, *optional*):
-                Which thing in it is meant; a list encodes the picture once and gives a list of subjects. It goes through
-                the pipeline's own text encoder, like a prompt. With a mask it is a caption of the picture, and may be
-                left out.
+                A text that names the subject in the picture. A list encodes the picture once and returns a list of
+                subjects. The pipeline's text encoder encodes the query like a prompt. With a mask, the query is a
+                caption of the picture and is optional.
             mask (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`, *optional*):
-                White, or 1, where the subject is; `(height, width)`, as large as the picture.
+                A mask of the subject, of shape `(height, width)` and the size of the picture: white, or 1, where the
+                subject is.
             mask_weight (`float`, defaults to 1.0):
-                How strongly the mask draws the attention inside.
+                How strongly the mask increases the attention inside it.
             resize_mode (`str`, defaults to `"pad"`):
-                `"pad"` shows the encoder the whole picture, with a margin where it is not square; `"crop"` only the
-                central square, as the released code does: larger, but what lies at the ends of a long picture is lost.
+                `"pad"` passes the whole picture to the encoder, with a margin if the picture is not square. `"crop"`
+                passes only the central square, as the released code does: the subject is larger, but the ends of a
+                long picture are lost.
             lora_scale (`float`, *optional*), clip_skip (`int`, *optional*):
-                For the query in the text encoder, as `encode_prompt` takes them. A call passes its own on.
+                Arguments of `encode_prompt`, which are used for the query. A pipeline call passes the values that it
+                uses for its prompt.
 
         Returns:
-            [`SubjectEmbeds`], for the `subject` argument of any pipeline with the same SSR-Encoder, or a `list` of them.
+            [`SubjectEmbeds`] or a `list` of them, for the `subject` argument of any pipeline with the same
+            SSR-Encoder.
 
         Raises:
-            `ValueError`: if no SSR-Encoder or text encoder is loaded, `image` is not a picture, `query` is not a text or is
-            empty, or `mask` does not fit.
+            `ValueError`: if no SSR-Encoder or text encoder is loaded, `image` is not a picture, `query` is not a text
+            or is empty, or `mask` does not have the size of the picture.
 
         Example:
 
@@ -74,8 +78,8 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
     def _encode_subjects(
         self, subject_image, subject_query, subject_mask, mask_weight: float, resize_mode: str, text: dict
     ) -> list[subject_embeds.SubjectEmbeds]:
-        """Encode each (picture, query, mask), each picture once, and not those that the cache holds. `text` are further
-        arguments of `encode_prompt`."""
+        """Encodes each (picture, query, mask) that is not in the cache. The vision encoder encodes each picture once.
+        `text` has further arguments of `encode_prompt`."""
         self._check_can_encode()
         references = checks_ssr.check_references(subject_image, subject_query, subject_mask)
         mask_weight = subject_embeds.check_scale("mask_weight", mask_weight)
@@ -110,7 +114,7 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
         missing = {id(image): None for (image, *_), key in zip(references, keys, strict=True) if subjects[key] is None}
         place = {key: index + 1 for index, key in enumerate(missing)}
         if missing:
-            # for the unconditional branch: a picture of zeros, after normalisation, with the empty query (section 3.3)
+            # The unconditional branch uses an empty query and a picture of zeros after normalisation (section 3.3).
             batch = [torch.zeros_like(next(iter(pixels.values()))), *(pixels[key] for key in missing)]
             levels = torch.stack(self._vision_levels(torch.cat(batch), device))
         for index, ((image, _, query, _), mask, key) in enumerate(zip(references, masks, keys, strict=True)):
@@ -122,14 +126,15 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
         return [subject_embeds.SubjectEmbeds((subjects[key],), fingerprint) for key in keys]
 
     def _vision_levels(self, pixels: torch.Tensor, device) -> list[torch.Tensor]:
-        """The vision encoder's hidden states that the SSR-Encoder reads, lowest level first."""
+        """Returns the hidden states of the vision encoder at the levels that the SSR-Encoder uses, lowest level
+        first."""
         vision, encoder = self.ssr_image_encoder, self.ssr_encoder
         hidden_states = vision(pixels.to(device, vision.dtype), output_hidden_states=True).hidden_states
         return [hidden_states[level].to(encoder.dtype) for level in encoder.config.image_levels]
 
     def _encode_queries(self, queries: list[str], device, text: dict) -> torch.Tensor:
-        """Text hidden states of the queries, through the pipeline's own text encoder as a prompt's. The first of them is
-        the empty query of the unconditional branch."""
+        """Returns the text hidden states of the queries. The pipeline's text encoder encodes them in the same way as a
+        prompt. The first query is the empty query of the unconditional branch."""
         given = {name: value for name, value in text.items() if value is not None}
         if hasattr(self, "encode_prompt"):
             states = self.encode_prompt(queries, device, 1, False, **given)[0]
@@ -149,20 +154,21 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
         tokens: str = "all",
     ) -> attention_map.SubjectAttentionMap:
         r"""
-        Where in a picture a query looks. Arguments are those of `encode_subject`, with one query, and:
+        Returns the attention of a query to each part of a picture. It takes the arguments of `encode_subject`, with a
+        single query, and:
 
         Args:
             tokens (`str`, defaults to `"all"`):
-                `"all"` shows what enters the subject's embeddings, all of the query's tokens, padding included, beyond what
-                an empty query looks at. `"own"` shows the tokens of the query's words alone, scaled to their own maximum, as
-                the paper's figure 5.
+                `"all"` uses all tokens of the query, including padding, because all of them enter the subject's
+                embeddings. It shows how much their attention exceeds that of an empty query. `"own"` uses only the
+                tokens of the query's words and scales the map to its maximum, as in figure 5 of the paper.
 
         Returns:
-            [`SubjectAttentionMap`]: a heat map and an overlay at the picture's own size, one map a token, and how much of
-            the attention the query gathers.
+            [`SubjectAttentionMap`]: a heat map and an overlay at the size of the picture, one map for each token, and
+            the share of its attention that the query directs elsewhere than an empty query does.
 
         Raises:
-            `ValueError`: as `encode_subject`, or if `tokens` is neither.
+            `ValueError`: for the same reasons as `encode_subject`, or if `tokens` is not `"all"` or `"own"`.
 
         Example:
 
@@ -185,7 +191,7 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
         query_states = self._encode_queries(["", query], device, {})
         if mask is not None:
             mask = image_processing_ssr.preprocess_mask(mask, self.ssr_image_processor, resize_mode).to(device)
-        # the empty query looks at the picture without the mask, so that the map shows what the mask does as well
+        # The empty query attends to the picture without the mask, so that the map also shows the effect of the mask.
         probs, empty_probs = (
             self.ssr_encoder.attention_probs(states, levels[-1], each, mask_weight)[0].float().mean(0).cpu()
             for states, each in ((query_states[1:], mask), (query_states[:1], None))
@@ -195,7 +201,7 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
         )
 
     def _own_tokens(self, query: str) -> dict[int, str]:
-        """The tokens of a query's words, without start, end and padding, by their place."""
+        """Returns the tokens of a query's words by position, without the start, end and padding tokens."""
         ids = shared_components.with_own_tokenizer(
             self, lambda pipeline: pipeline.tokenizer(query, truncation=True).input_ids
         )
@@ -203,7 +209,7 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
         return dict(zip(own, self.tokenizer.convert_ids_to_tokens([ids[i] for i in own]), strict=True))
 
     def _check_can_encode(self) -> None:
-        """Raise a `ValueError` if something that a reference or a query goes through is absent, or does not fit."""
+        """Raises a `ValueError` if a component that encodes references or queries is missing or does not fit."""
         self._check_ssr_loaded()
         if self.ssr_image_encoder is None or not self.ssr_encoder.config.image_levels:
             raise ValueError(

@@ -1,8 +1,7 @@
-"""Private names of torch, diffusers and transformers that this project needs, each with what it is for, and what differs
-between their versions.
+"""Wrappers of private names of torch, diffusers and transformers, and of differences between their versions.
 
-Public equivalents do not exist (at the time of diffusers 0.42 and torch 2.14). To adapt this project to a newer version of
-one of them, begin here.
+There are no public equivalents of these names in diffusers 0.42 and torch 2.14. To support a newer version of one of
+the libraries, start with this file.
 """
 
 import copy
@@ -38,13 +37,13 @@ OLDEST = {"torch": "2.4", "diffusers": "0.31", "transformers": "4.44"}
 
 
 def _parsed(version: str) -> tuple[int, ...]:
-    """Major and minor number of a version."""
+    """Returns the major and minor number of a version."""
     return tuple(int("".join(filter(str.isdigit, part)) or 0) for part in version.split(".")[:2])
 
 
 def check_versions() -> None:
-    """Raise an `ImportError` if a library is too old. Code that comes from the Hub was never installed by pip, which would
-    have said so."""
+    """Raises an `ImportError` if a library is too old. pip checks the versions of the installed package, but not those
+    for code that is loaded from the Hub."""
     for module in (torch, diffusers, transformers):
         oldest = OLDEST[module.__name__]
         if _parsed(module.__version__) < _parsed(oldest):
@@ -55,23 +54,24 @@ def check_versions() -> None:
 
 check_versions()
 
-# What `from_pretrained` and `from_pipe` call a precision: `torch_dtype` before these versions, `dtype` since then. The old
-# name warns in the new ones, and the old ones overlook the new name.
+# The name of the precision argument of `from_pretrained` and `from_pipe`: `torch_dtype` before these versions, `dtype`
+# since then. Newer versions warn about the old name, and older versions ignore the new name.
 _DIFFUSERS_DTYPE = "dtype" if _parsed(diffusers.__version__) >= (0, 40) else "torch_dtype"
 _TRANSFORMERS_DTYPE = "dtype" if _parsed(transformers.__version__) >= (4, 56) else "torch_dtype"
 
 
 def precision_arguments(arguments: dict, library: str = "diffusers", default: torch.dtype | None = None) -> dict:
     r"""
-    Arguments of a `from_pretrained` or `from_pipe`, with the precision under the name that the installed library knows.
+    Returns arguments for `from_pretrained` or `from_pipe`, with the precision under the name that the installed
+    version of the library accepts.
 
     Args:
         arguments (`dict`):
-            May hold `dtype` or `torch_dtype`.
+            The arguments, which may contain `dtype` or `torch_dtype`.
         library (`"diffusers"` or `"transformers"`, defaults to `"diffusers"`):
-            Whose method it is.
+            The library that the arguments are for.
         default (`torch.dtype`, *optional*):
-            The precision where neither is given.
+            The precision if `arguments` has neither `dtype` nor `torch_dtype`.
     """
     rest = {name: value for name, value in arguments.items() if name not in ("dtype", "torch_dtype")}
     dtype = next((arguments[name] for name in ("dtype", "torch_dtype") if arguments.get(name) is not None), default)
@@ -81,8 +81,9 @@ def precision_arguments(arguments: dict, library: str = "diffusers", default: to
 
 
 def disable_offloading(pipeline) -> tuple[bool, bool, bool]:
-    """Take the offloading hooks off a pipeline's components, as diffusers' own loaders do. Returns which kind of offloading
-    was on: of models, sequential, of groups (which stays, and is unknown before diffusers 0.35)."""
+    """Removes the offloading hooks from a pipeline's components, as diffusers' loaders do. Returns whether model
+    offloading, sequential offloading and group offloading were enabled. Group offloading is not removed, and it is not
+    reported before diffusers 0.35."""
     from diffusers.loaders.lora_base import LoraBaseMixin
 
     model, sequential, *group = LoraBaseMixin._optionally_disable_offloading(pipeline)
@@ -90,8 +91,8 @@ def disable_offloading(pipeline) -> tuple[bool, bool, bool]:
 
 
 def expand_block_scales(unet: Any, scale: dict) -> dict[str, float]:
-    """Scales per block, as `set_ip_adapter_scale` takes them, as one for each attention of the UNet. diffusers has no public
-    function for it."""
+    """Expands scales per block, in the format of `set_ip_adapter_scale`, to one scale for each attention of the UNet.
+    diffusers has no public function for this."""
     from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
 
     (expanded,) = _maybe_expand_lora_scales(unet, [scale], default_scale=0.0)
@@ -99,15 +100,15 @@ def expand_block_scales(unet: Any, scale: dict) -> dict[str, float]:
 
 
 def reapply_group_offloading(module: nn.Module) -> None:
-    """Give a module's group offloading its new submodules, as diffusers' own loaders do after loading."""
+    """Applies a module's group offloading again to include new submodules, as diffusers' loaders do after loading."""
     from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 
     _maybe_remove_and_reapply_group_offloading(module)
 
 
 def register_auto_pipeline(pipeline_class: type[Any], stock_class: type[Any]) -> None:
-    """Let diffusers' `AutoPipelineFor...from_pipe` find a class where it finds the stock class. It looks classes up by name in
-    these mappings, which are the only way to be found."""
+    """Registers a class for `AutoPipelineFor...from_pipe` of diffusers, for the same tasks as the stock class.
+    `from_pipe` only finds classes in these mappings."""
     from diffusers.pipelines import auto_pipeline
 
     for kind in ("TEXT2IMAGE", "IMAGE2IMAGE", "INPAINT"):
@@ -118,7 +119,7 @@ def register_auto_pipeline(pipeline_class: type[Any], stock_class: type[Any]) ->
 
 
 def uses_split_inference(unet: nn.Module) -> bool:
-    """Whether FreeNoise's split inference is switched on in a UNet."""
+    """Returns whether FreeNoise's split inference is enabled in a UNet."""
     try:
         from diffusers.pipelines.free_noise_utils import SplitInferenceModule
     except ImportError:  # diffusers before 0.31 has no split inference
@@ -127,8 +128,8 @@ def uses_split_inference(unet: nn.Module) -> bool:
 
 
 def without_capturing_hooks(model: nn.Module) -> nn.Module:
-    """A copy of a transformers model without the hooks that `output_hidden_states=True` has left in it: they are local
-    functions, which cannot be pickled. transformers puts them in again when they are needed."""
+    """Returns a copy of a transformers model without the hooks that `output_hidden_states=True` added to it. These
+    hooks are local functions, which cannot be pickled. transformers adds them again when they are needed."""
     model = copy.deepcopy(model)
     for module in model.modules():
         for key, hook in list(module._forward_hooks.items()):
@@ -139,41 +140,46 @@ def without_capturing_hooks(model: nn.Module) -> nn.Module:
 
 
 def tokenizer_backend(tokenizer):
-    """The part of a fast tokenizer that is written in Rust and keeps its state, or `None` for one that is written in Python."""
+    """Returns the Rust part of a fast tokenizer, which stores its state, or `None` for a tokenizer written in
+    Python."""
     return getattr(tokenizer, "_tokenizer", None) if getattr(tokenizer, "is_fast", False) else None
 
 
 def with_tokenizer_backend(tokenizer, backend):
-    """A shallow copy of a fast tokenizer with another such part. Its public `backend_tokenizer` can only be read."""
+    """Returns a shallow copy of a fast tokenizer with another backend. The public `backend_tokenizer` is read-only."""
     twin = object.__new__(type(tokenizer))
     twin.__dict__.update(tokenizer.__dict__)
     twin._tokenizer = backend
     return twin
 
 
-# The fixed key of a forward hook, a text. torch declares the keys of its own counter, numbers.
+# The type of the fixed key of a forward hook, which is a string. torch's annotations only allow its own keys, which
+# are integers.
 HookKey = Any
 
-# Forward hooks are registered under a fixed key here. torch's `register_forward_hook` gives each registration a new number, and
-# `torch.compile` guards these numbers: it would compile again at every forward pass, and for every layer.
+# The functions below register forward hooks under a fixed key. `register_forward_hook` of torch gives each
+# registration a new number, and `torch.compile` guards these numbers: it would compile again for every forward pass
+# and every layer.
 
 
 def set_forward_pre_hook(module: nn.Module, key: HookKey, hook: Callable) -> None:
-    """Register `hook(module, args, kwargs)` before a module's forward pass; a second time it changes nothing."""
-    # the flag first: another thread may be on its way through the module, and must not call the hook without `kwargs`
+    """Registers `hook(module, args, kwargs)` before a module's forward pass. Registering the same hook again has no
+    effect."""
+    # The flag is set first: another thread may be running the module, and must not call the hook without `kwargs`.
     module._forward_pre_hooks_with_kwargs[key] = True
     module._forward_pre_hooks[key] = hook
 
 
 def set_forward_hook(module: nn.Module, key: HookKey, hook: Callable) -> None:
-    """Register `hook(module, args, kwargs, output)` after a module's forward pass, also one that raises."""
+    """Registers `hook(module, args, kwargs, output)` after a module's forward pass. It also runs if the pass raises an
+    error."""
     module._forward_hooks_with_kwargs[key] = True
     module._forward_hooks_always_called[key] = True
     module._forward_hooks[key] = hook
 
 
 def clear_forward_hooks(module: nn.Module, key: HookKey) -> None:
-    """Remove what stands under `key`, if anything does."""
+    """Removes the forward hooks that are registered under `key`, if there are any."""
     module._forward_pre_hooks.pop(key, None)
     module._forward_pre_hooks_with_kwargs.pop(key, None)
     module._forward_hooks.pop(key, None)
@@ -182,10 +188,11 @@ def clear_forward_hooks(module: nn.Module, key: HookKey) -> None:
 
 
 def compiled_call(module: nn.Module) -> Callable | None:
-    """What runs instead of a module that was compiled in place (`module.compile()`), hooks included."""
+    """Returns the function that runs instead of a module that was compiled in place (`module.compile()`). It includes
+    the module's hooks. Returns `None` for a module that was not compiled in place."""
     return module._compiled_call_impl
 
 
 def set_compiled_call(module: nn.Module, call: Callable) -> None:
-    """Replace what `compiled_call` returns."""
+    """Replaces the function that `compiled_call` returns."""
     module._compiled_call_impl = call

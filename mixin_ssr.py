@@ -1,4 +1,4 @@
-"""What every SSR pipeline shares: its components, and its call."""
+"""The mixin class of all SSR pipelines: its components and its `__call__`."""
 
 import functools
 import inspect
@@ -23,7 +23,8 @@ from . import (
 
 
 def _in_own_pipeline(call: Callable) -> Callable:
-    """A pipeline's `__call__`, when it may begin, and on a copy of the pipeline where that one is in a call already."""
+    """Decorator of a pipeline's `__call__`. The call waits until it may begin, and runs on a copy of the pipeline if
+    the pipeline is already in a call."""
 
     @functools.wraps(call)
     def method(self, *args, **kwargs):
@@ -35,18 +36,19 @@ def _in_own_pipeline(call: Callable) -> Callable:
 
 class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingMixin):
     r"""
-    Adds SSR-Encoder to a Stable Diffusion 1.5 pipeline of diffusers: `class MyPipeline(SSRPipelineMixin, StockPipeline)`
-    has the stock pipeline's arguments and components and, beside them, those documented here. docs/how_it_works.md shows
-    the way of a picture and of a query through the modules.
+    Adds SSR-Encoder to a Stable Diffusion 1.5 pipeline of diffusers. With
+    `class MyPipeline(SSRPipelineMixin, StockPipeline)`, the new class has the arguments and components of the stock
+    pipeline and those documented here. docs/how_it_works.md describes how the modules process a picture and a query.
 
-    **When the subject is in the UNet.** The weights live in the `ssr_encoder` component, never in the UNet. What carries a
-    subject are forward hooks, which are on the UNet's layers during a forward pass of a call with a subject and at no other
-    time. Between these passes two hooks on the UNet itself wait for the next one; in the call's callbacks, between calls and
-    after an error the UNet is stock. Any number of threads, SSR pipelines and stock pipelines
-    can use one UNet at the same time.
+    **When the hooks are in the UNet.** The weights are in the `ssr_encoder` component and are never copied into the
+    UNet. The subject is added by forward hooks. They are on the UNet's layers only during the forward passes of a call
+    with a subject. Between these passes, two hooks on the UNet detect the next one. In the call's callbacks, between
+    calls and after an error, the UNet is stock. Any number of threads, SSR pipelines and stock pipelines can use one
+    UNet at the same time.
 
-    **How it gets there.** The subject's keys and values, projected once a call with the scale contained in the values,
-    travel as an argument that every pipeline passes on to its UNet: `cross_attention_kwargs["ssr_subject"]`.
+    **How the subject is passed to the UNet.** The subject's keys and values are projected once per call, and the
+    values are multiplied by the scale. They are passed in an argument that every pipeline passes on to its UNet:
+    `cross_attention_kwargs["ssr_subject"]`.
     """
 
     _ssr_scale: float | dict = loading_ssr.DEFAULT_SCALE
@@ -55,7 +57,8 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
     def __init__(
         self,
         *args,
-        # not `ModelMixin | None`: diffusers 0.36 understands no such annotation, and `from_pretrained` would raise a KeyError
+        # not `ModelMixin | None`: diffusers 0.36 does not support such an annotation, and `from_pretrained` would
+        # raise a KeyError
         ssr_encoder: Optional[ModelMixin] = None,  # noqa: UP045
         ssr_image_encoder: Optional[PreTrainedModel] = None,  # noqa: UP045
         ssr_image_processor: Optional[CLIPImageProcessor] = None,  # noqa: UP045
@@ -68,7 +71,7 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        # diffusers learns from the signatures which components and arguments a class has. With `*args, **kwargs` alone,
+        # diffusers reads a class's components and arguments from its signatures. With only `*args, **kwargs`,
         # `from_pretrained` and `from_pipe` would load no component, so each class gets a signature with all names.
         for name in ("__init__", "__call__"):
             if name not in vars(cls):
@@ -98,46 +101,49 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
         **kwargs,
     ):
         r"""
-        Generate as the stock pipeline does, with subjects picked out of reference pictures. All arguments of the stock
-        pipeline are accepted; without a subject the stock call runs unchanged.
+        Generates pictures or videos like the stock pipeline, with subjects from reference pictures. It accepts all
+        arguments of the stock pipeline. Without a subject, the stock call runs unchanged.
 
-        A list for `subject_image`, `subject_query` or `subject_mask` holds, with a list of prompts, one for each prompt,
-        and with a single prompt several subjects that appear together in its picture.
+        `subject_image`, `subject_query` and `subject_mask` can be lists. With a list of prompts, they have one element
+        for each prompt. With a single prompt, they are several subjects that appear together in the generated picture.
 
         Args:
             subject_image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or `list`, *optional*):
-                The reference picture, which may hold several things. Arrays are `(height, width, 3)` in uint8 or floats
-                from 0 to 1, tensors `(3, height, width)` from 0 to 1.
+                The reference picture. It may contain several objects. Arrays have the shape `(height, width, 3)`, in
+                uint8 or as floats from 0 to 1. Tensors have the shape `(3, height, width)`, with values from 0 to 1.
             subject_query (`str` or `list[str]`, *optional*):
-                Which of them is meant: "cat", "the woman on the left". With a mask it is a caption of the picture, and
-                may be left out.
+                A text that names the subject in the picture, for example "cat" or "the woman on the left". With a
+                mask, the query is a caption of the picture and is optional.
             subject_mask (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or `list`, *optional*):
-                White, or 1, where in the reference the subject is; `(height, width)`, as large as its picture.
+                A mask of the subject in the reference picture, of shape `(height, width)` and the size of the picture:
+                white, or 1, where the subject is.
             mask_weight (`float`, defaults to 1.0):
-                How strongly the mask draws the attention inside.
+                How strongly the mask increases the attention inside it.
             subject_scale (`float` or `dict`, *optional*):
-                How strongly the subject acts: 0 not at all, 0.5 to 0.8 usually, more keeps the subject closer and the
-                prompt less. A dict sets it per block, as `set_ip_adapter_scale` takes it. Defaults to the scale of
-                `set_ssr_scale`, 0.65 at first.
+                How strongly the subject affects the result. 0 disables it, and usual values are 0.5 to 0.8. A higher
+                value follows the subject more closely and the prompt less closely. A dict sets the scale per block, in
+                the format of `set_ip_adapter_scale`. Defaults to the scale set with `set_ssr_scale`, which is 0.65
+                initially.
             subject ([`SubjectEmbeds`], `dict` or `list`, *optional*):
-                Subjects from `encode_subject`, instead of the arguments above: one for all prompts, or a list with one
-                for each, `None` for a prompt without a subject. In a video, a dict has subjects by frame
-                (`{0: cat, 8: dog}`), between which the frames are blended; `None` there fades the subject out.
+                Subjects returned by `encode_subject`, instead of the arguments above. Pass one for all prompts, or a
+                list with one for each prompt, with `None` for a prompt without a subject. For a video, a dict maps
+                frames to subjects (`{0: cat, 8: dog}`), and the subjects are interpolated for the frames between
+                them. `None` at a frame fades the subject out.
             subject_start (`float`, defaults to 0.0), subject_end (`float`, defaults to 1.0):
-                The part of the denoising during which the subject acts. Layout and colours are decided early, details
-                late.
+                The part of the denoising process in which the subject is used, as fractions of the steps. Early steps
+                determine layout and colours, late steps determine details.
             subject_resize_mode (`str`, defaults to `"pad"`):
-                `"pad"` shows the encoder the whole reference, `"crop"` the central square, as the released code does.
+                `"pad"` passes the whole reference picture to the encoder. `"crop"` passes the central square, as the
+                released code does.
             subject_in_controlnet (`bool`, defaults to `False`):
-                Whether a ControlNet sees the subject's tokens behind the text's, as in the released demo, or the text
-                alone.
+                Whether the subject's tokens are appended to the text that a ControlNet gets, as in the released demo.
 
         Returns:
-            What the stock pipeline returns.
+            The output of the stock pipeline.
 
         Raises:
-            `ValueError`: if the subject's arguments do not fit together or are not what they should be, before any step;
-                in the first step, if the UNet has an attention processor beside which a subject cannot act.
+            `ValueError`: before the first step, if the subject's arguments are invalid or do not fit together; in the
+                first step, if the UNet has an attention processor that does not work with a subject.
 
         Example:
 
@@ -201,7 +207,7 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
         return self._draw(stock_call, arguments, request, window, subject_in_controlnet)
 
     def _draw(self, stock_call, arguments: dict, request: subject_request.SubjectRequest, window, in_controlnet: bool):
-        """The stock call, with a subject in its forward passes through the UNet."""
+        """Runs the stock call, with a subject added to the UNet's forward passes."""
         passes = unet_hooks.SubjectPasses(self.unet, self.ssr_encoder.config.attention_layers, request.conditions)
         if in_controlnet:
             passes.watch_controlnet(self.controlnet, request.tokens)
@@ -212,7 +218,7 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
             with passes:
                 output = stock_call(**arguments)
         finally:
-            # once more, for a Ctrl-C that has come while `passes` was stopping
+            # a second time, in case Ctrl-C interrupted `stop` at the end of the `with` block
             passes.stop()
         if passes.count == 0:
             raise ValueError(
@@ -223,15 +229,16 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
 
     def set_ssr_scale(self, scale: float | dict) -> None:
         r"""
-        Set how strongly subjects act in calls that do not say it themselves.
+        Sets the scale of subjects in calls without `subject_scale`.
 
         Args:
             scale (`float` or `dict`):
-                0 not at all, 0.5 to 0.8 usually. A dict sets it per block, as `set_ip_adapter_scale` takes it; blocks
-                that it leaves out get 0.
+                How strongly subjects affect the result. 0 disables them, and usual values are 0.5 to 0.8. A dict sets
+                the scale per block, in the format of `set_ip_adapter_scale`. Blocks that are not in the dict get 0.
 
         Raises:
-            `ValueError`: if `scale` is not a number, or names blocks that the UNet has not.
+            `ValueError`: if `scale` is not a number or a dict of numbers, or if it has blocks that do not attend to
+            subjects.
 
         Example:
 
@@ -244,7 +251,8 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
         self._ssr_scale = scale
 
     def _layer_scales(self, name: str, scale) -> float | dict[str, float]:
-        """A scale as a number for all layers, or one for each of `config.attention_layers`."""
+        """Returns a scale as one number for all layers, or as a dict with one number for each of
+        `config.attention_layers`."""
         if not isinstance(scale, dict):
             return subject_embeds.check_scale(name, scale)
         if self.ssr_encoder is None:
@@ -258,8 +266,8 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
         }
 
     def _check_ssr_loaded(self) -> None:
-        """Raise a `ValueError` if a subject cannot be drawn with the pipeline's components. Those that only reading a
-        reference needs are not missed here."""
+        """Raises a `ValueError` if the pipeline's components cannot generate a subject. Components that are only
+        needed to encode a reference picture may be absent."""
         if self.ssr_encoder is None:
             raise ValueError("There is no SSR-Encoder in this pipeline yet: call `load_ssr` before drawing a subject.")
         checks_ssr.check_fits(self.unet, self.ssr_encoder, self.ssr_image_encoder, self.text_encoder)
@@ -267,7 +275,8 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
         checks_ssr.check_controlnet(getattr(self, "controlnet", None), self.ssr_encoder)
 
     def _check_encoded_here(self) -> Callable[[subject_embeds.SubjectEmbeds], None]:
-        """A check that a [`SubjectEmbeds`] is of this pipeline's SSR-Encoder, whose fingerprint is made when it is needed."""
+        """Returns a function that checks whether a [`SubjectEmbeds`] was encoded by this pipeline's SSR-Encoder. The
+        encoder's fingerprint is only computed if it is needed."""
         fingerprint = functools.cache(lambda: self.ssr_encoder.fingerprint(self._execution_device))
 
         def check(subject: subject_embeds.SubjectEmbeds) -> None:
@@ -283,7 +292,7 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
         return check
 
 
-# the names of the arguments that this class adds to a stock call's
+# the names of the arguments that this class adds to those of the stock call
 _OWN_ARGUMENTS = tuple(
     name
     for name, parameter in inspect.signature(SSRPipelineMixin.__call__).parameters.items()
@@ -297,7 +306,7 @@ def _num_prompts(arguments: dict) -> int:
 
 
 def _num_frames(parameters, arguments: dict) -> int:
-    """How many frames a call draws; 1 where it draws pictures."""
+    """Returns the number of frames that a call generates. It is 1 for pictures."""
     for name in ("video", "conditioning_frames"):
         if isinstance(arguments.get(name), list) and "num_frames" not in parameters:
             return len(arguments[name])
@@ -305,14 +314,14 @@ def _num_frames(parameters, arguments: dict) -> int:
 
 
 def _text_arguments(arguments: dict) -> dict:
-    """What a call hands over to `encode_prompt`, for queries as for prompts."""
+    """Returns the arguments that the call passes to `encode_prompt` for its prompts. They are used for queries too."""
     lora_scale = (arguments.get("cross_attention_kwargs") or {}).get("scale")
     return {"lora_scale": lora_scale, "clip_skip": arguments.get("clip_skip")}
 
 
 def _branches(pipeline, count: int) -> tuple[bool, ...]:
-    """The branches of guidance in the order of the UNet's batch, `True` for a conditional one. How many there are is
-    read from the batch, since a callback may have switched guidance off or on."""
+    """Returns the branches of guidance in the order of the UNet's batch, `True` for a conditional branch. Their number
+    `count` comes from the batch size, because a callback may have switched guidance off or on."""
     if isinstance(pipeline, StableDiffusionInstructPix2PixPipeline):
         known = {1: (True,), 3: (True, False, False)}
     elif getattr(pipeline, "do_perturbed_attention_guidance", False):
@@ -330,8 +339,8 @@ def _branches(pipeline, count: int) -> tuple[bool, ...]:
 def _callbacks(
     passes: unet_hooks.SubjectPasses, request: subject_request.SubjectRequest, window, arguments: dict
 ) -> dict:
-    """The call's callback arguments: the user's callbacks, during which the UNet is stock, and a callback that keeps the
-    subject inside its window."""
+    """Returns the callback arguments of the stock call: the user's callbacks, during which the UNet is stock, and a
+    callback that disables the subject outside its window."""
     changed: dict[str, Any] = {}
     if arguments.get("callback") is not None:  # deprecated in most pipelines, the only one in some
         changed["callback"] = _while_paused(passes, arguments["callback"])
@@ -345,7 +354,7 @@ def _callbacks(
         if callback is not None:
             callback_kwargs = _while_paused(passes, callback)(pipeline, step, timestep, callback_kwargs)
             _follow(pipeline, passes)
-        # FreeInit denoises several times: after the last step comes the first one again
+        # FreeInit denoises several times, so that the last step is followed by the first step
         following = (step + 1) % pipeline.num_timesteps
         request.active = start * pipeline.num_timesteps <= following < end * pipeline.num_timesteps
         return callback_kwargs
@@ -365,7 +374,7 @@ def _while_paused(passes: unet_hooks.SubjectPasses, callback: Callable) -> Calla
 
 
 def _follow(pipeline, passes: unet_hooks.SubjectPasses) -> None:
-    """After a callback: it may have given the pipeline another UNet, or other `cross_attention_kwargs`."""
+    """Handles changes that a callback made to the pipeline's UNet or to its `cross_attention_kwargs`."""
     if pipeline.unet is not passes.wrapped_unet:
         checks_ssr.check_fits_unet(pipeline.unet, pipeline.ssr_encoder)
         with passes.paused():
@@ -376,7 +385,7 @@ def _follow(pipeline, passes: unet_hooks.SubjectPasses) -> None:
 
 
 def _stock_class_of(pipeline_class: type) -> type:
-    """The pipeline class of diffusers, or of the user, to which the mixin was added."""
+    """Returns the class of diffusers, or the user-defined class, to which the mixin was added."""
     return next(
         each
         for each in pipeline_class.__mro__
@@ -393,7 +402,8 @@ def _with_own_tokenizer(encode_prompt: Callable) -> Callable:
 
 
 def _with_signature(ours: Callable, stock: Callable) -> Callable:
-    """`ours`, a method taking the stock method's arguments as `*args, **kwargs`, with all arguments in its signature."""
+    """Returns the method `ours`, which takes the stock method's arguments as `*args, **kwargs`, with a signature that
+    has all arguments."""
 
     @functools.wraps(ours)
     def method(self, *args, **kwargs):
@@ -404,7 +414,7 @@ def _with_signature(ours: Callable, stock: Callable) -> Callable:
     added = [p for p in inspect.signature(ours).parameters.values() if p.kind not in variadic and p.name != "self"]
     rest = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
     parameters = [p for p in parameters if p.kind not in variadic] + added + rest
-    # what `inspect.signature` reads, and through it diffusers
+    # `inspect.signature` reads this attribute, and diffusers uses `inspect.signature`
     vars(method)["__signature__"] = inspect.Signature(parameters)
     method.__annotations__ = {p.name: p.annotation for p in parameters if p.annotation is not inspect.Parameter.empty}
     return method

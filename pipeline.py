@@ -1,7 +1,7 @@
-"""What `custom_pipeline="<owner>/<repo>"` or `custom_pipeline="<folder>"` loads.
+"""The entry file that `custom_pipeline="<owner>/<repo>"` or `custom_pipeline="<folder>"` loads.
 
-diffusers copies a local entry file together with the files that it imports relatively itself, but not those that these
-import in turn: hence every module stands here.
+diffusers copies a local entry file and the files that it imports with relative imports, but not the files that these
+files import in turn. Therefore this file imports every module.
 """
 
 from .attention_map import SubjectAttentionMap  # noqa: F401

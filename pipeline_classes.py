@@ -1,4 +1,4 @@
-"""SSR versions of diffusers' pipeline classes, made on demand."""
+"""Creates SSR versions of diffusers' pipeline classes on demand."""
 
 import functools
 import inspect
@@ -32,18 +32,19 @@ _UNSUITABLE = {
 @functools.cache
 def ssr_pipeline_class(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
     r"""
-    The SSR version of a Stable Diffusion 1.5 pipeline class: the same arguments and components, and a subject's.
+    Returns the SSR version of a Stable Diffusion 1.5 pipeline class. It has the arguments and components of the class
+    and those of [`SSRPipelineMixin`].
 
     Args:
         pipeline_class (`type`):
-            A pipeline class of diffusers, or of your own, whose base model is Stable Diffusion 1.5.
+            A pipeline class of diffusers, or a user-defined one, for Stable Diffusion 1.5.
 
     Returns:
-        `type`: a subclass of it with [`SSRPipelineMixin`], the same one at every call. Its name is the stock class's with
-        "SSR" before it.
+        `type`: a subclass of [`SSRPipelineMixin`] and `pipeline_class`. Every call with the same class returns the
+        same subclass. Its name is "SSR" followed by the name of `pipeline_class`.
 
     Raises:
-        `ValueError`: if it is no pipeline of Stable Diffusion, or one in which a subject cannot act.
+        `ValueError`: if `pipeline_class` is not a Stable Diffusion 1.5 pipeline, or does not work with a subject.
 
     Example:
 
@@ -70,7 +71,7 @@ def ssr_pipeline_class(pipeline_class: type[DiffusionPipeline]) -> type[Diffusio
     return type(f"SSR{name}", (mixin_ssr.SSRPipelineMixin, pipeline_class), namespace)
 
 
-# so that `AutoPipelineForImage2Image.from_pipe` and its like find them
+# creating these classes registers them for `AutoPipelineForImage2Image.from_pipe` and similar methods
 for _stock in (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,

@@ -1,4 +1,4 @@
-"""Text to video with a subject, through AnimateDiff."""
+"""Text-to-video generation with a subject, using AnimateDiff."""
 
 from diffusers import AnimateDiffPipeline
 
@@ -25,10 +25,10 @@ from .unet_hooks import SubjectPasses  # noqa: F401
 
 class AnimateDiffSSRPipeline(SSRPipelineMixin, AnimateDiffPipeline):
     r"""
-    [`AnimateDiffPipeline`] that also takes a subject. Arguments, components and everything else are the stock pipeline's,
-    with those of [`SSRPipelineMixin`] added. The subject acts in the layers that draw the frames, never in the motion
-    modules, and its keys and values are held once, however many frames there are. For video to video and for AnimateDiff
-    with ControlNet see `ssr_pipeline_class`.
+    Pipeline for text-to-video generation with a subject. The pipeline has the arguments, components and methods of
+    [`AnimateDiffPipeline`] and of [`SSRPipelineMixin`]. The subject is added in the spatial cross-attention layers,
+    not in the motion modules. Its keys and values are stored once for all frames. For video-to-video and for
+    AnimateDiff with ControlNet, see `ssr_pipeline_class`.
 
     Example:
 

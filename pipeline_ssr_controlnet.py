@@ -1,4 +1,4 @@
-"""Text to image with a subject and a ControlNet: what is drawn from the reference, where from the control picture."""
+"""Text-to-image generation with a subject from a reference picture and a layout from a ControlNet."""
 
 from diffusers import StableDiffusionControlNetPipeline
 
@@ -25,10 +25,10 @@ from .unet_hooks import SubjectPasses  # noqa: F401
 
 class StableDiffusionSSRControlNetPipeline(SSRPipelineMixin, StableDiffusionControlNetPipeline):
     r"""
-    [`StableDiffusionControlNetPipeline`] that also takes a subject, with one ControlNet or several. Arguments, components
-    and everything else are the stock pipeline's, with those of [`SSRPipelineMixin`] added. A ControlNet sees the text
-    alone, unless `subject_in_controlnet` is set. For image to image and inpainting with ControlNet see
-    `ssr_pipeline_class`.
+    Pipeline for text-to-image generation with a subject and one or several ControlNets. The pipeline has the
+    arguments, components and methods of [`StableDiffusionControlNetPipeline`] and of [`SSRPipelineMixin`]. By default,
+    a ControlNet gets only the text; with `subject_in_controlnet=True` it also gets the subject's tokens. For
+    image-to-image and inpainting with ControlNet, see `ssr_pipeline_class`.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""What calls share with calls in other threads and in callbacks: pipelines, schedulers, tokenizers, and how many may run."""
+"""Manages what concurrent calls share (pipelines, schedulers and tokenizers), and how many calls may run at once."""
 
 import copy
 import os
@@ -16,8 +16,8 @@ from . import library_internals
 
 
 class _Call:
-    """A call that is under way, or waits until it may begin. The registries below hold calls weakly: one that Ctrl-C has
-    ended, before it could say so, is gone with its frame."""
+    """A call that is running or waiting to begin. The registries below hold weak references to calls: if Ctrl-C ends a
+    call before it is removed from a registry, it is freed with its frame."""
 
     def __init__(self, *used):
         self.thread = threading.get_ident()
@@ -25,8 +25,8 @@ class _Call:
 
 
 class _Shared:
-    """What all calls of the process share. There is one, also where several copies of this code are loaded
-    (`custom_pipeline=` loads one, the installed package is another)."""
+    """The state that all calls in the process share. There is one object, even if several copies of this code are
+    loaded (the installed package and those that `custom_pipeline=` loads)."""
 
     def __init__(self):
         self.using: WeakSet[_Call] = WeakSet()
@@ -42,7 +42,8 @@ class _Shared:
         self.changed = threading.Condition()
 
     def after_fork(self) -> None:
-        """In a forked process only the forking thread goes on, and others may have held anything."""
+        """Resets the locks and removes the calls of other threads in a forked process. Only the forking thread
+        continues there, and the other threads may have held locks."""
         self.make_locks()
         self.tokenizers.clear()
         self.compiled.clear()
@@ -52,7 +53,8 @@ class _Shared:
                 calls.discard(call)
 
 
-# the number is that of the attributes that copies of this code expect of each other
+# The number is a version of the attributes of `_Shared`. Only copies of this code with the same number share the
+# object.
 _home = sys.modules.setdefault("_diffusers_ssr_shared_1", types.ModuleType("_diffusers_ssr_shared_1"))
 _shared: _Shared = vars(_home).setdefault("shared", _Shared())
 
@@ -61,13 +63,14 @@ if hasattr(os, "register_at_fork"):
 
 
 def registry_lock() -> threading.RLock:
-    """To be held for a moment while what calls share is changed, and never while a model runs."""
+    """Returns the lock that must be held while shared state is changed. It is only held briefly, and never while a
+    model runs."""
     return _shared.lock
 
 
 def compiled_lock(module) -> threading.RLock:
-    """To be held while a module that was compiled in place runs: compiled code looks through the hooks of all layers before
-    it begins, and meanwhile none may come or go."""
+    """Returns the lock that must be held while a module that was compiled in place runs. Compiled code checks the
+    hooks of all layers before it begins, and no hook may be added or removed during this check."""
     with _shared.lock:
         return _shared.compiled.setdefault(module, threading.RLock())
 
@@ -75,9 +78,10 @@ def compiled_lock(module) -> threading.RLock:
 @contextmanager
 def own_pipeline(pipeline) -> Iterator:
     r"""
-    A pipeline for one call. It is the pipeline itself; or, where that one or its scheduler is in a call already (in another
-    thread, or because a callback draws with the pipeline that it is called by), a shallow copy with a scheduler of its own:
-    a scheduler and a pipeline's private attributes hold one call's state.
+    Context manager that gives a call a pipeline that no other call uses. This is the pipeline itself, unless the
+    pipeline or its scheduler is already in a call (in another thread, or because a callback uses the pipeline that
+    called it). In that case it is a shallow copy with its own scheduler, because a scheduler and the private
+    attributes of a pipeline store the state of one call.
 
     Args:
         pipeline (`DiffusionPipeline`):
@@ -86,7 +90,7 @@ def own_pipeline(pipeline) -> Iterator:
     with _shared.lock:
         scheduler = pipeline.scheduler
         if any(each is pipeline or each is scheduler for call in _shared.using for each in call.used):
-            # from its config and not as a deep copy: the other call may be changing it
+            # made from the config and not as a deep copy, because the other call may be changing the scheduler
             pipeline = _with_component(pipeline, "scheduler", type(scheduler).from_config(scheduler.config))
         call = _Call(pipeline, pipeline.scheduler)
         _shared.using.add(call)
@@ -99,8 +103,9 @@ def own_pipeline(pipeline) -> Iterator:
 
 
 def _release_locks() -> None:
-    """After a call: these locks are held for moments inside of one, so that one which this thread still holds was left by a
-    Ctrl-C between a `with` block and its end. Other threads would wait for it without end."""
+    """Releases the locks that this thread still holds after a call. These locks are only held briefly during a call.
+    If one is still held afterwards, Ctrl-C interrupted the end of a `with` block, and other threads would wait for it
+    forever."""
     locks = [_shared.lock, *(entry.lock for entry in _shared.tokenizers.values())]
     for lock in locks:
         while lock._is_owned():
@@ -108,8 +113,8 @@ def _release_locks() -> None:
 
 
 def _with_component(pipeline, name: str, component):
-    """A shallow copy of a pipeline with another component. Not `copy.copy`, which goes the way of pickling and would copy
-    weights with it."""
+    """Returns a shallow copy of a pipeline with one component replaced. It does not use `copy.copy`, which uses the
+    pickling methods and would copy the weights."""
     twin = object.__new__(type(pipeline))
     twin.__dict__.update(pipeline.__dict__)
     vars(twin)[name] = component
@@ -118,26 +123,28 @@ def _with_component(pipeline, name: str, component):
 
 def with_own_tokenizer(pipeline, use: Callable[[Any], Any]) -> Any:
     r"""
-    Let a pipeline use its tokenizer alone. A fast tokenizer keeps padding and truncation as state, so that two threads that
-    use it at once cut or pad each other's text. A stock pipeline in another thread takes no lock; the text of a subject is
-    therefore read with a copy of the tokenizer's state, and that one under a lock.
+    Calls a function with a pipeline whose tokenizer no other thread uses. A fast tokenizer stores padding and
+    truncation as state, so that two threads that use it at the same time would apply each other's padding and
+    truncation. A stock pipeline in another thread does not take a lock. Therefore the function gets a copy of the
+    tokenizer's state, and the copy is protected by a lock.
 
     Args:
         pipeline (`DiffusionPipeline`):
             The pipeline.
         use (`Callable`):
-            Is called with a shallow copy of the pipeline that has the copied tokenizer. What it sets in the copy is set in
-            the pipeline afterwards.
+            A function that is called with a shallow copy of the pipeline, which has the copied tokenizer. Attributes
+            that it sets on this copy are set on the pipeline afterwards.
 
     Returns:
-        What `use` returns.
+        The return value of `use`.
     """
     tokenizer = pipeline.tokenizer
     if tokenizer is None:
         return use(pipeline)
     with _shared.lock:
         entry = _shared.tokenizers.setdefault(tokenizer, types.SimpleNamespace(lock=threading.RLock(), known=None))
-    # held in this frame and not by a generator: one that Ctrl-C has cut off would hold it until it is collected
+    # The lock is held in this frame and not in a generator (`contextmanager`), because a generator that Ctrl-C
+    # interrupted would hold the lock until it is garbage-collected.
     with entry.lock:
         twin = _with_component(pipeline, "tokenizer", _copied(tokenizer, entry))
         before = dict(vars(twin))
@@ -149,33 +156,35 @@ def with_own_tokenizer(pipeline, use: Callable[[Any], Any]) -> Any:
 
 
 def _copied(tokenizer, entry):
-    """A tokenizer with a copied state, made anew when the tokenizer has got other tokens or rules."""
+    """Returns a tokenizer with a copied state. The copy is made again if the tokens or rules of the tokenizer
+    changed."""
     backend = library_internals.tokenizer_backend(tokenizer)
-    if backend is None:  # it is written in Python and keeps no such state
+    if backend is None:  # the tokenizer is written in Python and does not store this state
         return tokenizer
     try:
         rules = pickle.dumps((backend.normalizer, backend.pre_tokenizer, backend.post_processor))
         state = backend.get_vocab_size(), rules
         if entry.known is None or entry.known[0] is not backend or entry.known[1] != state:
             entry.known = backend, state, copy.deepcopy(backend)
-    except Exception:  # rules that are written in Python cannot be copied
+    except Exception:  # rules written in Python cannot be copied
         return tokenizer
     return library_internals.with_tokenizer_backend(tokenizer, entry.known[2])
 
 
 def set_max_concurrent_calls(number: int | None) -> None:
     r"""
-    Bound how many calls of SSR pipelines run at the same time in this process, and so how much memory they take: each holds
-    its own latents and activations. Others wait, and begin in the order in which they came. A call that a callback makes
-    belongs to the call that it is called by, and does not wait. (A callback that waits for a call in *another* thread may
-    wait for ever, if that one has to wait for the callback's own call.)
+    Limits the number of calls of SSR pipelines that run at the same time in this process. This limits the memory they
+    use, because each call has its own latents and activations. Further calls wait and begin in the order in which they
+    were made. A call in a callback counts as part of the call that runs the callback, and does not wait. If a callback
+    waits for a call in *another* thread, it can wait forever, because that call may have to wait for the call that
+    runs the callback.
 
     Args:
         number (`int`, *optional*):
-            How many; `None`, the default of the process, is any number.
+            The maximum number of calls. `None`, which is the initial setting, means no limit.
 
     Raises:
-        `ValueError`: if `number` is no positive number.
+        `ValueError`: if `number` is not a positive integer or `None`.
 
     Example:
 
@@ -184,7 +193,7 @@ def set_max_concurrent_calls(number: int | None) -> None:
     >>> set_max_concurrent_calls(2)
     ```
 
-    From the Hub, without the package: `pipe.set_max_concurrent_calls(2)`.
+    For a pipeline from the Hub, without the installed package, use `pipe.set_max_concurrent_calls(2)`.
     """
     if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
         raise ValueError(f"`number` has to be a positive number of calls, or None, but is {number!r}.")
@@ -195,14 +204,15 @@ def set_max_concurrent_calls(number: int | None) -> None:
 
 @contextmanager
 def turn_to_run() -> Iterator[None]:
-    """Wait until a call may begin, by [`set_max_concurrent_calls`], and count it until it ends."""
+    """Context manager that waits until a call may begin according to [`set_max_concurrent_calls`], and counts the call
+    as running until it ends."""
     call = _Call()
     try:
         with _shared.changed:
             if not any(each.thread == call.thread for each in _shared.running):
                 _shared.waiting.append(weakref.ref(call))
                 while not _may_run(call):
-                    # now and then without a notice: a call that Ctrl-C has ended may have given none
+                    # with a timeout, because a call that was ended by Ctrl-C may not have notified the others
                     _shared.changed.wait(timeout=1.0)
                 _stop_waiting(call)
             _shared.running.add(call)

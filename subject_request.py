@@ -1,4 +1,4 @@
-"""From a call's subjects to the keys and values that the UNet's layers attend to (section 3.3 of the paper)."""
+"""Computes the keys and values of a call's subjects for the UNet's layers (section 3.3 of the paper)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,14 +12,14 @@ from . import attention_processors, modeling_ssr, subject_embeds
 
 @dataclass(frozen=True, eq=False)
 class SubjectRow:
-    """What one prompt is drawn with: its subjects (`None`: none), or several of them at keyframes of a video."""
+    """The subjects of one prompt: one [`SubjectEmbeds`] or `None`, or one for each keyframe of a video."""
 
     keyframes: tuple[subject_embeds.SubjectEmbeds | None, ...]
     frames: tuple[int, ...] = (0,)
 
     @property
     def example(self) -> subject_embeds.SubjectEmbeds | None:
-        """The first keyframe with a subject: what a keyframe without one takes its shape from."""
+        """The first keyframe that has a subject. Keyframes without a subject get the shape of this one."""
         return next((each for each in self.keyframes if each is not None), None)
 
 
@@ -30,21 +30,22 @@ class SubjectRequest:
 
     Args:
         rows (`list[SubjectRow]`):
-            One for all prompts, or one for each.
+            One row for all prompts, or one row for each prompt.
         num_pictures (`int`):
-            Pictures (or videos) that the call draws: prompts times pictures per prompt.
+            The number of pictures (or videos) that the call generates: the number of prompts times the number of
+            pictures per prompt.
         encoder ([`SSREncoder`]):
-            Projects keys and values.
+            The encoder that projects the keys and values.
         dtype (`torch.dtype`):
             The UNet's precision.
         scale (`float` or `dict[str, float]`):
-            The scale of subjects that have none of their own, for all layers or for each; a dict multiplies those of their
-            own.
+            The scale for all layers, or a dict with one scale for each layer. A number is only used for subjects that
+            do not have their own scale. A dict is multiplied with the subjects' own scales.
         branches (`Callable`):
-            Given how many times the pictures stand in the UNet's batch, the branches of guidance in their order, `True` for
-            a conditional one.
-        num_frames (`int`, *optional*):
-            Frames of each video; 1 for pictures.
+            A function that takes the number of times that each picture occurs in the UNet's batch, and returns the
+            branches of guidance in their order, `True` for a conditional branch.
+        num_frames (`int`, *optional*, defaults to 1):
+            The number of frames of each video; 1 for pictures.
     """
 
     rows: list[SubjectRow]
@@ -54,18 +55,18 @@ class SubjectRequest:
     scale: float | dict[str, float]
     branches: Callable[[int], tuple[bool, ...]]
     num_frames: int = 1
-    # whether the step that comes lies inside the call's window
+    # whether the next step is inside the call's window
     active: bool = True
     _prepared: dict = field(default_factory=dict, repr=False)
 
     def conditions(self, sample: torch.Tensor) -> attention_processors.SubjectConditions | None:
         r"""
-        What a forward pass of the UNet attends to, made once a call (and once more where the batch changes: if guidance is
-        switched off in a callback, only the conditional branch is left).
+        Returns the conditions for a forward pass of the UNet. They are computed once per call, and again if the batch
+        changes: if a callback switches guidance off, only the conditional branch remains.
 
         Args:
             sample (`torch.Tensor` of shape `(batch_size, channels, height, width)` or `(batch_size, channels, num_frames, height, width)`):
-                The latents of the pass. Their batch size says which branches of guidance it has.
+                The latents of the forward pass. Their batch size determines the branches of guidance.
 
         Returns:
             [`SubjectConditions`], or `None` outside the call's window.
@@ -80,7 +81,8 @@ class SubjectRequest:
         return self._prepared[key]
 
     def tokens(self, batch_size: int, device: torch.device) -> torch.Tensor:
-        """The subject embeddings for a ControlNet's batch, `(batch_size, num_subject_tokens, cross_attention_dim)`."""
+        """Returns the subject embeddings for a ControlNet's batch, of shape
+        `(batch_size, num_subject_tokens, cross_attention_dim)`."""
         branches = self._branches_of(batch_size // self.num_frames, "text")
         embeds, _ = self._embeds(self._entries(branches), device)
         return embeds.repeat_interleave(batch_size // len(embeds), dim=0)
@@ -101,10 +103,11 @@ class SubjectRequest:
     def _entries(
         self, branches: tuple[bool, ...]
     ) -> list[tuple[bool, SubjectRow, subject_embeds.SubjectEmbeds | None]]:
-        """What gets keys and values, each as (branch, row, subjects): for each branch its rows, for each row its keyframes."""
+        """Returns the entries that need keys and values, as (branch, row, subjects). They are ordered by branch, then
+        by row, then by keyframe."""
         rows = self.rows
         if self._has_keyframes:
-            # each picture needs a row of its own: its frames are rows in the layers
+            # each picture needs its own row here, because its frames become rows in the layers
             rows = [row for row in rows for _ in range(self.num_pictures // len(rows))]
         return [(positive, row, subjects) for positive in branches for row in rows for subjects in row.keyframes]
 
@@ -116,8 +119,8 @@ class SubjectRequest:
             check_frames(row, frames)
         entries = self._entries(branches)
         embeds, lengths = self._embeds(entries, device)
-        # The embeddings lie where the UNet runs, even if the encoder's weights do not yet: offloading moves them there in
-        # `project`.
+        # The embeddings are on the device of the UNet's latents. With offloading, the encoder's weights are moved to
+        # this device in `project`.
         projected = self.encoder.project(embeds)
         row_scales = torch.tensor([self._row_scale(*entry[1:]) for entry in entries], device=device)[:, None, None]
         num_keyframes = len(self.rows[0].frames)
@@ -145,10 +148,12 @@ class SubjectRequest:
         )
 
     def _embeds(self, entries: list, device: torch.device) -> tuple[torch.Tensor, list[list[int]]]:
-        """The tokens of each entry, padded to one length, and how many of them each of its subjects has.
+        """Returns the tokens of each entry, padded to the same length, and the number of tokens of each of its
+        subjects.
 
-        A subject that is alone acts with its scale on what the layers find; where there are several, each one's conditional
-        tokens are multiplied by its scale, and the layers take the sum as it is."""
+        If an entry has one subject, its scale is applied to the values of the layers (see `_row_scale`). If an entry
+        has several subjects, the conditional tokens of each subject are multiplied by its scale, and the values of the
+        layers are not scaled per subject."""
         tokens, lengths = [], []
         for positive, row, subjects in entries:
             parts = self._subjects_of(row, subjects)
@@ -164,8 +169,8 @@ class SubjectRequest:
     def _subjects_of(
         self, row: SubjectRow, subjects: subject_embeds.SubjectEmbeds | None
     ) -> tuple[subject_embeds.Subject, ...]:
-        """The subjects of an entry. Where it has none, those of another entry stand in for them, so that all entries have
-        tokens; `_row_scale` makes their values 0."""
+        """Returns the subjects of an entry. For an entry without subjects, it returns those of another entry, because
+        all entries need tokens. `_row_scale` sets the values of such an entry to 0."""
         others = row.example or next(each.example for each in self.rows if each.example is not None)
         if subjects is None and row.example is None:
             return others.subjects[:1]
@@ -183,7 +188,8 @@ class SubjectRequest:
 
 
 def check_frames(row: SubjectRow, frames: int) -> None:
-    """Raise a `ValueError` if a row's keyframes or moving regions do not fit a video of so many frames (1: a picture)."""
+    """Raises a `ValueError` if a row's keyframes or moving regions do not fit a video with `frames` frames (1 for a
+    picture)."""
     what = "a picture has none" if frames == 1 else f"the video has {frames} frames"
     if len(row.frames) > 1 and row.frames[-1] >= frames:
         raise ValueError(f"`subject` has keyframes at {list(row.frames)}, but {what}, the last one {frames - 1}.")
@@ -195,12 +201,14 @@ def check_frames(row: SubjectRow, frames: int) -> None:
 
 
 def _places_between(keyframes: tuple[int, ...], frames: int) -> np.ndarray:
-    """For each frame its place between the keyframes: 1.25 is a quarter of the way from the second to the third."""
+    """Returns the position of each frame between the keyframes. For example, 1.25 is a quarter of the way from the
+    second keyframe to the third."""
     return np.interp(range(frames), keyframes, range(len(keyframes))).astype(np.float32)
 
 
 def _token_subject(lengths: list[list[int]], longest: int) -> torch.Tensor:
-    """Which of its row's subjects each token belongs to, `(num_rows, longest)`, -1 for padding."""
+    """Returns the index of the subject in its row that each token belongs to, of shape `(num_rows, longest)`, with -1
+    for padding."""
     owners = torch.full((len(lengths), longest), -1.0, device="cpu", dtype=torch.float32)
     for row, each in zip(owners, lengths, strict=True):
         start = 0
@@ -211,7 +219,7 @@ def _token_subject(lengths: list[list[int]], longest: int) -> torch.Tensor:
 
 
 def _regions(entries: list, num_keyframes: int, frames: int) -> list[list[torch.Tensor | None]] | None:
-    """Where each row's subjects may appear, or `None` if nowhere is forbidden."""
+    """Returns the regions of each row's subjects, or `None` if all subjects may appear everywhere."""
     rows = []
     for first in range(0, len(entries), num_keyframes):
         keyframes = [entry[2] for entry in entries[first : first + num_keyframes]]
@@ -227,8 +235,8 @@ def _regions(entries: list, num_keyframes: int, frames: int) -> list[list[torch.
 def _region_of_frames(
     regions: list[torch.Tensor | None], keyframes: tuple[int, ...], frames: int
 ) -> torch.Tensor | None:
-    """The regions of one subject at its keyframes as one, `(1 or num_frames, height, width)`: each frame has the region of
-    the nearest keyframe."""
+    """Combines the regions of one subject at its keyframes into one region, in which each frame has the region of the
+    nearest keyframe. Its shape is `(1 or num_frames, height, width)`."""
     given = [region if region is None or region.ndim == 3 else region[None] for region in regions]
     if all(region is regions[0] for region in regions):
         return given[0]
@@ -243,7 +251,8 @@ def _region_of_frames(
 
 
 def _counts(entries: list, longest: int) -> torch.Tensor | None:
-    """How often each entry's tokens count, `(len(entries), longest)`, or `None` if all count once."""
+    """Returns how many times each token of each entry counts in the softmax, of shape `(len(entries), longest)`, or
+    `None` if all tokens count once."""
     given = [each.subjects for _, _, each in entries if each is not None]
     if all(subject.counts is None for subjects in given for subject in subjects):
         return None

@@ -1,4 +1,4 @@
-"""When the forward hooks that carry a subject are in a UNet: during its forward passes, and at no other time."""
+"""Adds the forward hooks that pass a subject to a UNet's layers, and removes them after each forward pass."""
 
 import os
 import threading
@@ -15,29 +15,29 @@ from torch import nn
 from . import attention_processors, library_internals, shared_components
 
 
-# The name under which a subject travels in `cross_attention_kwargs`, from the pipeline's call to the UNet's transformers.
+# The key of a subject in `cross_attention_kwargs`, from the pipeline's call to the UNet's transformers.
 SUBJECT = "ssr_subject"
 
-# Each copy of this code (`custom_pipeline=` loads one, the installed package is another) has hooks of its own, which let the
-# other's subjects pass.
+# Several copies of this code can be loaded: the installed package and those that `custom_pipeline=` loads. Each copy
+# has its own hooks, which ignore the subjects of the other copies.
 _KEY = __name__
 _processor = attention_processors.SSRAttnProcessor2_0()
 
 
 def find_unet(unet: Any) -> UNet2DConditionModel | UNetMotionModel:
     r"""
-    The UNet itself inside whatever wraps it: `torch.compile`, a `PeftModel`, accelerate's or DDP's wrappers, or one of the
-    user's that passes attributes on.
+    Returns the UNet inside its wrappers: `torch.compile`, a `PeftModel`, the wrappers of accelerate or DDP, or a
+    user-defined wrapper that forwards attribute access.
 
     Args:
         unet (`torch.nn.Module` or any callable object):
             A pipeline's `unet`.
 
     Raises:
-        `ValueError`: if there is none.
+        `ValueError`: if `unet` does not contain a UNet.
     """
-    # A wrapper that is no module but passes attributes on passes on `get_submodule` too: a bound method, whose `__self__` is the
-    # module inside.
+    # A wrapper that is not a module but forwards attribute access also forwards `get_submodule`. This is a bound
+    # method, and its `__self__` is the wrapped module.
     module = unet if isinstance(unet, nn.Module) else getattr(getattr(unet, "get_submodule", None), "__self__", None)
     for each in module.modules() if isinstance(module, nn.Module) else ():
         if isinstance(each, (UNet2DConditionModel, UNetMotionModel)):
@@ -46,13 +46,14 @@ def find_unet(unet: Any) -> UNet2DConditionModel | UNetMotionModel:
 
 
 class _TransformerHook:
-    """Forward pre-hook of the transformer around a cross-attention layer: takes the conditions out of
-    `cross_attention_kwargs`, and passes this layer's part of them on with the text.
+    """Forward pre-hook of the transformer around a cross-attention layer. Takes the conditions out of
+    `cross_attention_kwargs`, and passes this layer's part of them on together with the text.
 
-    It is a hook of the transformer and not of the layer for two reasons. A transformer is given
-    `(batch_size, channels, height, width)`, the grid that a region is fitted to; the layer is given positions in one row, and
-    would have to guess the grid. And with compiled blocks a hook of the layer would be compiled with the layer's name, so that
-    each layer would be compiled for itself; this way one compiled block serves all layers of a width."""
+    The hook is on the transformer and not on the layer for two reasons. First, the input of a transformer has the
+    shape `(batch_size, channels, height, width)`, which gives the grid that a region is resized to. The layer gets
+    flattened positions, and the grid could not be determined from them. Second, with compiled blocks a hook on the
+    layer would be compiled with the layer's name, and each layer would need its own compiled block. With a hook on the
+    transformer, one compiled block is reused for all layers of the same width."""
 
     def __init__(self, layer: str):
         self.layer = layer
@@ -75,13 +76,14 @@ class _TransformerHook:
 
 
 class _Hooks:
-    """The hooks in one UNet, and who needs them: forward passes of calls, or a training loop. Users are held weakly: one that
-    Ctrl-C has ended, before it could remove its hooks, is gone with its frame, and the next one removes them."""
+    """The hooks in one UNet and their users, which are the forward passes of calls or a training loop. The set holds
+    weak references to users: if Ctrl-C ends a user before it removes its hooks, the user is freed with its frame, and
+    the next user removes the hooks."""
 
     def __init__(self):
         self.users: WeakSet = WeakSet()
         self.modules: set[nn.Module] = set()
-        # kept from pass to pass: compiled code is valid for these very objects
+        # These objects are kept between passes, because compiled code is only valid for the same hook objects.
         self.transformers: dict[str, _TransformerHook] = {}
 
     def add(self, unet: nn.Module, layers: Iterable[str], user) -> None:
@@ -112,8 +114,8 @@ class _Hooks:
 
 
 def _projections(attn: Any) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The modules with which a layer and its processor compute queries and outputs: `to_q` and `to_out[0]`, and what the
-    processor has of its own under names that begin so (`to_q_custom_diffusion`)."""
+    """Returns the modules that compute the queries and outputs of a layer: `to_q` and `to_out[0]`, and the processor's
+    own modules with names that begin with `to_q` or `to_out` (for example `to_q_custom_diffusion`)."""
     queries: list[nn.Module] = [attn.to_q]
     outputs: list[nn.Module] = [attn.to_out[0]]
     if isinstance(attn.processor, nn.Module):
@@ -125,12 +127,13 @@ def _projections(attn: Any) -> tuple[list[nn.Module], list[nn.Module]]:
     return queries, outputs
 
 
-# by UNet; changed under `shared_components.registry_lock`, which is not held while a UNet runs
+# The hooks of each UNet. Changes need `shared_components.registry_lock`, which is not held while a UNet runs.
 _hooks: WeakKeyDictionary = WeakKeyDictionary()
 
 
 def _after_fork() -> None:
-    """In a forked process only the forking thread goes on: what the others had in a UNet is removed."""
+    """Removes the hooks of other threads from all UNets, because only the forking thread continues in a forked
+    process."""
     for unet, hooks in _hooks.items():
         for user in _of_other_threads(hooks.users):
             _remove_hooks(unet, user)
@@ -158,7 +161,7 @@ def _remove_hooks(unet: nn.Module, user) -> None:
 
 
 class _Loop:
-    """A training loop that needs the hooks."""
+    """A training loop that uses the hooks."""
 
     def __init__(self):
         self.thread = threading.get_ident()
@@ -167,16 +170,16 @@ class _Loop:
 @contextmanager
 def subject_in_unet(unet: Any, layers: Iterable[str]) -> Iterator[None]:
     r"""
-    Let forward passes of a UNet attend to a subject, for training: inside, the UNet takes
-    `cross_attention_kwargs={"ssr_subject": SubjectConditions(...)}`. Passes without it are the stock UNet's. The hooks stay
-    until the end, since gradient checkpointing runs layers again in the backward pass. Afterwards, also after an error,
-    the UNet is what it was.
+    Context manager for training, in which the forward passes of a UNet can attend to a subject. Inside it, the UNet
+    accepts `cross_attention_kwargs={"ssr_subject": SubjectConditions(...)}`. Forward passes without this argument are
+    those of the stock UNet. The hooks are not removed after each forward pass, because gradient checkpointing runs
+    layers again in the backward pass. They are removed when the context ends, also after an error.
 
     Args:
         unet (`UNet2DConditionModel`):
-            The UNet, wrapped or not.
+            The UNet, which may be wrapped.
         layers (`Iterable[str]`):
-            Names of its cross-attention layers, `SSREncoder.config.attention_layers`.
+            The names of its cross-attention layers, `SSREncoder.config.attention_layers`.
 
     Example:
 
@@ -195,20 +198,23 @@ def subject_in_unet(unet: Any, layers: Iterable[str]) -> Iterator[None]:
 
 class SubjectPasses:
     r"""
-    A pipeline call's forward passes through a UNet. The call sends it along as `cross_attention_kwargs["ssr_subject"]`; as a
-    context manager it watches the UNet: each pass that it arrives with is given the subject instead, and the hooks that this
-    needs are in the UNet for that pass alone. Passes of others, in this thread or another, are left alone.
+    Adds a subject to the forward passes of a UNet in one pipeline call. The call passes this object to the UNet as
+    `cross_attention_kwargs["ssr_subject"]`. As a context manager, it watches the UNet with one forward pre-hook and
+    one forward hook: before each forward pass that has this object in its arguments, it replaces the object by the
+    subject's [`SubjectConditions`] and adds the hooks on the layers, and it removes these hooks after that pass. Other
+    forward passes, in this thread or in another one, are not changed.
 
-    The watch itself is one forward pre-hook and one forward hook on the UNet, and goes as well while a callback runs
-    (`paused`), so that a callback finds, changes and uses the stock UNet.
+    The two hooks on the UNet are also removed while a callback runs (`paused`), so that a callback can inspect, change
+    and run the stock UNet.
 
     Args:
         unet (`UNet2DConditionModel`):
-            The UNet, wrapped or not.
+            The UNet, which may be wrapped.
         layers (`Iterable[str]`):
-            Names of its cross-attention layers that the subject reaches.
+            The names of the cross-attention layers that attend to the subject.
         conditions (`Callable`):
-            Given the latents of a pass, the [`SubjectConditions`] that it attends to, or `None` for nothing.
+            A function that takes the latents of a forward pass and returns the [`SubjectConditions`] for it, or `None`
+            if the pass does not attend to a subject.
     """
 
     def __init__(
@@ -225,24 +231,25 @@ class SubjectPasses:
         self.watch(unet)
 
     def watch(self, unet) -> None:
-        """Choose the UNet that is watched from the next `start` on."""
+        """Sets the UNet to watch. It is used from the next `start`."""
         self.wrapped_unet, self.unet = unet, find_unet(unet)
         self.watched = _outermost_compiled(unet, self.unet)
 
     def watch_controlnet(self, controlnet: nn.Module, tokens: Callable[[int, torch.device], torch.Tensor]) -> None:
         r"""
-        Let a ControlNet, or several, see the subject's tokens behind the text's in this call.
+        Appends the subject's tokens to the text that one or several ControlNets get in this call.
 
         Args:
             controlnet (`ControlNetModel` or `MultiControlNetModel`):
                 The ControlNet.
             tokens (`Callable`):
-                Given a batch size and a device, the tokens, `(batch_size, num_subject_tokens, cross_attention_dim)`.
+                A function that takes a batch size and a device and returns the tokens, of shape
+                `(batch_size, num_subject_tokens, cross_attention_dim)`.
         """
         self.controlnet, self.tokens = controlnet, tokens
 
     def start(self) -> None:
-        """Watch the UNet."""
+        """Starts watching the UNet."""
         with shared_components.registry_lock():
             _watchers.setdefault(self.watched, WeakSet()).add(self)
             _add_watch(self.watched)
@@ -251,14 +258,15 @@ class SubjectPasses:
                 library_internals.set_forward_pre_hook(self.controlnet, _KEY, _before_controlnet)
 
     def stop(self) -> None:
-        """Watch it no more. It can be done again at any time, also where Ctrl-C has cut the first time short."""
+        """Stops watching the UNet. It can be called repeatedly, for example after Ctrl-C interrupted the first
+        call."""
         with shared_components.registry_lock():
             for module in (self.watched, self.controlnet):
                 if module is not None and module in _watchers:
                     _watchers[module].discard(self)
                     if not _watchers[module]:
                         _remove_watch(module)
-        # a pass that Ctrl-C has interrupted did not come to its end
+        # a forward pass that was interrupted by Ctrl-C did not call `end`
         self.end()
 
     def __enter__(self) -> "SubjectPasses":
@@ -270,13 +278,14 @@ class SubjectPasses:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """While a callback runs the UNet is stock. After an error in it, it stays so."""
+        """Context manager that makes the UNet stock while a callback runs. After an error in the callback, the UNet
+        stays stock."""
         self.stop()
         yield
         self.start()
 
     def begin(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """What a forward pass gets in the place of this object."""
+        """Returns the arguments of a forward pass, with this object replaced by the subject's conditions."""
         conditions = self.conditions(args[0] if args else kwargs["sample"])
         self.count += 1
         attention_kwargs = {name: each for name, each in kwargs["cross_attention_kwargs"].items() if name != SUBJECT}
@@ -286,14 +295,14 @@ class SubjectPasses:
             attention_kwargs[SUBJECT] = conditions
         kwargs = {**kwargs, "cross_attention_kwargs": attention_kwargs or None}
         added = kwargs.get("added_cond_kwargs") or {}
-        # `load_ip_adapter` sets the config's attribute, not its item, which keeps the old value
+        # `load_ip_adapter` sets only the attribute of the config; the dict item keeps the old value
         hid_dim_type = getattr(self.unet.config, "encoder_hid_dim_type", None)
         if hid_dim_type == "ip_image_proj" and "image_embeds" not in added:
             kwargs["added_cond_kwargs"] = {**added, "image_embeds": _NoPictures(self.unet.encoder_hid_proj)}
         return args, kwargs
 
     def end(self) -> None:
-        """The forward pass is over."""
+        """Removes the hooks on the layers after a forward pass."""
         if _running.get(threading.get_ident()) is self:
             del _running[threading.get_ident()]
             _processor.forget()
@@ -301,10 +310,9 @@ class SubjectPasses:
 
 
 class _NoPictures(list):
-    """The image embeddings of IP-Adapters that are loaded but got no picture, so that beside a subject they add nothing. The
-    UNet compares the list's length with the number of its adapters and then iterates over both. This list reports that length
-    but is empty, so that each adapter adds nothing. Zeros would not do: an adapter projects
-    them to tokens other than zero."""
+    """The image embeddings for IP-Adapters that are loaded but got no picture. The UNet compares the list's length
+    with the number of its adapters and then iterates over both. This list reports that length but is empty, so that no
+    adapter adds anything. Zeros cannot be used instead, because an adapter projects them to tokens other than zero."""
 
     def __init__(self, image_projection: Any):
         super().__init__()
@@ -314,7 +322,8 @@ class _NoPictures(list):
         return self.length
 
 
-# by the watched module: the calls that are under way, held weakly as in `_Hooks`; by thread: the call whose forward pass is
+# `_watchers` has the running calls of each watched module, as weak references for the same reason as in `_Hooks`.
+# `_running` has the call that each thread runs a forward pass for.
 _watchers: WeakKeyDictionary = WeakKeyDictionary()
 _running: dict[int, SubjectPasses] = {}
 
@@ -335,7 +344,8 @@ def _before_controlnet(module: nn.Module, args: tuple, kwargs: dict | None = Non
     if kwargs is None:
         return None
     with shared_components.registry_lock():
-        # of one thread there is one call at most: those whose callbacks it draws in are paused
+        # There is at most one call per thread: if it was made in a callback of another call, that other call is
+        # paused.
         passes = next((each for each in _watchers.get(module, ()) if each.thread == threading.get_ident()), None)
     if passes is None:
         return None
@@ -345,8 +355,9 @@ def _before_controlnet(module: nn.Module, args: tuple, kwargs: dict | None = Non
 
 
 class _CompiledCall:
-    """What runs instead of a UNet that was compiled in place: the compiled call, between the same two functions. As forward
-    hooks they would be compiled with the UNet, and neither a lock nor the projection of a new subject can be compiled."""
+    """Replaces the compiled call of a UNet that was compiled in place. It runs `_before_pass`, the compiled call and
+    `_after_pass`. As forward hooks, these two functions would be compiled with the UNet, but neither a lock nor the
+    projection of a new subject can be compiled."""
 
     def __init__(self, module: nn.Module, call: Callable):
         self.module, self.call = module, call
@@ -381,14 +392,16 @@ def _remove_watch(module: nn.Module) -> None:
 
 
 def _chain(call: Any) -> Iterator[Any]:
-    """A compiled call and what it wraps: another copy of this code may have put its own around it."""
+    """Yields a compiled call and the calls that it wraps, because another copy of this code may have wrapped it
+    too."""
     while call is not None:
         yield call
         call = getattr(call, "call", None)
 
 
 def _outermost_compiled(wrapped, unet: nn.Module) -> nn.Module:
-    """The UNet, or the outermost module around it that is compiled: hooks inside that one would be compiled in."""
+    """Returns the outermost compiled module around the UNet, or the UNet if there is none. Hooks on a module inside a
+    compiled module would be compiled with it."""
     module = wrapped if isinstance(wrapped, nn.Module) else unet
     for each in module.modules():
         if each is unet:
