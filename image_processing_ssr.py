@@ -131,8 +131,7 @@ def mask_values(mask: Any, name: str = "subject_mask", max_pixels: int | None = 
             is the mask, and its colors are ignored. Otherwise the largest color channel is the mask, so that pure
             colors count as white. Arrays and tensors hold booleans, values from 0 to 1, or values from 0 to 255
             (uint16 also from 0 to 65535). Their shape is `(height, width)` or `(frames, height, width)`, with optional
-            dimensions of size 1. RGB and RGBA arrays (not tensors) have shape `(height, width, 3)` and `(height,
-            width, 4)`.
+            dimensions of size 1. RGB and RGBA arrays have 3 or 4 channels in their last dimension.
         name (`str`, defaults to `"subject_mask"`):
             The name of the argument in error messages.
         max_pixels (`int`, *optional*):
@@ -261,8 +260,8 @@ def postprocess_map(attention_map: torch.Tensor, size: tuple[int, int], resize_m
     width, height = size
     edge = max(size) if resize_mode == "pad" else min(size)
     resized = F.interpolate(attention_map[None], (edge, edge), mode="bilinear")[0]
-    # The position of the square relative to the picture. It is negative with "pad", because the square is larger than
-    # the picture, and `F.pad` then crops.
+    # The position of the square relative to the picture. With "pad" the square is larger than the picture: the values
+    # are negative or 0, and `F.pad` crops.
     left, top = (width - edge) // 2, (height - edge) // 2
     return F.pad(resized, (left, width - edge - left, top, height - edge - top))
 
