@@ -254,8 +254,7 @@ def postprocess_map(attention_map: torch.Tensor, size: tuple[int, int], resize_m
             The `resize_mode` that was passed to [`preprocess`].
 
     Returns:
-        `torch.Tensor` of shape `(count, height, width)`: maps over the picture, with 0 in the parts that "crop" cut
-        off.
+        `torch.Tensor` of shape `(count, height, width)`: maps over the picture, with 0 in the parts that were cropped.
     """
     width, height = size
     edge = max(size) if resize_mode == "pad" else min(size)

@@ -74,8 +74,7 @@ def mixed_requests(
     start = Image.effect_noise((size, size), 80).convert("RGB")
     left = np.zeros((size, size), np.float32)
     left[:, : size // 2] = 1
-    # stock pipelines do not use the tokenizer in a thread-safe way, so stock pipelines that share one run one at a
-    # time
+    # stock pipelines do not use the tokenizer in a thread-safe way, so only one of them runs at a time
     stock_lock = threading.Lock()
 
     def arguments(seed: int, **extra) -> dict:
@@ -86,8 +85,7 @@ def mixed_requests(
     def stock(prompt: str, seed: int) -> np.ndarray:
         scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
         with stock_lock:
-            # created for each request, to test that `from_pipe` can iterate over the UNet's modules while others use
-            # it
+            # created for each request, because `from_pipe` iterates over the UNet's modules while other threads use it
             stock_pipe = diffusers.StableDiffusionPipeline.from_pipe(pipe, scheduler=scheduler)
             stock_pipe.set_progress_bar_config(disable=True)
             return stock_pipe(prompt, **arguments(seed)).images
