@@ -1,4 +1,4 @@
-"""Where in a picture a query looks: what `subject_attention_map` returns."""
+"""Attention maps: the attention of a query to its picture, as returned by `subject_attention_map`."""
 
 from dataclasses import dataclass, field
 
@@ -12,24 +12,25 @@ from . import image_processing_ssr
 @dataclass(frozen=True, eq=False, repr=False)
 class SubjectAttentionMap:
     r"""
-    The token-to-patch attention of a query over its picture, averaged over the heads: what enters the subject's embeddings,
-    and so the drawn picture. It is compared with the attention of an empty query, so that what any query looks at (a
-    horizon, the brightest thing) does not stand for the queried thing.
+    The token-to-patch attention of a query to its picture, averaged over the heads. The subject embeddings are
+    computed with this attention, so it shows which parts of the picture are used. The attention of an empty query is
+    subtracted, because every query attends to some parts of a picture, such as a horizon or the brightest object.
 
     Args:
         heat (`np.ndarray` of shape `(height, width)`):
-            At the picture's own size, from 0 to 1: the attention that the query's tokens, padding included, gather there beyond
-            an empty query's. Its maximum is twice `gathered`, so that a query that looks nowhere in particular gives a faint
-            map.
-            With `tokens="own"` it is the paper's figure 5 instead: the tokens of the query's words alone, scaled to their own
-            maximum.
+            A map of the size of the picture, from 0 to 1. By default, it shows how much more attention the query's
+            tokens, including the padding, pay to each place than the tokens of an empty query. The map is scaled to a
+            maximum of twice `gathered` (at most 1). A query that attends to no particular place gives a faint map.
+            With `tokens="own"`, it shows the attention of the tokens of the query's words instead, as in figure 5 of
+            the paper. This map is scaled to a maximum of 1, and the attention of an empty query is not subtracted.
         tokens (`list[tuple[str, np.ndarray]]`):
-            The same for each token of the query's words.
+            The text and the map of each token of the query's words.
         picture (`PIL.Image.Image`):
             The picture, upright and in RGB.
         gathered (`float`):
-            Which share of its attention, from 0 to 1, the query directs elsewhere than an empty query does. A query that is
-            answered by nothing in the picture tends to have less of it; what is much depends on the checkpoint.
+            The share of the query's attention, from 0 to 1, that goes to other places than the attention of an empty
+            query. It tends to be lower if the picture does not contain the queried subject. The typical values depend
+            on the checkpoint.
 
     Example:
 
@@ -56,14 +57,14 @@ class SubjectAttentionMap:
 
     def overlay(self, heat: np.ndarray | None = None) -> Image.Image:
         r"""
-        The picture with the heat laid over it: red where the query looks, the picture greyed out where it does not.
+        Returns the picture with the map drawn over it: red where the attention is high, and gray where it is low.
 
         Args:
             heat (`np.ndarray` of shape `(height, width)`, *optional*):
-                One token's map instead of the whole query's.
+                The map to draw, for example the map of one token. Defaults to the map of the whole query.
 
         Returns:
-            `PIL.Image.Image` of the picture's size.
+            `PIL.Image.Image` with the size of the picture.
         """
         heat = (self.heat if heat is None else heat)[..., None]
         pixels = np.asarray(self.picture).astype(np.float32)
@@ -81,19 +82,19 @@ def make_attention_map(
     tokens: str,
 ) -> SubjectAttentionMap:
     r"""
-    Compare a query's attention with an empty query's.
+    Create an attention map from the attention of a query and the attention of an empty query.
 
     Args:
         probs (`torch.Tensor` of shape `(num_tokens, 1 + num_patches)`):
-            The query's attention, averaged over the heads, class token first.
+            The attention of the query, averaged over the heads, class token first.
         empty_probs (`torch.Tensor` of the same shape):
-            The empty query's.
+            The attention of the empty query.
         own_tokens (`dict[int, str]`):
-            The tokens of the query's words, by their place among `num_tokens`.
+            The tokens of the query's words, by their index in the first dimension of `probs`.
         picture (`PIL.Image.Image`):
             The picture.
         resize_mode (`str`):
-            How it was fitted into the vision encoder's square.
+            The `resize_mode` with which the picture was preprocessed.
         tokens (`str`):
             `"all"` or `"own"`, see [`SubjectAttentionMap`].
     """
@@ -107,7 +108,7 @@ def make_attention_map(
         attention, peaks = (whole - empty).clamp(min=0), (2 * _distance(whole, empty)).clamp(max=1)
     side = round((probs.shape[1] - 1) ** 0.5)
     maps = image_processing_ssr.postprocess_map(attention[:, 1:].unflatten(1, (side, side)), picture.size, resize_mode)
-    # a map that is 0 everywhere stays so
+    # the clamp prevents a division by 0 for a map that is 0 everywhere
     maps = maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-12) * peaks[:, None, None]
     gathered = float(_distance(probs.mean(0), empty))
     return SubjectAttentionMap(
@@ -116,5 +117,6 @@ def make_attention_map(
 
 
 def _distance(probs: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """The share of its attention that one distribution puts elsewhere than another: their total variation distance."""
+    """Returns the total variation distance: the share of the attention that two distributions do not have in
+    common."""
     return (probs - others).abs().sum(-1) / 2

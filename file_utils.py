@@ -1,4 +1,4 @@
-"""Which files are safe to open, and how files and folders are written whole or not at all."""
+"""Checks which files are safe to open, and writes files and folders atomically."""
 
 import os
 import re
@@ -16,17 +16,17 @@ _WEIGHTS = re.compile(r"(?P<stem>.+?)(?P<shard>-\d{5}-of-\d{5})?\.(safetensors|b
 
 def check_regular_file(file: str | os.PathLike, name: str) -> None:
     r"""
-    Refuse what cannot be read as a file: opening a named pipe or a device may wait for ever.
+    Raise an error if a path is not a regular file. Opening a named pipe or a device can block forever.
 
     Args:
         file (`str` or `os.PathLike`):
             The path.
         name (`str`):
-            What errors call it.
+            The name of the argument in error messages.
 
     Raises:
-        `FileNotFoundError`: if there is no such file.
-        `ValueError`: if it is a folder, a device or a named pipe, or if no file can have that name.
+        `FileNotFoundError`: if the file does not exist.
+        `ValueError`: if it is a folder, a device or a named pipe, or if the path is not a valid file name.
     """
     try:
         regular = stat.S_ISREG(os.stat(file).st_mode)
@@ -39,16 +39,16 @@ def check_regular_file(file: str | os.PathLike, name: str) -> None:
 @contextmanager
 def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
     r"""
-    Write a file whole or not at all. Readers see the old file or the new one, and threads and processes that write the same
-    one do not disturb each other: the last one wins.
+    Write a file atomically. Other threads and processes always read either the complete old file or the complete new
+    file. Several threads and processes can write the same file at the same time; the last one replaces the others.
 
     Args:
         path (`str` or `os.PathLike`):
             The file.
 
     Yields:
-        `Path`: a new name in the same folder. What is written there replaces `path` when the block ends, and is removed
-        when the block raises.
+        `Path`: the path of a temporary file in the same folder. The temporary file replaces `path` when the block
+        ends, and is deleted if the block raises an error.
 
     Example:
 
@@ -57,9 +57,9 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
     ...     save_file(tensors, partial)
     ```
     """
-    # replacing a symbolic link would leave the file that it points to as it was
+    # resolved, because `os.replace` would replace a symbolic link and not the file that it points to
     target = Path(os.path.realpath(path))
-    # a name of its own for each writer, and a short one: `path` may be as long as names can be
+    # A unique name for each writer. It does not contain the name of `path`, which can already have the maximum length.
     partial = target.parent / f".{uuid.uuid4().hex}.part"
     try:
         yield partial
@@ -71,20 +71,20 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
 @contextmanager
 def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
     r"""
-    Write a folder of files all or nothing: if the disk fills up, or anything else goes wrong, the folder stays as it was.
-    Other files in it are kept, but for the shards of weights that are replaced. (If the process is killed in the instant in
-    which the finished files are moved, some may be new and others old.)
+    Write several files to a folder atomically: if an error occurs, for example because the disk is full, the folder is
+    not changed. Other files in the folder are kept, except for the old shards of weights that are replaced. (If the
+    process is killed while the finished files are moved, the folder can contain both new and old files.)
 
     Args:
         folder (`str` or `os.PathLike`):
-            The folder; it is made if it is not there.
+            The folder. It is created if it does not exist.
 
     Yields:
-        `Path`: an empty folder of the same name on the same disk. What is written there is moved into `folder` when the
-        block ends.
+        `Path`: an empty folder with the same name on the same disk. Its files are moved to `folder` when the block
+        ends.
 
     Raises:
-        `ValueError`: if there is a file of that name.
+        `ValueError`: if `folder` is a file.
 
     Example:
 
@@ -97,9 +97,9 @@ def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
     if target.exists() and not target.is_dir():
         raise ValueError(f"`folder`: {target} is a file, not a folder.")
     target.mkdir(parents=True, exist_ok=True)
-    # inside the folder, and so surely on its file system: then moving needs no room
+    # inside the folder, because files can be moved without additional disk space only on the same file system
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
-    # of the same name, which diffusers takes for the repository's when it pushes
+    # with the same name as the folder, because diffusers uses it as the repository name in `push_to_hub`
     partial = staging / target.name
     try:
         partial.mkdir()
@@ -107,19 +107,21 @@ def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
         _move_files(partial, target, staging / "replaced")
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-        with suppress(OSError):  # only if it is empty: nothing was there before, and nothing was written
+        with suppress(OSError):  # fails if the folder is not empty
             target.rmdir()
 
 
 def _move_files(source: Path, target: Path, replaced: Path) -> None:
-    """Move all files of `source` to the same places in `target`, and what they replace to `replaced`; undone on errors."""
+    """Moves all files of `source` to the same relative paths in `target`, and the files that they replace to
+    `replaced`. Undoes everything if an error occurs."""
     new = [file.relative_to(source) for file in sorted(source.rglob("*")) if not file.is_dir()]
     places = [*new, *_old_weights(new, target)]
     existed = {place: os.path.lexists(target / place) for place in places}
     begun = []
     try:
         for place in places:
-            # before the first step, or an interrupt between step and note would leave the step
+            # recorded before the first file is moved; otherwise an interrupt right after a move would not undo this
+            # move
             begun.append(place)
             for folder in (target, replaced):
                 (folder / place).parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +139,8 @@ def _move_files(source: Path, target: Path, replaced: Path) -> None:
 
 
 def _old_weights(new: list[Path], target: Path) -> list[Path]:
-    """Shards and indices of weights that `new` brings anew. Left there, an old index would lead readers to old shards."""
+    """Returns the shards and index files in `target` of weights that `new` replaces. They have to be removed, because
+    an old index file would make readers load the old shards."""
     weights = [(place, found) for place in new if (found := _WEIGHTS.fullmatch(place.name))]
     old = set()
     for place, found in weights:

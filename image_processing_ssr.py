@@ -1,4 +1,5 @@
-"""From pictures and masks as people have them to the pixels that the vision encoder sees, and back to the picture."""
+"""Converts pictures and masks of many formats to the pixel values of the vision encoder, and attention maps back to
+the size of the picture."""
 
 import os
 import threading
@@ -22,34 +23,36 @@ logger = logging.get_logger(__name__)
 RESIZE_MODES = ("pad", "crop")
 SMALLEST_SIDE = 8
 LARGEST_RATIO = 16
-# The largest picture that is decoded, in pixels; read at each call, so it can be set. In RGB this many take 200 MB.
+# The largest picture that is decoded, in pixels; 200 MB in RGB. It is read at each call, so it can be changed at run
+# time.
 MAX_PIXELS = 2**26
-# What `open_image` reads. Other formats of Pillow start programs (EPS starts Ghostscript) or are no pictures.
+# The formats that `open_image` accepts. Other formats of Pillow start programs (EPS starts Ghostscript) or do not
+# contain pictures.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 
-# A picture from `Image.open` is decoded at its first use. Two threads that share it would then both seek and read in its
-# one file, and one of them gets noise or an error.
+# A picture from `Image.open` is decoded when it is first used. Without this lock, two threads that share a picture
+# would both seek and read in the same file, and one of them would get corrupted pixels or an error.
 _decoding = threading.Lock()
 
 
 def open_image(file: str | os.PathLike | bytes, name: str = "image", max_pixels: int | None = None) -> Image.Image:
     r"""
-    Open and decode a picture that may come from anybody.
+    Open and decode a picture from an untrusted source.
 
     Args:
         file (`str`, `os.PathLike` or `bytes`):
-            The path of a file, or its content.
+            The path of a file, or its content as `bytes`.
         name (`str`, defaults to `"image"`):
-            What errors call it.
+            The name of the argument in error messages.
         max_pixels (`int`, *optional*):
-            The most pixels that are decoded. Defaults to `MAX_PIXELS` of this module, 67 million.
+            The maximum number of pixels. Defaults to `MAX_PIXELS` of this module, 67 million.
 
     Returns:
-        `PIL.Image.Image`, decoded, in its own mode.
+        `PIL.Image.Image`, decoded, in the mode of the file.
 
     Raises:
-        `FileNotFoundError`: if there is no such file.
-        `ValueError`: if it is no regular file, no picture, larger than `max_pixels`, or cut off.
+        `FileNotFoundError`: if the file does not exist.
+        `ValueError`: if it is not a regular file, is not a picture, is larger than `max_pixels`, or is truncated.
 
     Example:
 
@@ -74,24 +77,25 @@ def open_image(file: str | os.PathLike | bytes, name: str = "image", max_pixels:
 
 def to_pil(image: Any, name: str = "subject_image", max_pixels: int | None = None) -> Image.Image:
     r"""
-    A picture as people have it as an upright RGB picture.
+    Convert a picture to an upright RGB picture.
 
     Args:
         image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
-            The picture. PIL images may be of any mode; of a file with several frames the first one is taken, transparent
-            parts become white, 16-bit and float values are scaled to 8 bits, and EXIF rotation is applied. Arrays are
-            `(height, width, 3)` in uint8, uint16, or floats from 0 to 1; tensors `(3, height, width)`, or with a batch
-            dimension of 1, in uint8 or floats from 0 to 1.
+            The picture. PIL images can have any mode. If a PIL image has several frames, its current frame is used,
+            which is the first one after opening. Transparent parts become white, 16-bit and float values are scaled to
+            8 bits, and EXIF rotation is applied. Arrays have shape `(height, width, 3)` and hold uint8, uint16, or
+            floats from 0 to 1. Tensors have shape `(3, height, width)` or `(1, 3, height, width)` and hold uint8 or
+            floats from 0 to 1.
         name (`str`, defaults to `"subject_image"`):
-            What errors call it.
+            The name of the argument in error messages.
         max_pixels (`int`, *optional*):
-            The most pixels that are accepted. Defaults to `MAX_PIXELS` of this module, 67 million.
+            The maximum number of pixels. Defaults to `MAX_PIXELS` of this module, 67 million.
 
     Returns:
-        `PIL.Image.Image` in mode RGB, with pixels of its own.
+        `PIL.Image.Image` in mode RGB. It does not share memory with `image`.
 
     Raises:
-        `ValueError`: if it is no picture, is cut off, or is too small, too narrow or too large.
+        `ValueError`: if it is not a picture, is truncated, or is too small, too narrow or too large.
 
     Example:
 
@@ -119,24 +123,26 @@ def to_pil(image: Any, name: str = "subject_image", max_pixels: int | None = Non
 
 def mask_values(mask: Any, name: str = "subject_mask", max_pixels: int | None = None) -> np.ndarray:
     r"""
-    A mask, as editors and libraries give them, as numbers.
+    Convert a mask to numbers. The formats that common image editors and libraries write are accepted.
 
     Args:
         mask (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
-            White, or 1, inside. PIL images may be of any mode. Where parts of a picture are transparent, its opacity is the
-            mask, whatever colour it was painted in; otherwise its brightness is, where every pure colour counts as white.
-            Arrays and tensors hold booleans, 0 and 1, or 0 to 255 (uint16: or to 65535), and are `(height, width)`, that
-            with dimensions of 1, `(frames, height, width)`, or (arrays alone) `(height, width, 3 or 4)` for RGB and RGBA.
+            White, or 1, inside. PIL images can have any mode. If parts of a picture are transparent, its alpha channel
+            is the mask, and its colors are ignored. Otherwise the largest color channel is the mask, so that pure
+            colors count as white. Arrays and tensors hold booleans, values from 0 to 1, or values from 0 to 255
+            (uint16 also from 0 to 65535). Their shape is `(height, width)` or `(frames, height, width)`, with optional
+            dimensions of size 1. RGB and RGBA arrays have 3 or 4 channels in their last dimension.
         name (`str`, defaults to `"subject_mask"`):
-            What errors call it.
+            The name of the argument in error messages.
         max_pixels (`int`, *optional*):
-            The most values that are accepted. Defaults to `MAX_PIXELS` of this module, 67 million.
+            The maximum number of values. Defaults to `MAX_PIXELS` of this module, 67 million.
 
     Returns:
-        `np.ndarray` of shape `(height, width)`, or `(frames, height, width)` of more than one frame, float32 from 0 to 1.
+        `np.ndarray` of float32 from 0 to 1, with shape `(height, width)`, or `(frames, height, width)` if there is
+        more than one frame.
 
     Raises:
-        `ValueError`: if it is no mask.
+        `ValueError`: if it is not a valid mask.
 
     Example:
 
@@ -164,23 +170,23 @@ def to_mask(
     mask: Any, size: tuple[int, int], name: str = "subject_mask", max_pixels: int | None = None
 ) -> Image.Image:
     r"""
-    A mask of one picture as a picture of black and white.
+    Convert the mask of a picture to a black and white picture.
 
     Args:
         mask (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
-            What [`mask_values`] takes.
+            The mask, see [`mask_values`].
         size (`tuple[int, int]`):
             Width and height of the picture that the mask belongs to.
         name (`str`, defaults to `"subject_mask"`):
-            What errors call it.
+            The name of the argument in error messages.
         max_pixels (`int`, *optional*):
-            As in [`mask_values`].
+            The maximum number of values, see [`mask_values`].
 
     Returns:
         `PIL.Image.Image` in mode L: 255 where the subject is, 0 elsewhere.
 
     Raises:
-        `ValueError`: if it is no mask, is not of the picture's size, or marks nothing or everything.
+        `ValueError`: if it is not a valid mask, does not have the size of the picture, or marks nothing or everything.
 
     Example:
 
@@ -203,24 +209,25 @@ def to_mask(
 
 def preprocess(image: Image.Image, processor: CLIPImageProcessor, resize_mode: str = "pad") -> torch.Tensor:
     r"""
-    Fit a picture into the vision encoder's square and normalise it.
+    Resize a picture to the square input of the vision encoder and normalize it.
 
-    Done with PIL whatever image backend transformers has picked, so that pixels do not depend on what is installed.
+    This function always uses PIL. The image backend of transformers depends on the installed packages, and different
+    backends give different pixel values.
 
     Args:
         image (`PIL.Image.Image`):
             A picture in RGB.
         processor (`CLIPImageProcessor`):
-            The vision encoder's sizes and normalisation.
+            The image processor with the vision encoder's input size and normalization.
         resize_mode (`str`, defaults to `"pad"`):
-            "pad" keeps the whole picture: its longer edge is scaled to the square and the rest filled with the mean
-            colour. "crop" scales the shorter edge and cuts the centre out, as CLIP and the released code do; what lies at
-            the ends of a long picture is lost. Square pictures are the same in both.
+            "pad" keeps the whole picture: its longer edge is resized to the side of the square, and the rest of the
+            square is filled with the mean color. "crop" resizes the shorter edge and takes a center crop, as CLIP and
+            the released code do; the parts outside the crop are lost. Both give the same result for square pictures.
 
     Returns:
         `torch.Tensor` of shape `(1, 3, height, width)`.
     """
-    # on the CPU in float32, whatever the default device and precision are
+    # always on the CPU and in float32, even if the default device or dtype is another one
     mean, std = (
         torch.tensor(values, device="cpu", dtype=torch.float32).view(3, 1, 1)
         for values in (processor.image_mean, processor.image_std)
@@ -229,29 +236,31 @@ def preprocess(image: Image.Image, processor: CLIPImageProcessor, resize_mode: s
 
 
 def preprocess_mask(mask: Image.Image, processor: CLIPImageProcessor, resize_mode: str = "pad") -> torch.Tensor:
-    """The same for a mask, as `(1, 1, height, width)` from 0 to 1, so that it marks the same patches."""
+    """Resizes a mask in the same way as [`preprocess`] resizes its picture, so that it marks the same patches. Returns
+    shape `(1, 1, height, width)`, from 0 to 1."""
     return _crop_or_fill(_resized(mask, processor, resize_mode), processor)
 
 
 def postprocess_map(attention_map: torch.Tensor, size: tuple[int, int], resize_mode: str) -> torch.Tensor:
     r"""
-    The way back from the vision encoder's square to the picture.
+    Resize attention maps from the square input of the vision encoder to the size of the picture.
 
     Args:
         attention_map (`torch.Tensor` of shape `(count, side, side)`):
-            Maps over the square.
+            Maps over the square input.
         size (`tuple[int, int]`):
             Width and height of the picture.
         resize_mode (`str`):
-            The one that [`preprocess`] was given.
+            The `resize_mode` that was passed to [`preprocess`].
 
     Returns:
-        `torch.Tensor` of shape `(count, height, width)`: maps over the picture, 0 where the encoder did not see it.
+        `torch.Tensor` of shape `(count, height, width)`: maps over the picture, with 0 in the parts that were cropped.
     """
     width, height = size
     edge = max(size) if resize_mode == "pad" else min(size)
     resized = F.interpolate(attention_map[None], (edge, edge), mode="bilinear")[0]
-    # the square's place in the picture: outside it when padded, inside when cropped
+    # The position of the square relative to the picture. With "pad" the square is larger than the picture: the values
+    # are negative or 0, and `F.pad` crops.
     left, top = (width - edge) // 2, (height - edge) // 2
     return F.pad(resized, (left, width - edge - left, top, height - edge - top))
 
@@ -272,17 +281,18 @@ def _check_pixels(count: int, name: str, max_pixels: int | None) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """What an error says, in one line that ends without a full stop."""
+    """Returns the message of an error in one line, without a period at the end."""
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def _decode(image: Image.Image, name: str, max_pixels: int | None) -> None:
-    """Read the pixels of a picture, if that was not done yet, in one thread at a time."""
-    # the size stands in the file's header: nothing is decoded yet
+    """Decodes a picture if it is not decoded yet. Only one thread decodes at a time."""
+    # the size comes from the file's header; nothing is decoded yet
     _check_pixels(image.width * image.height, name, max_pixels)
     with _decoding:
         try:
-            # before the pixels are read: looking for a second frame may leave them to be read again
+            # before `load`, because `is_animated` may seek to another frame, and the pixels would have to be decoded
+            # again
             if getattr(image, "is_animated", False):
                 _say_animated(name)
             image.load()
@@ -291,11 +301,11 @@ def _decode(image: Image.Image, name: str, max_pixels: int | None) -> None:
 
 
 def _upright(image: Image.Image, name: str, max_pixels: int | None) -> Image.Image:
-    """A decoded copy, turned as its EXIF data say."""
+    """Returns a decoded copy of a picture, with its EXIF rotation applied."""
     _decode(image, name, max_pixels)
     with _decoding:
         try:
-            # also seeks in the file, for EXIF data behind the pixels
+            # needs the lock, because it seeks in the file if the EXIF data come after the pixels
             return ImageOps.exif_transpose(image)
         except Exception:  # broken EXIF data
             return image.copy()
@@ -303,7 +313,8 @@ def _upright(image: Image.Image, name: str, max_pixels: int | None) -> Image.Ima
 
 @cache
 def _say_animated(name: str) -> None:
-    """Once for each name, or every step of a training would say it."""
+    """Logs a warning. The cache limits it to one warning for each name, because training would repeat it in every
+    step."""
     logger.warning(f"`{name}` holds several frames: only the one it stands at is used, at first the first.")
 
 
@@ -313,7 +324,7 @@ def _to_numpy(tensor: torch.Tensor, name: str) -> np.ndarray:
             f"`{name}` has to be a plain tensor of real numbers, but is {tensor.dtype} on {tensor.device}."
         )
     tensor = tensor.detach().cpu()
-    # numpy knows no bfloat16
+    # numpy does not support bfloat16
     return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
 
 
@@ -345,7 +356,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         values = _unit(np.asarray(image), name, deep=True)
         return Image.fromarray((values * 255).round().astype(np.uint8)).convert("RGB")
     if image.mode == "LAB":
-        # Pillow converts it by colour profiles alone
+        # Pillow can convert LAB to RGB only with color profiles
         lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         image = ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB") or image
     if _has_alpha(image):
@@ -356,7 +367,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _has_alpha(image: Image.Image) -> bool:
-    """`Image.has_transparency_data`, which Pillow before 10.1 lacks."""
+    """Same as `Image.has_transparency_data`, which was added in Pillow 10.1."""
     palette_mode = getattr(getattr(image, "palette", None), "mode", "")
     return (
         image.mode in ("LA", "La", "PA", "RGBA", "RGBa")
@@ -366,7 +377,7 @@ def _has_alpha(image: Image.Image) -> bool:
 
 
 def _to_rgba(image: Image.Image) -> Image.Image:
-    # premultiplied grey ("La") converts to no other mode
+    # premultiplied gray ("La") can only be converted to "LA"
     return (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
 
 
@@ -377,27 +388,28 @@ def _mask_of_picture(image: Image.Image, name: str) -> np.ndarray:
 
 
 def _mask_of_colours(pixels: np.ndarray, name: str) -> np.ndarray:
-    """The mask that `(height, width, 3 or 4)` pixels show: their opacity where it differs, else their brightness."""
+    """Converts pixels of shape `(height, width, 3 or 4)` to a mask. The mask is the alpha channel if it has different
+    values or is zero everywhere, and otherwise the largest color channel."""
     if pixels.shape[2] == 4:
         alpha = _unit(pixels[..., 3], name)
         if alpha.min() < alpha.max() or not alpha.any():
-            # a brush of half the opacity marks as well
+            # scaled to a maximum of 1, so that a mask painted with a half transparent brush is a valid mask
             return alpha / max(alpha.max(), 1 / 255)
-    # the brightest channel: pure red, as annotation tools paint, would be dark grey by its luminance
+    # the largest channel and not the luminance, because annotation tools use pure red, which has a low luminance
     return _unit(pixels[..., :3].max(-1), name)
 
 
 def _mask_shape(shape: Sequence[int], name: str) -> tuple[int, ...]:
-    """(height, width), or (frames, height, width), without dimensions of 1."""
+    """Returns the shape without the extra dimensions of size 1: (height, width) or (frames, height, width)."""
     if len(shape) < 2 or 0 in shape:
         raise ValueError(f"`{name}` has to be of shape (height, width), but is {tuple(shape)}.")
     found = list(shape)
-    # a channel dimension behind, or batch dimensions before; height and width may be 1 themselves
+    # remove a channel dimension at the end, or batch dimensions at the start; height and width can also be 1
     if len(found) > 2 and found[-1] == 1:
         del found[-1]
     while len(found) > 2 and found[0] == 1:
         del found[0]
-    if len(found) > 3 and found[1] == 1:  # a channel dimension behind the frames
+    if len(found) > 3 and found[1] == 1:  # a channel dimension after the frames
         del found[1]
     if len(found) > 3:
         raise ValueError(f"`{name}` has to be of shape (height, width), but is {tuple(shape)}.")
@@ -405,11 +417,12 @@ def _mask_shape(shape: Sequence[int], name: str) -> tuple[int, ...]:
 
 
 def _unit(values: np.ndarray, name: str, deep: bool = False) -> np.ndarray:
-    """Numbers from 0 to 1, 255 or, in uint16, 65535, as float32 from 0 to 1. `deep`: any larger range as well."""
+    """Scales numbers to float32 from 0 to 1. Their range is 0 to 1, 0 to 255, or, for uint16, 0 to 65535. With `deep`,
+    any larger range is accepted for all types."""
     if values.dtype.kind not in "biuf":
         raise ValueError(f"`{name}` has to hold numbers, but holds {values.dtype}.")
     low, high = float(values.min()), float(values.max())
-    # scaling by cubic curves overshoots a little; NaN fails each comparison
+    # allow a small overshoot of float values, which bicubic resizing causes; comparisons with NaN are false
     slack = 1e-3 if values.dtype.kind == "f" else 0
     ranges = [1, 255, *([65535] if deep or values.dtype.str[1:] == "u2" else []), *([high] if deep else [])]
     fitting = [top for top in ranges if high <= top + slack and top < np.inf]
@@ -419,7 +432,7 @@ def _unit(values: np.ndarray, name: str, deep: bool = False) -> np.ndarray:
 
 
 def _resized(image: Image.Image, processor: CLIPImageProcessor, resize_mode: str) -> torch.Tensor:
-    """The picture scaled, uncropped, `(channels, height, width)` from 0 to 1."""
+    """Returns the resized picture before cropping or padding, with shape `(channels, height, width)`, from 0 to 1."""
     check_resize_mode(resize_mode)
     edge = max(image.size) if resize_mode == "pad" else min(image.size)
     ratio = processor.size["shortest_edge"] / edge
@@ -430,13 +443,13 @@ def _resized(image: Image.Image, processor: CLIPImageProcessor, resize_mode: str
 
 
 def _crop_or_fill(pixels: torch.Tensor, processor: CLIPImageProcessor) -> torch.Tensor:
-    """Cut the centre out, or fill up with zeros, to the encoder's size."""
+    """Center crop, or pad with zeros, to the input size of the vision encoder."""
     height, width = processor.crop_size["height"], processor.crop_size["width"]
     left, top = (width - pixels.shape[2]) // 2, (height - pixels.shape[1]) // 2
     return F.pad(pixels, (left, width - pixels.shape[2] - left, top, height - pixels.shape[1] - top))[None]
 
 
 def default_image_processor(image_encoder) -> CLIPImageProcessor:
-    """The image processor of a vision encoder that has none: its size, and CLIP's normalisation."""
+    """Creates an image processor for a vision encoder, with its input size and the normalization of CLIP."""
     side = image_encoder.config.image_size
     return CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})

@@ -1,4 +1,5 @@
-"""Loading, exchanging and saving a pipeline's SSR-Encoder, as diffusers' loader mixins do it for their adapters."""
+"""The mixin that loads, replaces and saves the SSR-Encoder of a pipeline, similar to the loader mixins of
+diffusers."""
 
 import inspect
 import json
@@ -27,8 +28,8 @@ COMPONENTS = ("ssr_encoder", "ssr_image_encoder", "ssr_image_processor")
 DEFAULT_SCALE = 0.65
 
 
-# A type checker takes each mixin for a pipeline, which is what it is mixed into. At run time it must not be one: diffusers
-# refuses a file of custom code in which it finds two pipeline classes.
+# For type checkers the mixins are subclasses of `DiffusionPipeline`, because they are mixed into pipelines. At run
+# time they must not be, because diffusers refuses a file of custom code that contains two pipeline classes.
 if TYPE_CHECKING:
     _Pipeline = DiffusionPipeline
 else:
@@ -36,8 +37,8 @@ else:
 
 
 class SSRComponents(_Pipeline):
-    """What the mixins use of the pipeline that they are mixed into. Before `load_ssr` the SSR components are `None`;
-    `_check_ssr_loaded` makes sure of them."""
+    """Declares the pipeline's attributes that the mixins use. The SSR components are `None` until `load_ssr` is
+    called; `_check_ssr_loaded` raises an error in that case."""
 
     unet: Any
     text_encoder: Any
@@ -71,32 +72,34 @@ class SSRLoaderMixin(SSRComponents):
         **kwargs,
     ) -> None:
         r"""
-        Load an SSR-Encoder and the vision encoder it was trained on into the pipeline. Offloading is
-        switched off meanwhile and on again afterwards, as diffusers' own loaders do.
+        Load an SSR-Encoder, and the vision encoder that it was trained with, into the pipeline. Offloading is disabled
+        while the components are replaced and enabled again afterwards, as in the loaders of diffusers.
 
         Args:
             pretrained_model_name_or_path (`str`, `os.PathLike` or [`SSREncoder`]):
-                A repository on the Hub, a folder (what `save_pretrained`, `train_ssr.py` or one of its checkpoints wrote),
-                or an encoder that is already in memory. That one is taken as it is: neither its precision nor its device
-                is changed, since other pipelines may hold it.
+                A repository on the Hub, a folder that was written by `save_pretrained` or `train_ssr.py`, a checkpoint
+                of `train_ssr.py`, or an encoder that is already in memory. The dtype and the device of an encoder in
+                memory are not changed, because other pipelines may use it.
             subfolder (`str`, defaults to `"ssr_encoder"`):
-                Where in it the SSR-Encoder lies.
+                The subfolder with the SSR-Encoder.
             image_encoder (`CLIPVisionModel` or `CLIPVisionModelWithProjection`, *optional*):
-                A vision encoder already in memory; otherwise it is loaded.
+                A vision encoder that is already in memory. By default, it is loaded from `image_encoder_folder`.
             image_encoder_folder (`str`, *optional*, defaults to `"ssr_image_encoder"`):
-                Where the vision encoder lies. `None` loads none: the pipeline then draws subjects that are encoded already.
+                The subfolder with the vision encoder. If `None`, no vision encoder is loaded, and the pipeline can
+                only draw subjects that are already encoded.
             image_processor (`CLIPImageProcessor`, *optional*):
-                The vision encoder's sizes and normalisation. Where it is neither given nor in the repository, it is made
-                from the vision encoder's config.
+                The image processor with the vision encoder's input size and normalization. If it is not given and not
+                in the repository, it is created from the config of the vision encoder.
             image_processor_folder (`str`, *optional*, defaults to `"ssr_image_processor"`):
-                Where it lies. `None` loads none.
+                The subfolder with the image processor. If `None`, no image processor is loaded.
             **kwargs:
-                `dtype` (or `torch_dtype`; by default the UNet's), and `cache_dir`, `force_download`, `local_files_only`,
-                `proxies`, `revision`, `token`, `use_safetensors` and `variant`, as `from_pretrained` takes them.
+                `dtype` (or `torch_dtype`), which defaults to the dtype of the UNet, and the `from_pretrained`
+                arguments `cache_dir`, `force_download`, `local_files_only`, `proxies`, `revision`, `token`,
+                `use_safetensors` and `variant`.
 
         Raises:
-            `ValueError`: if the encoder does not fit the UNet, the text encoder or the vision encoder, or an encoder in
-            memory lies on another device than the pipeline.
+            `ValueError`: if the encoder does not fit the UNet, the text encoder or the vision encoder, or if an
+            encoder in memory and the pipeline are on different devices.
 
         Example:
 
@@ -139,7 +142,8 @@ class SSRLoaderMixin(SSRComponents):
 
     def unload_ssr(self) -> None:
         r"""
-        Take the SSR-Encoder and its vision encoder out of the pipeline, which then is the stock pipeline.
+        Remove the SSR-Encoder and its vision encoder from the pipeline. The pipeline then behaves like the stock
+        pipeline.
 
         Example:
 
@@ -153,9 +157,9 @@ class SSRLoaderMixin(SSRComponents):
 
     def drop_ssr_encoders(self) -> None:
         r"""
-        Free the memory of the vision encoder and of the part of the SSR-Encoder that reads pictures. Subjects that are
-        encoded already, or loaded from a file, are drawn as before; to encode another one, call `load_ssr` again. Other
-        pipelines that share the encoders keep them.
+        Free the memory of the vision encoder and of the part of the SSR-Encoder that encodes pictures. Subjects that
+        are already encoded, or loaded from a file, can still be drawn. Call `load_ssr` again to encode another
+        subject. Other pipelines that share the encoders are not affected.
 
         Raises:
             `ValueError`: if no SSR-Encoder is loaded.
@@ -176,8 +180,8 @@ class SSRLoaderMixin(SSRComponents):
 
     @contextmanager
     def _offloading_disabled(self) -> Iterator[bool]:
-        """Components are exchanged without offloading hooks on any of them, and offloaded again afterwards, as diffusers'
-        own loaders do. Yields whether models rest on the CPU then."""
+        """Disables offloading, so that components can be replaced while they have no offloading hooks, and enables it
+        again afterwards, as in the loaders of diffusers. Yields whether offloading keeps the models on the CPU."""
         model, sequential, group = library_internals.disable_offloading(self)
         try:
             yield model or sequential
@@ -193,16 +197,16 @@ class SSRLoaderMixin(SSRComponents):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         r"""
-        Save the whole pipeline, its code included, so that `DiffusionPipeline.from_pretrained(save_directory,
-        trust_remote_code=True)` loads it anywhere. Arguments are those of `DiffusionPipeline.save_pretrained`. The folder is
-        written whole or, after an error, left as it was.
+        Save the whole pipeline with its code. `DiffusionPipeline.from_pretrained(save_directory,
+        trust_remote_code=True)` can load it without this package. The arguments are those of
+        `DiffusionPipeline.save_pretrained`. If an error occurs, the folder is not changed.
         """
         with file_utils.atomic_folder(save_directory) as folder:
             super().save_pretrained(os.fspath(folder), *args, **kwargs)
             self._save_index_and_code(folder)
 
     def _save_index_and_code(self, folder: Path) -> None:
-        """The pipeline's modules, and where in `model_index.json` they are found."""
+        """Copies the pipeline's modules to the folder and writes their names to `model_index.json`."""
         entry = self._save_code(folder)
         model_index = folder / self.config_name
         config = json.loads(model_index.read_text())
@@ -214,12 +218,13 @@ class SSRLoaderMixin(SSRComponents):
         model_index.write_text(json.dumps(config, indent=2) + "\n")
 
     def _save_code(self, folder: Path) -> Path:
-        """Copy the modules that the pipeline needs, and return the one that diffusers finds the class in."""
+        """Copy the modules that the pipeline needs, and return the one in which diffusers looks for the class."""
         entry = Path(inspect.getfile(type(self)))
-        # any file that lists the modules: of custom code only one is there, the one that was asked for
+        # Any pipeline file that imports all modules will do. A folder of custom code contains only one of them, the
+        # one that was requested.
         files = sorted(Path(__file__).parent.glob("pipeline*.py"), reverse=True)
         listing = next(file for file in files if "from .mixin_ssr import" in file.read_text())
-        if hasattr(self, "_stock_class"):  # a class of `ssr_pipeline_class` has no file of its own
+        if hasattr(self, "_stock_class"):  # a class made by `ssr_pipeline_class` is not defined in a file
             entry = folder / f"pipeline_{type(self).__name__.lower()}.py"
             stock, lines = self._stock_class, _import_lines(listing)
             entry.write_text(
@@ -232,15 +237,16 @@ class SSRLoaderMixin(SSRComponents):
         return entry
 
     def __getstate__(self) -> dict:
-        """For pickling, to send a pipeline to another process."""
+        """Makes the pipeline picklable, for example to send it to another process."""
         state = dict(self.__dict__)
         if state.get("ssr_image_encoder") is not None:
             state["ssr_image_encoder"] = library_internals.without_capturing_hooks(state["ssr_image_encoder"])
         return state
 
-    # A whole pipeline that `save_pretrained` wrote names its own class and code. Loaded by the name of one of our classes
-    # (`StableDiffusionSSRControlNetPipeline.from_pretrained(folder, controlnet=...)`) it becomes that class, of the code that
-    # is running: otherwise diffusers would give back the saved class and drop the ControlNet.
+    # The `model_index.json` of a saved pipeline names the class and the code that it was saved with. The next two
+    # methods replace these names if the pipeline is loaded with one of the package's classes, for example with
+    # `StableDiffusionSSRControlNetPipeline.from_pretrained(folder, controlnet=...)`. Without them, diffusers would
+    # return the saved class and drop the ControlNet.
 
     @classmethod
     def _dict_from_json_file(cls, json_file, **kwargs):
@@ -251,7 +257,7 @@ class SSRLoaderMixin(SSRComponents):
 
     @classmethod
     def load_config(cls, *args, **kwargs):
-        """As `DiffusionPipeline.load_config`, for this class."""
+        """Same as `DiffusionPipeline.load_config`, but with the [`SSREncoder`] class of the running code."""
         config = super().load_config(*args, **kwargs)
         if isinstance(config, dict) and (config.get("ssr_encoder") or [None])[0] is not None:
             config["ssr_encoder"] = [modeling_ssr.SSREncoder.__module__, modeling_ssr.SSREncoder.__name__]
@@ -259,24 +265,25 @@ class SSRLoaderMixin(SSRComponents):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """As `DiffusionPipeline.from_pretrained`. `dtype` is the precision whatever the version of diffusers."""
+        """Same as `DiffusionPipeline.from_pretrained`, but accepts `dtype` in all supported versions of diffusers."""
         return super().from_pretrained(pretrained_model_name_or_path, **library_internals.precision_arguments(kwargs))
 
     @classmethod
     def from_pipe(cls, pipeline, **kwargs):
         r"""
-        Make this pipeline from another one's components, its SSR-Encoder included. Arguments are those of
-        `DiffusionPipeline.from_pipe`, but for `dtype`: where that one turns the shared components into float32 unless
-        told otherwise, this one keeps the precision that they have in common.
+        Create this pipeline from the components of another pipeline, including its SSR-Encoder. The arguments are
+        those of `DiffusionPipeline.from_pipe`. Only the default of `dtype` is different: `DiffusionPipeline.from_pipe`
+        casts the shared components to float32, and this method keeps their dtype if all of them have the same one.
 
         Args:
             pipeline (`DiffusionPipeline`):
                 Any Stable Diffusion 1.5 pipeline, with or without an SSR-Encoder.
             kwargs:
-                Components to put in, such as `controlnet`, and `dtype`.
+                Additional components, such as `controlnet`, and `dtype`.
 
         Returns:
-            This class's pipeline, on the same components. A UNet with motion modules is a new one, on the CPU.
+            A pipeline of this class that shares the components. If the pipeline needs a UNet with motion modules, this
+            UNet is a new model on the CPU.
 
         Example:
 
@@ -294,7 +301,7 @@ class SSRLoaderMixin(SSRComponents):
 
 
 def _load_image_encoder(source, folder: str, kwargs: dict) -> CLIPVisionModel:
-    # a checkpoint of `train_ssr.py` holds what is trained; the vision encoder lies beside it
+    # a checkpoint of `train_ssr.py` contains only the trained models; the vision encoder is in the parent folder
     beside = Path(source).parent
     if os.path.isdir(source) and not os.path.isdir(os.path.join(source, folder)):
         if not (beside / folder).is_dir():
@@ -328,7 +335,7 @@ def _load_image_processor(path, subfolder: str, kwargs) -> CLIPImageProcessor | 
 
 
 def _import_lines(entry: Path) -> str:
-    """The relative imports of an entry file, which are those of every module."""
+    """Returns the relative imports of a pipeline file. They import all modules of the package."""
     return "\n".join(line for line in entry.read_text().splitlines() if line.startswith("from ."))
 
 

@@ -1,4 +1,5 @@
-"""The SSR-Encoder model: token-to-patch aligner, detail-preserving subject encoder and the K/V pairs of the UNet's layers."""
+"""The SSR-Encoder model: the token-to-patch aligner, the detail-preserving subject encoder, and the projections to the
+keys and values of the UNet's cross-attention layers."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,8 @@ SD15_ATTENTION_LAYERS = {
 }
 
 
-# Sizes that no encoder has. A config from anybody that asks for more would fill the memory before its weights are looked for.
+# Upper limits, far above the sizes of any real encoder. They are checked first, because an untrusted config with
+# larger sizes would fill the memory before the weights are loaded.
 MAX_WIDTH = 2**15
 MAX_LEVELS = 64
 MAX_LAYERS = 1024
@@ -38,7 +40,8 @@ MAX_PARAMETERS = 2**30
 
 
 class _Layers(nn.ModuleDict):
-    """The layers' keys and values, with a call of their own: that is where group offloading brings their weights."""
+    """Projects subject embeddings to the keys and values of the layers. It is a module with its own `forward`, because
+    group offloading loads the weights in a hook on `forward`."""
 
     def forward(self, subject_embeds: torch.Tensor, names: list[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         layers = (cast(nn.ModuleDict, self[name]) for name in names)
@@ -47,12 +50,12 @@ class _Layers(nn.ModuleDict):
 
 class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers types `config_name` in two ways
     r"""
-    Turns a query and the hidden states of a picture into subject embeddings, and those into keys and values for the
-    UNet's cross-attention (SSR-Encoder, https://arxiv.org/abs/2312.16272, sections 3.2 and 3.3).
+    Turns a query and the hidden states of a picture into subject embeddings, and projects these to keys and values for
+    the UNet's cross-attention (SSR-Encoder, https://arxiv.org/abs/2312.16272, sections 3.2 and 3.3).
 
-    The token-to-patch aligner lets each token of the query attend to the picture's patches: it finds the subject. The
-    subject encoder reads that same attention off several levels of the vision encoder, so that the drawn subject keeps
-    fine details as well as its meaning. The defaults are SD 1.5 with CLIP ViT-L/14.
+    In the token-to-patch aligner, each token of the query attends to the picture's patches; this locates the subject.
+    The subject encoder applies the same attention to several levels of the vision encoder, which preserves both the
+    meaning and the fine details of the subject. The defaults are for SD 1.5 with CLIP ViT-L/14.
 
     Args:
         cross_attention_dim (`int`, defaults to 768):
@@ -60,17 +63,18 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
         vision_hidden_size (`int`, defaults to 1024):
             Width of the vision encoder's hidden states.
         inner_dim (`int`, defaults to 512):
-            Width of the aligner's attention, all heads together.
+            Total width of all heads of the aligner's attention.
         num_attention_heads (`int`, defaults to 8):
-            Heads of the aligner's attention.
+            Number of heads of the aligner's attention.
         image_levels (`tuple[int]`, defaults to `(4, 8, 12, 16, 20, 24)`):
-            Which hidden states of the vision encoder are read, lowest first; 0 is the embedding output. The last one
-            is where the aligner looks for the subject.
+            Indices of the vision encoder's hidden states that are used, lowest first; 0 is the embedding output. The
+            aligner computes its attention from the last one.
         attention_layers (`dict[str, int]`, *optional*):
-            Name and width of each cross-attention layer that the subject reaches. Defaults to SD 1.5's sixteen.
+            Name and width of each cross-attention layer that receives the subject's keys and values. Defaults to the
+            sixteen cross-attention layers of SD 1.5.
 
     Raises:
-        `ValueError`: if a size is not a positive whole number, or larger than any encoder's.
+        `ValueError`: if a size is not a positive whole number, or exceeds the limits of this module.
 
     Example:
 
@@ -86,7 +90,7 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
     """
 
     _group_offload_block_modules = ["layers"]
-    # diffusers types it as a dict, but its entries are attributes
+    # diffusers types `config` as a dict, but its entries can also be read as attributes
     config: Any
 
     @register_to_config
@@ -114,9 +118,9 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
         self.to_out = nn.ModuleList(nn.Linear(inner_dim, cross_attention_dim, bias=False) for _ in image_levels)
         self.norm = nn.LayerNorm(cross_attention_dim)
 
-        # of the whole encoder, where this one is its layers alone
+        # set by `layers_alone`: the fingerprint of the whole encoder, which its layers alone cannot compute
         self.known_fingerprint: torch.Tensor | None = None
-        # by name, since a saved config's order is the alphabet's
+        # keyed by name, because a saved config sorts its keys alphabetically and loses the order of the layers
         self.layers = _Layers(
             {
                 _module_name(name): nn.ModuleDict(
@@ -134,21 +138,22 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
         mask_weight: float = 1.0,
     ) -> torch.Tensor:
         r"""
-        Where in the picture each query token looks: the token-to-patch attention (section 3.2 of the paper, equation 2).
+        Returns the token-to-patch attention: the attention of each query token to the image patches (section 3.2 of
+        the paper, equation 2).
 
         Args:
             query_hidden_states (`torch.Tensor` of shape `(batch_size, num_tokens, cross_attention_dim)`):
                 The query's last hidden states.
             image_hidden_states (`torch.Tensor` of shape `(batch_size, 1 + num_patches, vision_hidden_size)`):
-                The deepest of the levels, class token first.
+                Hidden states of the vision encoder at the last of `config.image_levels`, class token first.
             mask (`torch.Tensor` of shape `(batch_size, 1, height, width)`, *optional*):
-                1 where the subject is and 0 elsewhere, in the geometry of the pixels that the vision encoder saw.
+                1 where the subject is and 0 elsewhere, aligned with the pixels that the vision encoder received.
             mask_weight (`float`, defaults to 1.0):
-                How strongly the mask draws the attention inside: with `w`, logits grow by `w * w` inside and fall by
-                `w` outside.
+                How strongly the mask moves the attention to its inside: with a weight of `w`, `w * w` is added to the
+                logits inside the mask, and `w` is subtracted from the logits outside it.
 
         Returns:
-            `torch.Tensor` of shape `(batch_size, num_attention_heads, num_tokens, 1 + num_patches)`, each row summing
+            `torch.Tensor` of shape `(batch_size, num_attention_heads, num_tokens, 1 + num_patches)`. Each row sums
             to 1.
         """
         heads = self.config.num_attention_heads
@@ -173,7 +178,8 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
         output_attentions: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         r"""
-        Select the queried subject in a picture and describe it (section 3.2 of the paper, equations 2 to 4).
+        Computes the subject embeddings of the queried subject in a picture (section 3.2 of the paper, equations 2 to
+        4).
 
         Args:
             query_hidden_states (`torch.Tensor` of shape `(batch_size, num_tokens, cross_attention_dim)`):
@@ -185,14 +191,15 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
             mask_weight (`float`, defaults to 1.0):
                 See [`~SSREncoder.attention_probs`].
             output_attentions (`bool`, defaults to `False`):
-                Whether to return what [`~SSREncoder.attention_probs`] gives as well.
+                Whether to also return the attention that [`~SSREncoder.attention_probs`] computes.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, num_tokens * num_levels, cross_attention_dim)`: the subject
-            embeddings, lowest level first; or a tuple of them and the attention.
+            embeddings, lowest level first. With `output_attentions=True`, a tuple of the subject embeddings and the
+            attention.
 
         Raises:
-            `ValueError`: if the number of levels is not that of `config.image_levels`.
+            `ValueError`: if `image_hidden_states` and `config.image_levels` differ in length.
         """
         if len(image_hidden_states) != len(self.to_v):
             raise ValueError(
@@ -211,26 +218,25 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
     @apply_forward_hook
     def project(self, subject_embeds: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         r"""
-        The keys and values that the UNet's layers attend to (section 3.3 of the paper, equation 5). They depend on the
-        subject alone, so one projection serves a whole denoising.
+        Projects subject embeddings to the keys and values that the UNet's layers attend to (section 3.3 of the paper,
+        equation 5). They depend only on the subject, so they are computed once and used in all denoising steps.
 
         Args:
             subject_embeds (`torch.Tensor` of shape `(batch_size, num_subject_tokens, cross_attention_dim)`):
-                Subject embeddings, as `forward` returns them.
+                Subject embeddings, as returned by `forward`.
 
         Returns:
-            `list` of pairs of `torch.Tensor`, each of shape `(batch_size, num_subject_tokens, width)`: key and value
-            for each of `config.attention_layers`, in that order.
+            `list` of pairs of `torch.Tensor`, each of shape `(batch_size, num_subject_tokens, width)`: the keys and
+            values for each layer, in the order of `config.attention_layers`.
         """
         return self.layers(subject_embeds, [_module_name(name) for name in self.config.attention_layers])
 
     def layers_alone(self) -> "SSREncoder":
         r"""
-        The part that draws a subject, without the part that reads pictures.
+        Returns an encoder that only projects subject embeddings to keys and values. It cannot encode pictures.
 
         Returns:
-            [`SSREncoder`] with this one's keys and values, the very same weights, and without levels: it projects subject
-            embeddings, but makes none.
+            [`SSREncoder`] that shares the key and value weights with this encoder and has no image levels.
 
         Example:
 
@@ -250,12 +256,13 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
     @torch.no_grad()
     def fingerprint(self, device: torch.device | None = None) -> torch.Tensor:
         r"""
-        What the encoder makes of a fixed input. Another encoder makes something else of it; the same encoder in another
-        precision or on another device nearly the same.
+        Returns the output of the encoder for a fixed input, which identifies the encoder. Different encoders have
+        different fingerprints. The same encoder has nearly the same fingerprint in any precision and on any device.
 
         Args:
             device (`torch.device`, *optional*):
-                Where the encoder runs, if that is not where its weights lie (offloading).
+                The device on which the encoder runs. It has to be given if the weights are on another device
+                (offloading).
 
         Returns:
             `torch.Tensor` of shape `(num_levels + 1, 8)`, float32 on the CPU.
@@ -265,7 +272,7 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
         config = self.config
 
         def fixed(*shape: int) -> torch.Tensor:
-            # on the CPU whatever the default device is
+            # always computed on the CPU, even if the default device is another one
             count = torch.arange(torch.Size(shape).numel(), dtype=torch.float32, device="cpu")
             return torch.sin(count * 1.7).reshape(shape).to(device or self.device, self.dtype)
 
@@ -278,7 +285,8 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
 
     @classmethod
     def from_config(cls, config: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As `ConfigMixin.from_config`, which takes a config file that holds a list for the name of a repository."""
+        """Same as `ConfigMixin.from_config`, but raises a `ValueError` if the config is a list. `ConfigMixin` would
+        treat a list as the name of a repository."""
         if isinstance(config, list):
             raise ValueError(f"The config has to be a dict, but is {config!r:.80}.")
         return super().from_config(config, *args, **kwargs)
@@ -286,14 +294,16 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, **kwargs: Any) -> "SSREncoder":
         r"""
-        Load what `save_pretrained` has written. Arguments are those of `ModelMixin.from_pretrained`.
+        Load an encoder that was saved with `save_pretrained`. The arguments are those of
+        `ModelMixin.from_pretrained`.
 
         Returns:
-            [`SSREncoder`] in evaluation mode, and with `output_loading_info=True` the loading info.
+            [`SSREncoder`] in evaluation mode. With `output_loading_info=True`, a tuple of the encoder and the loading
+            info.
 
         Raises:
-            `OSError`: if there is no such file or repository, or if a file is cut off.
-            `ValueError`: if the config is not that of an encoder, or if a weight is missing or not finite.
+            `OSError`: if the file or repository does not exist, or if a file is truncated.
+            `ValueError`: if the config is not valid for an encoder, or if a weight is missing or not finite.
         """
         source = f"`pretrained_model_name_or_path`: {pretrained_model_name_or_path}"
         with_info = kwargs.pop("output_loading_info", False)
@@ -307,14 +317,14 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
             raise ValueError(f"{source} holds no usable SSREncoder: {reason}") from error
         info: dict[str, Any] = {}
         model, info = loaded if isinstance(loaded, tuple) else (loaded, info)
-        # diffusers would go on with random numbers, and say so in a warning
+        # diffusers only warns about missing weights and initializes them with random numbers
         missing = sorted(info.get("missing_keys", ()))
         if missing:
             raise ValueError(f"{source} lacks weights of its SSREncoder: {some_names(missing)}.")
         broken = [name for name, parameter in model.named_parameters() if not is_finite(parameter)]
         if broken:
             raise ValueError(f"{source} holds weights that are not finite numbers: {some_names(broken)}.")
-        return (model, info) if with_info else model  # type: ignore[return-value]  # as diffusers has it
+        return (model, info) if with_info else model  # type: ignore[return-value]  # same as in diffusers
 
     @classmethod
     def from_released(
@@ -324,23 +334,23 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
         **config: Any,
     ) -> "SSREncoder":
         r"""
-        Read the two files in which the authors released their weights.
+        Load an encoder from the two files in which the authors of SSR-Encoder released their weights.
 
         Args:
             aligner (`str`, `os.PathLike` or `dict[str, torch.Tensor]`):
-                The aligner and subject encoder (`pytorch_model.bin`): a path to a torch pickle, which is read with
-                `weights_only=True`, to a safetensors file, or the state dict itself.
+                The weights of the aligner and the subject encoder (`pytorch_model.bin`): the path of a torch pickle,
+                which is loaded with `weights_only=True`, the path of a safetensors file, or a state dict.
             layers (`str`, `os.PathLike` or `dict[str, torch.Tensor]`):
-                The layers' keys and values (`pytorch_model_1.bin`), likewise.
+                The weights of the layers' keys and values (`pytorch_model_1.bin`), in one of the same forms.
             **config:
-                Sizes other than the defaults, as `SSREncoder` takes them.
+                Arguments of `SSREncoder` that differ from the defaults.
 
         Returns:
             [`SSREncoder`] in evaluation mode.
 
         Raises:
-            `FileNotFoundError`: if there is no such file.
-            `ValueError`: if a tensor is missing, is not expected, has another shape, or is not of finite numbers.
+            `FileNotFoundError`: if a file does not exist.
+            `ValueError`: if a tensor is missing or unexpected, has the wrong shape, or has values that are not finite.
 
         Example:
 
@@ -349,16 +359,17 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
         >>> encoder.save_pretrained("my-ssr/ssr_encoder")
         ```
         """
-        # names and shapes are compared before the encoder takes memory
+        # on the meta device, so that names and shapes are checked before memory is allocated for the encoder
         with torch.device("meta"):
             model = cls(**config)
-        # imported here: a saved encoder's folder holds this file alone, which is enough to load and run it
+        # imported here, because the folder of a saved encoder does not contain this module, and the encoder can be
+        # loaded and run without it
         from . import released_weights
 
         state_dict = released_weights.read_released_weights(
             aligner, layers, model.state_dict(), [_module_name(name) for name in model.config.attention_layers]
         )
-        # every weight is overwritten by the next line
+        # `to_empty` does not initialize the weights; `load_state_dict` overwrites all of them
         model.to_empty(device=torch.get_default_device())
         model.load_state_dict(state_dict)
         return model.eval()
@@ -368,21 +379,23 @@ def consistency_loss(
     subject_embeds: torch.Tensor, query_hidden_states: torch.Tensor, form: str = "released"
 ) -> torch.Tensor:
     r"""
-    The regulariser that keeps subject embeddings near the query's meaning (section 3.4 of the paper, equation 7).
+    The embedding consistency loss, which keeps the subject embeddings close to the meaning of the query (section 3.4
+    of the paper, equation 7).
 
     Args:
         subject_embeds (`torch.Tensor` of shape `(batch_size, num_tokens * num_levels, cross_attention_dim)`):
-            What [`SSREncoder`] returns.
+            The output of [`SSREncoder`].
         query_hidden_states (`torch.Tensor` of shape `(batch_size, num_tokens, cross_attention_dim)`):
-            The query it was given; no gradient flows into it.
+            The query hidden states that the encoder was called with. They are detached and receive no gradient.
         form (`"released"` or `"paper"`, defaults to `"released"`):
-            The released code compares token by token and adds the levels up; the paper compares the means.
+            `"released"` compares each token with the query's token and sums over the levels, as the released code
+            does. `"paper"` compares the means over all tokens, as the paper describes.
 
     Returns:
-        `torch.Tensor` with one number: 0 where both agree.
+        `torch.Tensor` with a single value. It is 0 if the directions of both embeddings are equal.
 
     Raises:
-        `ValueError`: if `form` is neither.
+        `ValueError`: if `form` has another value.
 
     Example:
 
@@ -451,12 +464,13 @@ def _check_parameters(
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all numbers are finite. Tensors on the meta device, or of less than 16 bits, are not looked into."""
+    """Whether all values are finite. Tensors on the meta device, integer tensors, and tensors with less than 16 bits
+    per value are not checked and count as finite."""
     unknown = tensor.is_meta or not tensor.is_floating_point() or tensor.element_size() < 2
     return unknown or bool(torch.isfinite(tensor).all())
 
 
 def some_names(names: Sequence[str], most: int = 3) -> str:
-    """The first of many names."""
+    """Formats the first `most` names and the number of the remaining ones."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more if names else "none"

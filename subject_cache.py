@@ -1,4 +1,4 @@
-"""Subjects that were encoded lately, so that the same picture and query are never encoded twice."""
+"""A cache of encoded subjects. The same picture and query are not encoded again while they are in the cache."""
 
 import hashlib
 import threading
@@ -13,27 +13,28 @@ from torch import nn
 
 class SubjectCache:
     r"""
-    The last few subjects by what they depend on. Pictures, masks, query states and the SSR-Encoder's fingerprint are
-    compared by content, so a changed picture, a LoRA on the text encoder, or a training step makes another subject; the
-    vision encoder by its identity and the versions of its weights. Threads may share it.
+    A cache of the most recently used subjects. The key of a subject contains everything that it depends on. Pictures,
+    masks, the query's hidden states and the SSR-Encoder's fingerprint are compared by content, so a changed picture, a
+    LoRA on the text encoder, or a training step results in a new entry. The vision encoder is compared by its identity
+    and the versions of its weights. The cache is thread-safe.
 
     Args:
         size (`int`, defaults to 16):
-            How many subjects are kept: 2.8 MB each for SD 1.5 in full precision.
+            The maximum number of subjects. Each needs 2.8 MB for SD 1.5 in full precision.
     """
 
     def __init__(self, size: int = 16):
         self.size = size
         self.entries: OrderedDict[Hashable, Any] = OrderedDict()
-        # between a look-up and the note that it was the last one, another thread may drop the entry
+        # without the lock, another thread could remove an entry between the lookup and `move_to_end`
         self._lock = threading.Lock()
 
     def __reduce__(self):
-        # a lock can neither be copied nor sent to another process: there the cache begins empty
+        # a lock cannot be copied or pickled, so a copy starts with an empty cache and a new lock
         return type(self), (self.size,)
 
     def get(self, key: Hashable) -> Any:
-        """What was kept under `key`, or `None`."""
+        """Returns the entry for `key`, or `None`."""
         with self._lock:
             entry = self.entries.get(key)
             if entry is not None:
@@ -41,7 +42,7 @@ class SubjectCache:
             return entry
 
     def keep(self, key: Hashable, entry: Any) -> None:
-        """Keep `entry`, and drop what was not asked for longest if there is no more room."""
+        """Adds `entry`, and removes the least recently used entries if the cache is full."""
         with self._lock:
             self.entries[key] = entry
             self.entries.move_to_end(key)
@@ -50,7 +51,7 @@ class SubjectCache:
 
 
 def digest(tensor: torch.Tensor | None) -> bytes:
-    """A tensor's content in 20 bytes."""
+    """Returns a hash of the tensor's content, with 20 bytes."""
     if tensor is None:
         return b""
     content = tensor.detach().contiguous().cpu().view(torch.uint8).numpy()
@@ -58,10 +59,12 @@ def digest(tensor: torch.Tensor | None) -> bytes:
 
 
 def version(module: nn.Module) -> tuple[object, int, torch.dtype]:
-    """A value that differs between modules, and changes when a module's weights are changed in place or cast."""
+    """Returns a value that is different for each module, and that changes when the weights are changed in place or
+    cast to another dtype."""
     counts = sum(0 if parameter.is_inference() else parameter._version for parameter in module.parameters())
     return _identities.setdefault(module, object()), counts, next(module.parameters()).dtype
 
 
-# an `id` may come again once its module is gone
+# Maps each module to a unique object. `id(module)` is not unique, because it can be reused after the module is
+# deleted.
 _identities: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()

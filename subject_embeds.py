@@ -1,4 +1,4 @@
-"""Subjects, encoded: what `encode_subject` returns and the pipelines' `subject` argument takes."""
+"""Encoded subjects: the class that `encode_subject` returns and that the pipelines accept as `subject`."""
 
 import json
 import numbers
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from . import file_utils, image_processing_ssr, subject_file, token_merging
 
 
-# Far beyond any use; what is larger makes NaN in half precision.
+# Far larger than useful scales. Larger values cause NaN in half precision.
 MAX_SCALE = 100
 
 
@@ -24,18 +24,19 @@ class Subject:
 
     Args:
         embeds (`torch.Tensor` of shape `(1, num_tokens, cross_attention_dim)`):
-            Its tokens.
+            The subject's tokens.
         negative_embeds (`torch.Tensor` of shape `(1, num_tokens, cross_attention_dim)`):
-            Those of the unconditional branch.
+            The subject's tokens for the unconditional branch of classifier-free guidance.
         query (`str`, defaults to `""`):
-            The text that selected it.
+            The text that selected the subject.
         scale (`float`, *optional*):
-            How strongly it is drawn; the call's scale if there is none.
+            How strongly the subject is drawn. Defaults to the scale of the pipeline call.
         region (`torch.Tensor` of shape `(height, width)` or `(frames, height, width)`, *optional*):
-            Where in the output it may appear, float32 from 0 to 1, one for all frames or one for each; anywhere if there is
-            none.
+            The part of the output in which the subject can appear, float32 from 0 to 1. It holds one mask for all
+            frames or one mask for each frame. By default, the subject can appear everywhere.
         counts (`torch.Tensor` of shape `(1, num_tokens)`, *optional*):
-            How many tokens each of `embeds` stands for, float32; one each if there is none.
+            The number of original tokens that were merged into each token of `embeds`, float32. Defaults to one for
+            each token.
         negative_counts (`torch.Tensor` of shape `(1, num_tokens)`, *optional*):
             The same for `negative_embeds`.
     """
@@ -60,14 +61,16 @@ class Subject:
 @dataclass(frozen=True, eq=False, repr=False)
 class SubjectEmbeds:
     r"""
-    One or several subjects that were picked out of pictures, ready to be drawn any number of times without encoding them
-    again. `encode_subject` makes one, `+` puts several into one picture, `save` and `load` keep it in a safetensors file.
+    One or several encoded subjects. They can be drawn any number of times without encoding them again.
+    `encode_subject` returns them, `+` combines several subjects for one picture, and `save` and `load` store them in a
+    safetensors file.
 
     Args:
         subjects (`tuple[Subject]`):
             The subjects.
         fingerprint (`torch.Tensor`, *optional*):
-            What the SSR-Encoder makes of a fixed input: it tells encoders apart. Without it anything is accepted.
+            The [`~SSREncoder.fingerprint`] of the SSR-Encoder that encoded the subjects. Pipelines use it to refuse
+            subjects of another encoder. Without a fingerprint, there is no such check.
 
     Example:
 
@@ -83,15 +86,15 @@ class SubjectEmbeds:
 
     def scaled(self, scale: float) -> "SubjectEmbeds":
         r"""
-        The same, more or less strongly drawn.
+        Returns the same subjects with another scale.
 
         Args:
-            scale (`float`, or any other real number, such as `np.float32` or a tensor with one):
-                0 leaves it out, 0.5 to 0.8 is usual, 1 draws it as strongly as the prompt. Of several subjects, each
-                gets it.
+            scale (`float`, or any other real number, such as `np.float32` or a tensor without dimensions):
+                How strongly the subjects are drawn: 0 removes them, 0.5 to 0.8 is usual, and with 1 they have the same
+                weight as the prompt. All subjects get this scale.
 
         Returns:
-            [`SubjectEmbeds`] with that scale.
+            [`SubjectEmbeds`] with this scale.
 
         Raises:
             `ValueError`: if `scale` is not a number from -100 to 100.
@@ -107,20 +110,21 @@ class SubjectEmbeds:
 
     def inside(self, region: Any) -> "SubjectEmbeds":
         r"""
-        The same, kept to a part of the output.
+        Returns the same subjects, restricted to a region of the output.
 
         Args:
             region (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor` of shape `(height, width)`, or `list`):
-                White, or 1, where in the drawn picture the subject may appear, of the picture's proportions. Elsewhere
-                the prompt alone decides. For a video, one mask for each frame: `(frames, height, width)`, or a list of
-                masks of one size; the subject is absent from frames whose mask is empty. See
-                [`~image_processing_ssr.mask_values`] for what a mask may be.
+                A mask that is white, or 1, in the part of the generated picture in which the subject can appear. Its
+                aspect ratio should be that of the picture. Only the prompt affects the rest of the picture. A video
+                can have one mask for each frame: an array of shape `(frames, height, width)`, or a list of masks of
+                the same size. The subject does not appear in frames with an empty mask. See
+                [`~image_processing_ssr.mask_values`] for the accepted formats.
 
         Returns:
-            [`SubjectEmbeds`] with that region.
+            [`SubjectEmbeds`] with this region.
 
         Raises:
-            `ValueError`: if `region` is not a mask, marks nothing, or has more than 33 million values.
+            `ValueError`: if `region` is not a valid mask, marks nothing, or has more than 33 million values.
 
         Example:
 
@@ -135,16 +139,17 @@ class SubjectEmbeds:
 
     def compact(self, num_tokens: int) -> "SubjectEmbeds":
         r"""
-        Nearly the same subject in fewer tokens, so that drawing costs less: tokens that are alike, most of the query's
-        padding among them, become one that counts as often. The picture changes a little; docs/performance.md says by how
-        much on the pocket checkpoint.
+        Returns nearly the same subjects with fewer tokens, which makes generation faster. Similar tokens, such as most
+        of the query's padding, are merged into one token. The attention counts it as often as the number of merged
+        tokens. The picture changes slightly; docs/performance.md has measurements on the pocket checkpoint.
 
         Args:
             num_tokens (`int`):
-                How many tokens each subject keeps, of 462 with Stable Diffusion 1.5; one that has no more stays as it is.
+                The maximum number of tokens of each subject. Stable Diffusion 1.5 subjects have 462 tokens. Subjects
+                that do not have more tokens than this are not changed.
 
         Returns:
-            [`SubjectEmbeds`] with at most so many tokens a subject.
+            [`SubjectEmbeds`] with at most `num_tokens` tokens for each subject.
 
         Raises:
             `ValueError`: if `num_tokens` is not a positive whole number.
@@ -167,7 +172,7 @@ class SubjectEmbeds:
         return f"SubjectEmbeds([{', '.join(subjects)}], {', '.join(sorted(where))})".replace("torch.", "")
 
     def __add__(self, other: "SubjectEmbeds") -> "SubjectEmbeds":
-        """All subjects of both, in one picture (appendix of the paper on several subjects)."""
+        """Combines the subjects of both, to draw them in one picture (appendix of the paper on several subjects)."""
         if not is_subject_embeds(other):
             return NotImplemented
         if not same_fingerprint(self.fingerprint, other.fingerprint):
@@ -177,15 +182,16 @@ class SubjectEmbeds:
 
     def save(self, path: str | os.PathLike) -> None:
         r"""
-        Write everything to one safetensors file, with the queries and scales in its metadata. The file is there whole or
-        not at all, also when the disk fills up or several threads save to one path.
+        Save the subjects to one safetensors file, with their queries and scales in the metadata. The file is written
+        atomically: it is never incomplete, even if the disk is full or several threads save to the same path.
 
         Args:
             path (`str` or `os.PathLike`):
                 The file, usually ending in ".safetensors".
 
         Raises:
-            `ValueError`: if there are more than 64 subjects, or more than 268 MB of them (regions of many frames).
+            `ValueError`: if there are more than 64 subjects, or if their tensors have more than 268 MB (for example
+            with regions of many frames).
 
         Example:
 
@@ -198,7 +204,7 @@ class SubjectEmbeds:
             for name in subject_file.TENSORS:
                 tensor = getattr(subject, name)
                 if tensor is not None:
-                    # a copy: subjects may share a region, and safetensors refuses tensors that share memory
+                    # cloned, because subjects can share a region, and safetensors refuses tensors that share memory
                     tensors[f"{index}.{name}"] = tensor.detach().cpu().contiguous().clone()
         size = sum(tensor.nbytes for tensor in tensors.values())
         if len(self.subjects) > subject_file.MAX_SUBJECTS or size > subject_file.MAX_BYTES:
@@ -213,19 +219,19 @@ class SubjectEmbeds:
     @classmethod
     def load(cls, path: str | os.PathLike) -> "SubjectEmbeds":
         r"""
-        Read what `save` has written. A file from anybody may be given: everything in it is checked, its sizes before they
-        take memory.
+        Load a file that was written by `save`. Untrusted files are safe to load: the whole content is checked, and the
+        sizes are checked before memory is allocated.
 
         Args:
             path (`str` or `os.PathLike`):
                 The file.
 
         Returns:
-            [`SubjectEmbeds`] on the CPU; pipelines move it where they run.
+            [`SubjectEmbeds`] on the CPU. Pipelines move them to their device.
 
         Raises:
-            `FileNotFoundError`: if there is no such file.
-            `ValueError`: if the file is cut off, holds no subject, or holds anything that a subject cannot have.
+            `FileNotFoundError`: if the file does not exist.
+            `ValueError`: if the file is truncated, holds no subject, or has content that is not valid for subjects.
 
         Example:
 
@@ -249,7 +255,8 @@ class SubjectEmbeds:
 
 
 def _region_values(region: Any) -> np.ndarray:
-    """`(height, width)`, or `(frames, height, width)` of more than one frame, from 0 to 1."""
+    """Converts a region to an array of shape `(height, width)`, or `(frames, height, width)` for several frames, from
+    0 to 1."""
     if isinstance(region, (list, tuple)):
         frames = [
             image_processing_ssr.mask_values(frame, f"region[{index}]", subject_file.MAX_REGION_VALUES)
@@ -282,30 +289,33 @@ def _compact(subject: Subject, num_tokens: int) -> Subject:
 
 
 def is_subject_embeds(value) -> bool:
-    """Whether it is a [`SubjectEmbeds`], be it of another copy of this module: `custom_pipeline=` imports its own."""
+    """Whether `value` is a [`SubjectEmbeds`]. It can be of another copy of this module, because `custom_pipeline=`
+    imports its own copy; the class name is compared for this reason."""
     return isinstance(value, SubjectEmbeds) or type(value).__name__ == SubjectEmbeds.__name__
 
 
 def same_fingerprint(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
-    """Whether two fingerprints are of one encoder, whatever precision it ran in; an unknown one fits any."""
+    """Whether two fingerprints are of the same encoder. They can be computed in different dtypes. `None` matches any
+    fingerprint."""
     if first is None or second is None:
         return True
     if first.shape != second.shape:
         return False
     first, second = first.float().cpu(), second.float().cpu()
-    # by row: single numbers may be small differences of large ones, which bfloat16 loses
+    # compared by row, because single values can be small differences of large numbers, which bfloat16 does not
+    # preserve
     return bool(((first - second).norm(dim=-1) <= 0.05 * second.norm(dim=-1)).all())
 
 
 def check_scale(name: str, scale: Any) -> float:
     r"""
-    The one check of all numbers that calls take.
+    Checks a number that a user passes, such as a scale.
 
     Args:
         name (`str`):
-            What errors call it.
+            The name of the argument in error messages.
         scale (`float`, or any other real number):
-            Numbers of Python and numpy, and arrays and tensors without dimensions.
+            A number of Python or numpy, or an array or tensor without dimensions.
 
     Returns:
         `float`.
@@ -321,7 +331,7 @@ def check_scale(name: str, scale: Any) -> float:
 
 
 def check_count(name: str, count: Any) -> int:
-    """The same for a positive whole number, as an `int`."""
+    """Same as [`check_scale`], for positive integers. Returns an `int`."""
     number = _number(count)
     if not isinstance(number, numbers.Integral) or number < 1:
         raise ValueError(f"`{name}` has to be a positive whole number, but is {count!r}.")
@@ -329,7 +339,8 @@ def check_count(name: str, count: Any) -> int:
 
 
 def _number(value: Any) -> Any:
-    """A number of Python's own kinds, or `None` if `value` is none. Truth values are no numbers here."""
+    """Converts an array or tensor without dimensions to a Python number, and returns other numbers unchanged. Returns
+    `None` for all other values, including booleans."""
     if getattr(value, "ndim", None) == 0 and not getattr(value, "is_meta", False):
         value = value.item()
     return value if isinstance(value, numbers.Real) and not isinstance(value, bool) else None

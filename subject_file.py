@@ -1,4 +1,5 @@
-"""The file that `SubjectEmbeds.save` writes: its layout, and the checks that such a file has to pass, whoever made it."""
+"""The file format of `SubjectEmbeds.save`: reads such files and checks them, because they can come from untrusted
+sources."""
 
 import json
 import math
@@ -15,17 +16,17 @@ from . import file_utils
 FORMAT = "ssr-subject-1"
 TENSORS = ("embeds", "negative_embeds", "region", "counts", "negative_counts")
 
-# Far above what is drawn: a subject of Stable Diffusion 1.5 is 462 tokens of width 768. The header says all sizes, so they
-# are checked before a tensor takes memory.
+# Upper limits, far above real subjects: a subject of Stable Diffusion 1.5 has 462 tokens of width 768. The header
+# contains all sizes, so they are checked before memory is allocated for the tensors.
 MAX_HEADER_BYTES = 2**20
 MAX_BYTES = 2**28
 MAX_SUBJECTS = 64
 MAX_TOKENS = 2**14
-# The most values of a region, over all frames: 32 frames of 1024 x 1024.
+# The maximum number of values of a region, over all frames: 32 frames of 1024 x 1024.
 MAX_REGION_VALUES = 2**25
 
 _NUM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-# beyond half precision's largest number a picture would be NaN
+# the largest number in half precision; with larger values the picture would be NaN
 _LARGEST = 65504.0
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]
@@ -35,26 +36,26 @@ def read_subject_file(
     path: str | os.PathLike, check_scale: Callable[[str, Any], float]
 ) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
     r"""
-    Read a file of subjects that may come from anybody.
+    Read and check a file of subjects from an untrusted source.
 
     Args:
         path (`str` or `os.PathLike`):
             The file.
         check_scale (`Callable[[str, Any], float]`):
-            Returns a scale as a float, or raises a `ValueError` with the name it is given.
+            Takes a name and a scale. It returns the scale as a float, or raises a `ValueError` that contains the name.
 
     Returns:
-        `tuple[list[dict], dict[str, torch.Tensor]]`: query and scale of each subject, and the tensors, named
-        `<subject>.<name>` with a name of `TENSORS`; perhaps `fingerprint`.
+        `tuple[list[dict], dict[str, torch.Tensor]]`: the query and scale of each subject, and the tensors. The tensors
+        are named `<subject>.<name>`, where `<name>` is one of `TENSORS`, and optionally `fingerprint`.
 
     Raises:
-        `FileNotFoundError`: if there is no such file.
-        `ValueError`: if it is no such file, is cut off, or holds anything that a subject cannot have.
+        `FileNotFoundError`: if the file does not exist.
+        `ValueError`: if it is not a file of subjects, is truncated, or has content that is not valid for subjects.
     """
     file_utils.check_regular_file(path, "path")
     try:
-        # one handle for header and tensors: `safe_open` opens the file again for the tensors, and another thread or process
-        # may have replaced it by then
+        # The header and the tensors are read from the same open file. `safe_open` would open the file again for the
+        # tensors, and another thread or process could replace the file before that.
         with open(path, "rb") as file:
             start = file.read(8)
             length = int.from_bytes(start, "little")
@@ -65,7 +66,7 @@ def read_subject_file(
             subjects = _described(entries.pop("__metadata__", {}), check_scale)
             layout = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
             size = check_layout(layout, len(subjects))
-            # a byte more than there has to be: what follows is none of the tensors, and `load` says so
+            # reads one byte more than expected, so that `load` raises an error if the file is longer than its tensors
             tensors = load(start + header + file.read(size + 1))
         for name, tensor in tensors.items():
             _check_values(name, tensor)
@@ -81,19 +82,19 @@ def read_subject_file(
 
 def check_layout(layout: Layout, num_subjects: int) -> int:
     r"""
-    Refuse tensors that are not those of subjects, by name, type and shape alone.
+    Check the names, dtypes and shapes of the tensors, before the tensors are loaded.
 
     Args:
         layout (`dict[str, tuple[str, tuple[int, ...]]]`):
-            Type, as safetensors writes it ("F32"), and shape of each tensor.
+            The dtype, as written in safetensors files ("F32"), and the shape of each tensor.
         num_subjects (`int`):
-            How many subjects there are.
+            The number of subjects.
 
     Returns:
-        `int`: how many bytes the tensors have.
+        `int`: the size of all tensors in bytes.
 
     Raises:
-        `ValueError`: naming the first tensor that is missing, unknown, or of another type or shape.
+        `ValueError`: if a tensor is missing or unknown, or has a wrong dtype or shape. The message names the tensor.
     """
     known = {f"{number}.{name}" for number in range(num_subjects) for name in TENSORS} | {"fingerprint"}
     unknown = sorted(layout.keys() - known)
@@ -142,7 +143,8 @@ def _check_region(layout: Layout, name: str) -> None:
 
 
 def _check_tensor(layout: Layout, name: str, dtypes: Iterable[str], largest: tuple[int, ...]) -> None:
-    """`largest` is the shape that may not be exceeded on any side; a side of 1 has to be 1."""
+    """Raises a `ValueError` if the dtype is not in `dtypes`, or if the shape has another number of dimensions than
+    `largest`, an empty dimension, or a dimension that is larger than in `largest`."""
     dtype, shape = layout[name]
     if dtype not in dtypes:
         raise ValueError(f"{name} is of type {dtype}, not of {' or '.join(dtypes)}")
@@ -159,7 +161,7 @@ def _check_values(name: str, tensor: torch.Tensor) -> None:
         lowest, highest = 1.0, float(MAX_TOKENS)
     else:
         lowest, highest = -_LARGEST, _LARGEST
-    # NaN fails each comparison
+    # comparisons with NaN are false
     if not (low >= lowest and high <= highest):
         raise ValueError(f"{name} holds values from {low:g} to {high:g}, but has to hold {lowest:g} to {highest:g}")
     if part == "region" and not high > 0.5:
@@ -167,7 +169,7 @@ def _check_values(name: str, tensor: torch.Tensor) -> None:
 
 
 def _described(metadata: dict[str, str], check_scale: Callable[[str, Any], float]) -> list[dict[str, Any]]:
-    """Query and scale of each subject."""
+    """Checks the metadata of the file and returns the query and scale of each subject."""
     if metadata.get("format") != FORMAT:
         raise ValueError("`SubjectEmbeds.save` did not write it")
     subjects = json.loads(metadata.get("subjects", "null"))

@@ -1,4 +1,4 @@
-"""Fewer tokens for nearly the same attention."""
+"""Merges similar tokens of a subject, with nearly no change of the attention output."""
 
 import torch
 
@@ -7,20 +7,22 @@ def merge_tokens(
     embeds: torch.Tensor, counts: torch.Tensor | None, num_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""
-    Merge the tokens that are most alike until few are left. Each merged token is the mean of what it holds and counts that
-    often in the softmax; since keys and values are linear in the tokens, merging equal tokens changes nothing. Which two
-    are merged next is Ward's criterion: those whose merging adds least to the squared error.
+    Merge the most similar tokens until `num_tokens` are left. A merged token is the mean of its original tokens, and
+    the softmax counts it as often as the number of original tokens. Keys and values are linear in the tokens, so
+    merging equal tokens does not change the result. The two tokens to merge next are selected by Ward's criterion: the
+    pair with the smallest increase of the squared error.
 
     Args:
         embeds (`torch.Tensor` of shape `(1, length, width)`):
             A subject's tokens.
         counts (`torch.Tensor` of shape `(1, length)`, *optional*):
-            How many tokens each of them stands for already; one by default.
+            The number of original tokens that were already merged into each token. Defaults to one for each token.
         num_tokens (`int`):
-            How many are left.
+            The number of tokens to keep.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: tokens `(1, num_tokens, width)` and counts `(1, num_tokens)`.
+        `tuple[torch.Tensor, torch.Tensor]`: the tokens, of shape `(1, num_tokens, width)`, and their counts, of shape
+        `(1, num_tokens)`.
     """
     tokens = embeds[0].detach().double().cpu()
     weights = (
@@ -45,6 +47,6 @@ def merge_tokens(
 def _cost(
     first: torch.Tensor, first_weights: torch.Tensor, second: torch.Tensor, second_weights: torch.Tensor
 ) -> torch.Tensor:
-    """Ward's criterion for each pair."""
+    """Returns Ward's criterion for each pair of tokens."""
     shared = first_weights[:, None] * second_weights / (first_weights[:, None] + second_weights)
     return shared * torch.cdist(first, second).square()

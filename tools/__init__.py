@@ -1,1 +1,1 @@
-"""Tools of the project itself; users need none of them."""
+"""Tools for the development of the project. They are not needed to use the package."""

@@ -1,7 +1,7 @@
-"""MkDocs hooks: links and docstrings that GitHub and diffusers' conventions read one way, as the site needs them.
+"""MkDocs hooks that convert links between files of the repository to links of the documentation site.
 
-The pages of docs/ link to files elsewhere in the repository, which is right on GitHub. On the site those files are served
-under `repository/`.
+The pages in docs/ link to other files of the repository with relative paths. These links work on GitHub. The site
+serves the other files under `repository/`.
 """
 
 import re
@@ -15,7 +15,8 @@ LINK = re.compile(r"(\]\()([^)#\s:]+)((?:#[^)]*)?\))")
 
 
 def outside_files() -> set[str]:
-    """The files that the pages link to outside of docs/, as paths in the repository, and those that these link to."""
+    """Returns the files outside of docs/ that the pages link to, directly or through other linked pages, as paths in
+    the repository."""
     found, waiting = set(), list((ROOT / "docs").glob("*.md"))
     while waiting:
         page = waiting.pop()
@@ -35,7 +36,8 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Links, relative to a page's place in the repository, become relative to its place on the site."""
+    """Converts links that are relative to the page's path in the repository to links that are relative to its path on
+    the site."""
     source = PurePosixPath(page.file.src_uri)
     outside = source.parts[0] == "repository"
     folder = ROOT / source.relative_to("repository").parent if outside else ROOT / "docs" / source.parent
@@ -45,7 +47,7 @@ def on_page_markdown(markdown, page, config, files):
         path = target.relative_to(ROOT).as_posix() if target.is_relative_to(ROOT) else ""
         uri = path.removeprefix("docs/") if path.startswith("docs/") else f"repository/{path}"
         if files.get_file_from_path(uri) is None:
-            # a folder has no page: the link's text alone is left
+            # a folder has no page on the site, so its link leads to the top of the current page
             return f"{found[1]}{found[2]}{found[3]}" if not target.is_dir() else "](#)"
         up = "../" * (len(source.parts) - 1)
         return f"{found[1]}{up}{uri}{found[3]}"

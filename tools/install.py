@@ -1,4 +1,4 @@
-"""Run `pip install` and show in one line what it is doing: it may download for minutes without a word.
+"""Run `pip install` and show its progress in one line, because pip can download for minutes without any output.
 
 python tools/install.py -e ".[demo]"
 """
@@ -10,7 +10,8 @@ import time
 
 
 def status(line: str) -> str | None:
-    """What a line of pip's output tells about its progress, or `None` for the lines that tell nothing."""
+    """Returns a short description of the progress from a line of pip's output, or `None` if the line has no such
+    information."""
     for pattern, text in (
         (r"Collecting (\S+)", "finding {}"),
         (r"Downloading (\S+-\S+ \([\d.]+ [kMG]?B\))", "downloading {}"),
@@ -35,7 +36,7 @@ def main() -> int:
             if shown is None or not (on_terminal or shown.startswith("installing") or "MB" in shown):
                 continue
             text = f"{time.monotonic() - started:4.0f} s  {shown}"
-            # on a terminal each line takes the place of the one before
+            # on a terminal, each line overwrites the previous one
             print(
                 f"\r\x1b[K{text[:100]}" if on_terminal else text,
                 end="" if on_terminal else "\n",

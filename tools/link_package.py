@@ -1,5 +1,6 @@
-"""Let this Python environment import `diffusers_ssr` from the repository, without pip: what the package claims to need would
-be installed with it, and tests with other versions are there to try that claim."""
+"""Make `diffusers_ssr` importable from the repository in this Python environment, without pip. pip would also install
+the versions of the dependencies that the package requires, but the tests with other versions have to check these
+requirements."""
 
 import sysconfig
 from pathlib import Path

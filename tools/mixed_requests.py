@@ -1,4 +1,4 @@
-"""Requests of every kind on one UNet, as a server gets them: for tests and soaks under load."""
+"""Requests of every kind on one UNet, similar to the load of a server, for load tests and soak tests."""
 
 import functools
 import threading
@@ -14,7 +14,7 @@ from PIL import Image
 
 
 class CallbackError(Exception):
-    """What the callbacks of some requests raise."""
+    """The error that the callbacks of some requests raise."""
 
 
 @dataclass(frozen=True)
@@ -24,16 +24,16 @@ class Request:
 
     Args:
         name (`str`):
-            Its kind.
+            The kind of the request.
         draw (`Callable`):
-            Draws and returns pictures, `(num_images, height, width, 3)`.
+            Generates and returns pictures of shape `(num_images, height, width, 3)`.
     """
 
     name: str
     draw: Callable[[], np.ndarray]
 
     def outcome(self) -> np.ndarray | str:
-        """Its pictures, or the error that it raises as text."""
+        """Runs the request and returns its pictures, or its error as text."""
         try:
             return self.draw()
         except (CallbackError, ValueError) as error:
@@ -41,7 +41,7 @@ class Request:
 
 
 def same_outcome(one: np.ndarray | str, other: np.ndarray | str) -> bool:
-    """Whether two outcomes are the same, bit by bit."""
+    """Whether two outcomes are exactly equal."""
     if isinstance(one, str) or isinstance(other, str):
         return isinstance(one, str) and one == other
     return np.array_equal(one, other)
@@ -51,21 +51,21 @@ def mixed_requests(
     pipe, controlnet, photos: list[Image.Image], queries: list[str], size: int, steps: int = 2
 ) -> list[Request]:
     r"""
-    Requests of every kind, all on the UNet of `pipe`: text-to-image with encoded subjects, with photos, with several subjects
-    and regions, image-to-image, ControlNet, without a subject, stock pipelines; with callbacks that raise, or draw
-    themselves; and invalid ones.
+    Creates requests of every kind that all use the UNet of `pipe`: text-to-image with encoded subjects, with photos,
+    with several subjects and regions, image-to-image, ControlNet, requests without a subject, stock pipelines,
+    requests with callbacks that raise an error or run the pipeline again, and invalid requests.
 
     Args:
         pipe ([`StableDiffusionSSRPipeline`]):
             The pipeline.
         controlnet (`ControlNetModel`):
-            For the ControlNet requests.
+            The ControlNet for the ControlNet requests.
         photos (`list[PIL.Image.Image]`), queries (`list[str]`):
-            References and what is meant in each.
+            The reference pictures and the query for each of them.
         size (`int`):
             Height and width of the pictures.
         steps (`int`, defaults to 2):
-            Denoising steps.
+            The number of denoising steps.
     """
     image_to_image = ssr_pipeline_class(diffusers.StableDiffusionImg2ImgPipeline).from_pipe(pipe)
     with_control = StableDiffusionSSRControlNetPipeline.from_pipe(pipe, controlnet=controlnet)
@@ -74,7 +74,7 @@ def mixed_requests(
     start = Image.effect_noise((size, size), 80).convert("RGB")
     left = np.zeros((size, size), np.float32)
     left[:, : size // 2] = 1
-    # a stock pipeline's use of the tokenizer is not guarded: those that share one draw one after the other
+    # stock pipelines do not use the tokenizer in a thread-safe way, so only one of them runs at a time
     stock_lock = threading.Lock()
 
     def arguments(seed: int, **extra) -> dict:
@@ -85,7 +85,7 @@ def mixed_requests(
     def stock(prompt: str, seed: int) -> np.ndarray:
         scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
         with stock_lock:
-            # made anew each time: `from_pipe` walks the UNet's modules while others draw
+            # created for each request, because `from_pipe` iterates over the UNet's modules while other threads use it
             stock_pipe = diffusers.StableDiffusionPipeline.from_pipe(pipe, scheduler=scheduler)
             stock_pipe.set_progress_bar_config(disable=True)
             return stock_pipe(prompt, **arguments(seed)).images
@@ -108,7 +108,7 @@ def mixed_requests(
         subject = pipe.encode_subject(photo, query)
         other = pipe.encode_subject(photos[seed - 1], queries[seed - 1])
         pair = subject.inside(left) + other.scaled(0.5)
-        # prompts of other lengths than the queries
+        # prompts with other lengths than the queries
         prompt = f"a {query} on the beach " * (1 + 12 * (seed % 2))
 
         def draw(own=pipe, prompt=prompt, seed=seed, **extra):
@@ -139,26 +139,26 @@ def mixed_requests(
 
 def wrong_outcomes(requests: list[Request], expected: list, order: list[int], num_threads: int = 8) -> list[str]:
     r"""
-    Run requests in threads and compare.
+    Run requests in threads and compare their outcomes with the expected ones.
 
     Args:
         requests (`list[Request]`):
-            What can be asked.
+            The requests to choose from.
         expected (`list`):
-            The outcome of each alone.
+            The outcome of each request when it runs alone.
         order (`list[int]`):
-            Which requests are run, by index.
+            The indices of the requests to run.
         num_threads (`int`, defaults to 8):
-            In how many threads.
+            The number of threads.
 
     Returns:
-        `list[str]`: what was not as alone.
+        `list[str]`: a description of each outcome that differs from the expected one.
     """
 
     def check(index: int) -> str | None:
         try:
             outcome = requests[index].outcome()
-        except Exception as error:  # whatever happens under load is what is looked for
+        except Exception as error:  # any error under load is a finding
             return f"{requests[index].name}: {type(error).__name__}: {error}"
         return None if same_outcome(outcome, expected[index]) else f"{requests[index].name}: another outcome"
 

@@ -1,7 +1,7 @@
-"""Mixed requests from many threads for a long time: every outcome compared, memory and objects watched.
+"""Run mixed requests from many threads for a long time. Compares every outcome, and monitors memory and object counts.
 
 python -m tools.soak --minutes 60
-python -m tools.soak --rounds 10        # only compare threads with one request after the other
+python -m tools.soak --rounds 10        # only compare the time of threads with the time of one request at a time
 """
 
 import argparse
@@ -28,13 +28,13 @@ POCKET = Path(__file__).resolve().parent.parent / "pocket"
 
 
 def resident_megabytes() -> float:
-    """What the process holds in memory (Linux)."""
+    """Returns the resident memory of this process in megabytes (Linux)."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def make_requests(checkpoint: str, size: int) -> list[Request]:
-    """Requests of every kind on one pipeline with `pocket/`'s weights."""
+    """Creates requests of every kind on one pipeline with the weights in `checkpoint`."""
     float32 = precision_arguments({"dtype": torch.float32})
     pipe = StableDiffusionSSRPipeline.from_pretrained(checkpoint, safety_checker=None, **float32)
     if pipe.ssr_encoder is None:
@@ -46,7 +46,8 @@ def make_requests(checkpoint: str, size: int) -> list[Request]:
 
 
 def soak(requests: list[Request], expected: list, minutes: float, num_threads: int, batch: int) -> bool:
-    """Run batches of requests, and say after each how it stands. Returns whether all was right and nothing grew."""
+    """Runs batches of requests and prints the status after each batch. Returns whether all outcomes were as expected
+    and neither the memory nor the number of objects grew."""
     chance, started, done, wrong, levels = random.Random(0), time.monotonic(), 0, [], []
     while time.monotonic() - started < minutes * 60:
         order = chance.choices(range(len(requests)), k=batch)
@@ -61,7 +62,7 @@ def soak(requests: list[Request], expected: list, minutes: float, num_threads: i
         )
     for each in wrong[:20]:
         print(each)
-    # the first quarter fills caches and allocators
+    # the first quarter is ignored, because caches and allocators grow at first
     quarter = len(levels) // 4
     early, late = levels[quarter : 2 * quarter] or levels[:1], levels[-quarter:] or levels[-1:]
 
@@ -77,8 +78,8 @@ def soak(requests: list[Request], expected: list, minutes: float, num_threads: i
 
 
 def compare_throughput(requests: list[Request], rounds: int, num_threads: int, batch: int) -> None:
-    """Time the same requests one after the other and in threads, in turns, so that whatever else the machine does meets
-    both."""
+    """Measures the time of the same requests one at a time and in threads. Both are measured alternately, so that
+    other load on the machine affects both."""
     chance, seconds = random.Random(0), {1: [], num_threads: []}
     for turn in range(rounds):
         order = chance.choices(range(len(requests)), k=batch)

@@ -1,1 +1,2 @@
-"""Makes and measures the pocket checkpoint (see pocket/README.md). From the root: `python -m tools.pocket.measure`."""
+"""Trains and measures the pocket checkpoint (see pocket/README.md). Run `python -m tools.pocket.measure` in the root
+of the repository."""

@@ -1,4 +1,4 @@
-"""The trained base model of a work folder, and what everything that is trained on top of it shares."""
+"""The trained base model of a work folder, and functions shared by all models that are trained on top of it."""
 
 from pathlib import Path
 
@@ -13,7 +13,8 @@ from .world import PLACE_NAMES, Instance, describe
 
 
 def caption(instances: list[Instance], place: int, rng: np.random.Generator) -> str:
-    """A caption of a scene: plain, rich, without naming the things, or empty."""
+    """Returns a random kind of caption for a scene: with plain names, with colors and designs, without the names of
+    the things, or empty."""
     kind = rng.random()
     if kind < 0.1:
         return ""
@@ -29,8 +30,9 @@ def encode_texts(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, texts: l
 
 
 def diffusion_loss(scheduler, model, latents, importance, generator, steps=None, **conditions) -> torch.Tensor:
-    """Mean squared error of the velocity, at uniform times if `steps` says nothing else, each channel weighted by what
-    it shows. `latents` are (batch_size, channels, ...) and `model` is called as a UNet is."""
+    """Mean squared error of the predicted velocity, with the channels weighted by `importance`. The timesteps are
+    drawn uniformly if `steps` is `None`. `latents` have shape (batch_size, channels, ...), and `model` is called like
+    a UNet."""
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
     if steps is None:
         steps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), generator=generator)
@@ -41,7 +43,7 @@ def diffusion_loss(scheduler, model, latents, importance, generator, steps=None,
 
 
 class Base:
-    """The frozen base model in `work_dir`: its components, its latents, its loss."""
+    """The frozen base model in `work_dir`, with its components, its latent codes and its loss."""
 
     def __init__(self, work_dir: Path, device: str = "cpu"):
         self.tokenizer = CLIPTokenizer.from_pretrained(work_dir / "clip")
@@ -60,19 +62,19 @@ class Base:
         return diffusion_loss(self.scheduler, model, latents, self.codes.importance(), generator, **kwargs)
 
     def pipeline(self, pipeline_class: type[DiffusionPipeline] = StableDiffusionPipeline, **components):
-        """A pipeline of the base model and further components."""
+        """Creates a pipeline from the base model and additional components."""
         arguments = {
             "vae": self.vae, "text_encoder": self.text_encoder, "tokenizer": self.tokenizer, "unet": self.unet,
             "scheduler": self.scheduler, "feature_extractor": None,
         }  # fmt: skip
-        if "motion_adapter" not in components:  # AnimateDiff knows no safety checker
+        if "motion_adapter" not in components:  # AnimateDiff has no safety checker
             arguments.update(safety_checker=None, requires_safety_checker=False)
         pipe = pipeline_class(**{**arguments, **components})
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
     def draw(self, pipe, prompts: list[str], **kwargs) -> np.ndarray:
-        """Sample pictures (n, 64, 64, 3) uint8 of a pipeline."""
+        """Generates pictures with a pipeline, as uint8 of shape (n, 64, 64, 3)."""
         settings = {"num_inference_steps": 20, "guidance_scale": 3.0, **kwargs}
         images = pipe(prompts, generator=torch.Generator().manual_seed(0), output_type="pt", **settings).images
         return picture_array(images * 2 - 1)

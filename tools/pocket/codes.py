@@ -1,8 +1,8 @@
-"""The pocket's latents: linear codes of the 8 x 8 patches, found by principal components.
+"""The latents of the pocket model: linear codes of the 8 x 8 patches, computed by principal component analysis.
 
-Learning a latent space from nothing takes hours on a CPU, and colours come last. A linear code is there at once, keeps
-colours exactly, and the UNet can be trained on it while the AutoencoderKL learns it: its encoder to produce these codes,
-its decoder to draw sharp pictures from them.
+Training a latent space from scratch takes hours on a CPU, and colors are learned last. A linear code needs no training
+and preserves colors exactly. The UNet can be trained on the codes while the AutoencoderKL is trained: its encoder
+learns to produce the codes, and its decoder learns to reconstruct sharp pictures from them.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ PATCH = 8
 
 
 class Codes:
-    """`encode` pictures (n, 64, 64, 3) uint8 into latents (n, 24, 8, 8)."""
+    """Linear codes. `encode` converts uint8 pictures of shape (n, 64, 64, 3) to latents of shape (n, 24, 8, 8)."""
 
     def __init__(self, mean: torch.Tensor, basis: torch.Tensor):
         self.mean = mean
@@ -32,17 +32,18 @@ class Codes:
         mean = patches.mean(0)
         variance, basis = torch.linalg.eigh(torch.cov((patches - mean).T))
         variance, basis = variance.flip(0)[:CHANNELS], basis.flip(1)[:, :CHANNELS]
-        # strong components (colours) stay stronger than weak ones (details), but not by as much as in the picture
+        # strong components (colors) remain stronger than weak ones (details), but the difference is smaller than in
+        # the picture
         weights = variance**-0.25
         weights = weights / (variance * weights**2).mean().sqrt()
         return cls(mean, basis * weights)
 
     @classmethod
     def from_latents(cls, pictures: np.ndarray, latents: torch.Tensor) -> "Codes":
-        """The codes nearest to given latents (n, 24, 8, 8) of these pictures, by least squares."""
+        """Fits codes to given latents of shape (n, 24, 8, 8) of these pictures, by least squares."""
         patches = _patches(pictures).flatten(0, 2).double()
         mean = patches.mean(0)
-        # the latents of the mean patch are zero
+        # the codes have no bias, so the latents of the mean patch are zero
         basis = torch.linalg.lstsq(patches - mean, latents.permute(0, 2, 3, 1).flatten(0, 2).double()).solution
         return cls(mean.float(), basis.float())
 
@@ -53,8 +54,9 @@ class Codes:
         save_file({"mean": self.mean, "basis": self.basis.contiguous()}, file)
 
     def importance(self) -> torch.Tensor:
-        """How much weight a latent channel has in the loss, (1, 24, 1, 1) with mean 1: the weaker a channel, the more. Weighted by
-        what they show in the picture, the details that tell one design from another are never learnt."""
+        """Returns the weight of each latent channel in the loss, of shape (1, 24, 1, 1) with a mean of 1. Weaker
+        channels have larger weights. If channels were weighted by their contribution to the picture, the details that
+        distinguish the designs would not be learned."""
         weights = self.basis.norm(dim=0)
         return (weights / weights.mean())[None, :, None, None]
 
@@ -69,7 +71,7 @@ def _patches(pictures: np.ndarray) -> torch.Tensor:
 
 
 def load_codes(work_dir: Path) -> Codes:
-    """The codes of the training scenes, fitted at the first call."""
+    """Loads the codes of the training scenes. The first call fits and saves them."""
     file = work_dir / "codes.safetensors"
     if not file.exists():
         download_designs(work_dir / "designs")

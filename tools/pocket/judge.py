@@ -1,4 +1,5 @@
-"""The judge: a small classifier, trained apart from everything it judges, that says what a picture shows."""
+"""The judge: a small classifier that recognizes the content of a picture. It is trained separately from the models
+that it evaluates."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,9 @@ from .world import CATEGORY_NAMES, DESIGNS, NUM_VARIANTS, PLACE_NAMES
 
 @dataclass
 class Verdict:
-    """Logits for a batch of pictures: which categories are there (n, categories, independent of each other), and the
-    place, the design and the variant (colour or look) of the subject, the latter two given each category
-    (n, categories, designs) and (n, categories, variants)."""
+    """Logits for a batch of pictures: `categories` (n, categories), independent of each other, tell which categories
+    are in the picture; `places` (n, places) tell the place; `designs` (n, categories, designs) and `variants` (n,
+    categories, variants) tell the design and the variant (color or look) of the subject of each category."""
 
     categories: torch.Tensor
     places: torch.Tensor
@@ -24,7 +25,7 @@ class Verdict:
 
 
 class Judge(nn.Module):
-    """A convolutional network on 64 x 64 pictures."""
+    """A convolutional network for pictures of 64 x 64 pixels."""
 
     def __init__(self):
         super().__init__()
@@ -36,12 +37,12 @@ class Judge(nn.Module):
                 layers += [nn.Conv2d(after, after, 3, padding=1), nn.BatchNorm2d(after), nn.SiLU()]
         self.features = nn.Sequential(*layers)
         categories = len(CATEGORY_NAMES)
-        # each cell votes for what it shows; the strongest vote counts
+        # each cell of the feature map predicts its content; cells with a higher presence logit have a larger weight
         self.cells = nn.Conv2d(widths[-1], categories * (1 + len(DESIGNS) + NUM_VARIANTS), 1)
         self.place = nn.Linear(widths[-1], len(PLACE_NAMES))
 
     def forward(self, pixels: torch.Tensor) -> Verdict:
-        """`pixels` (n, 3, 64, 64) from -1 to 1."""
+        """Classifies `pixels` of shape (n, 3, 64, 64), from -1 to 1."""
         features = self.features(pixels)
         votes = self.cells(features).flatten(2).unflatten(1, (len(CATEGORY_NAMES), -1))
         presence = votes[:, :, 0]
@@ -53,7 +54,7 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def look_at(self, pictures) -> Verdict:
-        """`pictures` (n, 64, 64, 3) uint8."""
+        """Classifies uint8 `pictures` of shape (n, 64, 64, 3)."""
         return self(picture_tensor(pictures))
 
 

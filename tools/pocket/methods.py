@@ -1,4 +1,5 @@
-"""What is compared on the pocket: SSR-Encoder, an adapter of IP-Adapter-Plus's kind, and three ablations."""
+"""The methods that are compared on the pocket model: SSR-Encoder, an adapter in the style of IP-Adapter Plus, and
+three ablations."""
 
 import sys
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from drawing import write_contact_sheet  # noqa: E402, F401
 
 @dataclass(frozen=True)
 class Method:
-    """A way to read the reference: what is trained, and the options of train_ssr.py that are its own."""
+    """A method to encode the reference picture: the encoder class, and the specific options of train_ssr.py."""
 
     label: str
     options: str = "--inner_dim 128 --num_attention_heads 4 --image_levels 1 2 3 4 5 6"
@@ -26,7 +27,7 @@ class Method:
     unused: tuple[str, ...] = ()
 
     def build(self, *models) -> SSREncoder:
-        """A fresh encoder, as `train_ssr.new_encoder` makes it; what it does not use is not trained."""
+        """Creates an untrained encoder with `train_ssr.new_encoder`. Its unused parameters are frozen."""
         encoder = train_ssr.new_encoder(*models, encoder_class=self.encoder_class)
         for name in self.unused:
             encoder.get_submodule(name).requires_grad_(False)
@@ -37,18 +38,18 @@ METHODS = {
     "ssr": Method("SSR-Encoder"),
     "ip_adapter_plus": Method(
         "IP-Adapter-Plus style: the whole picture, no query",
-        # the last but one level, heads of 64 and four blocks, as IP-Adapter Plus has them
+        # the second to last level, a head width of 64 and four blocks, as in IP-Adapter Plus
         "--inner_dim 64 --num_attention_heads 1 --image_levels 5 --consistency_form paper --consistency_weight 0",
         WholePictureEncoder,
     ),
     "mean_patch": Method("without alignment: the mean patch", encoder_class=MeanPatchEncoder, unused=("to_q", "to_k")),
-    # wider, so that it has as many parameters
+    # wider, so that its number of parameters is the same as with six levels
     "one_level": Method("one level", "--inner_dim 448 --num_attention_heads 14 --image_levels 6"),
     "no_consistency": Method("without the consistency loss", f"{Method.options} --consistency_weight 0"),
 }
-# What differs when a trained SSR-Encoder is trained on, on other rows.
+# The options that are different when the training of an SSR-Encoder is continued on other data.
 CONTINUED = "--learning_rate 7e-4 --lr_warmup_steps 50 --ema_decay 0.995"
-# Where each one lies in a checkpoint.
+# The folder of each method in a checkpoint.
 PLACE = {name: "ssr_encoder" if name == "ssr" else f"comparison/{name}" for name in METHODS}
 COMMON = (
     "--reference_column reference --mask_column mask --mask_weight 3 --resolution 64 --min_image_size 64 --latents mode"

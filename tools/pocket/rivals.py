@@ -1,6 +1,7 @@
-"""What SSR-Encoder is compared with: an adapter of IP-Adapter-Plus's kind, and one that averages patches.
+"""The encoders that SSR-Encoder is compared with: an adapter in the style of IP-Adapter Plus, and one that averages
+patches.
 
-Both stand where an SSREncoder stands, in training and in the pipeline, so that nothing else differs.
+Both replace the SSREncoder in training and in the pipeline, so everything else is the same in the comparison.
 """
 
 import torch
@@ -11,16 +12,16 @@ from diffusers_ssr import SSREncoder
 
 class WholePictureEncoder(SSREncoder):
     """
-    Reads the whole picture and no query, as IP-Adapter Plus does: diffusers' own resampler makes a few tokens of the patches'
-    hidden states at one level, and each layer has keys and values for them.
+    Encodes the whole picture without a query, as IP-Adapter Plus does. The resampler of diffusers converts the
+    patches' hidden states at one level to a few tokens, and each layer projects these tokens to keys and values.
 
     Args:
         cross_attention_dim (`int`), vision_hidden_size (`int`), attention_layers (`dict[str, int]`): as in `SSREncoder`.
-        image_levels (`tuple[int]`): the level that is read; IP-Adapter Plus takes the last but one.
-        num_queries (`int`): how many tokens describe the picture.
-        depth (`int`): the resampler's blocks.
-        inner_dim (`int`): the resampler's width.
-        num_attention_heads (`int`): the resampler's heads, `inner_dim // num_attention_heads` wide.
+        image_levels (`tuple[int]`): the level that is used; IP-Adapter Plus uses the second to last level.
+        num_queries (`int`): the number of tokens for a picture.
+        depth (`int`): the number of blocks of the resampler.
+        inner_dim (`int`): the width of the resampler.
+        num_attention_heads (`int`): the resampler's heads, each with a width of `inner_dim // num_attention_heads`.
     """
 
     @register_to_config
@@ -46,19 +47,19 @@ class WholePictureEncoder(SSREncoder):
         )  # fmt: skip
 
     def forward(self, query_hidden_states, image_hidden_states, mask=None, mask_weight=1.0) -> torch.Tensor:
-        """As `SSREncoder.forward`, but for query and mask, of which nothing is used: `(batch_size, num_queries,
-        cross_attention_dim)`."""
+        """Same as `SSREncoder.forward`, but ignores the query and the mask, and returns embeddings of shape
+        `(batch_size, num_queries, cross_attention_dim)`."""
         return self.resampler(image_hidden_states[-1])
 
 
 class MeanPatchEncoder(SSREncoder):
     """
-    An SSR-Encoder whose tokens do not look where the query says, but everywhere alike: the ablation without token-to-patch
-    alignment. Arguments are those of `SSREncoder`.
+    An SSR-Encoder that ignores the query: its tokens attend equally to all patches. This is the ablation without
+    token-to-patch alignment. The arguments are those of `SSREncoder`.
     """
 
     def attention_probs(self, query_hidden_states, image_hidden_states, mask=None, mask_weight=1.0) -> torch.Tensor:
-        """The same share for each patch, and none for the class token."""
+        """Returns the same attention for each patch, and 0 for the class token."""
         batch_size, num_tokens = query_hidden_states.shape[:2]
         length = image_hidden_states.shape[1]
         probs = query_hidden_states.new_full((1, 1, 1, length), 1 / (length - 1))

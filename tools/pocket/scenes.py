@@ -1,4 +1,4 @@
-"""The training scenes of the pocket world, drawn anew all the time."""
+"""The training scenes of the pocket world. New scenes are generated continuously."""
 
 import numpy as np
 
@@ -20,17 +20,17 @@ PATCHES = 8  # the vision encoder's grid is PATCHES x PATCHES
 
 class SceneStream:
     """
-    Scenes of seen instances without end, each other than all before: hues are continuous, and a share of the scenes has things of
-    any size at any place (`arrange`), mirrored in half of the cases.
+    An endless stream of scenes with seen instances. Scenes practically never repeat: hues are continuous, and in a
+    share of the scenes the things have random sizes and positions (`arrange`), and half of them are mirrored.
 
     Args:
-        world ([`World`]): draws them.
-        split (`str`): whose held-out instances stay unseen.
-        count_shares (`tuple[float, ...]`): how often a scene holds one, two, three (and four) things.
-        varied_share (`float`): of scenes that are arranged freely; the others stand where `LAYOUTS` says.
-        others_share (`float`): of things that are none of the measured categories.
-        kin_share (`float`): of the rest that are of a measured category in a picture of its own (`KIN`).
-        restyled_share (`float`): of scenes that are drawn as by another hand.
+        world ([`World`]): draws the scenes.
+        split (`str`): the split of instances. Its held-out instances are not drawn.
+        count_shares (`tuple[float, ...]`): the relative frequency of scenes with one, two, three (and four) things.
+        varied_share (`float`): the share of scenes with random positions; the other scenes use `LAYOUTS`.
+        others_share (`float`): the share of things that are not of a measured category.
+        kin_share (`float`): the share of the remaining things that are other pictures of a measured category (`KIN`).
+        restyled_share (`float`): the share of scenes that are drawn in another style (`restyled`).
         vary_colours (`bool`): whether hues are continuous.
     """
 
@@ -74,10 +74,11 @@ class SceneStream:
 
 
 def draw_pictures(stream: SceneStream, count: int, seed: tuple[int, ...]) -> np.ndarray:
-    """Pictures (count, 64, 64, 3) uint8 of a stream, the same for the same seed."""
+    """Returns uint8 pictures of shape (count, 64, 64, 3) from a stream. The same seed gives the same pictures."""
     return np.stack([scene.picture for scene in stream.draw(np.random.default_rng(seed), count)])
 
 
 def patch_cover(mask: np.ndarray) -> np.ndarray:
-    """How much of each of the vision encoder's patches a mask (64, 64) covers, (8, 8) from 0 to 1."""
+    """Returns how much of each patch of the vision encoder is covered by a mask of shape (64, 64). The result has
+    shape (8, 8), with values from 0 to 1."""
     return mask.reshape(PATCHES, 64 // PATCHES, PATCHES, 64 // PATCHES).mean((1, 3))

@@ -1,5 +1,5 @@
-"""What the pocket's training scripts share: options, a resumable loop with a progress bar and sample sheets, and batches that
-are drawn ahead."""
+"""Functions shared by the training scripts of the pocket model: options, a resumable training loop with a progress bar
+and sample sheets, and batches that are prepared in advance."""
 
 import argparse
 import math
@@ -17,7 +17,7 @@ SYNC_STEPS = 20
 
 
 def options(description: str, **defaults) -> argparse.ArgumentParser:
-    """The options every script has; each `defaults` entry sets the default of one of them."""
+    """Creates the options that all scripts have. Each entry of `defaults` sets the default of one option."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/pocket-training"), help="scenes, checkpoints")
     parser.add_argument("--max_train_steps", type=int, default=4000)
@@ -37,7 +37,8 @@ def options(description: str, **defaults) -> argparse.ArgumentParser:
 
 
 class Ahead:
-    """`prepare(number)` for numbers that rise one by one. With workers, other processes draw the next ones meanwhile."""
+    """Returns `prepare(number)` for consecutive numbers. With workers, other processes prepare the next results in
+    advance."""
 
     def __init__(self, prepare: Callable[[int], object], num_workers: int = 0):
         self.prepare = prepare
@@ -78,14 +79,17 @@ def train(
     loss_fn: Callable[[torch.Generator], tuple[torch.Tensor, dict[str, float]]],
     sample_fn: Callable[[Path], None] | None = None,
 ) -> None:
-    """Minimise `loss_fn` over the trainable parameters of `modules`, from the last checkpoint if there is one.
+    """Minimizes `loss_fn` over the trainable parameters of `modules`, starting from the last checkpoint if one exists.
 
-    Cosine learning rate with warm-up over the steps or over `args.minutes`, whichever ends first, AdamW, gradient norm 1. At the
-    end, and while `sample_fn` runs, the modules hold the moving average of their weights. A checkpoint is written beside the old one and renamed, so that an interruption
-    leaves a whole one; batches are drawn from a generator that depends on seed and step alone.
+    The optimizer is AdamW with a cosine learning rate schedule with warm-up, and gradients are clipped to a norm of 1.
+    The training ends after `args.max_train_steps` or after `args.minutes`, whichever comes first. At the end, and
+    while `sample_fn` runs, the modules hold the moving average of their weights. A checkpoint is written to a
+    temporary file and then renamed, so that an interruption does not leave an incomplete checkpoint. Batches are drawn
+    from a generator that depends only on the seed, the step and the process.
 
-    Started by `torchrun --nproc_per_node 2`, each process takes batches of its own and the weights are averaged every
-    `SYNC_STEPS` steps. On a CPU that is nearly twice as fast as two threads, of which such small layers make little use.
+    With `torchrun --nproc_per_node 2`, each process uses its own batches, and the weights are averaged every
+    `SYNC_STEPS` steps. On a CPU, this is nearly twice as fast as one process with two threads, because the layers are
+    too small to benefit from threads.
     """
     rank, workers = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if workers > 1:
@@ -192,10 +196,10 @@ def train(
 
 
 def picture_tensor(pictures) -> torch.Tensor:
-    """(n, height, width, 3) uint8 to (n, 3, height, width) from -1 to 1."""
+    """Converts uint8 pictures of shape (n, height, width, 3) to values from -1 to 1 of shape (n, 3, height, width)."""
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def picture_array(tensor: torch.Tensor):
-    """The reverse of `picture_tensor`."""
+    """The inverse of `picture_tensor`."""
     return ((tensor.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()

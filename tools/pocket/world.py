@@ -1,9 +1,9 @@
-"""The pocket world: small scenes of emoji subjects on painted places, with captions.
+"""The pocket world: small scenes of emoji subjects in painted places, with captions.
 
-A *category* ("cat") has instances: one design set ("flat") in one of twelve colours. People come in looks (skin and hair)
-instead of colours. Some instances are held out from everything that is trained, the judge apart: `SPLITS`. In training, hues
-lie anywhere inside a colour's twelfth of the circle (`varied`), and several hundred other emoji stand beside the twelve
-categories (`World.others`).
+Each *category* ("cat") has several instances. An instance has one design ("flat") and one of twelve colors. People
+have looks (skin and hair) instead of colors. Some instances are held out (`SPLITS`): no model except the judge is
+trained on them. In training, the hue of a color is drawn from its twelfth of the color circle (`varied`), and several
+hundred other emoji appear in addition to the twelve categories (`World.others`).
 """
 
 import json
@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 
-# Design word -> (npm package, folder of its pictures, their ending, credit)
+# Name of the design -> (npm package, folder of its pictures, their file extension, credit)
 DESIGN_SETS = {
     "painted": ("emoji-datasource-google", "img/google/64", "png", "Noto Emoji, Google, Apache License 2.0"),
     "flat": ("emoji-datasource-twitter", "img/twitter/64", "png", "Twemoji, Twitter and contributors, CC-BY 4.0"),
@@ -26,7 +26,7 @@ DESIGN_SETS = {
 }
 DESIGNS = tuple(DESIGN_SETS)
 
-# Code points of each category's picture; people have one for each look.
+# The code points of the picture of each category. People have one picture for each look.
 CATEGORIES = {
     "cat": "1f431",
     "dog": "1f436",
@@ -59,7 +59,7 @@ PLACES = {
 }
 PLACE_NAMES = tuple(PLACES)
 
-# Emoji that show a measured category in another way. The vision encoder learns that they are of that category.
+# Other emoji of the measured categories. The vision encoder is trained to recognize them as these categories.
 KIN = {
     "cat": ("1f408", "1f408-200d-2b1b"),
     "dog": ("1f415", "1f429", "1f9ae", "1f415-200d-1f9ba"),
@@ -68,7 +68,8 @@ KIN = {
     "house": ("1f3e1",),
     "umbrella": ("2614", "1f302", "26f1-fe0f"),
 }
-# Where the other emoji are taken from, and which of them look too much like a measured category to stand beside it.
+# The emoji groups from which the other emoji are taken, and the emoji that are excluded because they look too similar
+# to a measured category.
 OTHER_GROUPS = ("Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "Objects")
 TOO_ALIKE = {
     "1f31b", "1f31c", "1f342", "1f3d8-fe0f", "1f3da-fe0f", "1f3e2", "1f3eb", "1f420", "1f421", "1f42f", "1f431", "1f436", "1f43a",
@@ -79,15 +80,17 @@ TOO_ALIKE = {
 
 SIZE = 64
 SPRITE_SIZE = 64
-# For each number of subjects their side, left edges and top edge, in pixels. One layout each: a small base model then learns
-# what things look like, and not where every pixel may lie. Which subject stands left is drawn.
+# The side, left edges and top edge of the subjects in pixels, for each number of subjects. There is one layout for
+# each number, so that a small base model can learn the look of the subjects without also learning many positions. The
+# order of the subjects is random.
 LAYOUTS = {1: (40, (12,), 18), 2: (28, (2, 34), 26), 3: (20, (1, 22, 43), 36)}
 
 
 @dataclass(frozen=True)
 class Instance:
-    """One particular subject: a category in one design and one variant (a colour, for people a look). `shift` moves the hue
-    inside the colour's twelfth of the circle, by -0.5 to 0.5 of it; saturation and lightness are factors."""
+    """One particular subject: a category in one design and one variant (a color, or a look for people). `shift`, from
+    -0.5 to 0.5, moves the hue within the color's twelfth of the color circle. `saturation` and `lightness` are
+    factors."""
 
     category: int
     design: int
@@ -103,7 +106,7 @@ class Instance:
 
     @property
     def hue(self) -> float | None:
-        """From 0 to 1; people keep their colours."""
+        """The hue from 0 to 1. It is `None` for people, because their colors are not changed."""
         return None if CATEGORIES[self.name] is None else (self.variant + self.shift) / NUM_VARIANTS % 1.0
 
     @property
@@ -112,19 +115,20 @@ class Instance:
 
     @property
     def words(self) -> str:
-        """What a rich caption says of it: "red glossy cat". Never used in a prompt that is measured."""
+        """The description in rich captions: "red glossy cat". It is never used in prompts for measurements."""
         look = LOOKS[self.variant][1] if CATEGORIES[self.name] is None else COLOURS[self.variant]
         return f"{look} {DESIGNS[self.design]} {self.name}"
 
 
 def load_split(checkpoint: str | Path) -> str:
-    """Which split a checkpoint was trained with: `world.json` says it."""
+    """Reads the name of the split that a checkpoint was trained with from its `world.json`."""
     return json.loads((Path(checkpoint) / "world.json").read_text())["split"]
 
 
 @dataclass(frozen=True)
 class Other:
-    """Something that nothing is measured on: an emoji that stands beside subjects, or (`KIN`) another picture of a category."""
+    """A thing that is not used in measurements: an emoji that appears next to subjects, or another picture of a
+    category (`KIN`)."""
 
     name: str
     code: str
@@ -136,8 +140,8 @@ class Other:
 
 
 def varied(rng: np.random.Generator, instance: Instance, flip: bool = False) -> Instance:
-    """The instance with its hue anywhere in the colour's twelfth, a little paler or stronger, and mirrored in half of the
-    cases if `flip`."""
+    """Returns the instance with a random hue within the twelfth of its color and a slightly different saturation and
+    lightness. With `flip`, it is mirrored with a probability of one half. The colors of people are not changed."""
     person = instance.hue is None
     shift, saturation, lightness = rng.uniform((-0.5, 0.75, 0.85), (0.5, 1.15, 1.12))
     return replace(
@@ -150,14 +154,15 @@ def varied(rng: np.random.Generator, instance: Instance, flip: bool = False) -> 
 
 
 def _held_out_first(instance: Instance) -> bool:
-    """A quarter of all: in each category, each design lacks a band of three neighbouring variants of its own."""
+    """Holds out a quarter of all instances: three neighboring variants of each design of each category. They are
+    different for each design."""
     start = (instance.category * 5 + instance.design * 4) % NUM_VARIANTS
     return (instance.variant - start) % NUM_VARIANTS < 3
 
 
 def _held_out_wide(instance: Instance) -> bool:
-    """In each category three neighbouring variants, the same for all of its designs, so that a colour predicts no design;
-    and of every third category a whole design."""
+    """Holds out three neighboring variants of each category, the same for all of its designs, so that a color does not
+    predict a design. Also holds out a whole design of every third category."""
     band = (instance.variant - instance.category * 5) % NUM_VARIANTS < 3
     return band or (instance.category % 3 == 0 and instance.design == instance.category // 3 % len(DESIGNS))
 
@@ -165,8 +170,9 @@ def _held_out_wide(instance: Instance) -> bool:
 INSTANCES = tuple(
     Instance(c, d, v) for c in range(len(CATEGORIES)) for d in range(len(DESIGNS)) for v in range(NUM_VARIANTS)
 )
-# Split -> (seen, held out). With "first", each held-out colour is seen in both other designs of its category, so that who has
-# learnt colours and designs together draws the wrong design; "wide" holds out what neither colour nor design can give away.
+# Name of the split -> (seen instances, held-out instances). With "first", each held-out color of a category is seen in
+# its two other designs, so a model that has learned to associate colors with designs draws the wrong design. With
+# "wide", a held-out instance cannot be predicted from its color or from its design.
 SPLITS = {
     name: (tuple(i for i in INSTANCES if not rule(i)), tuple(i for i in INSTANCES if rule(i)))
     for name, rule in (("first", _held_out_first), ("wide", _held_out_wide))
@@ -174,7 +180,7 @@ SPLITS = {
 
 
 def download_designs(folder: str | Path) -> None:
-    """Fetch the three design sets from the npm registry with `npm pack` and keep the pictures that the world uses."""
+    """Downloads the three design sets from the npm registry with `npm pack`, and keeps the pictures that are used."""
     folder = Path(folder)
     if (folder / "others.json").exists():
         return
@@ -214,8 +220,8 @@ def _code_points() -> list[str]:
 
 
 def _recolour(rgba: np.ndarray, hue: float | None, saturation: float = 1.0, lightness: float = 1.0) -> np.ndarray:
-    """Turn the hues of a sprite so that its dominant one becomes `hue` (0 to 1); greys are tinted a little. With `None` they
-    stay."""
+    """Rotates the hues of a sprite so that its dominant hue becomes `hue` (0 to 1), and tints its grays slightly. If
+    `hue` is `None`, the hues do not change."""
     hsv = np.asarray(Image.fromarray(rgba[..., :3]).convert("HSV")).astype(np.float32) / 255
     h, s, v = hsv[..., 0], hsv[..., 1], hsv[..., 2]
     if hue is not None:
@@ -231,8 +237,9 @@ def _recolour(rgba: np.ndarray, hue: float | None, saturation: float = 1.0, ligh
 
 
 def restyled(rng: np.random.Generator, sprite: np.ndarray) -> np.ndarray:
-    """A sprite (64, 64, 4) uint8 as another draughtsman might have drawn it: turned, stretched, with outlines or with fewer
-    colours. For encoders and judges that are to know things in designs they have never seen."""
+    """Changes the style of a uint8 sprite of shape (64, 64, 4): it is rotated, stretched, and drawn with outlines or
+    with fewer colors. Encoders and judges are trained on such sprites to recognize things in designs that they have
+    not seen."""
     turn, skew = rng.uniform(-0.25, 0.25), rng.uniform(-0.15, 0.15)
     wide, high = 1.1 * np.exp(rng.uniform(-0.16, 0.16, 2))
     matrix = np.array([[np.cos(turn), -np.sin(turn) + skew], [np.sin(turn), np.cos(turn)]]) * [[wide], [high]]
@@ -267,16 +274,16 @@ class World:
 
     @cached_property
     def others(self) -> dict[str, str]:
-        """Code point -> name of the emoji beside the measured categories."""
+        """Code point -> name, for the emoji that are not of a measured category."""
         return json.loads((self.folder / "others.json").read_text())["others"]
 
     @cached_property
     def kin(self) -> dict[str, str]:
-        """Code point -> category of further pictures of the measured categories."""
+        """Code point -> category, for the other pictures of the measured categories (`KIN`)."""
         return json.loads((self.folder / "others.json").read_text())["kin"]
 
     def draw_other(self, rng: np.random.Generator, codes: dict[str, str] | None = None) -> Other:
-        """One of the other emoji, in any design and mostly in any colour."""
+        """Draws one of the other emoji at random, with a random design and usually a random color."""
         codes = self.others if codes is None else codes
         code = list(codes)[rng.integers(len(codes))]
         hue = float(rng.random()) if rng.random() < 0.75 else None
@@ -294,7 +301,8 @@ class World:
         return np.asarray(square.resize((SPRITE_SIZE, SPRITE_SIZE), Image.Resampling.LANCZOS))
 
     def sprite(self, thing: Instance | Other, rng: np.random.Generator | None = None) -> np.ndarray:
-        """The picture of a thing, (64, 64, 4) uint8; with `rng` in another style (`restyled`)."""
+        """Returns the picture of a thing, as uint8 of shape (64, 64, 4). With `rng`, its style is changed
+        (`restyled`)."""
         square = self._square(DESIGNS[thing.design], thing.code)
         if thing.hue is not None or thing.saturation != 1 or thing.lightness != 1:
             square = _recolour(square, thing.hue, thing.saturation, thing.lightness)
@@ -314,7 +322,8 @@ class World:
         side: int,
         style: np.random.Generator | None = None,
     ) -> np.ndarray:
-        """Put a thing's picture into `canvas` ((height, width, 3), 0 to 1); returns its alpha, same height and width."""
+        """Draws the picture of a thing into `canvas`, of shape (height, width, 3) from 0 to 1. Returns its alpha
+        channel, of shape (height, width)."""
         sprite = self._scaled(thing, side) if style is None else _scale(self.sprite(thing, style), side)
         region = canvas[y : y + side, x : x + side]
         region *= 1 - sprite[..., 3:]
@@ -325,7 +334,7 @@ class World:
 
 
 def _scale(sprite: np.ndarray, side: int) -> np.ndarray:
-    # premultiplied, so that edges do not darken
+    # premultiplied alpha, because the edges would become darker otherwise
     rgba = sprite.astype(np.float32) / 255
     rgba[..., :3] *= rgba[..., 3:]
     channels = [np.asarray(Image.fromarray(rgba[..., c]).resize((side, side), Image.Resampling.BOX)) for c in range(4)]
@@ -334,7 +343,7 @@ def _scale(sprite: np.ndarray, side: int) -> np.ndarray:
 
 @dataclass
 class Scene:
-    """A picture ((height, width, 3) uint8), its place, and for each subject the instance and its mask (bool)."""
+    """A uint8 picture of shape (height, width, 3), its place, and each subject's instance and boolean mask."""
 
     picture: np.ndarray
     place: int
@@ -342,7 +351,8 @@ class Scene:
     masks: list[np.ndarray] = field(default_factory=list)
 
     def caption(self, rng: np.random.Generator | None = None, rich: bool = False) -> str:
-        """ "a cat and a dog on the beach"; with `rich`, colour and design are named too."""
+        """Returns the caption, such as "a cat and a dog on the beach". With `rich`, it also names colors and
+        designs."""
         things = [i.words if rich else i.name for i in self.instances]
         if rng is not None:
             rng.shuffle(things)
@@ -350,14 +360,14 @@ class Scene:
 
 
 def describe(things: list[str], place: str | None) -> str:
-    """The caption of things on a place: "a cat and an umbrella in the snow"."""
+    """Returns a caption of things in a place, such as "a cat and an umbrella in the snow"."""
     named = [("an " if t[0] in "aeiou" else "a ") + t for t in things]
     text = " and ".join(named)
     return f"{text} {PLACES[place]}" if place else text
 
 
 def paint_place(place: int, rng: np.random.Generator, size: int = SIZE) -> np.ndarray:
-    """An empty place with its own light, horizon and details, as (size, size, 3) floats from 0 to 1."""
+    """Paints an empty place with random light, horizon and details, as floats from 0 to 1 of shape (size, size, 3)."""
     name = PLACE_NAMES[place]
     y = np.linspace(0, 1, size, dtype=np.float32)[:, None]
     x = np.linspace(0, 1, size, dtype=np.float32)[None, :]
@@ -416,8 +426,8 @@ Box = tuple[int, int, int]
 
 
 def arrange(rng: np.random.Generator, count: int, size: int = SIZE) -> list[Box]:
-    """Places for one to four things, `(left, top, side)` each, from the back to the front: of any size, beside each other, large
-    and small, or (one time in four) each partly before the next."""
+    """Returns random positions for one to four things, each as `(left, top, side)`, from back to front. The things
+    have random sizes and are next to each other. In one of four cases they partly overlap."""
     overlap = 0.3 if rng.random() < 0.25 else 0.0
     low, high = {1: (26, 54), 2: (18, 42), 3: (15, 28), 4: (13, 22)}[count]
     sides = rng.integers(low, high + 1, count)
@@ -429,7 +439,7 @@ def arrange(rng: np.random.Generator, count: int, size: int = SIZE) -> list[Box]
         needed = shown.sum() + overlap * sides[-1]
     gaps = (SIZE - needed) * rng.dirichlet(np.ones(count + 1))
     lefts = np.cumsum(gaps[:-1]) + np.cumsum(shown) - shown
-    # feet on the ground: the lower down, the nearer
+    # things with a lower bottom edge are nearer
     feet = rng.integers(40, SIZE, count)
     order = np.argsort(feet)
     boxes = [(int(lefts[i]), max(int(feet[i] - sides[i]), 0), int(sides[i])) for i in order]
@@ -447,10 +457,11 @@ def draw_scene(
     boxes: list[Box] | None = None,
     restyle: bool = False,
 ) -> Scene:
-    """Put things side by side, in any order, on a place (a random one if `None`).
+    """Draws things side by side, in random order, in a place (a random one if `None`).
 
-    `shift` moves them by pixels to the right and down, at most to the picture's edge; `canvas` is a place that is
-    painted already; `boxes` are where they stand instead (`arrange`), and with `restyle` each is drawn as by another hand.
+    `shift` moves the things to the right and down by a number of pixels, at most to the edge of the picture. `canvas`
+    is an already painted place. `boxes` are positions of the things (`arrange`) and replace `LAYOUTS`. With `restyle`,
+    the style of each thing is changed (`restyled`).
     """
     place = int(rng.integers(len(PLACES))) if place is None else place
     canvas = paint_place(place, rng, size) if canvas is None else canvas.copy()
@@ -469,7 +480,7 @@ def draw_scene(
 
 
 def draw_instances(rng: np.random.Generator, pool: tuple[Instance, ...], count: int) -> list[Instance]:
-    """`count` instances of `count` different categories."""
+    """Draws `count` random instances of `count` different categories."""
     chosen: list[Instance] = []
     while len(chosen) < count:
         candidate = pool[rng.integers(len(pool))]
@@ -479,7 +490,7 @@ def draw_instances(rng: np.random.Generator, pool: tuple[Instance, ...], count: 
 
 
 def sheet(pictures: list[np.ndarray], columns: int, zoom: int = 2, gap: int = 4) -> Image.Image:
-    """Pictures of one size ((height, width, 3) uint8) as one contact sheet."""
+    """Combines uint8 pictures of the same shape (height, width, 3) to one contact sheet."""
     height, width = pictures[0].shape[:2]
     rows = math.ceil(len(pictures) / columns)
     canvas = Image.new("RGB", (columns * (width * zoom + gap) + gap, rows * (height * zoom + gap) + gap), "white")
