@@ -45,6 +45,8 @@ def test_the_signature_names_every_argument():
     stock = inspect.signature(StableDiffusionPipeline.__call__).parameters
     assert [name for name in parameters if name not in OURS] == list(stock)
     assert set(parameters) - set(stock) == OURS
+    annotated = {name: each.annotation for name, each in parameters.items() if each.annotation is not each.empty}
+    assert StableDiffusionSSRPipeline.__call__.__annotations__ == annotated
     components = inspect.signature(StableDiffusionSSRPipeline.__init__).parameters
     assert set(components) - set(inspect.signature(StableDiffusionPipeline.__init__).parameters) == {
         "ssr_encoder",

@@ -313,6 +313,13 @@ def test_an_encoder_that_does_not_fit_is_refused(components, unet, encoder, mess
         pipe(**subject_args())
 
 
+def test_a_unet_that_does_not_fit_is_refused_with_an_encoded_subject_too(pipe):
+    subject = pipe.encode_subject(make_picture(), "cat")
+    pipe.register_modules(unet=make_unet(cross_attention_dim=64))
+    with pytest.raises(ValueError, match="over text of width 32, but it is 8 wide over 64"):
+        pipe(**call_args(subject=subject))
+
+
 def test_an_encoder_in_memory_needs_its_image_encoder(pipe):
     with pytest.raises(ValueError, match="`image_encoder` has to be given"):
         pipe.load_ssr(make_ssr_encoder())

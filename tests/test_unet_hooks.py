@@ -136,6 +136,15 @@ def test_a_callback_may_change_cross_attention_kwargs(pipe, subject):
     assert np.array_equal(pipe(**call_args(subject=subject, callback_on_step_end=callback)).images, expected)
 
 
+@pytest.mark.parametrize("with_subject", [False, True])
+def test_the_callers_cross_attention_kwargs_reach_the_unet(pipe, subject, with_subject):
+    seen = []
+    pipe.unet.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    extra = {"subject": subject} if with_subject else {}
+    pipe(**call_args(cross_attention_kwargs={"scale": 0.5}, **extra))
+    assert [each["cross_attention_kwargs"]["scale"] for each in seen] == [0.5, 0.5]
+
+
 def test_a_call_whose_unet_never_sees_the_subject_is_an_error(pipe, subject):
     class Deaf(nn.Module):
         """Drops what it does not know."""
