@@ -21,7 +21,7 @@ OLDEST_PYTHON ?= python3.10
 VERSIONS = tests/versions
 VERSION_TESTS = $(addprefix tests/test_,attention_processors.py chains.py compile.py image_processing_ssr.py ip_adapter.py \
 	loading.py loading_ssr.py modeling_ssr.py pipeline_common.py pipeline_ssr.py selection.py subject_cache.py \
-	subject_embeds.py threads.py token_merging.py unet_hooks.py)
+	subject_embeds.py subject_request.py threads.py token_merging.py unet_hooks.py)
 
 test-oldest: PYTHON = $(OLDEST_PYTHON)
 test-oldest: PIP_ARGS = -c $(VERSIONS)/oldest.txt

@@ -139,7 +139,9 @@ def test_the_copied_tokenizer_follows_the_pipelines_own(pipe):
 )
 def test_the_shared_tokenizers_state_is_left_alone(name, method):
     _, pipe = make_pipeline(name)
-    state = pipe.tokenizer.backend_tokenizer
+    state = library_internals.tokenizer_backend(pipe.tokenizer)
+    if state is None:
+        pytest.skip("transformers 4 reads CLIP's texts in Python, without such a state")
     state.no_padding()
     getattr(pipe, method)("a cat", "cpu", 1, False)
     pipe.encode_subject(make_picture(), "cat")
