@@ -511,7 +511,8 @@ def test_ctrl_c_at_every_line(pipe, subject, way):
         assert snapshot(pipe.unet) == before, moment
         assert nothing_is_left(), moment
         assert way != "ControlNet" or not own.controlnet._forward_pre_hooks
-        moment += 1 if SLOW else 97
+        # each interrupt of a compiled UNet may compile anew
+        moment += (11 if way == "compiled in place" else 1) if SLOW else 97
     assert moment > 1000
     assert np.array_equal(draw(), expected) and snapshot(pipe.unet) == before
 
