@@ -187,6 +187,13 @@ class Passing(nn.Module):
         return self.inner(*args, **kwargs)
 
 
+class ByName(Passing):
+    """The same, with all arguments by name."""
+
+    def forward(self, sample, timestep, encoder_hidden_states=None, **kwargs):
+        return self.inner(sample=sample, timestep=timestep, encoder_hidden_states=encoder_hidden_states, **kwargs)
+
+
 class PassingObject:
     """The same, and no module."""
 
@@ -236,7 +243,8 @@ def compiled_in_place(unet):
 
 
 WRAPPERS = [
-    Passing, PassingObject, Parallel, with_lora, prepared_by_accelerate, compiled, compiled_in_place, with_compiled_block,
+    Passing, ByName, PassingObject, Parallel, with_lora, prepared_by_accelerate, compiled, compiled_in_place,
+    with_compiled_block,
     lambda unet: Passing(compiled(unet)), lambda unet: with_lora(compiled_in_place(unet)),
 ]  # fmt: skip
 
