@@ -241,6 +241,25 @@ def test_a_sum_knows_its_encoder_if_a_part_does(pair, unknown):
     assert (parts[0] + parts[1]).fingerprint is (None if unknown == "both" else pair.fingerprint)
 
 
+@pytest.mark.parametrize("row", [0, 1])
+@pytest.mark.parametrize("change,same", [(1.02, True), (1.2, False), (-1.0, False)])
+def test_fingerprints_are_compared_row_by_row(row, change, same):
+    """A level that differs is not hidden by larger numbers in another row."""
+    first = torch.tensor([[1.0], [100.0]]).expand(2, 8)
+    second = first.clone()
+    second[row] *= change
+    assert same_fingerprint(first, second) is same_fingerprint(second, first) is same
+    assert not same_fingerprint(first, first[:1])
+
+
+def test_a_users_own_kind_of_subject_is_one(pair):
+    class Mine(SubjectEmbeds):
+        pass
+
+    both = pair + Mine(pair.subjects, pair.fingerprint)
+    assert len(both.subjects) == 4
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_fingerprint_tells_encoders_apart_but_not_precisions(dtype):
     encoder = make_ssr_encoder()

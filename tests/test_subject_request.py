@@ -119,3 +119,14 @@ def test_scales_are_in_the_values(scale, own):
         else:
             torch.testing.assert_close(key, all_keys)
             torch.testing.assert_close(value, factor * all_values)
+
+
+@pytest.mark.parametrize("without", [0, 1])
+def test_a_keyframe_without_subjects_has_the_tokens_of_the_others(without):
+    keyframes = [embeds_of(1, 2) + embeds_of(2, 3)] * 2
+    keyframes[without] = None
+    conditions = request_of(SubjectRow(tuple(keyframes), (0, 1)), num_frames=2).conditions(torch.zeros(2, 4, 2, 8, 8))
+    assert conditions.token_subject is None
+    for key, value in conditions.pairs.values():
+        assert key.shape[:3] == value.shape[:3] == (2, 2, 5)
+        assert value[:, 1 - without].any() and not value[:, without].any()

@@ -10,7 +10,7 @@ from conftest import UNET_LAYERS, call_args, make_picture, make_unet, snapshot
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.callbacks import IPAdapterScaleCutoffCallback, MultiPipelineCallbacks, SDCFGCutoffCallback
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
-from diffusers_ssr import StableDiffusionSSRPipeline
+from diffusers_ssr import StableDiffusionSSRPipeline, unet_hooks
 from diffusers_ssr.unet_hooks import find_unet, subject_in_unet
 from peft import LoraConfig, get_peft_model
 from test_ip_adapter import fresh_pipe, ip_args, load
@@ -187,6 +187,13 @@ class Passing(nn.Module):
         return self.inner(*args, **kwargs)
 
 
+class ByName(Passing):
+    """The same, with all arguments by name."""
+
+    def forward(self, sample, timestep, encoder_hidden_states=None, **kwargs):
+        return self.inner(sample=sample, timestep=timestep, encoder_hidden_states=encoder_hidden_states, **kwargs)
+
+
 class PassingObject:
     """The same, and no module."""
 
@@ -236,7 +243,8 @@ def compiled_in_place(unet):
 
 
 WRAPPERS = [
-    Passing, PassingObject, Parallel, with_lora, prepared_by_accelerate, compiled, compiled_in_place, with_compiled_block,
+    Passing, ByName, PassingObject, Parallel, with_lora, prepared_by_accelerate, compiled, compiled_in_place,
+    with_compiled_block,
     lambda unet: Passing(compiled(unet)), lambda unet: with_lora(compiled_in_place(unet)),
 ]  # fmt: skip
 
@@ -254,6 +262,19 @@ def test_any_wrapper_around_the_unet(pipe, subject, wrapper):
         np.testing.assert_allclose(pipe(**call_args(subject=subject)).images, expected[0], atol=1e-5)
         np.testing.assert_allclose(pipe(**call_args()).images, expected[1], atol=1e-5)
     assert snapshot(unet) == before
+
+
+def test_the_outermost_compiled_module_is_watched():
+    """Hooks inside it would be compiled in."""
+    unet = make_unet()
+    wrapped, in_place, optimized = Passing(unet), Passing(unet), compiled(unet)
+    in_place.compile(backend="eager")
+    for given, watched in (
+        (unet, unet), (wrapped, unet), (PassingObject(unet), unet), (in_place, in_place), (optimized, optimized),
+        (Passing(optimized), optimized), (Passing(in_place), in_place),
+    ):  # fmt: skip
+        assert unet_hooks._outermost_compiled(given, unet) is watched
+    assert unet_hooks._outermost_compiled(Passing(with_compiled_block(unet)), unet) is unet
 
 
 def test_something_else_than_a_unet_is_refused(pipe, subject):

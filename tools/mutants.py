@@ -230,11 +230,11 @@ def import_libraries(tests: list[str], folder: Path) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         files = sorted({test.partition("::")[0] for test in tests})
         pytest.main(["-q", "-p", "no:cacheprovider", "--collect-only", *files])
-        own = str(ROOT), "conftest", "__main__", "test_"
+        own = "diffusers_ssr", "conftest", "__main__", "test_"
         imported = [
             name
             for name, module in list(sys.modules.items())
-            if ".venv" in (getattr(module, "__file__", None) or "") and not name.startswith(own)
+            if "site-packages" in (getattr(module, "__file__", None) or "") and not name.startswith(own)
         ]
         names.write_text("\n".join(imported))
         os._exit(0)
