@@ -73,8 +73,7 @@ def read_table(table: Path) -> list[dict]:
 
 
 def check_names(rows: list[dict]) -> dict[int, ValueError]:
-    """Returns an error for each row with an invalid or conflicting `name`. Only these rows fail, the others are
-    drawn."""
+    """Returns an error for each row with an invalid or conflicting `name`. Only these rows will fail."""
     faults: dict[int, ValueError] = {}
     files: dict[str, int] = {}
     folders: dict[str, int] = {}
@@ -129,8 +128,7 @@ def _is_entry(entry) -> bool:
 
 
 def is_done(entry: dict | None, folder: Path) -> bool:
-    """Returns whether a row was drawn and its picture still exists and was not replaced by the picture of another
-    row."""
+    """Returns whether the row was drawn and its picture still exists and belongs to this row."""
     if entry is None or entry["status"] != "done":
         return False
     try:
@@ -216,7 +214,7 @@ def draw_each(
 def draw_rows(
     pipe: StableDiffusionSSRPipeline, rows: list[dict | ValueError], folder: Path, args: argparse.Namespace
 ) -> list[Image.Image | Exception]:
-    """Returns a picture or an exception for each row. A row can already be an exception, which is then returned."""
+    """Returns a picture or an exception for each row. A row that is an exception is returned as it is."""
     results: list[Image.Image | Exception | Request] = []
     for row in rows:
         try:

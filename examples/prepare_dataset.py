@@ -1,5 +1,4 @@
-"""Prepare a training set: caption pictures, choose queries, leave out unsuitable pictures, and write WebDataset
-shards.
+"""Prepare a training set: caption pictures, choose queries, filter pictures, and write WebDataset shards.
 
     accelerate launch examples/prepare_dataset.py --source photos --output_dir shards \\
         --caption_model Salesforce/blip-image-captioning-large

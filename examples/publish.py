@@ -18,7 +18,7 @@ import json
 import shutil
 from pathlib import Path
 
-import extras  # noqa: F401  (says so if the project is not installed)
+import extras  # noqa: F401  (prints a message if the project is not installed)
 
 import torch
 from command_line import HelpFormatter
@@ -50,8 +50,7 @@ def is_whole(weights: Path) -> bool:
 
 
 def write_weights(weights: Path, folder: Path, variants: list[str]) -> None:
-    """Saves the pipeline, or the encoder if `weights` only contains an encoder, in full precision and as each
-    variant."""
+    """Saves the pipeline, or the encoder if there is no pipeline, in full precision and as each of `variants`."""
     whole = is_whole(weights)
     # full precision is saved last, because each save overwrites the configs
     for variant in [*variants, None]:
