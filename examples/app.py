@@ -6,7 +6,7 @@ The page uses the pocket checkpoint, or another checkpoint with its SSR-Encoder:
     python examples/app.py --checkpoint stable-diffusion-v1-5/stable-diffusion-v1-5 --ssr <owner>/<repo> --scale 0.65
 """
 
-import extras  # noqa: F401  (prints a message if the project is not installed)
+import extras  # noqa: F401  (exits with a message if the project is not installed)
 
 from page.server import main
 

@@ -8,7 +8,7 @@ Without options, the script uses the references and queries of the pocket checkp
 import argparse
 from pathlib import Path
 
-import extras  # noqa: F401  (prints a message if the project is not installed)
+import extras  # noqa: F401  (exits with a message if the project is not installed)
 
 from command_line import HelpFormatter
 from drawing import POCKET, load_pipeline, write_contact_sheet

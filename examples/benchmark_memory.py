@@ -12,7 +12,7 @@ import argparse
 import gc
 from collections.abc import Callable
 
-import extras  # noqa: F401  (prints a message if the project is not installed)
+import extras  # noqa: F401  (exits with a message if the project is not installed)
 
 import torch
 from benchmark import peak_bytes, pocket_pipeline, reset_peak, sd15_pipeline, time_draws

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-import extras  # noqa: F401  (prints a message if the project is not installed)
+import extras  # noqa: F401  (exits with a message if the project is not installed)
 
 import diffusers_ssr
 import torch

@@ -18,7 +18,7 @@ import json
 import shutil
 from pathlib import Path
 
-import extras  # noqa: F401  (prints a message if the project is not installed)
+import extras  # noqa: F401  (exits with a message if the project is not installed)
 
 import torch
 from command_line import HelpFormatter
