@@ -6,8 +6,7 @@ import textwrap
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Wraps the paragraphs of the description, keeps indented lines unchanged, and adds the defaults of the
-    options."""
+    """Wraps the paragraphs of the description, keeps indented lines unchanged, and shows the defaults of options."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         paragraphs = re.split(r"\n\s*\n", text.strip("\n"))

@@ -83,8 +83,7 @@ def draw_masked(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) ->
 
 
 def draw_look(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> Row:
-    """Draws the first subjects with another checkpoint: a UNet with the same architecture that draws in another
-    style."""
+    """Draws the first subjects with another UNet, which has the same architecture and another style."""
     unet = UNet2DConditionModel.from_pretrained(args.checkpoint, subfolder="unet", dtype=pipe.unet.dtype)
     pipe = type(pipe).from_pipe(pipe, unet=unet.to(pipe.device))
     pipe.set_progress_bar_config(disable=True)

@@ -230,8 +230,7 @@ def draw_rows(
 
 
 def save_picture(image: Image.Image, file: Path, name: str) -> None:
-    """Writes the picture under a temporary name and renames it. The PNG metadata contains `name`, the id of the
-    row."""
+    """Writes the picture under a temporary name and renames it. The PNG metadata contains the row's id, `name`."""
     file.parent.mkdir(parents=True, exist_ok=True)
     note = PngInfo()
     note.add_text("id", name)

@@ -369,8 +369,7 @@ def check_settings(args: argparse.Namespace, state: PartialState) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int | None:
-    """Prepares the training set. Returns the number of samples in the shards in the main process, and `None` in
-    others."""
+    """Prepares the training set. Returns the number of samples in the main process, and `None` in other processes."""
     args = parse_args(arguments)
     check_args(args)
     state = PartialState()

@@ -87,8 +87,7 @@ def new_encoder(
 def load_models(
     args: argparse.Namespace, build: Callable[..., SSREncoder] = new_encoder
 ) -> tuple[StableDiffusionSSRPipeline, SSREncoder]:
-    """Loads the pipeline with frozen models, and the encoder to train, in full precision. `build` creates a new
-    encoder.
+    """Loads the frozen pipeline and the encoder to train in full precision. `build` creates a new encoder.
 
     Raises:
         `ValueError`: if the models do not fit together.
@@ -133,8 +132,7 @@ class SubjectEncoding(nn.Module):
         self.encoder = encoder
 
     def forward(self, query_states, levels, mask=None, mask_weight=1.0):
-        """Returns the subject embeddings, and a dict from the UNet's layer names to the keys and values of the
-        layer."""
+        """Returns the subject embeddings, and a dict from layer names of the UNet to keys and values."""
         subject_embeds = self.encoder(query_states, levels, mask, mask_weight)
         pairs = self.encoder.project(subject_embeds)
         return subject_embeds, dict(zip(self.encoder.config.attention_layers, pairs, strict=True))

@@ -566,8 +566,8 @@ class Samples:
                 self.bad[name] = str(sample)
                 if self.log is not None:
                     self.log(f"left out {name}: {sample}")
-            # with a small training set, a process can have no rows in one epoch, but has some in `num_processes`
-            # epochs
+            # with a small training set, a process can have no rows in an epoch, but it has some within
+            # `num_processes` epochs
             if position[0] > begun + self.rows.num_processes:
                 raise ValueError(f"No row of the training set can be used; the last one, {name}: {sample}")
 

@@ -71,8 +71,7 @@ class Page:
                 self._drawing(VIDEO, [settings, FramesPanel(self.args)])
 
     def _drawing(self, kind: str, panels: list) -> None:
-        """Adds the buttons and outputs of one kind of drawing. The inputs are the values of the subjects and the
-        panels."""
+        """Adds the buttons and outputs of one kind of drawing. The inputs are the subjects and the panels."""
         panels = [self.subjects, *panels]
         with gr.Row():
             draw = gr.Button("Draw", variant="primary", elem_id=f"draw-{kind}")
@@ -111,8 +110,7 @@ class Page:
         cancel.click(self._cancel, None, None, cancels=drawing, concurrency_limit=None, **HIDDEN)
 
     def _draw(self, request: DrawingRequest, session: str, progress: gr.Progress) -> tuple:
-        """Returns the picture or the video file, the script, and the archive file, or no updates if it was
-        cancelled."""
+        """Returns the picture or video file, the script, and the archive file, or no updates if cancelled."""
         progress(0, desc="Encoding")
         try:
             with self.sessions.drawing(session) as cancelled:

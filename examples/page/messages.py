@@ -14,8 +14,8 @@ logger = logging.getLogger(__name__)
 @contextmanager
 def messages() -> Iterator[None]:
     """Context manager or decorator that shows errors as messages on the page. The message of a `ValueError` is shown
-    as it is, because the user can fix the input. For any other error, the page shows a general message, and the error
-    is logged."""
+    as it is, because the user can fix the input. Other errors are logged, and the page only shows a general
+    message."""
     try:
         yield
     except ValueError as error:

@@ -8,8 +8,7 @@ CANVAS_SIDE = 512
 
 
 def canvas_for(picture: Image.Image) -> Image.Image:
-    """Returns the picture to paint on. A small picture is enlarged, so that the brush can be smaller than its
-    pixels."""
+    """Returns the picture to paint on. A small picture is enlarged, so that the brush is smaller than its pixels."""
     ratio = CANVAS_SIDE / max(picture.size)
     if ratio <= 1:
         return picture

@@ -47,8 +47,7 @@ class DrawingRequest:
         return PICTURE if self.num_frames is None else VIDEO
 
     def call_arguments(self) -> dict:
-        """Returns the numbers and strings among the arguments of the pipeline call. Arguments without an effect are
-        left out."""
+        """Returns the number and string arguments of the pipeline call, without those that have no effect."""
         arguments = {"prompt": self.prompt}
         if self.negative_prompt:
             arguments["negative_prompt"] = self.negative_prompt

@@ -36,8 +36,7 @@ class Studio:
         self.checkpoints = checkpoints
         self._loading = threading.Lock()
         loaded = load_pipeline(checkpoints.base, checkpoints.ssr)
-        # `custom_pipeline` imports a copy of the code, and the pipelines that share the UNet must come from the same
-        # copy
+        # `custom_pipeline` imports a copy of the code, and all pipelines that share the UNet must use the same copy
         self._pipelines: dict[str, DiffusionPipeline] = {PICTURE: StableDiffusionSSRPipeline.from_pipe(loaded)}
 
     @property

@@ -11,8 +11,7 @@ DAY = 86400  # seconds
 SHOW = {"interactive": False, "format": "png", "elem_classes": "drawn", "buttons": ["download", "fullscreen"]}
 PAINT = {
     "type": "pil",
-    # pictures are uploaded with `file_drop`, because the editor does not show a message for files that are not
-    # pictures
+    # pictures are uploaded with `file_drop`, because the editor accepts other files without an error message
     "sources": (),
     "transforms": (),
     "layers": False,
@@ -28,8 +27,7 @@ CSS = """
 
 
 def file_drop(label: str, elem_id: str) -> gr.File:
-    """Creates an upload field for a picture file. It accepts any file, so that the page can show its own error
-    message."""
+    """Creates an upload field for a picture. It accepts any file, so that the page can show its own error message."""
     return gr.File(label=label, type="filepath", height=130, elem_id=elem_id)
 
 
