@@ -1,4 +1,4 @@
-"""Animate a subject with AnimateDiff; the video is written as GIF and as MP4.
+"""Animate a subject with AnimateDiff and save the video as GIF and MP4.
 
     python examples/animatediff.py --query car --prompt "a car in the snow"
 
@@ -15,7 +15,7 @@ from PIL import Image
 
 
 with needs("demo"):
-    # what `export_to_video` writes the MP4 with
+    # `export_to_video` needs these packages to write the MP4 file
     import imageio  # noqa: F401
     import imageio_ffmpeg  # noqa: F401
 
@@ -30,7 +30,7 @@ def main():
 
     pipe = load_pipeline(args.checkpoint)
     adapter = MotionAdapter.from_pretrained(args.motion_adapter, dtype=pipe.unet.dtype)
-    # the UNet with motion modules is a new one, on the CPU
+    # `from_pipe` creates a new UNet with motion modules on the CPU
     pipe = AnimateDiffSSRPipeline.from_pipe(pipe, motion_adapter=adapter).to(pipe.device)
     pipe.set_progress_bar_config(desc="steps")
     frames = pipe(
@@ -41,7 +41,7 @@ def main():
         num_frames=args.num_frames,
         **call_arguments(args),
     ).frames[0]
-    side = max(256, frames[0].width)  # the pocket's frames are too small to look at
+    side = max(256, frames[0].width)  # the frames of the pocket checkpoint are too small to view
     frames = [frame.resize((side, side * frame.height // frame.width), Image.Resampling.BICUBIC) for frame in frames]
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for file, export in (("animatediff.gif", export_to_gif), ("animatediff.mp4", export_to_video)):

@@ -1,12 +1,12 @@
-"""A web page to draw subjects with: upload a picture, name or paint the subject, and draw it anew.
+"""Web page to draw subjects: upload a picture, name the subject or paint over it, and draw new pictures of it.
 
-On the pocket checkpoint, or on any other with its SSR-Encoder:
+The page uses the pocket checkpoint, or another checkpoint with its SSR-Encoder:
 
     python examples/app.py
     python examples/app.py --checkpoint stable-diffusion-v1-5/stable-diffusion-v1-5 --ssr <owner>/<repo> --scale 0.65
 """
 
-import extras  # noqa: F401  (says so if the project is not installed)
+import extras  # noqa: F401  (exits with a message if the project is not installed)
 
 from page.server import main
 

@@ -1,14 +1,14 @@
-"""Show where each query looks in its picture: the picture, a heat map for each query and one for each of its tokens.
+"""Show the attention of each query to its picture, with a heat map for each query and for each of its tokens.
 
     python examples/attention_map.py --image photo.jpg --queries cat "the dog on the left"
 
-Without options, these are the references of the pocket checkpoint with their queries.
+Without options, the script uses the references and queries of the pocket checkpoint.
 """
 
 import argparse
 from pathlib import Path
 
-import extras  # noqa: F401  (says so if the project is not installed)
+import extras  # noqa: F401  (exits with a message if the project is not installed)
 
 from command_line import HelpFormatter
 from drawing import POCKET, load_pipeline, write_contact_sheet

@@ -1,11 +1,12 @@
-"""What a subject costs a step: the stock pipeline, this one (with all tokens, and with a few), the released recipe and an
-IP-Adapter-Plus, taking turns.
+"""Benchmark the cost of a subject in each denoising step. The script compares the stock pipeline, this pipeline (with
+all tokens and with compact subjects), the released implementation and an IP-Adapter-Plus, which take turns.
 
     python examples/benchmark.py --count_only
     python examples/benchmark.py --dtype float16
 
-FLOPs are counted with PyTorch's FlopCounterMode on the meta device, one sample and step, so they do not depend on the
-machine. Seconds do: only their ratios within one run say something. Weights are random, except for the pocket's.
+FLOPs are counted for one sample and step with FlopCounterMode of PyTorch on the meta device, so they do not depend on
+the machine. Seconds depend on the machine, so only their ratios within one run are meaningful. The weights are random,
+except for the pocket checkpoint.
 """
 
 import argparse
@@ -52,7 +53,8 @@ METHODS = ("stock", "ssr", "ssr_compact", "released", "ip_adapter_plus")
 
 
 def random_model(make: Callable[[], nn.Module]) -> nn.Module:
-    """A large model with weights of a usual size, all cut out of one random vector: drawing each would take minutes."""
+    """Creates a large model with weights of a typical magnitude. All weights are copied from one random vector,
+    because it would take minutes to sample each weight."""
     with torch.device("meta"):
         model = make()
     model = model.to_empty(device="cpu").eval()
@@ -75,7 +77,8 @@ def random_model(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def sd15_pipeline() -> StableDiffusionSSRPipeline:
-    """SD 1.5 and CLIP ViT-L/14 with random weights. The tokenizer is the pocket's, with SD 1.5's 77 tokens."""
+    """Creates a pipeline with the sizes of SD 1.5 and CLIP ViT-L/14 and random weights. The tokenizer is taken from
+    the pocket checkpoint, with a length of 77 tokens as in SD 1.5."""
     tokenizer = CLIPTokenizer.from_pretrained(POCKET, subfolder="tokenizer", model_max_length=77)
     text = CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
@@ -104,18 +107,19 @@ def pocket_pipeline() -> StableDiffusionSSRPipeline:
 
 
 def motion_adapter(unet: UNet2DConditionModel) -> MotionAdapter:
-    """AnimateDiff's, of a UNet's sizes."""
+    """Creates an AnimateDiff motion adapter that fits the UNet."""
     config = unet.config
     return MotionAdapter(
         block_out_channels=tuple(config.block_out_channels), motion_layers_per_block=config.layers_per_block
     )
 
 
-# The rivals
+# Other methods
 
 
 class ReleasedAttnProcessor:
-    """The released recipe for one subject: its tokens behind the text's, projected to keys and values at every step."""
+    """The released implementation for one subject. The subject tokens are appended to the text tokens, and are
+    projected to keys and values in every step."""
 
     def __init__(self, to_k: nn.Module, to_v: nn.Module, num_subject_tokens: int, scale: float = 0.65):
         self.to_k = to_k
@@ -137,7 +141,7 @@ class ReleasedAttnProcessor:
 
 @contextmanager
 def processors(unet: nn.Module, make: Callable[[str, nn.Module], object]) -> Iterator[None]:
-    """Other processors in the cross-attention layers, for a while."""
+    """Replaces the processors of the cross-attention layers inside the context."""
     own = dict(unet.attn_processors)
     names = [name.removesuffix(".processor") for name in own if name.endswith("attn2.processor")]
     names = [name for name in names if "motion_modules" not in name]
@@ -151,7 +155,7 @@ def processors(unet: nn.Module, make: Callable[[str, nn.Module], object]) -> Ite
 
 @contextmanager
 def released(unet: nn.Module, encoder: SSREncoder, num_subject_tokens: int) -> Iterator[None]:
-    """The released recipe in a UNet."""
+    """Uses the released implementation in the UNet inside the context."""
 
     def make(name, attn):
         pair = encoder.layers[name.replace(".", "_")]
@@ -163,7 +167,7 @@ def released(unet: nn.Module, encoder: SSREncoder, num_subject_tokens: int) -> I
 
 @contextmanager
 def ip_adapter_plus(unet: nn.Module) -> Iterator[None]:
-    """An IP-Adapter of 16 ready tokens in a UNet."""
+    """Uses an IP-Adapter with 16 precomputed tokens in the UNet inside the context."""
 
     def make(name, attn):
         parameter = attn.to_k.weight
@@ -185,7 +189,8 @@ def ip_adapter_plus(unet: nn.Module) -> Iterator[None]:
 
 
 def count_flops(pipe, method: str, size: int, subjects: int = 1, frames: int = 0) -> dict[str, float]:
-    """FLOPs of one sample and step, and those once a call, on the meta device; a frame of a video is a sample."""
+    """Counts the FLOPs of one sample and step, and the FLOPs that are needed once in a call, on the meta device. Each
+    frame of a video counts as a sample."""
     latent = size // pipe.vae_scale_factor
     width, length = pipe.ssr_encoder.config.cross_attention_dim, pipe.tokenizer.model_max_length
     tokens = subjects * len(pipe.ssr_encoder.config.image_levels) * length
@@ -234,7 +239,7 @@ def count_flops(pipe, method: str, size: int, subjects: int = 1, frames: int = 0
 
 
 def make_draws(pipe: StableDiffusionSSRPipeline, args: argparse.Namespace) -> tuple[dict[str, Callable], float]:
-    """For each method a function that draws `steps` steps, and the seconds to encode one subject."""
+    """Returns a function for each method that draws with `steps` steps, and the seconds to encode one subject."""
     device = pipe.device
     arguments = {"height": args.size, "width": args.size, "output_type": "latent"}
     if args.frames:
@@ -288,7 +293,7 @@ def make_draws(pipe: StableDiffusionSSRPipeline, args: argparse.Namespace) -> tu
 
 
 def reset_peak(on_gpu: bool) -> None:
-    """Let the peak of memory begin anew: the GPU's, or on Linux this process's."""
+    """Resets the peak memory of the GPU, or the peak memory of this process on Linux."""
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     else:
@@ -297,7 +302,7 @@ def reset_peak(on_gpu: bool) -> None:
 
 
 def peak_bytes(on_gpu: bool) -> int:
-    """The peak of memory since `reset_peak`; 0 where it is not known."""
+    """Returns the peak memory since `reset_peak`, or 0 if it is unknown."""
     if on_gpu:
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
@@ -306,7 +311,7 @@ def peak_bytes(on_gpu: bool) -> int:
 
 
 def time_draws(draws: dict[str, Callable], args: argparse.Namespace, device: torch.device) -> dict[str, dict]:
-    """Seconds of each step, the methods taking turns, and each one's peak of memory."""
+    """Measures the seconds of each step and the peak memory of each method. The methods take turns."""
     on_gpu = device.type == "cuda"
     result = {name: {"seconds": [], "peak_bytes": 0} for name in draws}
     marks = []
@@ -326,13 +331,13 @@ def time_draws(draws: dict[str, Callable], args: argparse.Namespace, device: tor
             marks.clear()
             gc.collect()
             reset_peak(on_gpu)
-            # the first step also prepares the call, so it only starts the clock
+            # the time of the first step includes the preparation of the call, so it only starts the timer
             draw(args.steps + 1, mark)
             if on_gpu:
                 torch.cuda.synchronize()
             pairs = zip(marks, marks[1:], strict=False)
             seconds = [a.elapsed_time(b) / 1000 if on_gpu else b - a for a, b in pairs]
-            # on a GPU the first turn warms up
+            # on a GPU, the first turn is a warm-up
             if turn or not on_gpu:
                 result[name]["seconds"] += seconds
             result[name]["peak_bytes"] = max(result[name]["peak_bytes"], peak_bytes(on_gpu))
@@ -342,7 +347,7 @@ def time_draws(draws: dict[str, Callable], args: argparse.Namespace, device: tor
 
 
 def profile_draws(draws: dict[str, Callable]) -> str:
-    """Where one step's time goes, the first one apart: for each operator its calls and seconds under each method."""
+    """Profiles one step after the first step. Returns a table of the calls and seconds of each operator and method."""
     operators: dict[str, dict[str, tuple[int, float]]] = {}
     for name, draw in draws.items():
         profiler = profile()
@@ -366,7 +371,7 @@ def profile_draws(draws: dict[str, Callable]) -> str:
 
 
 def plot(pipe, size: int, file: Path) -> None:
-    """FLOPs above stock against the number of subjects, and of frames."""
+    """Plots the FLOPs in addition to the stock pipeline against the number of subjects and the number of frames."""
     with needs("train"):
         import matplotlib.pyplot as plt
 
@@ -391,7 +396,7 @@ def plot(pipe, size: int, file: Path) -> None:
 
 
 def report(results: dict, args: argparse.Namespace) -> str:
-    """The results as a table in Markdown."""
+    """Returns the results as a Markdown table."""
     lines = [
         "| | GFLOP a sample and step | of stock | once a call | seconds a step | of stock | peak memory above stock |",
         "|---|---|---|---|---|---|---|",
@@ -452,7 +457,7 @@ def main():
         pipe.to(device, getattr(torch, args.dtype))
         draws, results["encode_seconds"] = make_draws(pipe, args)
         for name, each in time_draws(draws, args, device).items():
-            # the fastest: whatever else a machine does can only slow a step down
+            # use the fastest step, because other processes on the machine can only slow a step down
             counted[name].update(seconds=min(each["seconds"]), peak_bytes=each["peak_bytes"])
     what = (
         f"{args.batch_size} picture(s)" if not args.frames else f"{args.batch_size} video(s) of {args.frames} frames"

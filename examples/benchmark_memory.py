@@ -1,17 +1,18 @@
-"""Memory and seconds of a call by setting, for the stock pipeline and with a subject.
+"""Measure the memory and seconds of a call with different settings, for the stock pipeline and with a subject.
 
     python examples/benchmark_memory.py --dtype float16
     python examples/benchmark_memory.py --preset pocket --size 64
 
-The weights are random at Stable Diffusion 1.5's sizes, which changes neither memory nor time. On a GPU it is the peak that PyTorch
-allocates there; without one, the peak of the process's memory, and the offloading settings are left out.
+The models have the sizes of Stable Diffusion 1.5 and random weights, which does not affect memory or time. On a GPU,
+the result is the peak memory that PyTorch allocates on the GPU. Without a GPU, it is the peak memory of the process,
+and the offloading settings are left out.
 """
 
 import argparse
 import gc
 from collections.abc import Callable
 
-import extras  # noqa: F401  (says so if the project is not installed)
+import extras  # noqa: F401  (exits with a message if the project is not installed)
 
 import torch
 from benchmark import peak_bytes, pocket_pipeline, reset_peak, sd15_pipeline, time_draws
@@ -49,7 +50,7 @@ def sequential_offload(pipe: DiffusionPipeline, device: torch.device) -> None:
     pipe.enable_sequential_cpu_offload(device=device)
 
 
-# each prepares a fresh pipeline whose subject is encoded
+# each function prepares a new pipeline after its subject was encoded
 SETTINGS: dict[str, Callable[[DiffusionPipeline, torch.device], None]] = {
     "none": to_device,
     "drop_ssr_encoders": drop_encoders,
@@ -62,7 +63,7 @@ NEED_GPU = ("model_offload", "sequential_offload")
 
 
 def measure(setting: str, args: argparse.Namespace, device: torch.device) -> list[str]:
-    """A row of the table: the peak of memory and the seconds of a step, without and with a subject."""
+    """Returns a row of the table: the peak memory and the seconds of a step, without and with a subject."""
     pipe = sd15_pipeline() if args.preset == "sd15" else pocket_pipeline()
     pipe.to(getattr(torch, args.dtype))
     pipe.set_progress_bar_config(disable=True)

@@ -1,9 +1,10 @@
-"""Samples a second of train_ssr.py against the released recipe, taking turns in one run.
+"""Compare the training speed of train_ssr.py with the released training script, in samples per second.
 
     python examples/benchmark_training.py --preset pocket --size 64 --steps 15
 
-The released recipe computes VAE, vision and text features anew at every step and runs under autograd's anomaly mode; both
-compute the same loss on the same samples. With --preset sd15 the weights are random, at full size.
+The released script computes the VAE, vision and text features again in every step and uses the anomaly mode of
+autograd. Both compute the same loss on the same samples, and take turns in one run. With --preset sd15, the models
+have the full size and random weights.
 """
 
 import argparse

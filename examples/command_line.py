@@ -1,4 +1,4 @@
-"""The help of the example scripts: commands on lines that can be copied, and every option's default."""
+"""Formats the help of the example scripts, with commands that can be copied and the defaults of the options."""
 
 import argparse
 import re
@@ -6,7 +6,7 @@ import textwrap
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Wraps a description's paragraphs, keeps its indented lines as they are, and adds the defaults of the options."""
+    """Wraps the paragraphs of the description, keeps indented lines unchanged, and shows the defaults of options."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         paragraphs = re.split(r"\n\s*\n", text.strip("\n"))
@@ -14,6 +14,6 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return "\n\n".join(filled) + "\n"
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        # what is left out, or said in words, needs no "(default: None)"
+        # "(default: ...)" is not useful for `None` and `False`, or if the help text already describes the default
         said = action.default is None or action.default is False or "default" in (action.help or "")
         return action.help if said else super()._get_help_string(action)

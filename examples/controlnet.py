@@ -1,8 +1,9 @@
-"""Draw a subject along the lines of a photo: controlnet-aux finds them, a ControlNet follows them.
+"""Draw a subject along the lines of a photo, which controlnet-aux detects and a ControlNet follows.
 
     python examples/controlnet.py --query cat --prompt "a cat on the beach" --photo photo.jpg
 
-Both detectors work without a download. Without --photo, the base model draws a picture of the query, and its lines are used.
+Both detectors work without a download. Without --photo, the lines are taken from a picture of the query that the base
+model draws first.
 """
 
 import warnings
@@ -17,7 +18,7 @@ from PIL import Image, ImageOps
 
 
 with needs("demo"), warnings.catch_warnings():
-    # about packages that other detectors need
+    # ignore warnings about missing packages that only other detectors need
     warnings.simplefilter("ignore")
     from controlnet_aux import CannyDetector, LineartStandardDetector
 
@@ -29,7 +30,7 @@ def canny(photo: Image.Image) -> Image.Image:
 
 def lineart(photo: Image.Image) -> Image.Image:
     side = photo.width
-    # the width of a line goes with the picture; controlnet-aux spells it so
+    # the line width scales with the picture size; `guassian_sigma` is the spelling of controlnet-aux
     return LineartStandardDetector()(photo, guassian_sigma=6 * side / 512, detect_resolution=side)
 
 

@@ -1,4 +1,4 @@
-"""Turn the two files that the authors of SSR-Encoder released into a folder that `load_ssr` and publish.py take.
+"""Convert the two files that the authors of SSR-Encoder released to a folder for `load_ssr` and publish.py.
 
     python examples/convert_released_checkpoint.py --aligner pytorch_model.bin --layers pytorch_model_1.bin \\
         --output_dir ssr
@@ -7,7 +7,7 @@
 import argparse
 from pathlib import Path
 
-import extras  # noqa: F401  (says so if the project is not installed)
+import extras  # noqa: F401  (exits with a message if the project is not installed)
 
 from command_line import HelpFormatter
 from diffusers_ssr import SSREncoder

@@ -1,9 +1,9 @@
 """Draw each subject of a few reference pictures with the pocket checkpoint.
 
-Every reference shows two or three things, which are not in the training data in this design and colour. A contact sheet shows the
-references, the queries and the pictures that were drawn for them. More rows show subjects of two references in one picture, subjects
-that were selected with a mask, and the first subjects with another checkpoint, with a ControlNet, and in a video. The video is also
-saved as a GIF.
+Every reference shows two or three things, which are not in the training data in this design and colour. A contact
+sheet shows the references, the queries and the pictures that were drawn for them. More rows show subjects of two
+references in one picture, subjects that were selected with a mask, and the first subjects with another checkpoint,
+with a ControlNet, and in a video. The video is also saved as a GIF.
 
     python examples/demo.py
 """
@@ -32,7 +32,7 @@ def named(thing: str) -> str:
 
 
 def draw_subjects(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> Iterator[Row]:
-    """A row for each reference, with each of its subjects in each place."""
+    """Yields a row for each reference, with a picture of each of its subjects in each place."""
     for name, queries in args.queries.items():
         reference = Image.open(args.references / name)
         row = [("reference", reference)]
@@ -47,7 +47,7 @@ def draw_subjects(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) 
 
 
 def first_subjects(pipe: DiffusionPipeline, args: argparse.Namespace, count: int) -> list[tuple]:
-    """For the first references: picture, query, and its first subject."""
+    """Returns the picture, the first query and the encoded subject for each of the first references."""
     found = []
     for name, (query, *_) in list(args.queries.items())[:count]:
         reference = Image.open(args.references / name)
@@ -56,7 +56,7 @@ def first_subjects(pipe: DiffusionPipeline, args: argparse.Namespace, count: int
 
 
 def draw_together(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> Row:
-    """The first subjects of two references in one picture, each in its half and at a lower scale (see docs/several.md)."""
+    """Draws the first subjects of two references in one picture, each in its half and at a lower scale (see docs/several.md)."""
     row = []
     subjects = first_subjects(pipe, args, len(args.queries))
     for (first, one, left), (second, other, right) in zip(subjects[::2], subjects[1::2], strict=False):
@@ -71,7 +71,7 @@ def draw_together(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) 
 
 
 def draw_masked(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> Row:
-    """Subjects that a mask marks in their reference, without any query."""
+    """Draws subjects that a mask selects in the reference, without a query."""
     row = []
     for file in sorted((Path(args.checkpoint) / "masks").glob("*.png")):
         reference, mask = Image.open(args.references / file.name), Image.open(file)
@@ -83,7 +83,7 @@ def draw_masked(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) ->
 
 
 def draw_look(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> Row:
-    """The first subjects, drawn by another checkpoint: a UNet of the same layout with a look of its own."""
+    """Draws the first subjects with another UNet, which has the same architecture and another style."""
     unet = UNet2DConditionModel.from_pretrained(args.checkpoint, subfolder="unet", dtype=pipe.unet.dtype)
     pipe = type(pipe).from_pipe(pipe, unet=unet.to(pipe.device))
     pipe.set_progress_bar_config(disable=True)
@@ -98,7 +98,7 @@ def draw_look(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> R
 
 
 def draw_along_edges(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> Row:
-    """The first subjects where the edges of another picture want them."""
+    """Draws the first subjects along the edges of another picture with a ControlNet."""
     controlnet = ControlNetModel.from_pretrained(args.checkpoint, subfolder="controlnet", dtype=pipe.unet.dtype)
     pipe = StableDiffusionSSRControlNetPipeline.from_pipe(pipe, controlnet=controlnet.to(pipe.device))
     pipe.set_progress_bar_config(disable=True)
@@ -116,9 +116,9 @@ def draw_along_edges(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqd
 
 
 def draw_video(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> Row:
-    """The first subject in motion: a few frames for the sheet, all of them as a GIF."""
+    """Draws a video of the first subject. Some frames are shown on the sheet, and all frames are saved as a GIF."""
     adapter = MotionAdapter.from_pretrained(args.checkpoint, subfolder="motion_adapter", dtype=pipe.unet.dtype)
-    # the UNet with motion modules is a new one, on the CPU
+    # `from_pipe` creates a new UNet with motion modules on the CPU
     pipe = AnimateDiffSSRPipeline.from_pipe(pipe, motion_adapter=adapter).to(pipe.device)
     pipe.set_progress_bar_config(disable=True)
     ((reference, query, subject),) = first_subjects(pipe, args, 1)
@@ -132,7 +132,7 @@ def draw_video(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> 
     return [("reference", reference), *((f"frame {i + 1} of 8", frames[i]) for i in range(0, 8, 2))]
 
 
-# What each further row needs of a checkpoint, since another may come alone
+# The part of the checkpoint that each additional row needs, because other checkpoints may not contain all parts
 CHAINS = {
     "unet": draw_together, "masks": draw_masked, "look": draw_look, "controlnet": draw_along_edges,
     "motion_adapter": draw_video,
@@ -154,7 +154,7 @@ def main():
     print(f"The pictures appear in {sheet}, one row for each reference.")
     with tqdm(total=sum(map(len, args.queries.values())) + 3 + 2 + 3 + 2 + 1, desc="subjects") as bar:
         rows = []
-        # written after each reference, so that the first pictures can be looked at early
+        # the sheet is written after each reference, so that the first pictures can be viewed early
         for row in draw_subjects(pipe, args, bar):
             rows.append(row)
             write_contact_sheet(rows, sheet, finished=False)

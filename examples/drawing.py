@@ -1,9 +1,9 @@
-"""What the examples that draw share: their options, the pipeline, and the contact sheet."""
+"""Shared code of the examples that draw pictures: options, loading the pipeline, and the contact sheet."""
 
 import argparse
 from pathlib import Path
 
-import extras  # noqa: F401  (says so if the project is not installed)
+import extras  # noqa: F401  (exits with a message if the project is not installed)
 
 import diffusers_ssr
 import torch
@@ -23,7 +23,7 @@ LABEL = 22
 
 
 def options(description: str | None) -> argparse.ArgumentParser:
-    """How to draw, and where the files go."""
+    """Creates a parser with options for drawing and for the output folder."""
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     call_options(parser)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help="where the results are written")
@@ -31,7 +31,7 @@ def options(description: str | None) -> argparse.ArgumentParser:
 
 
 def call_options(parser: argparse.ArgumentParser) -> None:
-    """How to draw; the defaults are the pocket checkpoint's."""
+    """Adds options for drawing. The defaults are for the pocket checkpoint."""
     parser.add_argument(
         "--checkpoint", default=str(POCKET), help="folder or repository with base model and SSR-Encoder"
     )
@@ -48,22 +48,22 @@ def call_options(parser: argparse.ArgumentParser) -> None:
 
 
 def reference_options(parser: argparse.ArgumentParser) -> None:
-    """Which subject, and the prompt for it."""
+    """Adds options for the subject and the prompt."""
     parser.add_argument("--reference", default=str(POCKET / "references" / "1_cat_car.png"), help="file or URL")
     parser.add_argument("--query", default="cat", help="which thing in the reference is meant")
     parser.add_argument("--prompt", default="a cat in the snow", help="what to draw")
 
 
 def hide_library_output() -> None:
-    """Keep the libraries' own progress bars and notes out of a script's output."""
+    """Disables progress bars and messages of the libraries in the output of a script."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
 
 
 def load_pipeline(checkpoint: str, ssr: str | None = None) -> DiffusionPipeline:
-    """The SSR pipeline of a checkpoint that holds base model and SSR-Encoder, or with the SSR-Encoder of `ssr`; on a GPU in
-    half precision."""
+    """Loads the SSR pipeline of a checkpoint. The SSR-Encoder is loaded from `ssr`, or from the checkpoint if `ssr` is
+    `None`. On a GPU, the pipeline uses half precision."""
     hide_library_output()
     on_gpu = torch.cuda.is_available()
     pipe = DiffusionPipeline.from_pretrained(
@@ -79,7 +79,7 @@ def load_pipeline(checkpoint: str, ssr: str | None = None) -> DiffusionPipeline:
 
 
 def call_arguments(args: argparse.Namespace) -> dict:
-    """The arguments of a call that `options` set."""
+    """Returns the arguments of a pipeline call that the options specify."""
     return {
         "num_inference_steps": args.num_inference_steps,
         "guidance_scale": args.guidance_scale,
@@ -89,7 +89,7 @@ def call_arguments(args: argparse.Namespace) -> dict:
 
 
 def write_contact_sheet(rows: list[list[tuple[str, Image.Image | None]]], file: Path, finished: bool = True) -> None:
-    """Write rows of labelled pictures to a file and, if it is `finished`, print its name. `None` leaves a cell empty."""
+    """Writes rows of labeled pictures to a file, and prints the file name if `finished`. `None` is an empty cell."""
     side = min(max(picture.width for row in rows for _, picture in row if picture) * ZOOM, LARGEST)
     columns = max(len(row) for row in rows)
     cell_width, cell_height = side + GAP, side + LABEL + GAP

@@ -1,17 +1,19 @@
-"""Measure how well subjects are kept, prompts followed, and the right subject selected.
+"""Evaluate drawn pictures: subject fidelity, prompt fidelity, and the selection of the right subject.
 
     python examples/evaluate.py --subjects_dir dreambooth/dataset --generated_dir drawn --output_dir results
 
-Subjects lie as in DreamBench, `<subjects_dir>/<subject>/*.jpg`, pictures of them in `<generated_dir>/<subject>/`;
-`<generated_dir>/manifest.jsonl` says for CLIP-T which prompt drew which file, as generate_batch.py writes it. With
-`--pretrained_model_name_or_path` and `--ssr` the pictures are drawn first: each prompt of `--prompts`, from each subject's
-first picture. The results are DINO, CLIP-I (mean cosine over all pairs of a drawn and a real picture) and CLIP-T.
+The real pictures of a subject are expected in `<subjects_dir>/<subject>/*.jpg`, as in DreamBench, and the drawn
+pictures in `<generated_dir>/<subject>/`. CLIP-T also needs `<generated_dir>/manifest.jsonl`, which generate_batch.py
+writes, for the prompt of each file. With `--pretrained_model_name_or_path` and `--ssr`, the script first draws the
+pictures: each prompt of `--prompts` with the first picture of each subject. The results are DINO, CLIP-I (the mean
+cosine similarity over all pairs of a drawn and a real picture) and CLIP-T.
 
-With `--selective_dir` it measures selection instead. There `<reference>/crops/<query>.png` holds each subject of a reference
-cut out, or `<reference>/reference.png` the whole and `<reference>/masks/<query>.png` where each one is; the drawings of one
-are in `<generated_dir>/<reference>/<query>/`.
+With `--selective_dir`, the script measures selection instead. Each subject of a reference is a cropped picture
+`<reference>/crops/<query>.png`. Alternatively, `<reference>/reference.png` is the whole picture, and
+`<reference>/masks/<query>.png` is the mask of each subject. The drawn pictures of a subject are in
+`<generated_dir>/<reference>/<query>/`.
 
-Each result is a table (CSV and Markdown) with a row for each subject and a bar chart.
+Each result is written as a table (CSV and Markdown) with a row for each subject, and as a bar chart.
 """
 
 import argparse
@@ -48,14 +50,14 @@ HERE = Path(__file__).resolve().parent
 
 
 def picture_files(folder: Path) -> list[Path]:
-    """The pictures right inside a folder, by name."""
+    """Returns the picture files in a folder, sorted by name. Subfolders are not searched."""
     if not folder.is_dir():
         return []
     return sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
 
 
 def open_all(files: Sequence[Path], bad: dict[str, str]) -> dict[Path, Image.Image]:
-    """Those that can be opened; the others are noted in `bad`."""
+    """Opens the pictures. Files that cannot be opened are left out and recorded in `bad`."""
     pictures = {}
     for file in files:
         try:
@@ -66,12 +68,12 @@ def open_all(files: Sequence[Path], bad: dict[str, str]) -> dict[Path, Image.Ima
 
 
 def class_name(subject: str, classes: dict[str, str]) -> str:
-    """What a subject is called in prompts: "dog" for the folder dog6, unless `classes` says otherwise."""
+    """Returns the name of a subject in prompts: "dog" for the folder dog6, unless `classes` has another name."""
     return classes.get(subject) or re.sub(r"[\d_]+$", "", subject).replace("_", " ")
 
 
 def read_classes(file: Path | None) -> dict[str, str]:
-    """Lines `subject,class`."""
+    """Reads a file with lines of the form `subject,class`."""
     if file is None:
         return {}
     with open_text(file, "classes") as lines:
@@ -79,7 +81,7 @@ def read_classes(file: Path | None) -> dict[str, str]:
 
 
 def draw_subjects(args: argparse.Namespace) -> None:
-    """Each prompt for each subject, from its first picture."""
+    """Draws each prompt for each subject. The first picture of the subject is the reference."""
     templates = read_lines(args.prompts, "prompts")
     if not templates or not all("{}" in template for template in templates):
         raise ValueError(f"`prompts`: each line of {args.prompts} has to hold {{}} where the subject is named.")
@@ -111,7 +113,7 @@ def draw_subjects(args: argparse.Namespace) -> None:
 
 
 def read_prompts(generated_dir: Path) -> dict[Path, str]:
-    """Which prompt drew which file."""
+    """Returns the prompt of each drawn file."""
     manifest = generated_dir / "manifest.jsonl"
     if not manifest.exists():
         return {}
@@ -120,7 +122,7 @@ def read_prompts(generated_dir: Path) -> dict[Path, str]:
 
 
 def measure_subjects(args: argparse.Namespace, models: dict, bad: dict[str, str]) -> list[dict]:
-    """A row of DINO, CLIP-I and CLIP-T for each subject."""
+    """Returns a row with DINO, CLIP-I and CLIP-T for each subject."""
     prompts = read_prompts(args.generated_dir)
     rows = []
     folders = sorted(path for path in args.subjects_dir.iterdir() if picture_files(path))
@@ -144,7 +146,7 @@ def measure_subjects(args: argparse.Namespace, models: dict, bad: dict[str, str]
 
 
 def cut_out(picture: Image.Image, mask: Image.Image) -> Image.Image:
-    """A subject's bounding box, with white where the subject is not."""
+    """Crops a picture to the bounding box of the subject, and paints everything outside of the mask white."""
     inside = np.asarray(mask.convert("L").resize(picture.size, Image.Resampling.NEAREST)) > 127
     if not inside.any():
         raise BadSample("the mask is empty")
@@ -154,7 +156,7 @@ def cut_out(picture: Image.Image, mask: Image.Image) -> Image.Image:
 
 
 def read_subjects(reference: Path, bad: dict[str, str]) -> dict[str, Image.Image]:
-    """The subjects of a reference, by query."""
+    """Returns a dict from queries to cropped pictures of the subjects in a reference."""
     crops = picture_files(reference / "crops")
     if crops:
         return {file.stem: picture for file, picture in open_all(crops, bad).items()}
@@ -170,7 +172,8 @@ def read_subjects(reference: Path, bad: dict[str, str]) -> dict[str, Image.Image
 
 
 def measure_selection(args: argparse.Namespace, models: dict, bad: dict[str, str]) -> list[dict]:
-    """For each subject of each reference, how near its drawings are to it and to the reference's others."""
+    """Measures for each subject of each reference how similar its drawn pictures are to the subject and to the other
+    subjects of the reference."""
     rows = []
     for reference in tqdm(sorted(path for path in args.selective_dir.iterdir() if path.is_dir()), desc="references"):
         subjects = read_subjects(reference, bad)
@@ -194,7 +197,7 @@ def measure_selection(args: argparse.Namespace, models: dict, bad: dict[str, str
 
 
 def with_mean(rows: list[dict]) -> list[dict]:
-    """The rows and their mean: each subject counts the same, whatever the number of its pictures."""
+    """Appends the mean of the rows. Each subject has the same weight, regardless of its number of pictures."""
     mean = {"subject": "mean", "pictures": sum(row["pictures"] for row in rows)}
     for name in [name for name in rows[0] if name not in mean]:
         known = [row[name] for row in rows if not math.isnan(row[name])]
@@ -203,7 +206,7 @@ def with_mean(rows: list[dict]) -> list[dict]:
 
 
 def write_results(rows: list[dict], folder: Path, name: str) -> None:
-    """`name`.csv, `name`.md and `name`.png."""
+    """Writes the rows to `name`.csv, `name`.md and `name`.png."""
     folder.mkdir(parents=True, exist_ok=True)
     columns = list(rows[0])
     shown = [
@@ -221,7 +224,7 @@ def write_results(rows: list[dict], folder: Path, name: str) -> None:
 
 
 def write_chart(rows: list[dict], file: Path) -> None:
-    """A group of bars for each row, a colour for each number."""
+    """Draws a bar chart with a group of bars for each row and a color for each metric."""
     numbers = [name for name, value in rows[0].items() if isinstance(value, float) and name != "chance"]
     places = np.arange(len(rows))
     height = 0.8 / len(numbers)
@@ -267,7 +270,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def check_args(args: argparse.Namespace) -> None:
     """
     Raises:
-        `ValueError`: naming the first option that is not what it should be.
+        `ValueError`: for the first option with an invalid value.
     """
     if (args.subjects_dir is None) == (args.selective_dir is None):
         raise ValueError(

@@ -1,7 +1,7 @@
-"""Says how to install what a script lacks, instead of ending in a traceback.
+"""Prints how to install missing packages instead of a traceback.
 
-The packages that only some scripts need are optional dependencies ("extras") of the project, listed in pyproject.toml.
-Scripts import this module before any third-party package, so that it can check the project's own dependencies first.
+Packages that only some scripts need are optional dependencies ("extras") of the project, listed in pyproject.toml.
+Scripts import this module before any third-party package, because it first checks the dependencies of the project.
 """
 
 import importlib.util
@@ -22,10 +22,11 @@ def _exit(package: str, install: str) -> NoReturn:
 @contextmanager
 def needs(extra: str) -> Iterator[None]:
     """
-    For the imports of a script: if one of them is not installed, exit with the command that installs it.
+    Context manager for the imports of a script. If a package is not installed, the script exits and prints the command
+    to install it.
 
     Args:
-        extra (`str`): the name of the optional dependencies that the imports belong to, such as `"train"`.
+        extra (`str`): the name of the optional dependencies with these packages, such as `"train"`.
 
     Example:
 
@@ -41,7 +42,7 @@ def needs(extra: str) -> Iterator[None]:
 
 
 def is_installed(package: str) -> bool:
-    """Whether `package` can be imported."""
+    """Returns whether `package` can be imported."""
     return importlib.util.find_spec(package) is not None
 
 

@@ -1,15 +1,15 @@
-"""Draw every row of a table: which picture, which thing in it, which prompt, which seed.
+"""Draw a picture for each row of a table with reference pictures, queries, prompts and seeds.
 
     accelerate launch examples/generate_batch.py --table rows.csv --output_dir drawn \\
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --ssr my-ssr
 
-The table is CSV with a header, or JSON lines: `image`, `query`, `prompt`, `seed`, and optionally `mask`, `scale` and `name`
-(of the picture to write). Paths of pictures are relative to the table. The rows are divided among accelerate's processes,
-and `--batch_size` of them are drawn together. Each has a random generator of its own, so that a row's picture depends
-neither on the number of processes nor, apart from rounding, on the batch size.
+The table is CSV with a header, or JSON lines. The columns are `image`, `query`, `prompt`, `seed`, and optionally
+`mask`, `scale` and `name` (the name of the picture to write). Paths of pictures are relative to the table. The rows
+are divided among the processes of accelerate, and `--batch_size` rows are drawn together. Each row has its own random
+generator, so its picture does not depend on the number of processes or, except for rounding errors, on the batch size.
 
-`manifest.jsonl` says for each row which picture it became, or why it failed. Run the same command again to draw only the rows
-that are not done. The exit status is 1 if a row failed.
+`manifest.jsonl` contains for each row the file name of the picture, or the error message. Run the same command again
+to draw only the rows that are not done. The exit status is 1 if a row failed.
 """
 
 import argparse
@@ -45,10 +45,10 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 def read_table(table: Path) -> list[dict]:
     """
-    The rows as they are; what is wrong with a single one is found when it is drawn.
+    Reads the rows of the table. The values of a row are only checked when the row is drawn.
 
     Raises:
-        `ValueError`: if the file is missing, no table, or lacks a column.
+        `ValueError`: if the file is missing, is not a table, or has a missing or an unknown column.
     """
     try:
         read = list(read_rows(table, "table"))
@@ -73,7 +73,7 @@ def read_table(table: Path) -> list[dict]:
 
 
 def check_names(rows: list[dict]) -> dict[int, ValueError]:
-    """What is wrong with the names of rows, by their numbers: those rows fail, the others are drawn."""
+    """Returns an error for each row with an invalid or conflicting `name`. Only these rows will fail."""
     faults: dict[int, ValueError] = {}
     files: dict[str, int] = {}
     folders: dict[str, int] = {}
@@ -95,17 +95,18 @@ def check_names(rows: list[dict]) -> dict[int, ValueError]:
 def _is_file_name(name: str) -> bool:
     try:
         return "\0" not in name and len(name.encode()) < 256
-    except UnicodeEncodeError:  # half of a character, which JSON can hold
+    except UnicodeEncodeError:  # JSON can contain lone surrogates
         return False
 
 
 def identity(row: dict, settings: dict) -> str:
-    """A name for what a row asks for: another request, another name."""
+    """Returns a hash of the row and the settings, which changes if any of them changes."""
     return hashlib.blake2b(json.dumps([row, settings], sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def read_manifests(folder: Path) -> dict[str, dict]:
-    """What is done already, by identity, from whatever number of processes; a line cut off in the writing is nothing."""
+    """Returns the entries of all manifest files by their `id`. The files can come from any number of processes.
+    Incomplete lines are ignored."""
     entries: dict[str, dict] = {}
     for file in sorted(folder.glob("manifest*.jsonl")):
         for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
@@ -119,7 +120,7 @@ def read_manifests(folder: Path) -> dict[str, dict]:
 
 
 def _is_entry(entry) -> bool:
-    """Whether a line of a manifest is one of this script's, and not somebody else's."""
+    """Returns whether a line of a manifest has the format that this script writes."""
     if not isinstance(entry, dict) or not isinstance(entry.get("id"), str):
         return False
     said = {"done": "file", "failed": "error"}.get(str(entry.get("status")))
@@ -127,26 +128,26 @@ def _is_entry(entry) -> bool:
 
 
 def is_done(entry: dict | None, folder: Path) -> bool:
-    """Whether a row was drawn, and its picture is still there, not another's of the same name."""
+    """Returns whether the row was drawn and its picture still exists and belongs to this row."""
     if entry is None or entry["status"] != "done":
         return False
     try:
         check_regular_file(folder / entry["file"], "file")
         with Image.open(folder / entry["file"], formats=["PNG"]) as picture:
             return picture.text.get("id") == entry["id"]
-    # whatever lies there, it is not the row's picture
+    # a file that cannot be opened is not the picture of the row
     except Exception:
         return False
 
 
 def file_of(row: dict, index: int) -> str:
-    """Where in the output folder a row's picture goes."""
+    """Returns the path of the row's picture in the output folder."""
     return f"{row.get('name') or f'{index:06d}'}.png"
 
 
 @dataclass
 class Request:
-    """What a row asks for, ready to be drawn."""
+    """The checked values of a row, with the encoded subject."""
 
     prompt: str
     subject: SubjectEmbeds
@@ -160,17 +161,17 @@ def read_row(pipe: StableDiffusionSSRPipeline, row: dict, folder: Path, args: ar
     Args:
         pipe ([`StableDiffusionSSRPipeline`]): encodes the subject.
         row (`dict`): a row of the table.
-        folder (`Path`): what the row's paths are relative to.
-        args (`argparse.Namespace`): the options; `scale` is for rows without one.
+        folder (`Path`): the folder that the paths in the row are relative to.
+        args (`argparse.Namespace`): the options. `scale` is used for rows without a scale.
 
     Raises:
-        `ValueError` or `OSError`: if a value is missing, is not what it should be, or names no picture.
+        `ValueError` or `OSError`: if a value is missing or invalid, or if a picture cannot be opened.
     """
     for name in ("image", "prompt"):
         if not isinstance(row.get(name), str) or not row[name].strip():
             raise ValueError(f"`{name}` is missing in this row.")
     try:
-        # an empty cell is no number, but 0 is one
+        # only an empty cell is replaced with the default; 0 is a valid scale
         scale = float(args.scale if row.get("scale") in (None, "") else row["scale"])
         seed = int(row.get("seed") or 0)
     except (TypeError, ValueError):
@@ -183,7 +184,7 @@ def read_row(pipe: StableDiffusionSSRPipeline, row: dict, folder: Path, args: ar
 
 
 def draw(pipe: StableDiffusionSSRPipeline, requests: list[Request], args: argparse.Namespace) -> list[Image.Image]:
-    """One picture for each request, all in one call, each from a generator of its own."""
+    """Draws one picture for each request in a single pipeline call, with a separate generator for each request."""
     return pipe(
         [request.prompt for request in requests],
         negative_prompt=None if args.negative_prompt is None else [args.negative_prompt] * len(requests),
@@ -200,8 +201,8 @@ def draw(pipe: StableDiffusionSSRPipeline, requests: list[Request], args: argpar
 def draw_each(
     pipe: StableDiffusionSSRPipeline, requests: list[Request], args: argparse.Namespace
 ) -> list[Image.Image | Exception]:
-    """For each request its picture, or the error that it failed with. If they cannot be drawn together, they are drawn one
-    by one, so that one request cannot make others fail."""
+    """Returns a picture or an exception for each request. If the batch fails, the requests are drawn one by one, so
+    that one request cannot make the others fail."""
     try:
         return draw(pipe, requests, args)
     except Exception as error:
@@ -213,14 +214,14 @@ def draw_each(
 def draw_rows(
     pipe: StableDiffusionSSRPipeline, rows: list[dict | ValueError], folder: Path, args: argparse.Namespace
 ) -> list[Image.Image | Exception]:
-    """For each row its picture, or the error that it failed with; a row may be an error already."""
+    """Returns a picture or an exception for each row. A row that is an exception is returned as it is."""
     results: list[Image.Image | Exception | Request] = []
     for row in rows:
         try:
             if isinstance(row, ValueError):
                 raise row
             results.append(read_row(pipe, row, folder, args))
-        # whatever is wrong with one row, the others are drawn
+        # an error in one row must not prevent the other rows from being drawn
         except Exception as error:
             results.append(error)
     requests = [each for each in results if isinstance(each, Request)]
@@ -229,7 +230,7 @@ def draw_rows(
 
 
 def save_picture(image: Image.Image, file: Path, name: str) -> None:
-    """Write the picture beside and rename it, with the row's identity `name` in it."""
+    """Writes the picture under a temporary name and renames it. The PNG metadata contains the row's id, `name`."""
     file.parent.mkdir(parents=True, exist_ok=True)
     note = PngInfo()
     note.add_text("id", name)
@@ -256,7 +257,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Draw; returns how many rows failed, in the first process."""
+    """Draws all rows. Returns the number of failed rows in the main process, and 0 in the other processes."""
     args = parse_args(arguments)
     rows = read_table(args.table)
     faults = check_names(rows)
@@ -271,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ids = [f"{identity(row, settings)}-{index:06d}" for index, row in enumerate(rows)]
     known = read_manifests(args.output_dir)
     waiting = [index for index, name in enumerate(ids) if not is_done(known.get(name), args.output_dir)]
-    # nobody may write before all have read
+    # all processes have to read the manifests before any process writes
     state.wait_for_everyone()
 
     own = waiting[state.process_index :: state.num_processes]
@@ -290,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pipe.set_progress_bar_config(disable=True)
     bar = tqdm(total=len(own), desc="pictures", disable=not state.is_local_main_process)
     with (args.output_dir / f"manifest.{state.process_index}.jsonl").open("a", encoding="utf-8") as manifest:
-        # begin on a line of our own, in case the last writer was cut off
+        # start on a new line, in case a previous run was interrupted while writing a line
         manifest.write("\n")
         for start in range(0, len(own), args.batch_size):
             batch = own[start : start + args.batch_size]
@@ -325,7 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failed = [entries[name] for name in ids if entries[name]["status"] == "failed"]
         print(f"{len(rows) - len(failed)} of {len(rows)} pictures are in {args.output_dir}")
         for entry in failed:
-            # names and texts of rows may hold what no terminal can show
+            # error messages can contain characters that a terminal cannot show
             print(f"  row {entry['row']}: {entry['error']}".encode("utf-8", "backslashreplace").decode())
     state.destroy_process_group()
     return len(failed)

@@ -1,12 +1,13 @@
-"""Make a training set: caption pictures, choose queries, leave out what is small or ugly, and write WebDataset shards.
+"""Prepare a training set: caption pictures, choose queries, filter pictures, and write WebDataset shards.
 
     accelerate launch examples/prepare_dataset.py --source photos --output_dir shards \\
         --caption_model Salesforce/blip-image-captioning-large
 
-`--source` is a folder of pictures, or one that train_ssr.py takes; `--dataset_name` is a dataset of the Hub. `photo.txt`
-beside `photo.jpg` is its caption, and no model is asked; `photo.query.txt` is its query with `--query_from file`. A shard is
-made of so many rows of the source and written whole, so a run that was cut off goes on with the next shard. The shards are
-divided among accelerate's processes; train_ssr.py takes `--train_data_dir shards`.
+`--source` is a folder of pictures, or a folder that train_ssr.py accepts. `--dataset_name` is a dataset on the Hub. If
+the folder of `photo.jpg` contains `photo.txt`, this file is used as the caption instead of the caption model. With
+`--query_from file`, `photo.query.txt` is the query. Each shard is made from `--shard_size` rows of the source and is
+only renamed to its final name when it is complete, so a run that was interrupted continues with the next shard. The
+shards are divided among the processes of accelerate. Pass the result to train_ssr.py with `--train_data_dir shards`.
 """
 
 import argparse
@@ -52,7 +53,7 @@ OPENINGS = re.compile(
     r"^(there (is|are)|this is|(an?|the)? ?(close ?up|photo|photograph|picture|image|view|painting|drawing|shot|portrait)s? of)\s+"
 )
 ARTICLES = {"a", "an", "the", "one", "two", "three", "four", "some", "several", "many", "his", "her", "their", "its"}
-# What follows a thing in a caption: where it is, what it does, and what else there is.
+# Words that end the name of a thing in a caption, because they begin a place, an action or another thing.
 ENDINGS = set(
     "about above across after against along among and are around as at before behind below beneath beside between by"
     " down during for from has have having in inside into is laid lays lies near next of off on onto or out outside over"
@@ -64,11 +65,12 @@ NOUNS_IN_ING = {"building", "painting", "drawing", "ceiling", "king", "ring", "w
 
 def query_from_caption(caption: str) -> str:
     """
-    The first thing that a caption names: "brown dog" for "a brown dog sitting on a couch". A rule of thumb on plain English
-    captions, no grammar: the words behind the first article, up to the first that tells where it is or what it does.
+    Returns the first thing that a caption names: "brown dog" for "a brown dog sitting on a couch". This is a simple
+    heuristic for English captions without a grammar: it takes the words after the first article, up to the first word
+    that begins a place or an action.
 
     Raises:
-        [`BadSample`]: if that leaves nothing.
+        [`BadSample`]: if no words remain.
     """
     text = caption.lower()
     while OPENINGS.match(text):
@@ -87,12 +89,12 @@ def query_from_caption(caption: str) -> str:
 
 
 class Captioner:
-    """Captions by an image-to-text model of BLIP's class.
+    """Captions pictures with an image-to-text model such as BLIP.
 
     Args:
-        name_or_path (`str`): the model.
-        device (`torch.device`): where it runs.
-        max_new_tokens (`int`): of a caption.
+        name_or_path (`str`): the name or folder of the model.
+        device (`torch.device`): the device of the model.
+        max_new_tokens (`int`): the maximum number of tokens in a caption.
     """
 
     def __init__(self, name_or_path: str, device: torch.device, max_new_tokens: int = 40):
@@ -103,7 +105,7 @@ class Captioner:
 
     @torch.no_grad()
     def __call__(self, pictures: Sequence[Image.Image]) -> list[str]:
-        """One caption for each picture."""
+        """Returns one caption for each picture."""
         pixels = self.processor(images=list(pictures), return_tensors="pt").pixel_values
         pixels = pixels.to(self.model.device, self.model.dtype)
         tokens = self.model.generate(pixel_values=pixels, max_new_tokens=self.max_new_tokens)
@@ -112,15 +114,15 @@ class Captioner:
 
 class AestheticScore:
     """
-    How pleasing people would find a picture, by a head of linear layers on CLIP's normalised embedding, as LAION trained
-    on ViT-L/14: one layer, or several in a row without activations between them.
+    Predicts how much people like a picture. The predictor is a head of linear layers on the normalized CLIP embedding,
+    like the ones that LAION trained for ViT-L/14: one layer, or several layers without activations between them.
 
     Args:
-        head (`Path`): the layers' weights: a torch pickle, read with `weights_only=True`.
-        clip ([`ClipFeatures`]): the CLIP that the head belongs to.
+        head (`Path`): a PyTorch file with the weights of the layers, loaded with `weights_only=True`.
+        clip ([`ClipFeatures`]): the CLIP model that the head was trained on.
 
     Raises:
-        `ValueError`: if the file holds no such head, or one for another width.
+        `ValueError`: if the file does not contain such a head, or if the head has a different width.
     """
 
     def __init__(self, head: Path, clip: ClipFeatures):
@@ -140,7 +142,7 @@ class AestheticScore:
             )
 
     def __call__(self, pictures: Sequence[Image.Image]) -> list[float]:
-        """One score for each picture, about 1 to 10."""
+        """Returns one score for each picture, from about 1 to 10."""
         states = self.clip(pictures)
         for weight, bias in self.layers:
             states = states @ weight.T + bias
@@ -148,7 +150,7 @@ class AestheticScore:
 
 
 def read_source(args: argparse.Namespace):
-    """The rows to prepare: a sequence, or a stream."""
+    """Returns the rows to prepare, as a sequence or as a stream."""
     if args.dataset_name is not None:
         return load_rows(None, args.dataset_name, args.dataset_config_name, args.streaming)
     folder = args.source
@@ -162,7 +164,7 @@ def read_source(args: argparse.Namespace):
 
 
 def chunks(rows, size: int) -> Iterator[tuple[int, Sequence[dict]]]:
-    """The rows in order, with the number of the first of each chunk. Of a sequence they are read only when taken."""
+    """Yields the rows in chunks, each with the number of its first row. The rows of a sequence are read lazily."""
     if hasattr(rows, "__len__"):
         for first in range(0, len(rows), size):
             yield first, _Part(rows, first, min(first + size, len(rows)))
@@ -176,7 +178,7 @@ def chunks(rows, size: int) -> Iterator[tuple[int, Sequence[dict]]]:
 
 
 class _Part:
-    """Some rows of a sequence, read when they are iterated over."""
+    """A range of rows of a sequence. The rows are read during iteration."""
 
     def __init__(self, rows, first: int, end: int):
         self.rows, self.first, self.end = rows, first, end
@@ -189,7 +191,7 @@ class _Part:
 
 
 def _sidecar(row: dict, suffix: str) -> str:
-    """The text beside a picture that is a file of its own."""
+    """Returns the content of the text file with the name of the picture and this suffix, or an empty string."""
     path = row.get("image")
     file = path.with_suffix(suffix) if isinstance(path, Path) else None
     if file is None or not file.is_file():
@@ -200,7 +202,7 @@ def _sidecar(row: dict, suffix: str) -> str:
 
 def read_row(row: dict, args: argparse.Namespace) -> dict:
     """
-    The picture of a row, its bytes as they are to be stored, and its caption if there is one already.
+    Returns the picture of a row, the JPEG bytes to store, and the caption if the row already has one.
 
     Raises:
         [`BadSample`]: if the picture is unusable or too small.
@@ -224,10 +226,10 @@ def read_row(row: dict, args: argparse.Namespace) -> dict:
 
 def choose_query(sample: dict, args: argparse.Namespace) -> str:
     """
-    Which thing in the picture is meant.
+    Returns the query, which names the subject in the picture.
 
     Raises:
-        [`BadSample`]: if nothing says so.
+        [`BadSample`]: if there is no query.
     """
     if args.query_from == "caption":
         return query_from_caption(sample["text"])
@@ -241,7 +243,8 @@ def choose_query(sample: dict, args: argparse.Namespace) -> str:
 def prepare(
     rows, first: int, args: argparse.Namespace, captioner, score, bar
 ) -> tuple[list[tuple[int, dict]], dict[str, str]]:
-    """The usable ones of some rows, the first of which is number `first`, with their numbers; and why others are not."""
+    """Returns the usable samples with their row numbers, and a dict with the reasons why other rows are unusable.
+    `first` is the number of the first row in `rows`."""
     kept, bad = [], {}
 
     def attempt(place, row, function, *arguments):
@@ -287,7 +290,7 @@ def prepare(
 
 
 def write_shard(file: Path, samples: list[tuple[int, dict]]) -> None:
-    """A tar with `key.jpg` and `key.json` for each sample, written beside and renamed."""
+    """Writes a tar file with `key.jpg` and `key.json` for each sample, under a temporary name that is then renamed."""
     partial = file.with_suffix(".part")
     with tarfile.open(partial, "w") as archive:
         for place, sample in samples:
@@ -331,7 +334,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def check_args(args: argparse.Namespace) -> None:
     """
     Raises:
-        `ValueError`: naming the first option that is not what it should be.
+        `ValueError`: for the first option with an invalid value.
     """
     if (args.source is None) == (args.dataset_name is None):
         raise ValueError(f"Pass either `source` or `dataset_name`: got {args.source} and {args.dataset_name!r}.")
@@ -351,7 +354,7 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def check_settings(args: argparse.Namespace, state: PartialState) -> None:
-    """Shards of different settings must not lie side by side: raises a `ValueError` if others are there."""
+    """Raises a `ValueError` if the output folder contains shards that were made with other settings."""
     settings = {name: str(value) for name, value in vars(args).items() if name not in ("output_dir", "batch_size")}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     file = args.output_dir / "settings.json"
@@ -366,7 +369,7 @@ def check_settings(args: argparse.Namespace, state: PartialState) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int | None:
-    """Prepare; returns the number of samples in the shards, `None` in all processes but the first."""
+    """Prepares the training set. Returns the number of samples in the main process, and `None` in other processes."""
     args = parse_args(arguments)
     check_args(args)
     state = PartialState()
@@ -392,7 +395,7 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
         samples, bad = prepare(part, first, args, captioner, score, bar)
         if samples:
             write_shard(args.output_dir / f"{number:06d}.tar", samples)
-        # the report says that the shard is done
+        # the report marks the shard as done
         report.with_suffix(".part").write_text(json.dumps({"kept": len(samples), "bad": bad}, indent=1))
         report.with_suffix(".part").replace(report)
     bar.close()

@@ -2,11 +2,13 @@
 
     python examples/publish.py --repo_id me/ssr --weights pocket
 
-With the pocket checkpoint, or any folder of a whole pipeline, the repository loads on its own with
-`DiffusionPipeline.from_pretrained("<owner>/<repo>", trust_remote_code=True)`. With an encoder alone, as
-convert_released_checkpoint.py writes it, it serves `custom_pipeline="<owner>/<repo>"` and `load_ssr("<owner>/<repo>")`.
+If --weights is the pocket checkpoint or another folder with a complete pipeline, the repository can be loaded with
+`DiffusionPipeline.from_pretrained("<owner>/<repo>", trust_remote_code=True)`. If it only contains an encoder, as
+written by convert_released_checkpoint.py, use the repository with `custom_pipeline="<owner>/<repo>"` and
+`load_ssr("<owner>/<repo>")`.
 
---space also assembles a Space, the page of app.py, which loads the weights from that repository, or holds them itself:
+--space also assembles a Space with the page of app.py. The Space loads the weights from the repository or contains a
+copy:
 
     python examples/publish.py --repo_id <owner>/<repo> --space <owner>/<space> --space_weights copy
 """
@@ -16,7 +18,7 @@ import json
 import shutil
 from pathlib import Path
 
-import extras  # noqa: F401  (says so if the project is not installed)
+import extras  # noqa: F401  (exits with a message if the project is not installed)
 
 import torch
 from command_line import HelpFormatter
@@ -33,24 +35,24 @@ BASE_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
 def copy_code(folder: Path) -> None:
-    """The pipelines and everything that they need, and the licence."""
+    """Copies the pipelines, the modules that they import, and the license."""
     files = {ROOT / "LICENSE", *map(Path, get_relative_import_files(ROOT / "pipeline.py"))}
     for file in files | set(ROOT.glob("pipeline*.py")):
         shutil.copy(file, folder)
-    # from the Hub diffusers walks through each file's relative imports: an entry that imports another entry would have
-    # every module asked for twice
+    # `pipeline.py` must not import another pipeline file here: diffusers follows the relative imports of each file on
+    # the Hub, and would request every module twice
     shutil.copy(ROOT / "pipeline_ssr.py", folder / "pipeline.py")
 
 
 def is_whole(weights: Path) -> bool:
-    """Whether it is a pipeline, and not an encoder alone."""
+    """Returns whether the folder contains a complete pipeline and not only an encoder."""
     return (weights / "model_index.json").exists()
 
 
 def write_weights(weights: Path, folder: Path, variants: list[str]) -> None:
-    """The whole pipeline if `weights` holds one, else the encoder, in full precision and as each of `variants`."""
+    """Saves the pipeline, or the encoder if there is no pipeline, in full precision and as each of `variants`."""
     whole = is_whole(weights)
-    # full precision last: its configs are the ones that stay
+    # full precision is saved last, because each save overwrites the configs
     for variant in [*variants, None]:
         dtype = torch.float16 if variant == "fp16" else torch.float32
         encoder = SSREncoder.from_pretrained(weights, subfolder="ssr_encoder", dtype=dtype)
@@ -69,7 +71,7 @@ def write_weights(weights: Path, folder: Path, variants: list[str]) -> None:
 
 
 def write_card(folder: Path, repo_id: str) -> None:
-    """The README as the repository's model card, with the repository's own name in it."""
+    """Writes the README as the model card, with the id of the repository inserted."""
     card = ModelCard((ROOT / "README.md").read_text(encoding="utf-8").replace("<owner>/<repo>", repo_id))
     card.data = ModelCardData(
         license="apache-2.0",
@@ -104,7 +106,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def assemble_space(args: argparse.Namespace, folder: Path) -> None:
-    """The Space that draws with what is published."""
+    """Assembles a Space that uses the published weights."""
     copied = args.space_weights == "copy"
     ssr = args.weights.resolve().name if copied else args.repo_id
     arguments = ["--checkpoint", ssr] if is_whole(args.weights) else ["--checkpoint", args.base_model, "--ssr", ssr]
@@ -113,7 +115,7 @@ def assemble_space(args: argparse.Namespace, folder: Path) -> None:
 
 
 def finish(args: argparse.Namespace, folder: Path, repo_id: str, **kind: str) -> None:
-    """Say what was put together, and upload it if that was asked for."""
+    """Prints the files of the folder, and uploads them with `push_to_hub`."""
     files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
     print(json.dumps(files, indent=1))
     if args.push_to_hub:

@@ -1,5 +1,5 @@
-"""How alike pictures and texts are, as papers on subject-driven generation measure it: cosines between features of DINO
-(DINO score) and of CLIP (CLIP-I between pictures, CLIP-T between picture and text)."""
+"""Similarity metrics that papers on subject-driven generation use: the cosine similarity of DINO features (DINO score)
+and of CLIP features (CLIP-I between pictures, CLIP-T between a picture and a text)."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from transformers import AutoModel, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 class ImageFeatures(ABC):
     """
-    Unit vectors of pictures.
+    Computes normalized feature vectors of pictures.
 
     Args:
         model (`torch.nn.Module`): a vision model.
-        processor (`CLIPImageProcessor`): its sizes and normalisation; the centre is cropped.
-        batch_size (`int`): pictures at a time.
+        processor (`CLIPImageProcessor`): the image sizes and normalization. Pictures are center-cropped.
+        batch_size (`int`): the number of pictures in a batch.
     """
 
     def __init__(self, model: torch.nn.Module, processor: CLIPImageProcessor, batch_size: int = 16):
@@ -29,11 +29,11 @@ class ImageFeatures(ABC):
 
     @abstractmethod
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Of `(batch_size, 3, height, width)`, the vectors `(batch_size, width)`."""
+        """Returns features of shape `(batch_size, width)` for pixels of shape `(batch_size, 3, height, width)`."""
 
     @torch.no_grad()
     def __call__(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
-        """`(num_pictures, width)`, each of length 1."""
+        """Returns normalized features of shape `(num_pictures, width)`."""
         found = []
         for start in range(0, len(pictures), self.batch_size):
             batch = pictures[start : start + self.batch_size]
@@ -43,12 +43,13 @@ class ImageFeatures(ABC):
 
 
 class DinoFeatures(ImageFeatures):
-    """The class token after the last layer norm of a DINO ViT (`facebook/dino-vits16`, or DINOv2). As in DINO's own
-    evaluation, the shorter side is scaled to 8/7 of the model's and the centre cropped, with ImageNet's mean and deviation."""
+    """The class token after the last layer norm of a DINO ViT (`facebook/dino-vits16`, or DINOv2). As in the official
+    DINO evaluation, the shorter side is scaled to 8/7 of the model's image size, the center is cropped, and pixels are
+    normalized with the mean and standard deviation of ImageNet."""
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, device: str | torch.device = "cpu") -> "DinoFeatures":
-        """By name or from a folder."""
+        """Loads the model from the Hub or from a folder."""
         model = AutoModel.from_pretrained(name_or_path).to(device)
         side = model.config.image_size
         processor = CLIPImageProcessor(
@@ -62,13 +63,13 @@ class DinoFeatures(ImageFeatures):
 
 
 class ClipFeatures(ImageFeatures):
-    """CLIP's projected features of pictures and texts (`openai/clip-vit-base-patch32`, say)."""
+    """The projected CLIP features of pictures and texts, for example from `openai/clip-vit-base-patch32`."""
 
     tokenizer: CLIPTokenizer
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, device: str | torch.device = "cpu") -> "ClipFeatures":
-        """By name or from a folder."""
+        """Loads the model from the Hub or from a folder."""
         model = CLIPModel.from_pretrained(name_or_path).to(device)
         features = cls(model, CLIPImageProcessor.from_pretrained(name_or_path))
         features.tokenizer = CLIPTokenizer.from_pretrained(name_or_path)
@@ -79,7 +80,7 @@ class ClipFeatures(ImageFeatures):
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """`(num_texts, width)`, each of length 1."""
+        """Returns normalized features of shape `(num_texts, width)`."""
         length = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt")
         tokens = {name: tokens[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
@@ -88,11 +89,11 @@ class ClipFeatures(ImageFeatures):
 
 
 class ClipVisionFeatures(ImageFeatures):
-    """The pooled output of a CLIP vision model that comes without a projection, such as an SSR pipeline's own."""
+    """The pooled output of a CLIP vision model without a projection, such as the image encoder of an SSR pipeline."""
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, device: str | torch.device = "cpu") -> "ClipVisionFeatures":
-        """By name or from a folder, which may be one that `load_ssr` takes."""
+        """Loads the model from the Hub or from a folder, which can also be a folder for `load_ssr`."""
         part = Path(name_or_path) / "ssr_image_encoder"
         encoder, processor = (part, part.with_name("ssr_image_processor")) if part.is_dir() else (name_or_path,) * 2
         model = CLIPVisionModel.from_pretrained(encoder, dtype=torch.float32).to(device)
@@ -103,27 +104,27 @@ class ClipVisionFeatures(ImageFeatures):
 
 
 def mean_pairwise(first: torch.Tensor, second: torch.Tensor) -> float:
-    """The mean cosine over all pairs of a vector from either."""
+    """Returns the mean cosine similarity over all pairs of a vector from `first` and a vector from `second`."""
     return (first @ second.T).mean().item()
 
 
 def mean_matching(first: torch.Tensor, second: torch.Tensor) -> float:
-    """The mean cosine over vectors at the same place."""
+    """Returns the mean cosine similarity of the vectors with the same index."""
     return (first * second).sum(-1).mean().item()
 
 
 def selection(drawn: torch.Tensor, queried: torch.Tensor, others: torch.Tensor) -> dict[str, float]:
     """
-    Whether drawings show the subject that was queried, not another one of the reference.
+    Measures whether drawn pictures show the queried subject and not another subject of the reference.
 
     Args:
-        drawn (`torch.Tensor` of shape `(num_pictures, width)`): of the drawings.
-        queried (`torch.Tensor` of shape `(1, width)`): of the queried subject, cut out of the reference.
-        others (`torch.Tensor` of shape `(num_others, width)`): of the reference's other subjects.
+        drawn (`torch.Tensor` of shape `(num_pictures, width)`): features of the drawn pictures.
+        queried (`torch.Tensor` of shape `(1, width)`): features of the queried subject, cropped from the reference.
+        others (`torch.Tensor` of shape `(num_others, width)`): features of the other subjects of the reference.
 
     Returns:
-        `dict`: the similarity to the queried one, that to the nearest other one, their difference, and the share of
-        drawings that are nearer to the queried one.
+        `dict`: the mean similarity to the queried subject, the mean similarity to the most similar other subject, the
+        difference of both, and the share of drawn pictures that are more similar to the queried subject.
     """
     own = (drawn @ queried.T)[:, 0]
     other = (drawn @ others.T).max(1).values

@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 
 
 HERE = Path(__file__).resolve().parent
-# parts of the pocket checkpoint that no page shows
+# parts of the pocket checkpoint that the page does not use
 LEFT_OUT = ("comparison", "judge", "look")
 
 APP = '''"""Starts the page, with these options."""
@@ -38,21 +38,21 @@ Give a picture with several things in it, say which one you mean, and draw new p
 
 def write_space(folder: Path, arguments: list[str], models: list[str], weights: Path | None = None) -> None:
     """
-    Put a Space's repository together: its card, app.py and requirements.txt, the page, and the package's modules.
+    Writes the repository of a Space: the card, app.py, requirements.txt, the page, and the modules of the package.
 
     Args:
         folder (`Path`):
-            Where to.
+            The folder of the repository.
         arguments (`list[str]`):
-            The options of the page, as app.py takes them.
+            The options of the page, in the form that app.py accepts.
         models (`list[str]`):
-            The repositories on the Hub that the page loads, for the card.
+            The repositories on the Hub that the page loads. They are listed in the card.
         weights (`Path`, *optional*):
-            A checkpoint that is copied into the repository, under its own name.
+            A checkpoint to copy into the repository. The folder name stays the same.
     """
     for name in ("page", "drawing.py", "extras.py", "command_line.py"):
         _copy(HERE / name, folder / name)
-    # not installed: a Space installs its requirements before it has the repository's files
+    # the package is copied, because a Space installs its requirements before the files of the repository are available
     package = folder / "diffusers_ssr"
     for file in [CODE / "__init__.py", *map(Path, get_relative_import_files(CODE / "__init__.py"))]:
         _copy(file, package / file.name)
@@ -80,7 +80,7 @@ def write_space(folder: Path, arguments: list[str], models: list[str], weights: 
 
 
 def requirements() -> list[str]:
-    """What the package and its page need, from the package's own metadata."""
+    """Returns the requirements of the package and the page, read from the metadata of the package."""
     lines = map(Requirement, metadata.requires("diffusers-ssr") or ())
     needed = [line for line in lines if line.marker is None or line.marker.evaluate({"extra": "app"})]
     return sorted(f"{line.name}{line.specifier}" for line in needed)

@@ -1,4 +1,4 @@
-"""Text files that people write: tables and lists, in the encodings that editors and spreadsheets save them in."""
+"""Reads tables and lists from text files, in the encodings that text editors and spreadsheets use."""
 
 import codecs
 import csv
@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from diffusers_ssr.file_utils import check_regular_file
 
 
-# UTF-32's mark begins with UTF-16's
+# UTF-32 is checked before UTF-16, because its byte order mark begins with the one of UTF-16
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -18,21 +18,22 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-# A line is read whole, so one that never ends would fill the memory.
+# Lines are read completely, so a file without line breaks could otherwise fill the memory.
 MAX_LINE = 2**20
 
 
 def open_text(file: Path, name: str = "file", errors: str = "strict") -> TextIO:
     """
-    Open a text file for reading, as UTF-8, or as the byte order mark says that it begins with. Lines keep their ends.
+    Opens a text file for reading. The encoding is given by the byte order mark, and is UTF-8 without one. Line endings
+    are not translated.
 
     Args:
         file (`Path`): the file.
-        name (`str`): what errors call it.
-        errors (`str`): `"strict"` raises on bytes that are no text, `"replace"` puts a sign in their place.
+        name (`str`): the name of the file in error messages.
+        errors (`str`): `"strict"` raises an error for invalid bytes, `"replace"` inserts a replacement character.
 
     Raises:
-        `OSError`: if it is not there. `ValueError`: if it is a folder, a device or a named pipe.
+        `OSError`: if the file does not exist. `ValueError`: if it is a folder, a device or a named pipe.
     """
     check_regular_file(file, name)
     with open(file, "rb") as content:
@@ -42,31 +43,32 @@ def open_text(file: Path, name: str = "file", errors: str = "strict") -> TextIO:
 
 
 def read_lines(file: Path, name: str = "file") -> list[str]:
-    """The lines of a list that are not empty, without the blanks around them."""
+    """Returns the lines of a file without surrounding whitespace, and leaves out empty lines."""
     with open_text(file, name) as lines:
         return [line.strip() for line in _bounded(lines) if line.strip()]
 
 
 def read_json(file: Path, name: str = "file") -> Any:
-    """What a JSON file holds."""
+    """Returns the content of a JSON file."""
     with open_text(file, name) as text:
         return json.load(text)
 
 
 def read_rows(file: Path, name: str = "table", errors: str = "strict") -> Iterator[tuple[int, dict | str]]:
     """
-    The rows of a table: CSV with a header if its name ends so, divided by commas, semicolons or tabs, as spreadsheets write
-    it; else JSON lines.
+    Yields the rows of a table. A file named `.csv` or `.tsv` is read as CSV with a header, with commas, semicolons or
+    tabs as the delimiter, because spreadsheets use all of them. Any other file is read as JSON lines.
 
     Args:
-        file (`Path`), name (`str`), errors (`str`): as in [`open_text`].
+        file (`Path`), name (`str`), errors (`str`): see [`open_text`].
 
     Yields:
-        `tuple[int, dict | str]`: the line's number, and its row, or why it is none. Reading ends after a row that says that
-        the rest of the file cannot be read.
+        `tuple[int, dict | str]`: the line number, and the row as a `dict`, or a `str` with the reason why the line
+            cannot be
+        read. If the rest of the file cannot be read, the last item gives the reason.
 
     Raises:
-        `OSError` or `ValueError`: as [`open_text`].
+        `OSError` or `ValueError`: see [`open_text`].
     """
     with open_text(file, name, errors) as lines:
         read = _csv_rows if file.suffix.lower() in (".csv", ".tsv") else _json_rows

@@ -1,20 +1,21 @@
-"""Train an SSR-Encoder, from nothing or from a trained one, on a frozen Stable Diffusion 1.5 (section 3.4 of the paper).
+"""Train or fine-tune an SSR-Encoder on a frozen Stable Diffusion 1.5 (section 3.4 of the paper).
 
     accelerate launch examples/train_ssr.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
         --image_encoder_name_or_path openai/clip-vit-large-patch14 --train_data_dir pictures --output_dir my-ssr
 
-`pictures` holds `metadata.jsonl` with lines like {"file_name": "1.jpg", "text": "a cat on a sofa", "query": "cat"}; see
-training_data.py for Parquet files, datasets of the Hub and WebDataset shards. `pipe.load_ssr("my-ssr")` takes the result.
+The folder `pictures` contains a `metadata.jsonl` with lines like
+{"file_name": "1.jpg", "text": "a cat on a sofa", "query": "cat"}. For Parquet files, datasets on the Hub and
+WebDataset shards, see training_data.py. The result can be loaded with `pipe.load_ssr("my-ssr")`.
 
-A target that shows several subjects together has lists, here with `--reference_column reference`:
+If a target shows several subjects together, the row has lists, here with `--reference_column reference`:
 
     {"file_name": "2.jpg", "text": "a cat and a dog", "reference_file_name": ["3.jpg", "4.jpg"], "query": ["cat", "dog"]}
 
-One reference for several queries, or masks beside them (null where there is none), work as well; rows with one subject and with
-several mix freely. A row whose query names nothing that its reference shows, with the picture of its caption alone as the target,
-teaches the encoder to add nothing then.
+A row can also have one reference for several queries, or a list of masks (null for a subject without a mask). Rows
+with one subject and rows with several subjects can be mixed. To teach the encoder to add nothing if the reference does
+not show what the query names, add rows with such a query and a target that only shows the caption.
 
-Several processes on CPUs alone are started by `torchrun` with ACCELERATE_USE_CPU=1.
+To train with several processes on CPUs only, use `torchrun` with ACCELERATE_USE_CPU=1.
 """
 
 import argparse
@@ -55,15 +56,16 @@ logger = get_logger(__name__, log_level="INFO")
 
 
 def default_levels(num_layers: int) -> tuple[int, ...]:
-    """Six levels evenly over the vision encoder, the deepest included: 4, 8, ..., 24 for CLIP ViT-L/14."""
+    """Returns six evenly spaced layers of the vision encoder, up to the last one: 4, 8, ..., 24 for CLIP ViT-L/14."""
     return tuple(sorted({round(num_layers * part / 6) for part in range(1, 7)} - {0}))
 
 
 def new_encoder(
     unet, text_width: int, vision_config, args: argparse.Namespace, encoder_class: type[SSREncoder] = SSREncoder
 ) -> SSREncoder:
-    """A fresh encoder that fits the loaded models; with `init_from_text`, the layers' keys and values start as the text's,
-    since subject embeddings are kept near the text's (equation 7)."""
+    """Creates a new encoder that fits the loaded models. With `init_from_text`, the key and value projections are
+    initialized with those of the UNet for text, because the loss keeps subject embeddings close to text embeddings
+    (equation 7)."""
     names = [name.removesuffix(".processor") for name in unet.attn_processors]
     layers = {name: unet.get_submodule(name) for name in names if name.endswith("attn2")}
     encoder = encoder_class(
@@ -85,10 +87,10 @@ def new_encoder(
 def load_models(
     args: argparse.Namespace, build: Callable[..., SSREncoder] = new_encoder
 ) -> tuple[StableDiffusionSSRPipeline, SSREncoder]:
-    """The pipeline with everything frozen in it, and the encoder to train, in full precision; `build` makes a fresh one.
+    """Loads the frozen pipeline and the encoder to train in full precision. `build` creates a new encoder.
 
     Raises:
-        `ValueError`: if the parts do not fit together.
+        `ValueError`: if the models do not fit together.
     """
     pipe = StableDiffusionSSRPipeline.from_pretrained(
         args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, dtype=torch.float32,
@@ -107,7 +109,7 @@ def load_models(
     else:
         encoder = build(pipe.unet, pipe.text_encoder.config.hidden_size, vision.config, args)
     pipe.load_ssr(copy.deepcopy(encoder), image_encoder=vision.float(), image_processor=processor)
-    # that copy was for the checks of `load_ssr`
+    # the copy was only needed for the checks in `load_ssr`
     pipe.register_modules(ssr_encoder=None)
     pipe.set_progress_bar_config(disable=True)
     for model in (pipe.unet, pipe.vae, pipe.text_encoder, vision):
@@ -118,27 +120,29 @@ def load_models(
 
 
 def weight_sum(model: nn.Module) -> float:
-    """A number that other weights do not have."""
+    """Returns the sum of the absolute weights, which is used to detect changed weights."""
     return sum(parameter.abs().sum(dtype=torch.float64).item() for parameter in model.parameters())
 
 
 class SubjectEncoding(nn.Module):
-    """All that is trained, as one module with one call: what distributed training wraps."""
+    """Combines all trained parts in one module with one forward call, which distributed training can wrap."""
 
     def __init__(self, encoder: SSREncoder):
         super().__init__()
         self.encoder = encoder
 
     def forward(self, query_states, levels, mask=None, mask_weight=1.0):
-        """The subject embeddings, and key and value for each of the UNet's layers by name."""
+        """Returns the subject embeddings, and a dict from layer names of the UNet to keys and values."""
         subject_embeds = self.encoder(query_states, levels, mask, mask_weight)
         pairs = self.encoder.project(subject_embeds)
         return subject_embeds, dict(zip(self.encoder.config.attention_layers, pairs, strict=True))
 
 
 class FrozenFeatures:
-    """What the frozen models make of samples: the latents' mean and deviation, the picture's levels, and the text states of
-    caption and queries. With a cache each sample is computed once, and alone: then it does not matter in which batch."""
+    """Computes the outputs of the frozen models for samples: the mean and standard deviation of the latents, the
+    hidden states of the vision encoder at each level, and the text encoder's hidden states for captions and queries.
+    With a cache, each sample is computed once and in a batch of its own, so the features do not depend on the other
+    samples of a batch."""
 
     def __init__(self, pipe, levels: Sequence[int], dtype: torch.dtype, cache: FeatureCache | None, writer: str):
         self.pipe = pipe
@@ -147,7 +151,7 @@ class FrozenFeatures:
         self.cache = cache
         self.writer = writer
         size = pipe.ssr_image_processor.crop_size
-        # the unconditional branch sees zeros after normalisation (section 3.3), with the empty query
+        # the unconditional branch gets pixels that are zero after normalization (section 3.3), and the empty query
         self.empty_levels = self._picture_levels(torch.zeros(1, 3, size["height"], size["width"]))[0]
         self.empty_text = self._text_states([""])[0]
 
@@ -178,9 +182,10 @@ class FrozenFeatures:
 
     def __call__(self, samples: list[dict], mask_weight: float = 1.0) -> dict[str, torch.Tensor]:
         """
-        Of the samples `latent_mean`, `latent_std` and `caption_states`, `(batch_size, ...)`, and of their subjects, one after the
-        other, `levels` and `query_states`, `(num_subjects, ...)`; `row`, `(num_subjects,)`, says whose each one is. `mask` only if
-        one of them has a mask, the others' being one that changes nothing.
+        Returns a dict with `latent_mean`, `latent_std` and `caption_states` of shape `(batch_size, ...)` for the
+        samples, and `levels` and `query_states` of shape `(num_subjects, ...)` for the subjects of all samples. `row`
+        of shape `(num_subjects,)` is the index of the sample that each subject belongs to. If at least one subject has
+        a mask, the dict also has `mask`, and subjects without a mask get a mask that has no effect.
         """
         device = self.pipe.unet.device
         if self.cache is None:
@@ -202,7 +207,7 @@ class FrozenFeatures:
         features["row"] = torch.arange(len(samples)).repeat_interleave(counts).to(device)
         given = next((mask for mask in masks if mask is not None), None)
         if given is not None:
-            # with it, each patch's logit grows by the class token's 1
+            # with this mask, the logits of all patches grow by 1, like the logit of the class token
             blank = 1 / mask_weight if mask_weight else 1.0
             masks = [torch.full_like(given, blank) if mask is None else mask for mask in masks]
             features["mask"] = torch.stack(masks).to(device)
@@ -210,13 +215,13 @@ class FrozenFeatures:
 
 
 def join_subjects(pairs: dict[str, tuple[torch.Tensor, torch.Tensor]], row: torch.Tensor) -> SubjectConditions:
-    """The keys and values of subjects, `(num_subjects, num_tokens, width)` each, side by side for the row that they belong to, as
-    a pipeline puts several subjects of one picture together."""
+    """Concatenates the keys and values of the subjects of each row, as a pipeline does for several subjects in one
+    picture. The keys and values have the shape `(num_subjects, num_tokens, width)`."""
     counts = row.bincount()
     most = int(counts.max())
     if most == 1:
         return SubjectConditions(pairs)
-    # which of its row's subjects each one is
+    # the index of each subject within its row
     place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
 
     def spread(states: torch.Tensor) -> torch.Tensor:
@@ -229,11 +234,11 @@ def join_subjects(pairs: dict[str, tuple[torch.Tensor, torch.Tensor]], row: torc
 
 
 def draw(seed: int, first: int, count: int, latent_shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """The random numbers of samples `first`, `first + 1`, ... of a run. Each depends on the seed and its sample's number
-    alone, so that neither a cut nor the number of processes changes them."""
+    """Returns the random numbers for samples `first`, `first + 1`, ... of a run. They depend only on the seed and the
+    number of the sample, so they do not change if a run is interrupted and resumed or uses more processes."""
     drawn = {"shares": [], "noise": [], "latent_noise": []}
     for number in range(first, first + count):
-        # neighbouring numbers must not give neighbouring states
+        # the seeds are mixed, because consecutive seeds must not lead to similar generator states
         mixed = int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> 1)
         generator = torch.Generator().manual_seed(mixed)
         drawn["shares"].append(torch.rand(3, generator=generator))
@@ -245,7 +250,8 @@ def draw(seed: int, first: int, count: int, latent_shape: tuple[int, ...]) -> di
 def mean_consistency(
     subject_embeds: torch.Tensor, query_states: torch.Tensor, row: torch.Tensor, form: str
 ) -> torch.Tensor:
-    """The regulariser, each row counting once however many subjects it has: or it would matter how processes share the rows."""
+    """Computes the regularizer. Each row has the same weight, regardless of its number of subjects. Otherwise, the
+    result would depend on how the rows are divided among processes."""
     counts = row.bincount()
     total = subject_embeds.new_zeros(())
     for count in counts.unique():
@@ -263,7 +269,7 @@ def compute_loss(
     scheduler: DDPMScheduler,
     args: argparse.Namespace,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The denoising loss and the regulariser (equations 6 to 8), to be called inside `subject_in_unet`."""
+    """Computes the denoising loss and the regularizer (equations 6 to 8). Call this inside `subject_in_unet`."""
     pipe, device = frozen.pipe, frozen.pipe.unet.device
     time_share, no_prompt, no_subject = drawn["shares"].to(device).unbind(1)
     no_prompt, no_subject = no_prompt < args.prompt_dropout, no_subject < args.subject_dropout
@@ -302,8 +308,8 @@ def compute_loss(
 
 
 class Run:
-    """The state of a training run beside accelerate's: the encoder, the moving average of its weights, step and place in
-    the training set; saved and loaded with accelerate's checkpoints."""
+    """The state of a training run that accelerate does not handle: the encoder, the moving average of its weights, the
+    step and the position in the training set. It is saved and loaded with accelerate's checkpoints."""
 
     def __init__(self, accelerator: Accelerator, encoder: SSREncoder, args: argparse.Namespace):
         self.accelerator = accelerator
@@ -319,19 +325,20 @@ class Run:
 
     @property
     def best(self) -> SSREncoder:
-        """The weights to draw with."""
+        """The encoder to generate with: the moving average if there is one."""
         return self.encoder if self.average is None else self.average
 
     @torch.no_grad()
     def update_average(self) -> None:
-        """After a step. Early on the average follows faster, or it would remember the beginning too long."""
+        """Updates the moving average after a step. The decay is lower in the first steps, because the initial weights
+        would otherwise influence the average for too long."""
         if self.average is not None:
             decay = min(self.decay, (1 + self.step) / (10 + self.step))
             parameters = [parameter.detach() for parameter in self.encoder.parameters()]
             torch._foreach_lerp_(list(self.average.parameters()), parameters, 1 - decay)
 
     def _save_hook(self, models, weights, folder) -> None:
-        # accelerate writes what is left in `weights`
+        # accelerate would write everything that remains in `weights`
         weights.clear()
         if self.accelerator.is_main_process:
             self.encoder.save_pretrained(Path(folder) / "ssr_encoder")
@@ -351,7 +358,8 @@ class Run:
                 model.load_state_dict(saved.to(device).state_dict())
 
     def save(self) -> Path:
-        """A checkpoint, written beside and renamed, so that every `checkpoint-*` is whole; then the oldest ones go."""
+        """Saves a checkpoint and deletes the oldest ones. The checkpoint is written under a temporary name and then
+        renamed, so every `checkpoint-*` folder is complete."""
         checkpoint = self.folder / f"checkpoint-{self.step}"
         partial = checkpoint.with_suffix(".part")
         if self.accelerator.is_main_process:
@@ -370,7 +378,7 @@ class Run:
         return checkpoint
 
     def load(self, which: str) -> None:
-        """Go on from the checkpoint `which`, a folder or "latest"."""
+        """Resumes from the checkpoint `which`, a folder or "latest"."""
         folder = Path(which)
         if which == "latest":
             known = checkpoints(self.folder)
@@ -392,13 +400,13 @@ class Run:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints in a folder, oldest first."""
+    """Returns the complete checkpoints in a folder, oldest first."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 def _remove_folder(folder: Path) -> None:
-    # under another name first, lest half of it be taken for a checkpoint
+    # rename the folder first, so that a partly deleted folder is not mistaken for a checkpoint
     doomed = folder.rename(folder.with_suffix(".old.part"))
     shutil.rmtree(doomed)
 
@@ -410,7 +418,7 @@ def _replace_folder(new: Path, target: Path) -> None:
 
 
 def save_result(run: Run, pipe: StableDiffusionSSRPipeline) -> None:
-    """What `load_ssr` takes: encoder, vision encoder and processor."""
+    """Saves the files that `load_ssr` loads: encoder, vision encoder and image processor."""
     parts = {
         "ssr_encoder": run.best,
         "ssr_image_encoder": pipe.ssr_image_encoder,
@@ -424,7 +432,7 @@ def save_result(run: Run, pipe: StableDiffusionSSRPipeline) -> None:
 
 
 def validate(run: Run, pipe: StableDiffusionSSRPipeline, args: argparse.Namespace) -> None:
-    """Draw the validation subjects with fixed seeds into `output_dir/validation`, and log them."""
+    """Generates the validation pictures with fixed seeds, saves them in `output_dir/validation`, and logs them."""
     pipe.load_ssr(
         copy.deepcopy(run.best), image_encoder=pipe.ssr_image_encoder, image_processor=pipe.ssr_image_processor
     )
@@ -454,7 +462,7 @@ def validate(run: Run, pipe: StableDiffusionSSRPipeline, args: argparse.Namespac
 
 
 def push(args: argparse.Namespace, folder: Path) -> None:
-    """Upload the result, with a model card, to the Hub."""
+    """Uploads the result with a model card to the Hub."""
     from huggingface_hub import HfApi, ModelCard, ModelCardData
 
     api = HfApi(token=args.hub_token)
@@ -470,7 +478,7 @@ def push(args: argparse.Namespace, folder: Path) -> None:
 
 
 def make_optimizer(parameters, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """AdamW, in 8 bits if asked for."""
+    """Creates AdamW, or its 8-bit version with `use_8bit_adam`."""
     optimizer_class = torch.optim.AdamW
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as optimizer_class
@@ -481,7 +489,8 @@ def make_optimizer(parameters, args: argparse.Namespace) -> torch.optim.Optimize
 
 
 def main(arguments: Sequence[str] | None = None, build: Callable[..., SSREncoder] = new_encoder) -> None:
-    """Train. `arguments` stand for the command line's; `build`, called as `new_encoder` is, makes another kind of encoder."""
+    """Trains an encoder. `arguments` replace the command-line arguments. `build` has the signature of `new_encoder`
+    and can create another kind of encoder."""
     args = parse_args(__doc__, [each.value for each in SchedulerType], arguments)
     check_args(args)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
@@ -492,13 +501,13 @@ def main(arguments: Sequence[str] | None = None, build: Callable[..., SSREncoder
         mixed_precision=args.mixed_precision,
         log_with=report_to,
         project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir) / args.logging_dir)),
-        # one step of the schedule for one of the optimizer, however many processes there are
+        # the learning rate scheduler advances once for each optimizer step, regardless of the number of processes
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     started = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes < started:
-        # each would train alone and write over the others' files
+        # otherwise each process would train separately and overwrite the files of the other processes
         raise ValueError(
             f"`WORLD_SIZE` is {started}, but accelerate sees {accelerator.num_processes} process: on CPUs it needs"
             " ACCELERATE_USE_CPU=1 in the environment."
@@ -521,10 +530,10 @@ def main(arguments: Sequence[str] | None = None, build: Callable[..., SSREncoder
         names = ("pretrained_model_name_or_path", "revision", "variant", "image_encoder_name_or_path",
                  "ssr_encoder_name_or_path", "resolution")  # fmt: skip
         settings: dict[str, object] = {name: str(getattr(args, name)) for name in names}
-        # a folder may have got other weights since
+        # the weights in a folder can change while its path stays the same
         settings["weights"] = [weight_sum(part) for part in (pipe.vae, pipe.text_encoder, pipe.ssr_image_encoder)]
         levels = list(encoder.config.image_levels)
-        # the form in which features are kept; files of another are not read
+        # `form` is the version of the cache format; files in another format are not read
         cache = FeatureCache(args.cache_features, {**settings, "levels": levels, "dtype": str(dtype), "form": 2})
     frozen = FrozenFeatures(pipe, encoder.config.image_levels, dtype, cache, f"{accelerator.process_index}")
 
@@ -572,7 +581,7 @@ def main(arguments: Sequence[str] | None = None, build: Callable[..., SSREncoder
             turn = run.step * args.gradient_accumulation_steps + micro_step
             first = (turn * accelerator.num_processes + accelerator.process_index) * args.train_batch_size
             drawn = draw(seed, first, args.train_batch_size, features["latent_mean"].shape[1:])
-            # backward inside too: gradient checkpointing runs the layers once more
+            # the backward pass runs inside the context as well, because gradient checkpointing runs the layers again
             with accelerator.accumulate(model), subject_in_unet(pipe.unet, encoder.config.attention_layers):
                 with accelerator.autocast():
                     loss, parts = compute_loss(model, frozen, features, drawn, scheduler, args)

@@ -1,7 +1,7 @@
-"""Samples for training: where rows come from, which of them are unusable and why, and what a usable one becomes.
+"""Training data: reads rows, leaves out the unusable ones with a reason, and turns the others into samples.
 
-Rows are read in an order that depends on seed and epoch alone, and every sample knows its position in it. So a run that
-was cut off goes on with the very next row, and nothing has to be remembered but two numbers for each process.
+The order of the rows depends only on the seed and the epoch, and each sample has a position in this order. A run that
+was interrupted therefore continues with the next row. A checkpoint only needs to store two numbers for each process.
 """
 
 import hashlib
@@ -31,9 +31,10 @@ from transformers import CLIPImageProcessor
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
-# Where a row could not even be read, this column says why; it is no name that a metadata file would use.
+# If a row could not be read, this column holds the reason. A metadata file is unlikely to use this name.
 ERROR_COLUMN = "__error__"
-# The most that is read for one row, of one text file in a shard, and of one text in a row. A shard of 2 KB may ask for 20 GB.
+# Limits for one row, for one text file in a shard, and for one text in a row. Without limits, a shard of 2 KB could
+# require 20 GB of memory.
 MAX_ROW_BYTES = 2**27
 MAX_TEXT_BYTES = 2**20
 MAX_TEXT = 2**15
@@ -43,16 +44,17 @@ Position = tuple[int, int]
 
 
 class BadSample(Exception):
-    """A row that cannot be trained on; the message says why."""
+    """A row that cannot be used for training. The message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Columns:
     """
-    Which column holds what. `reference` and `mask` may be `None`: the picture itself is the reference, without mask.
+    The names of the columns. If `reference` is `None`, the picture itself is the reference. If `mask` is `None`, there
+    are no masks.
 
-    A row with several subjects has lists in `query`, `reference` or `mask`, all of one length; what is no list holds for each of
-    them. The picture then shows the subjects together.
+    A row with several subjects has lists in `query`, `reference` or `mask`, and all lists have the same length. A
+    value that is not a list applies to every subject. The picture shows all subjects of the row together.
     """
 
     image: str = "image"
@@ -64,9 +66,9 @@ class Columns:
 
 def read_folder(folder: Path) -> list[dict]:
     """
-    The rows of a folder of pictures, from every `metadata.jsonl` or `metadata.csv` in it; `file_name`, relative to its
-    metadata file, becomes the column `image`, `<name>_file_name` the column `<name>`. Pictures are not opened yet, and a
-    line that cannot be read becomes a row that says so.
+    Reads the rows of every `metadata.jsonl` and `metadata.csv` in a folder of pictures. The path in `file_name`, which
+    is relative to the metadata file, becomes the column `image`, and `<name>_file_name` becomes the column `<name>`.
+    Pictures are not opened yet. A line that cannot be read becomes a row with the reason in `ERROR_COLUMN`.
 
     Raises:
         `ValueError`: if there is no metadata file.
@@ -94,7 +96,7 @@ def _with_paths(row: dict, folder: Path, root: Path) -> dict:
         columns[name] = value
         if value and (name == "file_name" or name.endswith("_file_name")):
             listed = value if isinstance(value, list) else [value]
-            # a `Path` is opened later; text from a file of somebody else never is
+            # only a `Path` is opened later; plain text from an untrusted file is never opened as a path
             paths = [each and Path(os.path.normpath(folder / str(each))) for each in listed]
             if not all(path.is_relative_to(os.path.normpath(root)) for path in paths if path):
                 columns[ERROR_COLUMN] = f"{name} is {value!r:.80}, which lies outside of {root}"
@@ -105,7 +107,8 @@ def _with_paths(row: dict, folder: Path, root: Path) -> dict:
 
 
 class _BoundedTarInfo(tarfile.TarInfo):
-    """An entry of a shard. tarfile reads what some entries hold on its own, such as a long name, however long it says it is."""
+    """An entry of a shard with a limited size. tarfile itself reads the content of some entries into memory, such as a
+    long name, and does not limit the size that the entry declares."""
 
     @classmethod
     def frombuf(cls, buf, encoding, errors):
@@ -117,10 +120,11 @@ class _BoundedTarInfo(tarfile.TarInfo):
 
 def read_shards(shards: list[str]) -> Iterator[dict]:
     """
-    The rows of WebDataset shards, one after the other: files of one key are one row. `key.jpg` (or another picture) is
-    the column `image`, `key.txt` is `text`, `key.mask.png` is `mask`, and what `key.json` holds are columns of their own;
-    `key.reference.0.png`, `key.reference.1.png` and so on are a list in `reference`.
-    A shard that is cut off, or asks for more than a row may take, gives the rows before, and one that says what happened.
+    Yields the rows of WebDataset shards, one shard after the other. The files with the same key form one row.
+    `key.jpg` (or another picture format) becomes the column `image`, `key.txt` becomes `text`, `key.mask.png` becomes
+    `mask`, and each entry of `key.json` becomes a column. `key.reference.0.png`, `key.reference.1.png` and so on
+    become a list in `reference`. If a shard is truncated or exceeds the limits for a row, the rows before that point
+    are yielded, followed by a row with the reason in `ERROR_COLUMN`.
     """
     for shard in shards:
         row = {}
@@ -137,19 +141,20 @@ def read_shards(shards: list[str]) -> Iterator[dict]:
                         yield _with_lists(row)
                         row = {}
                     columns = _shard_columns(field, content)
-                    # a file of the shard is worth more than what its JSON says: that often names the file it once was
+                    # a file in the shard takes precedence over a JSON entry of the same name, because the JSON entry
+                    # is often only the original file name
                     columns = {each: columns[each] for each in columns if not isinstance(row.get(each), bytes)}
                     row = {**row, **columns, "__key__": name}
             if row:
                 yield _with_lists(row)
-        except Exception as error:  # a decompressor that meets arbitrary bytes may raise anything
+        except Exception as error:  # a decompressor can raise any exception on corrupted data
             if row:
                 yield _with_lists(row)
             yield {"__key__": shard, ERROR_COLUMN: f"the rest of this shard cannot be read: {error}"}
 
 
 def _shard_files(archive: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
-    """Key, field and content of each file in a shard."""
+    """Yields the key, field and content of each file in a shard."""
     last_key, size = None, 0
     for member in archive:
         folder, _, name = member.name.rpartition("/")
@@ -157,12 +162,12 @@ def _shard_files(archive: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
         if not member.isfile() or not stem or not field:
             continue
         key = f"{folder}/{stem}" if folder else stem
-        # each file counts for its header as well, or a row could have any number of empty ones
+        # the header of each file counts as well, otherwise a row could have an unlimited number of empty files
         size = member.size + tarfile.BLOCKSIZE + (size if key == last_key else 0)
         last_key = key
         most = MAX_TEXT_BYTES if field.rpartition(".")[2] in ("json", "txt") else MAX_ROW_BYTES
         if member.size > most or size > MAX_ROW_BYTES:
-            # to read on behind it, gigabytes of zeros may have to be decompressed
+            # the rest of the shard is not read, because skipping this file could mean decompressing gigabytes of zeros
             raise ValueError(f"{member.name!r:.80} asks for {max(size, member.size):,} bytes, of at most {most:,}")
         yield key, field, archive.extractfile(member).read()
 
@@ -183,12 +188,12 @@ def _shard_columns(field: str, content: bytes) -> dict:
 
 
 def _own_columns(columns: dict) -> dict:
-    """Without the names that mean something here."""
+    """Removes columns with names that start with `__`. These names are reserved for internal use."""
     return {name: value for name, value in columns.items() if not name.startswith("__")}
 
 
 def _with_lists(row: dict) -> dict:
-    """The columns `name.0`, `name.1`, ... as one list in `name`."""
+    """Combines the columns `name.0`, `name.1`, ... into one list in `name`."""
     columns, lists = {}, {}
     for name, value in row.items():
         stem, _, number = name.rpartition(".")
@@ -206,14 +211,14 @@ def load_rows(
     streaming: bool = False,
 ):
     """
-    Open a training set: a folder with `metadata.jsonl`, a folder of Parquet files or of WebDataset shards, or a dataset by
-    name. Pictures stay undecoded, since `datasets` raises on the first one that is broken.
+    Open a training set: a folder with `metadata.jsonl`, a folder of Parquet files or of WebDataset shards, or a
+    dataset by name. Pictures are not decoded here, because `datasets` raises an error at the first broken picture.
 
     Returns:
-        a sequence of rows, or a `datasets.IterableDataset` of them if `streaming` (shards are always streamed).
+        A sequence of rows, or a `datasets.IterableDataset` of rows if `streaming` (shards are always streamed).
 
     Raises:
-        `ValueError`: if nothing of the kind is there.
+        `ValueError`: if no training set is found.
     """
     if (train_data_dir is None) == (dataset_name is None):
         raise ValueError(
@@ -243,7 +248,7 @@ def _load_tables(tables: list[Path], streaming: bool):
         check_regular_file(table, "train_data_dir")
         try:
             pyarrow.parquet.read_metadata(table)
-        except Exception as error:  # a parser that meets arbitrary bytes may raise anything
+        except Exception as error:  # a parser can raise any exception on corrupted data
             raise ValueError(f"`train_data_dir`: {table} is cut off or no Parquet file: {error}") from error
     files = list(map(str, tables))
     dataset = _undecoded(datasets.load_dataset("parquet", data_files=files, split="train", streaming=streaming))
@@ -251,7 +256,8 @@ def _load_tables(tables: list[Path], streaming: bool):
 
 
 def _without_paths(batch: dict[str, list]) -> dict[str, list]:
-    """A table holds its pictures: a path in it would be that of any file on this machine."""
+    """Removes the paths from picture cells. A table contains the bytes of its pictures, and a path in an untrusted
+    table could point to any file on this machine."""
     return {
         name: [{**value, "path": None} if isinstance(value, dict) and "path" in value else value for value in values]
         for name, values in batch.items()
@@ -268,13 +274,13 @@ def _undecoded(dataset):
 
 
 class FiniteRows:
-    """Rows that have a number: each epoch is a permutation of its own, and the processes take turns, one batch each.
+    """Rows with random access. Each epoch uses a new permutation, and the processes take turns with one batch each.
 
     Args:
-        rows (`Sequence[dict]`): what `load_rows` gives.
-        seed (`int`): of the permutations.
-        batch_size (`int`): how many rows in sequence a process takes.
-        process_index (`int`), num_processes (`int`): which of how many processes reads.
+        rows (`Sequence[dict]`): the rows that `load_rows` returns.
+        seed (`int`): the seed of the permutations.
+        batch_size (`int`): the number of consecutive rows that a process takes.
+        process_index (`int`), num_processes (`int`): the index of this process and the number of processes.
     """
 
     def __init__(self, rows, seed: int, batch_size: int, process_index: int = 0, num_processes: int = 1):
@@ -285,7 +291,8 @@ class FiniteRows:
         self.num_processes = num_processes
 
     def read(self, position: Position) -> Iterator[tuple[Position, str, dict]]:
-        """Endlessly, from `position` (epoch, place in it) on: the position behind the row, its name and the row."""
+        """Yields rows endlessly, starting at `position` (epoch, place in the epoch). Each item is the position after
+        the row, the name of the row, and the row."""
         epoch, start = position
         count = len(self.rows)
         while True:
@@ -300,15 +307,16 @@ class FiniteRows:
 
 
 class StreamedRows:
-    """Rows that come as a stream, larger than a disk perhaps: the order of shards and a buffer are shuffled, anew in each
-    epoch; each process reads its own shards, or every so many-th row where the shards cannot be divided. To go on from a
-    position, the rows before it are read over, but not decoded.
+    """Rows from a stream, which can be larger than the disk. In each epoch, the order of the shards is shuffled, and
+    the rows are shuffled within a buffer. Each process reads different shards. If the shards cannot be divided evenly,
+    each process reads every `num_processes`-th row. To resume from a position, the rows before it are read, but not
+    decoded.
 
     Args:
-        rows (`datasets.IterableDataset`): what `load_rows` gives.
-        seed (`int`): of the shuffling.
-        buffer_size (`int`): out of how many rows the next one is drawn.
-        process_index (`int`), num_processes (`int`): which of how many processes reads.
+        rows (`datasets.IterableDataset`): the rows that `load_rows` returns.
+        seed (`int`): the seed for shuffling.
+        buffer_size (`int`): the number of rows in the shuffle buffer.
+        process_index (`int`), num_processes (`int`): the index of this process and the number of processes.
     """
 
     def __init__(self, rows, seed: int, buffer_size: int = 1000, process_index: int = 0, num_processes: int = 1):
@@ -317,7 +325,7 @@ class StreamedRows:
         self.rows = split_dataset_by_node(rows, process_index, num_processes) if num_processes > 1 else rows
 
     def read(self, position: Position) -> Iterator[tuple[Position, str, dict]]:
-        """As [`FiniteRows.read`]."""
+        """See [`FiniteRows.read`]."""
         epoch, place = position
         while True:
             self.rows.set_epoch(epoch)
@@ -332,7 +340,7 @@ class StreamedRows:
 
 
 def _flat(row: dict) -> dict:
-    """The columns of `read_shards` out of a row that `datasets` itself read from a shard."""
+    """Converts a row that `datasets` has read from a WebDataset shard to the columns that `read_shards` returns."""
     if "__url__" not in row:
         return row
     columns = {}
@@ -349,11 +357,12 @@ def _flat(row: dict) -> dict:
 
 def open_picture(value, min_size: int = 1, name: str = "image") -> Image.Image:
     """
-    A picture from bytes, a `Path`, a dict of bytes or a path as `datasets` has it, or a PIL image, upright and in RGB.
+    Opens a picture from bytes, a `Path`, a dict with bytes or a path (the format of `datasets`), or a PIL image. The
+    result is upright and in RGB.
 
     Raises:
-        [`BadSample`]: if it is missing, cannot be decoded to its end, is larger than `image_processing_ssr.MAX_PIXELS`, or
-            smaller than `min_size` on a side.
+        [`BadSample`]: if the picture is missing, cannot be decoded completely, is larger than
+            `image_processing_ssr.MAX_PIXELS`, or is smaller than `min_size` on a side.
     """
     try:
         picture = to_pil(_decode(value, name), name)
@@ -369,9 +378,9 @@ def _decode(value, name: str) -> Image.Image:
 
 
 def read_bytes(value, name: str = "image") -> bytes:
-    """The bytes behind what a row holds as a picture. Raises [`BadSample`] if there are none, or more than a picture has."""
+    """Returns the bytes of a picture cell. Raises [`BadSample`] for an empty cell or more than `MAX_ROW_BYTES`."""
     if isinstance(value, dict):
-        # only rows that `datasets` itself made hold paths here: see `_load_tables`
+        # only rows that `datasets` created can have a path here, see `_load_tables`
         value = value.get("bytes") or value.get("path")
         value = _read_file(value, name) if isinstance(value, str) and value else value
     if isinstance(value, Image.Image):
@@ -391,7 +400,7 @@ def _read_file(path: str, name: str) -> bytes:
             check_regular_file(path, name)
         with fsspec.open(path, "rb") as file:
             content = file.read(MAX_ROW_BYTES + 1)
-    except Exception as error:  # each file system of fsspec has errors of its own
+    except Exception as error:  # each fsspec file system raises different exceptions
         raise BadSample(f"{name} cannot be read: {error}") from error
     if len(content) > MAX_ROW_BYTES:
         raise BadSample(f"{name} has more than {MAX_ROW_BYTES:,} bytes")
@@ -399,7 +408,7 @@ def _read_file(path: str, name: str) -> bytes:
 
 
 def crop_square(picture: Image.Image, side: int) -> Image.Image:
-    """The central square, scaled to `side` pixels."""
+    """Crops the central square and scales it to `side` pixels."""
     edge = min(picture.size)
     left, top = (picture.width - edge) // 2, (picture.height - edge) // 2
     return picture.crop((left, top, left + edge, top + edge)).resize((side, side), Image.Resampling.LANCZOS)
@@ -408,15 +417,16 @@ def crop_square(picture: Image.Image, side: int) -> Image.Image:
 @dataclass(frozen=True)
 class Preparation:
     """
-    Turns a row into a sample: the target's pixels for the VAE, the references' for the vision encoder, caption and queries.
-    A reference that is the target itself is cropped like it, so that it shows nothing which the target does not.
+    Turns a row into a sample: pixels of the target for the VAE, pixels of the references for the vision encoder, the
+    caption and the queries. If the target itself is the reference, the reference is cropped like the target, so that
+    it does not show anything that is missing in the target.
 
     Args:
-        columns ([`Columns`]): which column holds what.
-        processor (`CLIPImageProcessor`): the vision encoder's sizes and normalisation.
-        resolution (`int`): side of the target in pixels.
-        min_image_size (`int`): a picture smaller than this on a side is a bad sample.
-        cache ([`FeatureCache`], *optional*): where the features of samples seen before lie.
+        columns ([`Columns`]): the names of the columns.
+        processor (`CLIPImageProcessor`): the image sizes and normalization for the vision encoder.
+        resolution (`int`): height and width of the target in pixels.
+        min_image_size (`int`): a picture that is smaller than this on a side is a bad sample.
+        cache ([`FeatureCache`], *optional*): the cache with the features of earlier samples.
         mask_query (`"caption"` or `"empty"`): the query of a subject that has a mask and no query.
     """
 
@@ -430,9 +440,10 @@ class Preparation:
     def __call__(self, row: dict) -> dict:
         """
         Returns:
-            `dict` with `caption`, `queries` and either `features` from the cache or `pixel_values` `(3, resolution,
-            resolution)` from -1 to 1 and, for each subject, `reference_values` `(num_subjects, 3, height, width)` and `masks`, a list
-            of `(1, height, width)` or `None`; with a cache also `digest`.
+            `dict` with `caption`, `queries` and either `features` from the cache, or `pixel_values` of shape
+            `(3, resolution, resolution)` from -1 to 1, `reference_values` of shape `(num_subjects, 3, height, width)`
+            and `masks`, a list with a tensor of shape `(1, height, width)` or `None` for each subject. With a cache,
+            the `dict` also has `digest`.
 
         Raises:
             [`BadSample`]: if the row cannot be used.
@@ -463,7 +474,7 @@ class Preparation:
         return {**sample, "masks": [mask for _, mask in references]}
 
     def _subjects(self, row: dict) -> list[dict]:
-        """Query, reference and mask of each subject; an empty cell is `None`."""
+        """Returns the query, reference and mask of each subject. Empty cells become `None`."""
         columns = self.columns
         names = {"query": columns.query, "reference": columns.reference, "mask": columns.mask}
         cells = {part: row.get(name) if name else None for part, name in names.items()}
@@ -486,12 +497,12 @@ class Preparation:
     def _query(self, subject: dict, caption: str) -> str:
         query = subject["query"]
         if query is None and subject["mask"] is not None:
-            # with a mask, the query is a caption of the whole picture, and may be the caption itself
+            # with a mask, the query describes the whole picture, so the caption can be used as the query
             return caption if self.mask_query == "caption" else ""
         return _text(query, self.columns.query)
 
     def _reference(self, subject: dict, picture: Image.Image) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Pixels and mask of a subject's reference, as the vision encoder sees them."""
+        """Returns the pixels and the mask of the subject's reference, preprocessed for the vision encoder."""
         columns, own = self.columns, self.columns.reference is not None
         whole = open_picture(subject["reference"], self.min_image_size, columns.reference) if own else picture
         edge = min(whole.size)
@@ -510,21 +521,22 @@ def _text(value, name: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise BadSample(f"{name} is missing or empty" if not value else f"{name} is no text: {value!r:.80}")
     if len(value) > MAX_TEXT or any("\ud800" <= letter <= "\udfff" for letter in value):
-        # JSON can hold halves of characters, which tokenizers and files cannot
+        # JSON can contain lone surrogates, which tokenizers and UTF-8 files cannot represent
         raise BadSample(f"{name} is no text of at most {MAX_TEXT:,} characters: {value!r:.80}")
     return value.strip()
 
 
 class Samples:
     """
-    Endlessly, the usable samples of rows. Unusable rows are named in `bad` and left out.
+    Yields usable samples endlessly. Unusable rows are left out and recorded in `bad`.
 
     Args:
-        rows ([`FiniteRows`] or [`StreamedRows`]): where rows come from.
-        prepare (`Callable[[dict], dict]`): makes a sample of a row, or raises [`BadSample`].
-        position (`tuple[int, int]`): where to begin; `position` is always that behind the last sample given.
-        threads (`int`): how many rows are prepared ahead at the same time; their order stays.
-        log (`Callable[[str], None]`, *optional*): told of each bad row, once.
+        rows ([`FiniteRows`] or [`StreamedRows`]): the source of the rows.
+        prepare (`Callable[[dict], dict]`): turns a row into a sample, or raises [`BadSample`].
+        position (`tuple[int, int]`): the start position. The attribute `position` is always the position after the
+            last sample that was yielded.
+        threads (`int`): the number of threads that prepare rows ahead. The order of the rows does not change.
+        log (`Callable[[str], None]`, *optional*): called once for each bad row.
     """
 
     def __init__(
@@ -554,7 +566,8 @@ class Samples:
                 self.bad[name] = str(sample)
                 if self.log is not None:
                     self.log(f"left out {name}: {sample}")
-            # a process may have no row of a small set in one epoch, but has in as many as there are processes
+            # with a small training set, a process can have no rows in an epoch, but it has some within
+            # `num_processes` epochs
             if position[0] > begun + self.rows.num_processes:
                 raise ValueError(f"No row of the training set can be used; the last one, {name}: {sample}")
 
@@ -567,7 +580,8 @@ class Samples:
 
 
 def _ahead(function: Callable, items: Iterable, threads: int) -> Iterator:
-    """`map`, some items ahead in threads; decoding and scaling release the interpreter's lock."""
+    """Like `map`, but computes some items ahead in threads. Threads are enough, because decoding and scaling release
+    the global interpreter lock."""
     if not threads:
         yield from map(function, items)
         return
@@ -585,11 +599,12 @@ def _ahead(function: Callable, items: Iterable, threads: int) -> Iterator:
 
 class FeatureCache:
     """
-    Tensors on disk, one safetensors file a sample, found by the content they were made of: changed pictures, captions or
-    settings are simply not in it. Files are written beside and renamed, so processes may share a folder.
+    Stores tensors on disk, in one safetensors file for each sample. The file name is a hash of the content and the
+    settings, so changed pictures, captions or settings lead to a different file. Files are written under a temporary
+    name and then renamed, so several processes can share a folder.
 
     Args:
-        folder (`Path`): where the files lie.
+        folder (`Path`): the folder for the files.
         settings (`dict`): everything else that the tensors depend on, such as models and sizes.
     """
 
@@ -598,7 +613,7 @@ class FeatureCache:
         self.settings = json.dumps(settings, sort_keys=True, default=str).encode()
 
     def digest(self, *contents: bytes) -> str:
-        """The name of what is made of `contents`."""
+        """Returns the hash of `contents` and the settings, which is the file name of the sample."""
         digest = hashlib.blake2b(self.settings, digest_size=20)
         for content in contents:
             digest.update(len(content).to_bytes(8, "little"))
@@ -609,14 +624,15 @@ class FeatureCache:
         return self.folder / digest[:2] / f"{digest}.safetensors"
 
     def load(self, digest: str) -> dict[str, torch.Tensor] | None:
-        """The tensors, or `None` if they are not there yet."""
+        """Loads the tensors, or returns `None` if they are not in the cache."""
         try:
             return load_file(self._file(digest))
         except (OSError, SafetensorError):
             return None
 
     def save(self, digest: str, tensors: dict[str, torch.Tensor], writer: str = "") -> None:
-        """Keep the tensors; `writer` tells processes apart that save the same sample at the same time."""
+        """Saves the tensors. `writer` identifies the process, because several processes can save the same sample at
+        the same time."""
         file = self._file(digest)
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(f".{writer}.part")
@@ -625,7 +641,7 @@ class FeatureCache:
 
 
 def summary(bad: dict[str, str], most: int = 20) -> str:
-    """The bad rows of a run, counted and named."""
+    """Returns a text with the number of bad samples and the names and reasons of the first `most` ones."""
     lines = [f"{len(bad)} bad samples were left out" + (":" if bad else ".")]
     lines += [f"  {name}: {reason}" for name, reason in list(bad.items())[:most]]
     if len(bad) > most:

@@ -1,4 +1,4 @@
-"""The options of train_ssr.py, and what they must satisfy before any work starts."""
+"""The options of train_ssr.py, and the checks of their values before training starts."""
 
 import argparse
 import importlib.util
@@ -11,7 +11,7 @@ from command_line import HelpFormatter
 def parse_args(
     description: str, lr_schedulers: Sequence[str], arguments: Sequence[str] | None = None
 ) -> argparse.Namespace:
-    """The options, from `arguments` or the command line."""
+    """Parses the options from `arguments` or from the command line."""
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     add = parser.add_argument
 
@@ -104,7 +104,7 @@ def parse_args(
 def check_args(args: argparse.Namespace) -> None:
     """
     Raises:
-        `ValueError`: naming the first option that is not what it should be.
+        `ValueError`: for the first option with an invalid value.
     """
     positive = (
         "min_image_size", "max_train_steps", "train_batch_size", "gradient_accumulation_steps",

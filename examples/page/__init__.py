@@ -1,1 +1,1 @@
-"""The web page of examples/app.py: what it shows, what it draws, and the Python that it writes."""
+"""The web page of examples/app.py: the layout, the drawing, and the Python script of each drawing."""

@@ -1,4 +1,4 @@
-"""Which checkpoints the page draws with."""
+"""The checkpoints that the page uses."""
 
 import argparse
 from dataclasses import dataclass
@@ -7,8 +7,8 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Folders or repositories on the Hub: the base model, the SSR-Encoder, and a ControlNet and a motion adapter where the
-    page has their tabs."""
+    """Folders or Hub repositories of the base model and the SSR-Encoder, and optionally of a ControlNet and a motion
+    adapter. The page only has the tabs for ControlNet and video if these are given."""
 
     base: str
     ssr: str
@@ -17,7 +17,8 @@ class Checkpoints:
 
     @classmethod
     def from_options(cls, args: argparse.Namespace) -> "Checkpoints":
-        """What the options name; a folder that holds a whole checkpoint also gives the parts that they leave out."""
+        """Reads the checkpoints from the options. A ControlNet or motion adapter that is not given is taken from the
+        folder of the checkpoint if it exists there."""
 
         def part(given: str | None, name: str) -> str | None:
             folder = Path(args.checkpoint) / name

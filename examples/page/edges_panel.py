@@ -1,4 +1,4 @@
-"""The part of the page that gives a ControlNet its edges."""
+"""The panel for the edges that a ControlNet follows."""
 
 import gradio as gr
 from PIL import Image
@@ -15,11 +15,11 @@ FIND, READY = "Find the edges in it", "It is an edge map (white lines on black)"
 
 class EdgesPanel:
     """
-    A picture whose edges are followed, or an edge map.
+    Panel to upload an edge map, or a picture to detect edges in.
 
     Args:
         studio ([`Studio`]):
-            Says how large its pictures are.
+            Provides the size of drawn pictures.
     """
 
     def __init__(self, studio: Studio):
@@ -40,7 +40,7 @@ class EdgesPanel:
             event(self._edges, self.given, edges, **HIDDEN)
 
     def read(self, values: dict) -> dict:
-        """What it asks for, as arguments of a `DrawingRequest`."""
+        """Returns the values of the panel as arguments of a `DrawingRequest`."""
         edges = self._edges(*(values[component] for component in self.given))
         if edges is None:
             raise ValueError("There is no picture yet whose edges are to be followed.")

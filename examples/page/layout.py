@@ -1,4 +1,4 @@
-"""The page as a whole, and what its buttons do."""
+"""The layout of the page, and the actions of its buttons."""
 
 import argparse
 from collections.abc import Iterator
@@ -23,24 +23,24 @@ Give a picture with several things in it, say which one you mean, and draw new p
 
 
 class FramesPanel:
-    """How long a video is."""
+    """Panel for the number of frames of a video."""
 
     def __init__(self, args: argparse.Namespace):
         self.num_frames = gr.Slider(2, args.max_frames, 8, step=1, label="Frames", elem_id="frames")
         self.components = {self.num_frames}
 
     def read(self, values: dict) -> dict:
-        """What it asks for, as arguments of a `DrawingRequest`."""
+        """Returns the values of the panel as arguments of a `DrawingRequest`."""
         return {"num_frames": values[self.num_frames]}
 
 
 class Page:
     """
-    The page of a studio; `blocks` is what Gradio serves.
+    The page of a studio. The attribute `blocks` is the Gradio app.
 
     Args:
         studio ([`Studio`]):
-            What draws.
+            Draws the pictures.
         args (`argparse.Namespace`):
             The options of the page.
     """
@@ -71,7 +71,7 @@ class Page:
                 self._drawing(VIDEO, [settings, FramesPanel(self.args)])
 
     def _drawing(self, kind: str, panels: list) -> None:
-        """The buttons and results of one kind of drawing, which reads what the subjects and the panels ask for."""
+        """Adds the buttons and outputs of one kind of drawing. The inputs are the subjects and the panels."""
         panels = [self.subjects, *panels]
         with gr.Row():
             draw = gr.Button("Draw", variant="primary", elem_id=f"draw-{kind}")
@@ -87,7 +87,7 @@ class Page:
             script = gr.Code(language="python", show_label=False, interactive=False, elem_id=f"script-{kind}")
             bundle = gr.DownloadButton("The script with its pictures (.zip)", size="sm", elem_id=f"bundle-{kind}")
 
-        # Gradio finds the last two arguments by their type and default
+        # Gradio recognizes the last two arguments by their type and default value
         def run(values: dict, request: gr.Request, progress=gr.Progress()) -> Iterator[tuple]:  # noqa: B008
             with messages():
                 asked = {}
@@ -106,11 +106,11 @@ class Page:
             show_progress_on=drawn,
             **HIDDEN,
         )
-        # one that waits is taken out of the queue; one that has begun stops after its step
+        # a waiting drawing is removed from the queue, and a running drawing stops after the current step
         cancel.click(self._cancel, None, None, cancels=drawing, concurrency_limit=None, **HIDDEN)
 
     def _draw(self, request: DrawingRequest, session: str, progress: gr.Progress) -> tuple:
-        """The picture or the video's file, the script, and the archive's file; nothing new if it is cancelled."""
+        """Returns the picture or video file, the script, and the archive file, or no updates if cancelled."""
         progress(0, desc="Encoding")
         try:
             with self.sessions.drawing(session) as cancelled:

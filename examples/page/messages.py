@@ -1,4 +1,4 @@
-"""Errors as messages on the page."""
+"""Shows errors as messages on the page."""
 
 import logging
 from collections.abc import Iterator
@@ -13,8 +13,9 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def messages() -> Iterator[None]:
-    """Errors inside are shown as a message; `@messages()` does that for a whole function. What a person can mend is shown as
-    it is; of everything else the page says only that it happened, and the log says what."""
+    """Context manager or decorator that shows errors as messages on the page. The message of a `ValueError` is shown
+    as it is, because the user can fix the input. Other errors are logged, and the page only shows a general
+    message."""
     try:
         yield
     except ValueError as error:

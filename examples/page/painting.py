@@ -1,4 +1,4 @@
-"""What people paint in an image editor, as masks."""
+"""Masks from the layers of an image editor."""
 
 import numpy as np
 from PIL import Image, ImageChops
@@ -8,7 +8,7 @@ CANVAS_SIDE = 512
 
 
 def canvas_for(picture: Image.Image) -> Image.Image:
-    """The picture to paint on: a small one is enlarged, so that the brush is finer than its pixels."""
+    """Returns the picture to paint on. A small picture is enlarged, so that the brush is smaller than its pixels."""
     ratio = CANVAS_SIDE / max(picture.size)
     if ratio <= 1:
         return picture
@@ -17,16 +17,16 @@ def canvas_for(picture: Image.Image) -> Image.Image:
 
 def painted_mask(layers: list[Image.Image], size: tuple[int, int]) -> Image.Image | None:
     """
-    Where something was painted, whatever its colour.
+    Returns a mask of the painted area. The color does not matter.
 
     Args:
         layers (`list[PIL.Image.Image]`):
-            The editor's layers, transparent where nothing was painted.
+            The layers of the editor, which are transparent where nothing was painted.
         size (`tuple[int, int]`):
             Width and height of the mask.
 
     Returns:
-        `PIL.Image.Image` in mode "L", white where something was painted, or `None` if nothing was.
+        `PIL.Image.Image` in mode "L", white where something was painted, or `None` if nothing was painted.
     """
     mask = Image.new("L", size)
     for layer in layers:
@@ -35,6 +35,7 @@ def painted_mask(layers: list[Image.Image], size: tuple[int, int]) -> Image.Imag
     covered = np.asarray(mask)
     if not covered.any():
         return None
-    # of pixels that are painted in part, those to a quarter; a stroke thinner than that still counts
+    # a pixel is marked if at least a quarter of it is painted; if no pixel reaches a quarter, because the strokes are
+    # too thin, the pixels with the largest painted area are marked
     marked = covered >= min(64, covered.max())
     return Image.fromarray(marked.astype(np.uint8) * 255)

@@ -1,4 +1,4 @@
-"""From the files that people upload to pictures."""
+"""Opens uploaded picture files."""
 
 from pathlib import Path
 
@@ -11,18 +11,19 @@ LONGEST_SIDE = 1024
 
 def open_picture(path: str | Path) -> Image.Image:
     """
-    Read a picture file. Large pictures are made smaller, since the vision encoder sees a few hundred pixels and the browser
-    sends the picture back and forth.
+    Opens a picture file. Large pictures are scaled down, because the vision encoder only uses a few hundred pixels and
+    the picture is transferred between the browser and the server several times.
 
     Args:
         path (`str` or `Path`):
-            The file.
+            The picture file.
 
     Returns:
-        `PIL.Image.Image`, upright, in RGB, of at most 1024 pixels on the longer side.
+        `PIL.Image.Image`, upright, in RGB, with at most 1024 pixels on the longer side.
 
     Raises:
-        `ValueError`: if it is no picture, is cut off, or is too large, too small or too narrow. The message names the file.
+        `ValueError`: if the file is not a picture, is truncated, or is too large, too small or too narrow. The message
+            contains the file name.
     """
     name = Path(path).name
     picture = to_pil(open_image(path, name), name)

@@ -1,4 +1,4 @@
-"""What a person asks the page to draw."""
+"""The requests of users to draw a picture."""
 
 from dataclasses import dataclass
 
@@ -10,8 +10,9 @@ PICTURE, ALONG_EDGES, VIDEO = "picture", "along_edges", "video"
 
 @dataclass(frozen=True, eq=False)
 class SubjectChoice:
-    """A subject: its reference picture, the query or the mask that selects it, how strongly it acts, and where in the output
-    it may appear. Masks are white where the subject is; `mask` has the reference's size, `region` the output's proportions."""
+    """A subject: the reference picture, the query or the mask that selects the subject, the scale, and the region of
+    the output where it can appear. Masks are white at the subject. `mask` has the size of the reference, and `region`
+    has the aspect ratio of the output."""
 
     picture: Image.Image
     query: str = ""
@@ -22,7 +23,8 @@ class SubjectChoice:
 
 @dataclass(frozen=True, eq=False)
 class DrawingRequest:
-    """A picture to draw; with `edges` (an edge map of the output's size) along these, with `num_frames` a video."""
+    """A request to draw a picture. With `edges`, an edge map of the output size, the picture follows the edges. With
+    `num_frames`, the request is for a video."""
 
     prompt: str
     subjects: tuple[SubjectChoice, ...] = ()
@@ -39,13 +41,13 @@ class DrawingRequest:
 
     @property
     def kind(self) -> str:
-        """Which pipeline draws it."""
+        """The kind of pipeline that draws the request."""
         if self.edges is not None:
             return ALONG_EDGES
         return PICTURE if self.num_frames is None else VIDEO
 
     def call_arguments(self) -> dict:
-        """The arguments of the pipeline's call that are numbers and texts; those without an effect are left out."""
+        """Returns the number and string arguments of the pipeline call, without those that have no effect."""
         arguments = {"prompt": self.prompt}
         if self.negative_prompt:
             arguments["negative_prompt"] = self.negative_prompt
@@ -57,7 +59,7 @@ class DrawingRequest:
         if self.subjects and (self.subject_start, self.subject_end) != (0.0, 1.0):
             arguments.update(subject_start=self.subject_start, subject_end=self.subject_end)
         if self.kind == ALONG_EDGES:
-            # the pipeline refuses whole numbers, and a slider gives them
+            # the pipeline does not accept an `int`, but a slider can return one
             arguments["controlnet_conditioning_scale"] = float(self.controlnet_conditioning_scale)
         if self.kind == VIDEO:
             arguments["num_frames"] = self.num_frames

@@ -1,4 +1,4 @@
-"""The Python that repeats what the page has drawn."""
+"""Writes Python scripts that repeat a drawing of the page."""
 
 import json
 import zipfile
@@ -20,7 +20,7 @@ CLASSES = {
 
 
 def needed_pictures(request: DrawingRequest) -> dict[str, Image.Image]:
-    """The pictures that the script opens, by file name."""
+    """Returns the pictures that the script opens, by file name."""
     pictures = {"edges.png": request.edges}
     for number, choice in enumerate(request.subjects, start=1):
         pictures[f"subject_{number}.png"] = choice.picture
@@ -33,18 +33,19 @@ def write_script(
     request: DrawingRequest, checkpoints: Checkpoints, dtype: torch.dtype, device: torch.device | str
 ) -> str:
     """
-    A script that draws the same picture again, with the pictures of `needed_pictures` beside it.
+    Returns a script that draws the same picture again. The pictures of `needed_pictures` have to be in the folder that
+    the script runs in.
 
     Args:
         request ([`DrawingRequest`]):
-            What was drawn.
+            The request that was drawn.
         checkpoints ([`Checkpoints`]):
-            What it was drawn with.
+            The checkpoints that were used.
         dtype (`torch.dtype`), device (`torch.device` or `str`):
-            Precision and place of the models. Another one draws nearly the same picture.
+            Precision and device of the models. With other values, the picture is slightly different.
 
     Returns:
-        `str`, the source of the script.
+        `str`, the source code of the script.
     """
     parts = [
         _imports(request),
@@ -56,7 +57,7 @@ def write_script(
 
 
 def text(value: str) -> str:
-    """A string in Python's syntax; JSON's double quotes and escapes are Python's as well."""
+    """Returns a Python string literal. Double quotes and escapes of JSON are also valid in Python."""
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -123,7 +124,7 @@ def _call(request: DrawingRequest) -> str:
 
 
 def write_bundle(file: Path, request: DrawingRequest, script: str) -> None:
-    """The script and the pictures that it opens, as one archive."""
+    """Writes the script and the pictures that it opens to a zip archive."""
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("repeat.py", script)
         for name, picture in needed_pictures(request).items():

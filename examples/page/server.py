@@ -1,4 +1,4 @@
-"""The options of the page, and its start."""
+"""The options of the page, and the server."""
 
 import argparse
 import os
@@ -27,7 +27,7 @@ def parse_args(arguments: Sequence[str] | None = None, description: str | None =
         "--concurrency", type=int, default=2, help="how many people draw at once; others wait in a queue"
     )
     parser.add_argument("--max_waiting", type=int, default=64, help="how many may wait; others are turned away")
-    # the variable is Gradio's own, and a Space sets it
+    # this is an environment variable of Gradio, which is set in a Space
     parser.add_argument(
         "--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), help="address to listen on"
     )
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None, description: str | None = __doc
 
 
 def start(args: argparse.Namespace, wait: bool = True) -> "Page":  # noqa: F821
-    """Load the models and serve the page; `wait=False` returns while it is served."""
+    """Loads the models and serves the page. With `wait=False`, the function returns while the server is running."""
     for setting in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_RUN_HISTORY"):
         os.environ.setdefault(setting, "False")
     from .checkpoints import Checkpoints
@@ -62,7 +62,7 @@ def start(args: argparse.Namespace, wait: bool = True) -> "Page":  # noqa: F821
         css=CSS,
         footer_links=[],
         max_file_size=LARGEST_FILE,
-        ssr_mode=False,  # Gradio's server-side rendering, which needs Node
+        ssr_mode=False,  # server-side rendering of Gradio, which needs Node
         prevent_thread_lock=not wait,
     )
     return page

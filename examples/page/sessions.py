@@ -1,4 +1,4 @@
-"""What the page keeps of each visitor: the drawings under way, so that they can be cancelled, and a folder for files."""
+"""The state of each session: the running drawings, which can be cancelled, and a folder for files."""
 
 import shutil
 import threading
@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 
 class Sessions:
-    """By session, which is what Gradio calls a browser tab."""
+    """The state of all sessions. In Gradio, each browser tab is a session."""
 
     def __init__(self):
         self._lock = threading.Lock()
@@ -18,7 +18,7 @@ class Sessions:
 
     @contextmanager
     def drawing(self, session: str) -> Iterator[threading.Event]:
-        """While a drawing is under way: an event that is set when it is to stop."""
+        """Registers a running drawing inside the context. Yields an event that is set when the drawing has to stop."""
         event = threading.Event()
         with self._lock:
             self._running.setdefault(session, set()).add(event)
@@ -31,7 +31,7 @@ class Sessions:
                     del self._running[session]
 
     def cancel(self, session: str) -> int:
-        """Stop a session's drawings; how many there were."""
+        """Stops the running drawings of a session and returns their number."""
         with self._lock:
             events = list(self._running.get(session, ()))
         for event in events:
@@ -39,12 +39,12 @@ class Sessions:
         return len(events)
 
     def file(self, session: str, name: str) -> Path:
-        """A file of a session; the next one of that name takes its place."""
+        """Returns the path of a file of the session. A later file with the same name overwrites it."""
         folder = Path(self._folder.name) / session
         folder.mkdir(exist_ok=True)
         return folder / name
 
     def close(self, session: str) -> None:
-        """A browser tab was closed."""
+        """Stops the drawings of a session and deletes its files, after its browser tab was closed."""
         self.cancel(session)
         shutil.rmtree(Path(self._folder.name) / session, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The part of the page that says how to draw: prompts, seed, steps and strengths."""
+"""The panel for the settings of a drawing, such as prompts, seed and steps."""
 
 import argparse
 import random
@@ -13,11 +13,11 @@ LARGEST_SEED = 2**32 - 1
 
 class SettingsPanel:
     """
-    What every kind of drawing shares.
+    Panel for the settings that all kinds of drawings share.
 
     Args:
         args (`argparse.Namespace`):
-            The options of the page, which are the first settings.
+            The options of the page, which are the initial settings.
     """
 
     def __init__(self, args: argparse.Namespace):
@@ -49,7 +49,7 @@ class SettingsPanel:
         self.components = set(self._by_name.values())
 
     def read(self, values: dict) -> dict:
-        """What they ask for, as arguments of a `DrawingRequest`."""
+        """Returns the values of the panel as arguments of a `DrawingRequest`."""
         arguments = {name: values[component] for name, component in self._by_name.items()}
         if arguments["seed"] is None:
             raise ValueError("The seed is empty. It has to be a whole number.")

@@ -1,4 +1,4 @@
-"""Draws what people ask for: pipelines for pictures, ControlNet and video that share one SSR-Encoder."""
+"""Draws the requests of users with pipelines for pictures, ControlNet and video that share one SSR-Encoder."""
 
 import threading
 from collections.abc import Callable
@@ -24,19 +24,19 @@ class Cancelled(Exception):
 
 class Studio:
     """
-    Draws for any number of threads at once. The models are loaded once: pictures and ControlNet share one UNet; the UNet for
-    video is another one, made when the first video is asked for.
+    Draws pictures and videos. It can be used by several threads at the same time. The models are loaded once. The
+    pipelines for pictures and ControlNet share one UNet. The UNet for video is created for the first video.
 
     Args:
         checkpoints ([`Checkpoints`]):
-            What to load.
+            The checkpoints to load.
     """
 
     def __init__(self, checkpoints: Checkpoints):
         self.checkpoints = checkpoints
         self._loading = threading.Lock()
         loaded = load_pipeline(checkpoints.base, checkpoints.ssr)
-        # `custom_pipeline` imports a copy of the code; the pipelines that share the UNet must be of the same copy
+        # `custom_pipeline` imports a copy of the code, and all pipelines that share the UNet must use the same copy
         self._pipelines: dict[str, DiffusionPipeline] = {PICTURE: StableDiffusionSSRPipeline.from_pipe(loaded)}
 
     @property
@@ -54,8 +54,8 @@ class Studio:
         return pipe.unet.config.sample_size * pipe.vae_scale_factor
 
     def pipeline(self, kind: str) -> DiffusionPipeline:
-        """A pipeline for one call, of shared models and a scheduler of its own: a scheduler counts the steps of a call, so
-        that two calls cannot share it."""
+        """Returns a pipeline for one call, with the shared models and a new scheduler. Two calls cannot share a
+        scheduler, because it counts the steps of a call."""
         with self._loading:
             if kind not in self._pipelines:
                 self._pipelines[kind] = {ALONG_EDGES: self._with_controlnet, VIDEO: self._with_motion}[kind]()
@@ -75,7 +75,7 @@ class Studio:
         return pipe.to(self.device)
 
     def attention_map(self, choice: SubjectChoice) -> Image.Image:
-        """The reference with what its query, or its mask, looks at in red."""
+        """Returns the reference with the attention of the query or the mask as a red overlay."""
         pipe = self.pipeline(PICTURE)
         return pipe.subject_attention_map(choice.picture, query=choice.query or None, mask=choice.mask).overlay()
 
@@ -86,27 +86,27 @@ class Studio:
         cancelled: Callable[[], bool] = lambda: False,
     ) -> Image.Image | list[Image.Image]:
         """
-        Draw a picture, or the frames of a video.
+        Draws a picture, or the frames of a video.
 
         Args:
             request ([`DrawingRequest`]):
-                What to draw.
+                The request to draw.
             on_step (`Callable`, *optional*):
-                Called after each step with its number, from 1, and the number of steps.
+                Called after each step with the number of the step, starting at 1, and the total number of steps.
             cancelled (`Callable`, *optional*):
-                Asked after each step whether to stop.
+                Called after each step. The drawing stops if it returns `True`.
 
         Returns:
             `PIL.Image.Image` or `list[PIL.Image.Image]`.
 
         Raises:
-            [`Cancelled`]: if it was cancelled. `ValueError`: if the request does not fit together.
+            [`Cancelled`]: if the drawing was cancelled. `ValueError`: if the request is invalid.
         """
 
         def after_step(pipe: DiffusionPipeline, step: int, timestep, tensors: dict) -> dict:
             on_step(step + 1, request.num_inference_steps)
             if cancelled():
-                pipe._interrupt = True  # diffusers' way to leave out the steps that remain
+                pipe._interrupt = True  # diffusers skips the remaining steps
             return tensors
 
         pipe = self.pipeline(request.kind)
@@ -125,7 +125,7 @@ class Studio:
 
 
 def encode(pipe: DiffusionPipeline, choices: tuple[SubjectChoice, ...]) -> SubjectEmbeds:
-    """All subjects, to be drawn in one picture."""
+    """Encodes all subjects and combines them to draw them in one picture."""
     together = None
     for number, choice in enumerate(choices, start=1):
         try:

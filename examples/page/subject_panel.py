@@ -1,4 +1,4 @@
-"""The part of the page that chooses a subject."""
+"""The panel to choose a subject."""
 
 import argparse
 import json
@@ -17,22 +17,23 @@ from .widgets import DAY, HIDDEN, PAINT, SHOW, empty_after, empty_canvas, file_d
 
 class SubjectPanel:
     """
-    A reference picture, the query or painted mask that selects a subject in it, and how and where it is drawn.
+    Panel for a reference picture, the query or painted mask that selects a subject in the picture, the scale of the
+    subject, and its region in the new picture.
 
     Args:
         studio ([`Studio`]):
-            Shows where the query looks.
+            Computes the attention map.
         args (`argparse.Namespace`):
             The options of the page.
         number (`int`):
-            Which subject of the page it is, from 1.
+            The number of the subject on the page, starting at 1.
     """
 
     def __init__(self, studio: Studio, args: argparse.Namespace, number: int):
         self.studio = studio
         self.number = number
         self.samples = _samples(Path(studio.checkpoints.ssr) / "references")
-        # apart from the editor, whose canvas may be larger than the picture
+        # the picture is stored separately, because the canvas of the editor can be larger than the picture
         self.picture = gr.State(time_to_live=DAY)
         file = file_drop("Reference picture", f"file-{number}")
         examples = self._examples(number)
@@ -68,7 +69,7 @@ class SubjectPanel:
             event(self._look, self.components, self.heat, **HIDDEN)
 
     def read(self, values: dict) -> SubjectChoice | None:
-        """What was chosen, from the values of the components; `None` without a picture."""
+        """Returns the subject that was chosen in the components, or `None` if there is no picture."""
         picture = values[self.picture]
         if picture is None:
             return None
@@ -114,7 +115,7 @@ class SubjectPanel:
         return self.look(values)
 
     def look(self, values: dict) -> gr.Image | dict:
-        """The attention map, or nothing new without a picture."""
+        """Returns the attention map, or no update if there is no picture."""
         choice = self.read(values)
         if choice is None:
             return gr.skip()
@@ -125,7 +126,7 @@ class SubjectPanel:
 
 
 class SubjectPanels:
-    """A tab for each subject that a picture may have."""
+    """Tabs with a panel for each subject."""
 
     def __init__(self, studio: Studio, args: argparse.Namespace):
         self.panels = []
@@ -137,17 +138,17 @@ class SubjectPanels:
         self.heats = [panel.heat for panel in self.panels]
 
     def read(self, values: dict) -> dict:
-        """What they ask for, as arguments of a `DrawingRequest`."""
+        """Returns the values of the panels as arguments of a `DrawingRequest`."""
         choices = (panel.read(values) for panel in self.panels)
         return {"subjects": tuple(choice for choice in choices if choice is not None)}
 
     def look(self, values: dict) -> list:
-        """The attention maps of all of them, for `heats`."""
+        """Returns the attention maps of all panels, which are the new values of `heats`."""
         return [panel.look(values) for panel in self.panels]
 
 
 def _samples(folder: Path) -> list[tuple[str, str]]:
-    """Reference pictures that come with a checkpoint, each with its first query."""
+    """Returns the paths of the reference pictures of a checkpoint, each with its first query."""
     listed = folder / "queries.json"
     if not listed.is_file():
         return []
