@@ -1,4 +1,4 @@
-"""SSR-Encoder for diffusers: say which thing in a picture is meant, and draw new pictures of it."""
+"""SSR-Encoder for diffusers: select a thing in a picture with a query, and draw new pictures of it."""
 
 from .attention_map import SubjectAttentionMap
 from .attention_processors import SSRAttnProcessor2_0

@@ -1,4 +1,4 @@
-"""Where in a picture a query looks: what `subject_attention_map` returns."""
+"""The attention map of a query: what `subject_attention_map` returns."""
 
 from dataclasses import dataclass, field
 
@@ -12,24 +12,23 @@ from . import image_processing_ssr
 @dataclass(frozen=True, eq=False, repr=False)
 class SubjectAttentionMap:
     r"""
-    The token-to-patch attention of a query over its picture, averaged over the heads: what enters the subject's embeddings,
-    and so the drawn picture. It is compared with the attention of an empty query, so that what any query looks at (a
-    horizon, the brightest thing) does not stand for the queried thing.
+    The token-to-patch attention of a query over its picture, averaged over the heads. This attention produces the subject's
+    embeddings. The attention of an empty query is subtracted, because every query attends to some places (such as a horizon or
+    the brightest thing) that are not the queried thing.
 
     Args:
         heat (`np.ndarray` of shape `(height, width)`):
-            At the picture's own size, from 0 to 1: the attention that the query's tokens, padding included, gather there beyond
-            an empty query's. Its maximum is twice `gathered`, so that a query that looks nowhere in particular gives a faint
-            map.
-            With `tokens="own"` it is the paper's figure 5 instead: the tokens of the query's words alone, scaled to their own
+            The attention map at the picture's size, from 0 to 1: the attention of the query's tokens, including padding, minus
+            that of an empty query. Its maximum is twice `gathered`, so a query without a clear target gives a faint map.
+            With `tokens="own"` it is the map of the paper's figure 5: only the tokens of the query's words, scaled to their own
             maximum.
         tokens (`list[tuple[str, np.ndarray]]`):
             The same for each token of the query's words.
         picture (`PIL.Image.Image`):
-            The picture, upright and in RGB.
+            The picture in RGB, rotated as its EXIF data say.
         gathered (`float`):
-            Which share of its attention, from 0 to 1, the query directs elsewhere than an empty query does. A query that is
-            answered by nothing in the picture tends to have less of it; what is much depends on the checkpoint.
+            The share of the attention, from 0 to 1, that the query moves to other places, compared with an empty query. It
+            tends to be lower if the queried thing is not in the picture. Typical values depend on the checkpoint.
 
     Example:
 
@@ -56,14 +55,14 @@ class SubjectAttentionMap:
 
     def overlay(self, heat: np.ndarray | None = None) -> Image.Image:
         r"""
-        The picture with the heat laid over it: red where the query looks, the picture greyed out where it does not.
+        The picture with the attention map on top: red where the attention is high, and grey where it is low.
 
         Args:
             heat (`np.ndarray` of shape `(height, width)`, *optional*):
-                One token's map instead of the whole query's.
+                The map of one token, instead of that of the whole query.
 
         Returns:
-            `PIL.Image.Image` of the picture's size.
+            `PIL.Image.Image` with the size of the picture.
         """
         heat = (self.heat if heat is None else heat)[..., None]
         pixels = np.asarray(self.picture).astype(np.float32)
@@ -81,19 +80,19 @@ def make_attention_map(
     tokens: str,
 ) -> SubjectAttentionMap:
     r"""
-    Compare a query's attention with an empty query's.
+    Compare the attention of a query with that of an empty query.
 
     Args:
         probs (`torch.Tensor` of shape `(num_tokens, 1 + num_patches)`):
             The query's attention, averaged over the heads, class token first.
         empty_probs (`torch.Tensor` of the same shape):
-            The empty query's.
+            The attention of the empty query.
         own_tokens (`dict[int, str]`):
-            The tokens of the query's words, by their place among `num_tokens`.
+            The tokens of the query's words, by their position in `num_tokens`.
         picture (`PIL.Image.Image`):
             The picture.
         resize_mode (`str`):
-            How it was fitted into the vision encoder's square.
+            How the picture was resized to the vision encoder's square.
         tokens (`str`):
             `"all"` or `"own"`, see [`SubjectAttentionMap`].
     """
@@ -107,7 +106,7 @@ def make_attention_map(
         attention, peaks = (whole - empty).clamp(min=0), (2 * _distance(whole, empty)).clamp(max=1)
     side = round((probs.shape[1] - 1) ** 0.5)
     maps = image_processing_ssr.postprocess_map(attention[:, 1:].unflatten(1, (side, side)), picture.size, resize_mode)
-    # a map that is 0 everywhere stays so
+    # a map that is 0 everywhere stays 0
     maps = maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-12) * peaks[:, None, None]
     gathered = float(_distance(probs.mean(0), empty))
     return SubjectAttentionMap(
@@ -116,5 +115,5 @@ def make_attention_map(
 
 
 def _distance(probs: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """The share of its attention that one distribution puts elsewhere than another: their total variation distance."""
+    """The total variation distance of two distributions of attention."""
     return (probs - others).abs().sum(-1) / 2

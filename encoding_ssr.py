@@ -1,4 +1,4 @@
-"""From pictures and queries to subject embeddings (section 3.2 of the paper): the part of a pipeline that reads references."""
+"""From pictures and queries to subject embeddings (section 3.2 of the paper)."""
 
 from weakref import WeakKeyDictionary
 
@@ -15,7 +15,7 @@ from . import (
 )
 
 
-# by SSR-Encoder, which many pipelines may share
+# by SSR-Encoder, which several pipelines can share
 _caches: WeakKeyDictionary = WeakKeyDictionary()
 
 
@@ -33,31 +33,32 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
         clip_skip: int | None = None,
     ) -> subject_embeds.SubjectEmbeds | list[subject_embeds.SubjectEmbeds]:
         r"""
-        Pick a subject, or several, out of a picture (section 3.2 of the paper).
+        Encode one or several subjects of a picture (section 3.2 of the paper).
 
         Args:
             image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
                 The reference picture.
             query (`str` or `list[str]`, *optional*):
-                Which thing in it is meant; a list encodes the picture once and gives a list of subjects. It goes through
-                the pipeline's own text encoder, like a prompt. With a mask it is a caption of the picture, and may be
-                left out.
+                The thing in the picture to encode. With a list, the picture is encoded once, and a list of subjects is
+                returned. The query is encoded with the pipeline's own text encoder, like a prompt. With a mask, the query is
+                a caption of the picture and optional.
             mask (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`, *optional*):
-                White, or 1, where the subject is; `(height, width)`, as large as the picture.
+                White, or 1, where the subject is. It has the shape `(height, width)` of the picture.
             mask_weight (`float`, defaults to 1.0):
-                How strongly the mask draws the attention inside.
+                How strongly the attention is restricted to the mask.
             resize_mode (`str`, defaults to `"pad"`):
-                `"pad"` shows the encoder the whole picture, with a margin where it is not square; `"crop"` only the
-                central square, as the released code does: larger, but what lies at the ends of a long picture is lost.
+                With `"pad"` the vision encoder sees the whole picture, with a margin if it is not square. With `"crop"`, as in
+                the released code, it sees only the central square. Things are then larger, but the ends of a long picture are
+                lost.
             lora_scale (`float`, *optional*), clip_skip (`int`, *optional*):
-                For the query in the text encoder, as `encode_prompt` takes them. A call passes its own on.
+                Passed to `encode_prompt` for the query. A call of the pipeline passes its own values.
 
         Returns:
-            [`SubjectEmbeds`], for the `subject` argument of any pipeline with the same SSR-Encoder, or a `list` of them.
+            [`SubjectEmbeds`] or a `list` of them, for the `subject` argument of any pipeline with the same SSR-Encoder.
 
         Raises:
-            `ValueError`: if no SSR-Encoder or text encoder is loaded, `image` is not a picture, `query` is not a text or is
-            empty, or `mask` does not fit.
+            `ValueError`: if no SSR-Encoder or text encoder is loaded, if `image` is not a picture, if `query` is not a text or
+            is empty, or if `mask` does not have the size of the picture.
 
         Example:
 
@@ -74,8 +75,8 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
     def _encode_subjects(
         self, subject_image, subject_query, subject_mask, mask_weight: float, resize_mode: str, text: dict
     ) -> list[subject_embeds.SubjectEmbeds]:
-        """Encode each (picture, query, mask), each picture once, and not those that the cache holds. `text` are further
-        arguments of `encode_prompt`."""
+        """Encode each (picture, query, mask). Each picture is encoded once, and subjects in the cache are not encoded again.
+        `text` holds further arguments of `encode_prompt`."""
         self._check_can_encode()
         references = checks_ssr.check_references(subject_image, subject_query, subject_mask)
         mask_weight = subject_embeds.check_scale("mask_weight", mask_weight)
@@ -128,8 +129,8 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
         return [hidden_states[level].to(encoder.dtype) for level in encoder.config.image_levels]
 
     def _encode_queries(self, queries: list[str], device, text: dict) -> torch.Tensor:
-        """Text hidden states of the queries, through the pipeline's own text encoder as a prompt's. The first of them is
-        the empty query of the unconditional branch."""
+        """The text hidden states of the queries, encoded with the pipeline's own text encoder like a prompt. The first query
+        is the empty query of the unconditional branch."""
         given = {name: value for name, value in text.items() if value is not None}
         if hasattr(self, "encode_prompt"):
             states = self.encode_prompt(queries, device, 1, False, **given)[0]
@@ -149,20 +150,20 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
         tokens: str = "all",
     ) -> attention_map.SubjectAttentionMap:
         r"""
-        Where in a picture a query looks. Arguments are those of `encode_subject`, with one query, and:
+        The attention map of a query. The arguments are those of `encode_subject`, with a single query, and:
 
         Args:
             tokens (`str`, defaults to `"all"`):
-                `"all"` shows what enters the subject's embeddings, all of the query's tokens, padding included, beyond what
-                an empty query looks at. `"own"` shows the tokens of the query's words alone, scaled to their own maximum, as
-                the paper's figure 5.
+                `"all"` shows the attention of all tokens of the query, including padding, minus that of an empty query. This
+                attention produces the subject's embeddings. `"own"` shows only the tokens of the query's words, scaled to
+                their own maximum, as in the paper's figure 5.
 
         Returns:
-            [`SubjectAttentionMap`]: a heat map and an overlay at the picture's own size, one map a token, and how much of
-            the attention the query gathers.
+            [`SubjectAttentionMap`]: a map and an overlay at the picture's size, one map for each token, and the share of the
+            attention that the query moves.
 
         Raises:
-            `ValueError`: as `encode_subject`, or if `tokens` is neither.
+            `ValueError`: as in `encode_subject`, or if `tokens` is neither `"all"` nor `"own"`.
 
         Example:
 
@@ -185,7 +186,7 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
         query_states = self._encode_queries(["", query], device, {})
         if mask is not None:
             mask = image_processing_ssr.preprocess_mask(mask, self.ssr_image_processor, resize_mode).to(device)
-        # the empty query looks at the picture without the mask, so that the map shows what the mask does as well
+        # the empty query gets no mask, so that the map also shows the effect of the mask
         probs, empty_probs = (
             self.ssr_encoder.attention_probs(states, levels[-1], each, mask_weight)[0].float().mean(0).cpu()
             for states, each in ((query_states[1:], mask), (query_states[:1], None))
@@ -195,7 +196,7 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
         )
 
     def _own_tokens(self, query: str) -> dict[int, str]:
-        """The tokens of a query's words, without start, end and padding, by their place."""
+        """The tokens of a query's words, without start, end and padding, by their position."""
         ids = shared_components.with_own_tokenizer(
             self, lambda pipeline: pipeline.tokenizer(query, truncation=True).input_ids
         )
@@ -203,7 +204,7 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
         return dict(zip(own, self.tokenizer.convert_ids_to_tokens([ids[i] for i in own]), strict=True))
 
     def _check_can_encode(self) -> None:
-        """Raise a `ValueError` if something that a reference or a query goes through is absent, or does not fit."""
+        """Raise a `ValueError` if a component that encodes references or queries is missing or does not fit."""
         self._check_ssr_loaded()
         if self.ssr_image_encoder is None or not self.ssr_encoder.config.image_levels:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Loading, exchanging and saving a pipeline's SSR-Encoder, as diffusers' loader mixins do it for their adapters."""
+"""Loads, replaces and saves the SSR-Encoder of a pipeline, in the way of diffusers' loader mixins."""
 
 import inspect
 import json
@@ -27,8 +27,8 @@ COMPONENTS = ("ssr_encoder", "ssr_image_encoder", "ssr_image_processor")
 DEFAULT_SCALE = 0.65
 
 
-# A type checker takes each mixin for a pipeline, which is what it is mixed into. At run time it must not be one: diffusers
-# refuses a file of custom code in which it finds two pipeline classes.
+# For a type checker each mixin is a pipeline. At run time it must not be one, because diffusers raises an error for a file of
+# custom code with two pipeline classes.
 if TYPE_CHECKING:
     _Pipeline = DiffusionPipeline
 else:
@@ -36,8 +36,8 @@ else:
 
 
 class SSRComponents(_Pipeline):
-    """What the mixins use of the pipeline that they are mixed into. Before `load_ssr` the SSR components are `None`;
-    `_check_ssr_loaded` makes sure of them."""
+    """The attributes of the pipeline that the mixins use. Before `load_ssr` the SSR components are `None`;
+    `_check_ssr_loaded` checks them."""
 
     unet: Any
     text_encoder: Any
@@ -71,32 +71,33 @@ class SSRLoaderMixin(SSRComponents):
         **kwargs,
     ) -> None:
         r"""
-        Load an SSR-Encoder and the vision encoder it was trained on into the pipeline. Offloading is
-        switched off meanwhile and on again afterwards, as diffusers' own loaders do.
+        Load an SSR-Encoder, and the vision encoder that it was trained with, into the pipeline. Like diffusers' own loaders,
+        this disables offloading while loading and enables it again afterwards.
 
         Args:
             pretrained_model_name_or_path (`str`, `os.PathLike` or [`SSREncoder`]):
-                A repository on the Hub, a folder (what `save_pretrained`, `train_ssr.py` or one of its checkpoints wrote),
-                or an encoder that is already in memory. That one is taken as it is: neither its precision nor its device
-                is changed, since other pipelines may hold it.
+                A repository on the Hub, a folder (written by `save_pretrained`, by `train_ssr.py`, or a checkpoint of
+                `train_ssr.py`), or an SSR-Encoder that is already in memory. The precision and device of an encoder in memory
+                are not changed, because other pipelines may use it.
             subfolder (`str`, defaults to `"ssr_encoder"`):
-                Where in it the SSR-Encoder lies.
+                The subfolder with the SSR-Encoder.
             image_encoder (`CLIPVisionModel` or `CLIPVisionModelWithProjection`, *optional*):
-                A vision encoder already in memory; otherwise it is loaded.
+                A vision encoder that is already in memory. By default it is loaded.
             image_encoder_folder (`str`, *optional*, defaults to `"ssr_image_encoder"`):
-                Where the vision encoder lies. `None` loads none: the pipeline then draws subjects that are encoded already.
+                The subfolder with the vision encoder. With `None` no vision encoder is loaded, and the pipeline can only draw
+                subjects that are already encoded.
             image_processor (`CLIPImageProcessor`, *optional*):
-                The vision encoder's sizes and normalisation. Where it is neither given nor in the repository, it is made
+                The sizes and normalisation of the vision encoder. If it is neither given nor in the repository, it is created
                 from the vision encoder's config.
             image_processor_folder (`str`, *optional*, defaults to `"ssr_image_processor"`):
-                Where it lies. `None` loads none.
+                The subfolder with the image processor. With `None` it is not loaded.
             **kwargs:
-                `dtype` (or `torch_dtype`; by default the UNet's), and `cache_dir`, `force_download`, `local_files_only`,
-                `proxies`, `revision`, `token`, `use_safetensors` and `variant`, as `from_pretrained` takes them.
+                `dtype` (or `torch_dtype`; defaults to that of the UNet), and the arguments `cache_dir`, `force_download`,
+                `local_files_only`, `proxies`, `revision`, `token`, `use_safetensors` and `variant` of `from_pretrained`.
 
         Raises:
-            `ValueError`: if the encoder does not fit the UNet, the text encoder or the vision encoder, or an encoder in
-            memory lies on another device than the pipeline.
+            `ValueError`: if the encoder does not fit the UNet, the text encoder or the vision encoder, or if an encoder in
+            memory is on another device than the pipeline.
 
         Example:
 
@@ -139,7 +140,7 @@ class SSRLoaderMixin(SSRComponents):
 
     def unload_ssr(self) -> None:
         r"""
-        Take the SSR-Encoder and its vision encoder out of the pipeline, which then is the stock pipeline.
+        Remove the SSR-Encoder and its vision encoder from the pipeline, which then works like the stock pipeline.
 
         Example:
 
@@ -154,7 +155,7 @@ class SSRLoaderMixin(SSRComponents):
     def drop_ssr_encoders(self) -> None:
         r"""
         Free the memory of the vision encoder and of the part of the SSR-Encoder that reads pictures. Subjects that are
-        encoded already, or loaded from a file, are drawn as before; to encode another one, call `load_ssr` again. Other
+        already encoded, or loaded from a file, can still be drawn. To encode another subject, call `load_ssr` again. Other
         pipelines that share the encoders keep them.
 
         Raises:
@@ -176,8 +177,8 @@ class SSRLoaderMixin(SSRComponents):
 
     @contextmanager
     def _offloading_disabled(self) -> Iterator[bool]:
-        """Components are exchanged without offloading hooks on any of them, and offloaded again afterwards, as diffusers'
-        own loaders do. Yields whether models rest on the CPU then."""
+        """Disable offloading while components are replaced, and enable it again afterwards, like diffusers' own loaders.
+        Yields whether the models are on the CPU meanwhile."""
         model, sequential, group = library_internals.disable_offloading(self)
         try:
             yield model or sequential
@@ -193,16 +194,16 @@ class SSRLoaderMixin(SSRComponents):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         r"""
-        Save the whole pipeline, its code included, so that `DiffusionPipeline.from_pretrained(save_directory,
-        trust_remote_code=True)` loads it anywhere. Arguments are those of `DiffusionPipeline.save_pretrained`. The folder is
-        written whole or, after an error, left as it was.
+        Save the pipeline with its code, so that `DiffusionPipeline.from_pretrained(save_directory, trust_remote_code=True)`
+        loads it anywhere. The arguments are those of `DiffusionPipeline.save_pretrained`. After an error, the folder is
+        unchanged.
         """
         with file_utils.atomic_folder(save_directory) as folder:
             super().save_pretrained(os.fspath(folder), *args, **kwargs)
             self._save_index_and_code(folder)
 
     def _save_index_and_code(self, folder: Path) -> None:
-        """The pipeline's modules, and where in `model_index.json` they are found."""
+        """Save the pipeline's modules, and refer to them in `model_index.json`."""
         entry = self._save_code(folder)
         model_index = folder / self.config_name
         config = json.loads(model_index.read_text())
@@ -216,7 +217,7 @@ class SSRLoaderMixin(SSRComponents):
     def _save_code(self, folder: Path) -> Path:
         """Copy the modules that the pipeline needs, and return the one that diffusers finds the class in."""
         entry = Path(inspect.getfile(type(self)))
-        # any file that lists the modules: of custom code only one is there, the one that was asked for
+        # any file that imports all modules: with custom code there is only one, the file that was loaded
         files = sorted(Path(__file__).parent.glob("pipeline*.py"), reverse=True)
         listing = next(file for file in files if "from .mixin_ssr import" in file.read_text())
         if hasattr(self, "_stock_class"):  # a class of `ssr_pipeline_class` has no file of its own
@@ -232,15 +233,15 @@ class SSRLoaderMixin(SSRComponents):
         return entry
 
     def __getstate__(self) -> dict:
-        """For pickling, to send a pipeline to another process."""
+        """The state for pickling, to send a pipeline to another process."""
         state = dict(self.__dict__)
         if state.get("ssr_image_encoder") is not None:
             state["ssr_image_encoder"] = library_internals.without_capturing_hooks(state["ssr_image_encoder"])
         return state
 
-    # A whole pipeline that `save_pretrained` wrote names its own class and code. Loaded by the name of one of our classes
-    # (`StableDiffusionSSRControlNetPipeline.from_pretrained(folder, controlnet=...)`) it becomes that class, of the code that
-    # is running: otherwise diffusers would give back the saved class and drop the ControlNet.
+    # The config of a saved pipeline names its class and its code. If it is loaded with one of our classes
+    # (`StableDiffusionSSRControlNetPipeline.from_pretrained(folder, controlnet=...)`), it becomes that class, from the code that
+    # is running. Otherwise diffusers would return the saved class and drop the ControlNet.
 
     @classmethod
     def _dict_from_json_file(cls, json_file, **kwargs):
@@ -251,7 +252,7 @@ class SSRLoaderMixin(SSRComponents):
 
     @classmethod
     def load_config(cls, *args, **kwargs):
-        """As `DiffusionPipeline.load_config`, for this class."""
+        """Like `DiffusionPipeline.load_config`, for this class."""
         config = super().load_config(*args, **kwargs)
         if isinstance(config, dict) and (config.get("ssr_encoder") or [None])[0] is not None:
             config["ssr_encoder"] = [modeling_ssr.SSREncoder.__module__, modeling_ssr.SSREncoder.__name__]
@@ -259,24 +260,24 @@ class SSRLoaderMixin(SSRComponents):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """As `DiffusionPipeline.from_pretrained`. `dtype` is the precision whatever the version of diffusers."""
+        """Like `DiffusionPipeline.from_pretrained`. `dtype` is the precision with every version of diffusers."""
         return super().from_pretrained(pretrained_model_name_or_path, **library_internals.precision_arguments(kwargs))
 
     @classmethod
     def from_pipe(cls, pipeline, **kwargs):
         r"""
-        Make this pipeline from another one's components, its SSR-Encoder included. Arguments are those of
-        `DiffusionPipeline.from_pipe`, but for `dtype`: where that one turns the shared components into float32 unless
-        told otherwise, this one keeps the precision that they have in common.
+        Create this pipeline from the components of another one, including its SSR-Encoder. The arguments are those of
+        `DiffusionPipeline.from_pipe`, with another default for `dtype`: `DiffusionPipeline.from_pipe` converts the shared
+        components to float32, while this method keeps their precision if they all have the same one.
 
         Args:
             pipeline (`DiffusionPipeline`):
                 Any Stable Diffusion 1.5 pipeline, with or without an SSR-Encoder.
             kwargs:
-                Components to put in, such as `controlnet`, and `dtype`.
+                Further components, such as `controlnet`, and `dtype`.
 
         Returns:
-            This class's pipeline, on the same components. A UNet with motion modules is a new one, on the CPU.
+            A pipeline of this class with the same components. A UNet with motion modules is a new UNet on the CPU.
 
         Example:
 
@@ -294,7 +295,7 @@ class SSRLoaderMixin(SSRComponents):
 
 
 def _load_image_encoder(source, folder: str, kwargs: dict) -> CLIPVisionModel:
-    # a checkpoint of `train_ssr.py` holds what is trained; the vision encoder lies beside it
+    # a checkpoint of `train_ssr.py` contains only the trained weights; the vision encoder is in the parent folder
     beside = Path(source).parent
     if os.path.isdir(source) and not os.path.isdir(os.path.join(source, folder)):
         if not (beside / folder).is_dir():
@@ -328,7 +329,7 @@ def _load_image_processor(path, subfolder: str, kwargs) -> CLIPImageProcessor | 
 
 
 def _import_lines(entry: Path) -> str:
-    """The relative imports of an entry file, which are those of every module."""
+    """The relative imports of an entry file, which imports every module."""
     return "\n".join(line for line in entry.read_text().splitlines() if line.startswith("from ."))
 
 

@@ -3,8 +3,9 @@
     python examples/benchmark_memory.py --dtype float16
     python examples/benchmark_memory.py --preset pocket --size 64
 
-The weights are random at Stable Diffusion 1.5's sizes, which changes neither memory nor time. On a GPU it is the peak that PyTorch
-allocates there; without one, the peak of the process's memory, and the offloading settings are left out.
+The weights are random and have Stable Diffusion 1.5's sizes, because neither memory nor time depends on the values. On a GPU, the
+memory is the peak that PyTorch allocates there. Without a GPU, it is the peak memory of the process, and the offloading settings are
+skipped.
 """
 
 import argparse
@@ -49,7 +50,7 @@ def sequential_offload(pipe: DiffusionPipeline, device: torch.device) -> None:
     pipe.enable_sequential_cpu_offload(device=device)
 
 
-# each prepares a fresh pipeline whose subject is encoded
+# each one prepares a new pipeline, after the subject was encoded
 SETTINGS: dict[str, Callable[[DiffusionPipeline, torch.device], None]] = {
     "none": to_device,
     "drop_ssr_encoders": drop_encoders,
@@ -62,7 +63,7 @@ NEED_GPU = ("model_offload", "sequential_offload")
 
 
 def measure(setting: str, args: argparse.Namespace, device: torch.device) -> list[str]:
-    """A row of the table: the peak of memory and the seconds of a step, without and with a subject."""
+    """A row of the table: peak memory and seconds per step, without and with a subject."""
     pipe = sd15_pipeline() if args.preset == "sd15" else pocket_pipeline()
     pipe.to(getattr(torch, args.dtype))
     pipe.set_progress_bar_config(disable=True)
@@ -93,12 +94,12 @@ def main():
         default="sd15",
         help="the sizes of Stable Diffusion 1.5, or the pocket checkpoint",
     )
-    parser.add_argument("--size", type=int, default=512, help="of the picture, in pixels")
+    parser.add_argument("--size", type=int, default=512, help="size of the picture in pixels")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="precision")
-    parser.add_argument("--batch_size", type=int, default=1, help="pictures in a call")
-    parser.add_argument("--steps", type=int, default=4, help="that are timed")
+    parser.add_argument("--batch_size", type=int, default=1, help="pictures per call")
+    parser.add_argument("--steps", type=int, default=4, help="steps that are timed")
     parser.add_argument("--rounds", type=int, default=1, help="how often each call is timed")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="what to measure")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="the settings to measure")
     args = parser.parse_args()
     logging.set_verbosity_error()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -110,7 +111,7 @@ def main():
         print("| " + " | ".join(measure(setting, args, device)) + " |", flush=True)
     skipped = [each for each in args.settings if each not in settings]
     if skipped:
-        print(f"Left out without a GPU: {', '.join(skipped)}")
+        print(f"Skipped, because they need a GPU: {', '.join(skipped)}")
 
 
 if __name__ == "__main__":
