@@ -1,4 +1,4 @@
-"""What every SSR pipeline shares: its components, and its call."""
+"""The components and the call that all SSR pipelines share."""
 
 import functools
 import inspect
@@ -23,7 +23,7 @@ from . import (
 
 
 def _in_own_pipeline(call: Callable) -> Callable:
-    """A pipeline's `__call__`, when it may begin, and on a copy of the pipeline where that one is in a call already."""
+    """Let a pipeline's `__call__` wait for its turn, and run it on a copy if the pipeline is already in a call."""
 
     @functools.wraps(call)
     def method(self, *args, **kwargs):
@@ -35,18 +35,18 @@ def _in_own_pipeline(call: Callable) -> Callable:
 
 class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingMixin):
     r"""
-    Adds SSR-Encoder to a Stable Diffusion 1.5 pipeline of diffusers: `class MyPipeline(SSRPipelineMixin, StockPipeline)`
-    has the stock pipeline's arguments and components and, beside them, those documented here. docs/how_it_works.md shows
-    the way of a picture and of a query through the modules.
+    Adds SSR-Encoder to a Stable Diffusion 1.5 pipeline of diffusers. `class MyPipeline(SSRPipelineMixin, StockPipeline)` has the
+    arguments and components of the stock pipeline, and those documented here. docs/how_it_works.md describes how a picture and a
+    query pass through the modules.
 
-    **When the subject is in the UNet.** The weights live in the `ssr_encoder` component, never in the UNet. What carries a
-    subject are forward hooks, which are on the UNet's layers during a forward pass of a call with a subject and at no other
-    time. Between these passes two hooks on the UNet itself wait for the next one; in the call's callbacks, between calls and
-    after an error the UNet is stock. Any number of threads, SSR pipelines and stock pipelines
-    can use one UNet at the same time.
+    **When the subject is in the UNet.** The weights are in the `ssr_encoder` component and never in the UNet. A subject acts
+    through forward hooks, which are on the UNet's layers only during the forward passes of a call with a subject. Between these
+    passes, only two hooks on the UNet itself remain. In callbacks, between calls and after an error, the UNet is the stock UNet.
+    Any number of threads, SSR pipelines and stock pipelines can use one UNet at the same time.
 
-    **How it gets there.** The subject's keys and values, projected once a call with the scale contained in the values,
-    travel as an argument that every pipeline passes on to its UNet: `cross_attention_kwargs["ssr_subject"]`.
+    **How the subject reaches the UNet.** The subject's keys and values are projected once per call, and the values are
+    multiplied by the scale. They are passed as `cross_attention_kwargs["ssr_subject"]`, which every pipeline passes on to its
+    UNet.
     """
 
     _ssr_scale: float | dict = loading_ssr.DEFAULT_SCALE
@@ -67,7 +67,7 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        # diffusers learns from the signatures which components and arguments a class has. With `*args, **kwargs` alone,
+        # diffusers reads from the signatures which components and arguments a class has. With only `*args, **kwargs`,
         # `from_pretrained` and `from_pipe` would load no component, so each class gets a signature with all names.
         for name in ("__init__", "__call__"):
             if name not in vars(cls):
@@ -97,46 +97,47 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
         **kwargs,
     ):
         r"""
-        Generate as the stock pipeline does, with subjects picked out of reference pictures. All arguments of the stock
-        pipeline are accepted; without a subject the stock call runs unchanged.
+        Generate pictures like the stock pipeline, with subjects from reference pictures. All arguments of the stock pipeline
+        are accepted. Without a subject, the stock call runs unchanged.
 
-        A list for `subject_image`, `subject_query` or `subject_mask` holds, with a list of prompts, one for each prompt,
-        and with a single prompt several subjects that appear together in its picture.
+        `subject_image`, `subject_query` and `subject_mask` can be lists. With a list of prompts, they have one entry for each
+        prompt. With a single prompt, they are several subjects that appear together in its picture.
 
         Args:
             subject_image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or `list`, *optional*):
-                The reference picture, which may hold several things. Arrays are `(height, width, 3)` in uint8 or floats
-                from 0 to 1, tensors `(3, height, width)` from 0 to 1.
+                The reference picture, which can show several things. Arrays have the shape `(height, width, 3)` and hold uint8
+                or floats from 0 to 1. Tensors have the shape `(3, height, width)` and hold floats from 0 to 1.
             subject_query (`str` or `list[str]`, *optional*):
-                Which of them is meant: "cat", "the woman on the left". With a mask it is a caption of the picture, and
-                may be left out.
+                The thing in the reference to use as the subject, such as "cat" or "the woman on the left". With a mask, the
+                query is a caption of the picture and optional.
             subject_mask (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or `list`, *optional*):
-                White, or 1, where in the reference the subject is; `(height, width)`, as large as its picture.
+                White, or 1, where the subject is in the reference. It has the shape `(height, width)` of its picture.
             mask_weight (`float`, defaults to 1.0):
-                How strongly the mask draws the attention inside.
+                How strongly the attention is restricted to the mask.
             subject_scale (`float` or `dict`, *optional*):
-                How strongly the subject acts: 0 not at all, 0.5 to 0.8 usually, more keeps the subject closer and the
-                prompt less. A dict sets it per block, as `set_ip_adapter_scale` takes it. Defaults to the scale of
-                `set_ssr_scale`, 0.65 at first.
+                How strongly the subject acts. 0 disables it, and 0.5 to 0.8 is usual. With a higher scale the picture follows
+                the subject more and the prompt less. Like in `set_ip_adapter_scale`, a dict sets a scale per block. Defaults
+                to the scale of `set_ssr_scale`, which is 0.65 initially.
             subject ([`SubjectEmbeds`], `dict` or `list`, *optional*):
-                Subjects from `encode_subject`, instead of the arguments above: one for all prompts, or a list with one
-                for each, `None` for a prompt without a subject. In a video, a dict has subjects by frame
-                (`{0: cat, 8: dog}`), between which the frames are blended; `None` there fades the subject out.
+                Subjects from `encode_subject`, instead of the arguments above. Pass one for all prompts, or a list with one
+                for each prompt and `None` for a prompt without a subject. For a video, a dict sets subjects at keyframes
+                (`{0: cat, 8: dog}`), and the frames between them are interpolated. `None` at a keyframe fades the subject out.
             subject_start (`float`, defaults to 0.0), subject_end (`float`, defaults to 1.0):
-                The part of the denoising during which the subject acts. Layout and colours are decided early, details
-                late.
+                The part of the denoising in which the subject acts. The early steps decide layout and colours, the late steps
+                decide details.
             subject_resize_mode (`str`, defaults to `"pad"`):
-                `"pad"` shows the encoder the whole reference, `"crop"` the central square, as the released code does.
+                With `"pad"` the vision encoder sees the whole reference. With `"crop"`, as in the released code, it sees the
+                central square.
             subject_in_controlnet (`bool`, defaults to `False`):
-                Whether a ControlNet sees the subject's tokens behind the text's, as in the released demo, or the text
-                alone.
+                Whether a ControlNet gets the subject's tokens after those of the text, as in the released demo. By default it
+                gets only the text.
 
         Returns:
-            What the stock pipeline returns.
+            The output of the stock pipeline.
 
         Raises:
-            `ValueError`: if the subject's arguments do not fit together or are not what they should be, before any step;
-                in the first step, if the UNet has an attention processor beside which a subject cannot act.
+            `ValueError`: before the first step, if an argument of the subject is invalid or the arguments do not fit together;
+                in the first step, if a subject cannot act with an attention processor of the UNet.
 
         Example:
 
@@ -200,7 +201,7 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
         return self._draw(stock_call, arguments, request, window, subject_in_controlnet)
 
     def _draw(self, stock_call, arguments: dict, request: subject_request.SubjectRequest, window, in_controlnet: bool):
-        """The stock call, with a subject in its forward passes through the UNet."""
+        """Run the stock call with a subject in the forward passes of its UNet."""
         passes = unet_hooks.SubjectPasses(self.unet, self.ssr_encoder.config.attention_layers, request.conditions)
         if in_controlnet:
             passes.watch_controlnet(self.controlnet, request.tokens)
@@ -211,7 +212,7 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
             with passes:
                 output = stock_call(**arguments)
         finally:
-            # once more, for a Ctrl-C that has come while `passes` was stopping
+            # once more, in case Ctrl-C interrupted `passes` while it was stopping
             passes.stop()
         if passes.count == 0:
             raise ValueError(
@@ -222,15 +223,15 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
 
     def set_ssr_scale(self, scale: float | dict) -> None:
         r"""
-        Set how strongly subjects act in calls that do not say it themselves.
+        Set the default scale of subjects, for calls without `subject_scale`.
 
         Args:
             scale (`float` or `dict`):
-                0 not at all, 0.5 to 0.8 usually. A dict sets it per block, as `set_ip_adapter_scale` takes it; blocks
-                that it leaves out get 0.
+                0 disables subjects, and 0.5 to 0.8 is usual. Like in `set_ip_adapter_scale`, a dict sets a scale per block.
+                Blocks that are not in the dict get 0.
 
         Raises:
-            `ValueError`: if `scale` is not a number, or names blocks that the UNet has not.
+            `ValueError`: if `scale` is not a number, or names blocks that the UNet does not have.
 
         Example:
 
@@ -243,7 +244,7 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
         self._ssr_scale = scale
 
     def _layer_scales(self, name: str, scale) -> float | dict[str, float]:
-        """A scale as a number for all layers, or one for each of `config.attention_layers`."""
+        """The scale as one number for all layers, or as a dict with one number for each of `config.attention_layers`."""
         if not isinstance(scale, dict):
             return subject_embeds.check_scale(name, scale)
         if self.ssr_encoder is None:
@@ -257,8 +258,8 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
         }
 
     def _check_ssr_loaded(self) -> None:
-        """Raise a `ValueError` if a subject cannot be drawn with the pipeline's components. Those that only reading a
-        reference needs are not missed here."""
+        """Raise a `ValueError` if a subject cannot be drawn with the pipeline's components. Components that are only needed
+        to encode a reference are not checked here."""
         if self.ssr_encoder is None:
             raise ValueError("There is no SSR-Encoder in this pipeline yet: call `load_ssr` before drawing a subject.")
         checks_ssr.check_fits(self.unet, self.ssr_encoder, self.ssr_image_encoder, self.text_encoder)
@@ -266,7 +267,8 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
         checks_ssr.check_controlnet(getattr(self, "controlnet", None), self.ssr_encoder)
 
     def _check_encoded_here(self) -> Callable[[subject_embeds.SubjectEmbeds], None]:
-        """A check that a [`SubjectEmbeds`] is of this pipeline's SSR-Encoder, whose fingerprint is made when it is needed."""
+        """A function that checks whether a [`SubjectEmbeds`] was encoded by this pipeline's SSR-Encoder. The fingerprint is
+        computed when it is needed."""
         fingerprint = functools.cache(lambda: self.ssr_encoder.fingerprint(self._execution_device))
 
         def check(subject: subject_embeds.SubjectEmbeds) -> None:
@@ -364,7 +366,7 @@ def _while_paused(passes: unet_hooks.SubjectPasses, callback: Callable) -> Calla
 
 
 def _follow(pipeline, passes: unet_hooks.SubjectPasses) -> None:
-    """After a callback: it may have given the pipeline another UNet, or other `cross_attention_kwargs`."""
+    """After a callback, which may have set another UNet or other `cross_attention_kwargs`: adapt to them."""
     if pipeline.unet is not passes.wrapped_unet:
         checks_ssr.check_fits_unet(pipeline.unet, pipeline.ssr_encoder)
         with passes.paused():
@@ -375,7 +377,7 @@ def _follow(pipeline, passes: unet_hooks.SubjectPasses) -> None:
 
 
 def _stock_class_of(pipeline_class: type) -> type:
-    """The pipeline class of diffusers, or of the user, to which the mixin was added."""
+    """The pipeline class (of diffusers or of the user) that the mixin was added to."""
     return next(
         each
         for each in pipeline_class.__mro__
@@ -392,7 +394,7 @@ def _with_own_tokenizer(encode_prompt: Callable) -> Callable:
 
 
 def _with_signature(ours: Callable, stock: Callable) -> Callable:
-    """`ours`, a method taking the stock method's arguments as `*args, **kwargs`, with all arguments in its signature."""
+    """`ours`, which takes the stock method's arguments as `*args, **kwargs`, with all arguments in its signature."""
 
     @functools.wraps(ours)
     def method(self, *args, **kwargs):
@@ -403,7 +405,7 @@ def _with_signature(ours: Callable, stock: Callable) -> Callable:
     added = [p for p in inspect.signature(ours).parameters.values() if p.kind not in variadic and p.name != "self"]
     rest = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
     parameters = [p for p in parameters if p.kind not in variadic] + added + rest
-    # what `inspect.signature` reads, and through it diffusers
+    # read by `inspect.signature`, which diffusers uses
     vars(method)["__signature__"] = inspect.Signature(parameters)
     method.__annotations__ = {p.name: p.annotation for p in parameters if p.annotation is not inspect.Parameter.empty}
     return method

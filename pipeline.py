@@ -1,7 +1,7 @@
-"""What `custom_pipeline="<owner>/<repo>"` or `custom_pipeline="<folder>"` loads.
+"""The entry file for `custom_pipeline="<owner>/<repo>"` and `custom_pipeline="<folder>"`.
 
-diffusers copies a local entry file together with the files that it imports relatively itself, but not those that these
-import in turn: hence every module stands here.
+diffusers copies a local entry file and the files of its own relative imports, but not the files that those import. So every
+module is imported here.
 """
 
 from .attention_map import SubjectAttentionMap  # noqa: F401

@@ -1,4 +1,4 @@
-"""SSR versions of diffusers' pipeline classes, made on demand."""
+"""SSR versions of diffusers' pipeline classes, created on demand."""
 
 import functools
 import inspect
@@ -32,18 +32,18 @@ _UNSUITABLE = {
 @functools.cache
 def ssr_pipeline_class(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
     r"""
-    The SSR version of a Stable Diffusion 1.5 pipeline class: the same arguments and components, and a subject's.
+    The SSR version of a Stable Diffusion 1.5 pipeline class. It has the same arguments and components, and those of a subject.
 
     Args:
         pipeline_class (`type`):
-            A pipeline class of diffusers, or of your own, whose base model is Stable Diffusion 1.5.
+            A pipeline class for Stable Diffusion 1.5, from diffusers or your own.
 
     Returns:
-        `type`: a subclass of it with [`SSRPipelineMixin`], the same one at every call. Its name is the stock class's with
-        "SSR" before it.
+        `type`: a subclass with [`SSRPipelineMixin`]. Every call returns the same class. Its name is "SSR" and the name of the
+        stock class.
 
     Raises:
-        `ValueError`: if it is no pipeline of Stable Diffusion, or one in which a subject cannot act.
+        `ValueError`: if it is not a pipeline class for Stable Diffusion 1.5, or if a subject cannot act in it.
 
     Example:
 
@@ -70,7 +70,7 @@ def ssr_pipeline_class(pipeline_class: type[DiffusionPipeline]) -> type[Diffusio
     return type(f"SSR{name}", (mixin_ssr.SSRPipelineMixin, pipeline_class), namespace)
 
 
-# so that `AutoPipelineForImage2Image.from_pipe` and its like find them
+# so that `AutoPipelineForImage2Image.from_pipe` and the other auto classes find them
 for _stock in (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,

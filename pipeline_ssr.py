@@ -1,4 +1,4 @@
-"""Text to image with a subject picked out of a reference picture, on any Stable Diffusion 1.5 checkpoint."""
+"""Text to image with a subject from a reference picture, for any Stable Diffusion 1.5 checkpoint."""
 
 from diffusers import StableDiffusionPipeline
 
@@ -25,8 +25,8 @@ from .unet_hooks import SubjectPasses  # noqa: F401
 
 class StableDiffusionSSRPipeline(SSRPipelineMixin, StableDiffusionPipeline):
     r"""
-    [`StableDiffusionPipeline`] that also takes a subject: a reference picture and a text that says which thing in it is
-    meant. Arguments, components and everything else are the stock pipeline's, with those of [`SSRPipelineMixin`] added.
+    [`StableDiffusionPipeline`] that also takes a subject: a reference picture, and a text that names a thing in it. It has all
+    arguments and components of the stock pipeline, and those of [`SSRPipelineMixin`].
 
     Example:
 

@@ -1,4 +1,4 @@
-"""Text to video with a subject, through AnimateDiff."""
+"""Text to video with a subject, with AnimateDiff."""
 
 from diffusers import AnimateDiffPipeline
 
@@ -25,10 +25,9 @@ from .unet_hooks import SubjectPasses  # noqa: F401
 
 class AnimateDiffSSRPipeline(SSRPipelineMixin, AnimateDiffPipeline):
     r"""
-    [`AnimateDiffPipeline`] that also takes a subject. Arguments, components and everything else are the stock pipeline's,
-    with those of [`SSRPipelineMixin`] added. The subject acts in the layers that draw the frames, never in the motion
-    modules, and its keys and values are held once, however many frames there are. For video to video and for AnimateDiff
-    with ControlNet see `ssr_pipeline_class`.
+    [`AnimateDiffPipeline`] that also takes a subject. It has all arguments and components of the stock pipeline, and those of
+    [`SSRPipelineMixin`]. The subject acts in the cross-attention layers of the frames and not in the motion modules. All frames
+    share one set of keys and values. For video to video, and for AnimateDiff with ControlNet, see `ssr_pipeline_class`.
 
     Example:
 

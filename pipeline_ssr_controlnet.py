@@ -1,4 +1,4 @@
-"""Text to image with a subject and a ControlNet: what is drawn from the reference, where from the control picture."""
+"""Text to image with a subject and a ControlNet."""
 
 from diffusers import StableDiffusionControlNetPipeline
 
@@ -25,10 +25,9 @@ from .unet_hooks import SubjectPasses  # noqa: F401
 
 class StableDiffusionSSRControlNetPipeline(SSRPipelineMixin, StableDiffusionControlNetPipeline):
     r"""
-    [`StableDiffusionControlNetPipeline`] that also takes a subject, with one ControlNet or several. Arguments, components
-    and everything else are the stock pipeline's, with those of [`SSRPipelineMixin`] added. A ControlNet sees the text
-    alone, unless `subject_in_controlnet` is set. For image to image and inpainting with ControlNet see
-    `ssr_pipeline_class`.
+    [`StableDiffusionControlNetPipeline`] that also takes a subject, with one or several ControlNets. It has all arguments and
+    components of the stock pipeline, and those of [`SSRPipelineMixin`]. A ControlNet gets only the text, unless
+    `subject_in_controlnet` is set. For image to image and inpainting with ControlNet, see `ssr_pipeline_class`.
 
     Example:
 

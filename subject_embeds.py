@@ -1,4 +1,4 @@
-"""Subjects, encoded: what `encode_subject` returns and the pipelines' `subject` argument takes."""
+"""Encoded subjects: `encode_subject` returns them, and the `subject` argument of a pipeline takes them."""
 
 import json
 import numbers
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from . import file_utils, image_processing_ssr, subject_file, token_merging
 
 
-# Far beyond any use; what is larger makes NaN in half precision.
+# far larger than any useful scale; larger ones give NaN in half precision
 MAX_SCALE = 100
 
 
@@ -24,18 +24,18 @@ class Subject:
 
     Args:
         embeds (`torch.Tensor` of shape `(1, num_tokens, cross_attention_dim)`):
-            Its tokens.
+            The subject's tokens.
         negative_embeds (`torch.Tensor` of shape `(1, num_tokens, cross_attention_dim)`):
-            Those of the unconditional branch.
+            The tokens of the unconditional branch.
         query (`str`, defaults to `""`):
-            The text that selected it.
+            The text that selected the subject.
         scale (`float`, *optional*):
-            How strongly it is drawn; the call's scale if there is none.
+            How strongly the subject acts. Defaults to the scale of the call.
         region (`torch.Tensor` of shape `(height, width)` or `(frames, height, width)`, *optional*):
-            Where in the output it may appear, float32 from 0 to 1, one for all frames or one for each; anywhere if there is
-            none.
+            Where the subject may appear in the output: one mask for all frames, or one for each frame, in float32 from 0 to 1.
+            By default it may appear anywhere.
         counts (`torch.Tensor` of shape `(1, num_tokens)`, *optional*):
-            How many tokens each of `embeds` stands for, float32; one each if there is none.
+            How many tokens each of `embeds` replaces, in float32. Defaults to one each.
         negative_counts (`torch.Tensor` of shape `(1, num_tokens)`, *optional*):
             The same for `negative_embeds`.
     """
@@ -60,14 +60,14 @@ class Subject:
 @dataclass(frozen=True, eq=False, repr=False)
 class SubjectEmbeds:
     r"""
-    One or several subjects that were picked out of pictures, ready to be drawn any number of times without encoding them
-    again. `encode_subject` makes one, `+` puts several into one picture, `save` and `load` keep it in a safetensors file.
+    One or several encoded subjects, which can be drawn any number of times. `encode_subject` creates it, `+` combines several
+    subjects in one picture, and `save` and `load` write and read a safetensors file.
 
     Args:
         subjects (`tuple[Subject]`):
             The subjects.
         fingerprint (`torch.Tensor`, *optional*):
-            What the SSR-Encoder makes of a fixed input: it tells encoders apart. Without it anything is accepted.
+            The SSR-Encoder's output for a fixed input, which identifies the encoder. Without it, any encoder is accepted.
 
     Example:
 
@@ -83,12 +83,12 @@ class SubjectEmbeds:
 
     def scaled(self, scale: float) -> "SubjectEmbeds":
         r"""
-        The same, more or less strongly drawn.
+        The same subjects with another scale.
 
         Args:
-            scale (`float`, or any other real number, such as `np.float32` or a tensor with one):
-                0 leaves it out, 0.5 to 0.8 is usual, 1 draws it as strongly as the prompt. Of several subjects, each
-                gets it.
+            scale (`float`, or any other real number, such as `np.float32` or a tensor with one number):
+                How strongly the subjects act: 0 disables them, 0.5 to 0.8 is usual, and with 1 they act as strongly as the
+                prompt. It applies to each of several subjects.
 
         Returns:
             [`SubjectEmbeds`] with that scale.
@@ -107,14 +107,14 @@ class SubjectEmbeds:
 
     def inside(self, region: Any) -> "SubjectEmbeds":
         r"""
-        The same, kept to a part of the output.
+        The same subjects, restricted to a region of the output.
 
         Args:
             region (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor` of shape `(height, width)`, or `list`):
-                White, or 1, where in the drawn picture the subject may appear, of the picture's proportions. Elsewhere
-                the prompt alone decides. For a video, one mask for each frame: `(frames, height, width)`, or a list of
-                masks of one size; the subject is absent from frames whose mask is empty. See
-                [`~image_processing_ssr.mask_values`] for what a mask may be.
+                White, or 1, where the subject may appear in the output. Use the output's aspect ratio. Outside the region only
+                the prompt acts. A video can have one mask for each frame: `(frames, height, width)`, or a list of masks of the
+                same size. The subject does not appear in frames with an empty mask. See
+                [`~image_processing_ssr.mask_values`] for the accepted types.
 
         Returns:
             [`SubjectEmbeds`] with that region.
@@ -135,16 +135,17 @@ class SubjectEmbeds:
 
     def compact(self, num_tokens: int) -> "SubjectEmbeds":
         r"""
-        Nearly the same subject in fewer tokens, so that drawing costs less: tokens that are alike, most of the query's
-        padding among them, become one that counts as often. The picture changes a little; docs/performance.md says by how
-        much on the pocket checkpoint.
+        Nearly the same subjects with fewer tokens, which reduces the cost of drawing. Similar tokens, such as most of the
+        query's padding, are merged into one that counts as many times in the softmax. This changes the picture a little.
+        docs/performance.md has figures for the pocket checkpoint.
 
         Args:
             num_tokens (`int`):
-                How many tokens each subject keeps, of 462 with Stable Diffusion 1.5; one that has no more stays as it is.
+                The number of tokens to keep for each subject, of 462 with Stable Diffusion 1.5. Subjects with fewer tokens are
+                not changed.
 
         Returns:
-            [`SubjectEmbeds`] with at most so many tokens a subject.
+            [`SubjectEmbeds`] with at most `num_tokens` tokens for each subject.
 
         Raises:
             `ValueError`: if `num_tokens` is not a positive whole number.
@@ -167,7 +168,7 @@ class SubjectEmbeds:
         return f"SubjectEmbeds([{', '.join(subjects)}], {', '.join(sorted(where))})".replace("torch.", "")
 
     def __add__(self, other: "SubjectEmbeds") -> "SubjectEmbeds":
-        """All subjects of both, in one picture (appendix of the paper on several subjects)."""
+        """Combine the subjects of both in one picture (the paper's appendix on several subjects)."""
         if not is_subject_embeds(other):
             return NotImplemented
         if not same_fingerprint(self.fingerprint, other.fingerprint):
@@ -177,8 +178,8 @@ class SubjectEmbeds:
 
     def save(self, path: str | os.PathLike) -> None:
         r"""
-        Write everything to one safetensors file, with the queries and scales in its metadata. The file is there whole or
-        not at all, also when the disk fills up or several threads save to one path.
+        Save the subjects to a safetensors file, with the queries and scales in its metadata. The file is written completely
+        or not at all, even if the disk is full or several threads save to the same path.
 
         Args:
             path (`str` or `os.PathLike`):
@@ -213,19 +214,19 @@ class SubjectEmbeds:
     @classmethod
     def load(cls, path: str | os.PathLike) -> "SubjectEmbeds":
         r"""
-        Read what `save` has written. A file from anybody may be given: everything in it is checked, its sizes before they
-        take memory.
+        Load a file that `save` has written. Untrusted files are safe: everything in the file is checked, and the sizes are
+        checked before memory is allocated.
 
         Args:
             path (`str` or `os.PathLike`):
                 The file.
 
         Returns:
-            [`SubjectEmbeds`] on the CPU; pipelines move it where they run.
+            [`SubjectEmbeds`] on the CPU. Pipelines move it to their device.
 
         Raises:
             `FileNotFoundError`: if there is no such file.
-            `ValueError`: if the file is cut off, holds no subject, or holds anything that a subject cannot have.
+            `ValueError`: if the file is cut off, contains no subject, or contains invalid values.
 
         Example:
 
@@ -282,12 +283,12 @@ def _compact(subject: Subject, num_tokens: int) -> Subject:
 
 
 def is_subject_embeds(value) -> bool:
-    """Whether it is a [`SubjectEmbeds`], be it of another copy of this module: `custom_pipeline=` imports its own."""
+    """Whether it is a [`SubjectEmbeds`], also from another copy of this module (`custom_pipeline=` imports its own)."""
     return isinstance(value, SubjectEmbeds) or type(value).__name__ == SubjectEmbeds.__name__
 
 
 def same_fingerprint(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
-    """Whether two fingerprints are of one encoder, whatever precision it ran in; an unknown one fits any."""
+    """Whether two fingerprints belong to the same encoder, in any precision. `None` fits any fingerprint."""
     if first is None or second is None:
         return True
     if first.shape != second.shape:
@@ -299,11 +300,11 @@ def same_fingerprint(first: torch.Tensor | None, second: torch.Tensor | None) ->
 
 def check_scale(name: str, scale: Any) -> float:
     r"""
-    The one check of all numbers that calls take.
+    Check a number that a call takes.
 
     Args:
         name (`str`):
-            What errors call it.
+            The name of the argument, for errors.
         scale (`float`, or any other real number):
             Numbers of Python and numpy, and arrays and tensors without dimensions.
 
@@ -329,7 +330,7 @@ def check_count(name: str, count: Any) -> int:
 
 
 def _number(value: Any) -> Any:
-    """A number of Python's own kinds, or `None` if `value` is none. Truth values are no numbers here."""
+    """`value` as a Python number, or `None` if it is not a number. Booleans do not count as numbers here."""
     if getattr(value, "ndim", None) == 0 and not getattr(value, "is_meta", False):
         value = value.item()
     return value if isinstance(value, numbers.Real) and not isinstance(value, bool) else None
