@@ -1,4 +1,4 @@
-"""The SSR-Encoder model: token-to-patch aligner, detail-preserving subject encoder and the K/V pairs of the UNet's layers."""
+"""The SSR-Encoder model: token-to-patch aligner, detail-preserving subject encoder, and keys and values for the UNet's layers."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ SD15_ATTENTION_LAYERS = {
 }
 
 
-# Sizes that no encoder has. A config from anybody that asks for more would fill the memory before its weights are looked for.
+# Limits far above any real encoder. A config with larger sizes would fill the memory before its weights are read.
 MAX_WIDTH = 2**15
 MAX_LEVELS = 64
 MAX_LAYERS = 1024
@@ -38,7 +38,8 @@ MAX_PARAMETERS = 2**30
 
 
 class _Layers(nn.ModuleDict):
-    """The layers' keys and values, with a call of their own: that is where group offloading brings their weights."""
+    """The projections to the layers' keys and values. They have their own `forward`, because group offloading loads their
+    weights there."""
 
     def forward(self, subject_embeds: torch.Tensor, names: list[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         layers = (cast(nn.ModuleDict, self[name]) for name in names)
@@ -47,12 +48,12 @@ class _Layers(nn.ModuleDict):
 
 class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers types `config_name` in two ways
     r"""
-    Turns a query and the hidden states of a picture into subject embeddings, and those into keys and values for the
-    UNet's cross-attention (SSR-Encoder, https://arxiv.org/abs/2312.16272, sections 3.2 and 3.3).
+    Computes subject embeddings from a query and the hidden states of a picture, and keys and values for the UNet's
+    cross-attention from the subject embeddings (SSR-Encoder, https://arxiv.org/abs/2312.16272, sections 3.2 and 3.3).
 
-    The token-to-patch aligner lets each token of the query attend to the picture's patches: it finds the subject. The
-    subject encoder reads that same attention off several levels of the vision encoder, so that the drawn subject keeps
-    fine details as well as its meaning. The defaults are SD 1.5 with CLIP ViT-L/14.
+    In the token-to-patch aligner, each token of the query attends to the picture's patches, which locates the subject. The
+    subject encoder applies the same attention to several levels of the vision encoder, so that the subject keeps its details as
+    well as its meaning. The defaults are for Stable Diffusion 1.5 with CLIP ViT-L/14.
 
     Args:
         cross_attention_dim (`int`, defaults to 768):
@@ -60,17 +61,18 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
         vision_hidden_size (`int`, defaults to 1024):
             Width of the vision encoder's hidden states.
         inner_dim (`int`, defaults to 512):
-            Width of the aligner's attention, all heads together.
+            Total width of the aligner's attention over all heads.
         num_attention_heads (`int`, defaults to 8):
-            Heads of the aligner's attention.
+            Number of heads of the aligner's attention.
         image_levels (`tuple[int]`, defaults to `(4, 8, 12, 16, 20, 24)`):
-            Which hidden states of the vision encoder are read, lowest first; 0 is the embedding output. The last one
-            is where the aligner looks for the subject.
+            Indices of the vision encoder's hidden states to use, in ascending order; 0 is the embedding output. The aligner
+            uses the last one.
         attention_layers (`dict[str, int]`, *optional*):
-            Name and width of each cross-attention layer that the subject reaches. Defaults to SD 1.5's sixteen.
+            Name and width of each cross-attention layer in which the subject acts. Defaults to the sixteen layers of Stable
+            Diffusion 1.5.
 
     Raises:
-        `ValueError`: if a size is not a positive whole number, or larger than any encoder's.
+        `ValueError`: if a size is not a positive whole number, or exceeds the limits of this module.
 
     Example:
 
@@ -114,9 +116,9 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
         self.to_out = nn.ModuleList(nn.Linear(inner_dim, cross_attention_dim, bias=False) for _ in image_levels)
         self.norm = nn.LayerNorm(cross_attention_dim)
 
-        # of the whole encoder, where this one is its layers alone
+        # the fingerprint of the complete encoder, if this one has only its layers
         self.known_fingerprint: torch.Tensor | None = None
-        # by name, since a saved config's order is the alphabet's
+        # by name, because a saved config is sorted alphabetically
         self.layers = _Layers(
             {
                 _module_name(name): nn.ModuleDict(
@@ -134,18 +136,18 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
         mask_weight: float = 1.0,
     ) -> torch.Tensor:
         r"""
-        Where in the picture each query token looks: the token-to-patch attention (section 3.2 of the paper, equation 2).
+        The token-to-patch attention from each query token to each patch (section 3.2 of the paper, equation 2).
 
         Args:
             query_hidden_states (`torch.Tensor` of shape `(batch_size, num_tokens, cross_attention_dim)`):
                 The query's last hidden states.
             image_hidden_states (`torch.Tensor` of shape `(batch_size, 1 + num_patches, vision_hidden_size)`):
-                The deepest of the levels, class token first.
+                The last level, with the class token first.
             mask (`torch.Tensor` of shape `(batch_size, 1, height, width)`, *optional*):
-                1 where the subject is and 0 elsewhere, in the geometry of the pixels that the vision encoder saw.
+                1 where the subject is and 0 elsewhere, resized and cropped like the pixels of the vision encoder.
             mask_weight (`float`, defaults to 1.0):
-                How strongly the mask draws the attention inside: with `w`, logits grow by `w * w` inside and fall by
-                `w` outside.
+                How strongly the attention is restricted to the mask. With a weight of `w`, logits inside grow by `w * w` and
+                logits outside fall by `w`.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, num_attention_heads, num_tokens, 1 + num_patches)`, each row summing
@@ -173,7 +175,7 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
         output_attentions: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         r"""
-        Select the queried subject in a picture and describe it (section 3.2 of the paper, equations 2 to 4).
+        Compute the embeddings of the queried subject (section 3.2 of the paper, equations 2 to 4).
 
         Args:
             query_hidden_states (`torch.Tensor` of shape `(batch_size, num_tokens, cross_attention_dim)`):
@@ -185,14 +187,14 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
             mask_weight (`float`, defaults to 1.0):
                 See [`~SSREncoder.attention_probs`].
             output_attentions (`bool`, defaults to `False`):
-                Whether to return what [`~SSREncoder.attention_probs`] gives as well.
+                Whether to also return the output of [`~SSREncoder.attention_probs`].
 
         Returns:
             `torch.Tensor` of shape `(batch_size, num_tokens * num_levels, cross_attention_dim)`: the subject
-            embeddings, lowest level first; or a tuple of them and the attention.
+            embeddings, with the lowest level first; or a tuple of the embeddings and the attention.
 
         Raises:
-            `ValueError`: if the number of levels is not that of `config.image_levels`.
+            `ValueError`: if the number of levels differs from `config.image_levels`.
         """
         if len(image_hidden_states) != len(self.to_v):
             raise ValueError(
@@ -211,12 +213,12 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
     @apply_forward_hook
     def project(self, subject_embeds: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         r"""
-        The keys and values that the UNet's layers attend to (section 3.3 of the paper, equation 5). They depend on the
-        subject alone, so one projection serves a whole denoising.
+        The keys and values for the UNet's layers (section 3.3 of the paper, equation 5). They depend only on the subject, so
+        they are projected once for all denoising steps.
 
         Args:
             subject_embeds (`torch.Tensor` of shape `(batch_size, num_subject_tokens, cross_attention_dim)`):
-                Subject embeddings, as `forward` returns them.
+                Subject embeddings from `forward`.
 
         Returns:
             `list` of pairs of `torch.Tensor`, each of shape `(batch_size, num_subject_tokens, width)`: key and value
@@ -226,11 +228,11 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
 
     def layers_alone(self) -> "SSREncoder":
         r"""
-        The part that draws a subject, without the part that reads pictures.
+        The part of the encoder that is needed to draw encoded subjects, without the part that reads pictures.
 
         Returns:
-            [`SSREncoder`] with this one's keys and values, the very same weights, and without levels: it projects subject
-            embeddings, but makes none.
+            [`SSREncoder`] that shares the weights for keys and values, and has no levels. It can project subject embeddings, but
+            not compute them.
 
         Example:
 
@@ -250,12 +252,12 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
     @torch.no_grad()
     def fingerprint(self, device: torch.device | None = None) -> torch.Tensor:
         r"""
-        What the encoder makes of a fixed input. Another encoder makes something else of it; the same encoder in another
-        precision or on another device nearly the same.
+        The encoder's output for a fixed input. Another encoder has a different fingerprint. The same encoder in another
+        precision or on another device has nearly the same one.
 
         Args:
             device (`torch.device`, *optional*):
-                Where the encoder runs, if that is not where its weights lie (offloading).
+                The device on which the encoder runs, if it differs from that of its weights (offloading).
 
         Returns:
             `torch.Tensor` of shape `(num_levels + 1, 8)`, float32 on the CPU.
@@ -278,7 +280,7 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
 
     @classmethod
     def from_config(cls, config: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As `ConfigMixin.from_config`, which takes a config file that holds a list for the name of a repository."""
+        """Like `ConfigMixin.from_config`, which would treat a config file with a list as the name of a repository."""
         if isinstance(config, list):
             raise ValueError(f"The config has to be a dict, but is {config!r:.80}.")
         return super().from_config(config, *args, **kwargs)
@@ -286,14 +288,14 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, **kwargs: Any) -> "SSREncoder":
         r"""
-        Load what `save_pretrained` has written. Arguments are those of `ModelMixin.from_pretrained`.
+        Load an encoder that `save_pretrained` has written. The arguments are those of `ModelMixin.from_pretrained`.
 
         Returns:
-            [`SSREncoder`] in evaluation mode, and with `output_loading_info=True` the loading info.
+            [`SSREncoder`] in evaluation mode, and with `output_loading_info=True` also the loading info.
 
         Raises:
-            `OSError`: if there is no such file or repository, or if a file is cut off.
-            `ValueError`: if the config is not that of an encoder, or if a weight is missing or not finite.
+            `OSError`: if the file or repository does not exist, or if a file is truncated.
+            `ValueError`: if the config does not belong to an SSR-Encoder, or if a weight is missing or not finite.
         """
         source = f"`pretrained_model_name_or_path`: {pretrained_model_name_or_path}"
         with_info = kwargs.pop("output_loading_info", False)
@@ -307,7 +309,7 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
             raise ValueError(f"{source} holds no usable SSREncoder: {reason}") from error
         info: dict[str, Any] = {}
         model, info = loaded if isinstance(loaded, tuple) else (loaded, info)
-        # diffusers would go on with random numbers, and say so in a warning
+        # diffusers would only warn and use random numbers
         missing = sorted(info.get("missing_keys", ()))
         if missing:
             raise ValueError(f"{source} lacks weights of its SSREncoder: {some_names(missing)}.")
@@ -324,23 +326,23 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
         **config: Any,
     ) -> "SSREncoder":
         r"""
-        Read the two files in which the authors released their weights.
+        Load the two files that the authors released.
 
         Args:
             aligner (`str`, `os.PathLike` or `dict[str, torch.Tensor]`):
-                The aligner and subject encoder (`pytorch_model.bin`): a path to a torch pickle, which is read with
-                `weights_only=True`, to a safetensors file, or the state dict itself.
+                The aligner and subject encoder (`pytorch_model.bin`): the path of a torch pickle, which is read with
+                `weights_only=True`, the path of a safetensors file, or a state dict.
             layers (`str`, `os.PathLike` or `dict[str, torch.Tensor]`):
-                The layers' keys and values (`pytorch_model_1.bin`), likewise.
+                The layers' keys and values (`pytorch_model_1.bin`), in the same form.
             **config:
-                Sizes other than the defaults, as `SSREncoder` takes them.
+                Arguments of `SSREncoder`, if its sizes differ from the defaults.
 
         Returns:
             [`SSREncoder`] in evaluation mode.
 
         Raises:
-            `FileNotFoundError`: if there is no such file.
-            `ValueError`: if a tensor is missing, is not expected, has another shape, or is not of finite numbers.
+            `FileNotFoundError`: if a file does not exist.
+            `ValueError`: if a tensor is missing, is not expected, has another shape, or contains values that are not finite.
 
         Example:
 
@@ -349,10 +351,10 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
         >>> encoder.save_pretrained("my-ssr/ssr_encoder")
         ```
         """
-        # names and shapes are compared before the encoder takes memory
+        # names and shapes are compared before memory is allocated for the encoder
         with torch.device("meta"):
             model = cls(**config)
-        # imported here: a saved encoder's folder holds this file alone, which is enough to load and run it
+        # imported here, because the folder of a saved encoder contains only this file, which is enough to load and run it
         from . import released_weights
 
         state_dict = released_weights.read_released_weights(
@@ -368,21 +370,22 @@ def consistency_loss(
     subject_embeds: torch.Tensor, query_hidden_states: torch.Tensor, form: str = "released"
 ) -> torch.Tensor:
     r"""
-    The regulariser that keeps subject embeddings near the query's meaning (section 3.4 of the paper, equation 7).
+    The embedding consistency regularization loss (section 3.4 of the paper, equation 7). It keeps the subject embeddings close
+    to the query's text embeddings.
 
     Args:
         subject_embeds (`torch.Tensor` of shape `(batch_size, num_tokens * num_levels, cross_attention_dim)`):
-            What [`SSREncoder`] returns.
+            The output of [`SSREncoder`].
         query_hidden_states (`torch.Tensor` of shape `(batch_size, num_tokens, cross_attention_dim)`):
-            The query it was given; no gradient flows into it.
+            The query of the encoder. It gets no gradient.
         form (`"released"` or `"paper"`, defaults to `"released"`):
-            The released code compares token by token and adds the levels up; the paper compares the means.
+            The released code compares token by token and sums over the levels. The paper compares the means.
 
     Returns:
-        `torch.Tensor` with one number: 0 where both agree.
+        `torch.Tensor` with one number, which is 0 if both agree.
 
     Raises:
-        `ValueError`: if `form` is neither.
+        `ValueError`: if `form` is neither `"released"` nor `"paper"`.
 
     Example:
 
@@ -451,12 +454,12 @@ def _check_parameters(
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all numbers are finite. Tensors on the meta device, or of less than 16 bits, are not looked into."""
+    """Whether all numbers are finite. Tensors on the meta device, or with less than 16 bits, are not checked."""
     unknown = tensor.is_meta or not tensor.is_floating_point() or tensor.element_size() < 2
     return unknown or bool(torch.isfinite(tensor).all())
 
 
 def some_names(names: Sequence[str], most: int = 3) -> str:
-    """The first of many names."""
+    """The first names of a list, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more if names else "none"

@@ -1,4 +1,4 @@
-"""The two files in which the authors of SSR-Encoder released their weights, and what people give instead of them."""
+"""Reads the two weight files of SSR-Encoder's authors, and recognises other files that are passed by mistake."""
 
 import os
 import zipfile
@@ -18,13 +18,13 @@ def read_released_weights(
     layer_names: Sequence[str],
 ) -> dict[str, torch.Tensor]:
     r"""
-    Read the released weights under the names of [`SSREncoder`].
+    Read the released weights and rename them to the names of [`SSREncoder`].
 
     Args:
         aligner, layers (`str`, `os.PathLike` or `dict[str, torch.Tensor]`):
-            As [`SSREncoder.from_released`] takes them.
+            The arguments of [`SSREncoder.from_released`].
         expected (`dict[str, torch.Tensor]`):
-            The encoder's own weights by name, for their shapes.
+            The encoder's weights by name, for their shapes.
         layer_names (`list[str]`):
             The encoder's modules for the UNet's layers, in the order of the released file.
 
@@ -32,12 +32,12 @@ def read_released_weights(
         `dict[str, torch.Tensor]`: a state dict of the encoder.
 
     Raises:
-        `FileNotFoundError`: if there is no such file.
-        `ValueError`: if a tensor is missing, is not expected, has another shape, or is not of finite numbers.
+        `FileNotFoundError`: if a file does not exist.
+        `ValueError`: if a tensor is missing, is not expected, has another shape, or contains values that are not finite.
     """
     names = {
         "aligner": {_released_aligner_name(name): name for name in expected if not name.startswith("layers.")},
-        # the released file numbers all attention layers; every second one is a cross-attention
+        # the released file numbers all attention layers; every second one is a cross-attention layer
         "layers": {
             f"{2 * index + 1}.{part}_SSR.weight": f"layers.{name}.{part}.weight"
             for index, name in enumerate(layer_names)
@@ -63,7 +63,7 @@ def _released_aligner_name(name: str) -> str:
     return f"aligner.processor.{name}"
 
 
-# What a file holds, by the names of its tensors; the first that fits. People confuse these.
+# recognises the content of a file by the names of its tensors; the first match counts
 _KINDS: dict[str, Callable[[set[str]], bool]] = {
     "the released aligner (pytorch_model.bin)": lambda names: any(name.startswith("aligner.") for name in names),
     "the released layers (pytorch_model_1.bin)": lambda names: any("_SSR." in name for name in names),
@@ -128,14 +128,14 @@ def _read_state_dict(argument: str, source: Any) -> Mapping[str, torch.Tensor]:
     if not isinstance(source, Mapping):
         try:
             path = os.fspath(source)
-            # a named pipe would be waited for
+            # opening a named pipe would wait for ever
             if os.path.exists(path) and not os.path.isfile(path):
                 raise ValueError("it is no file")
             state_dict = load_file(path) if path.endswith(".safetensors") else _load_pickle(path)
         except FileNotFoundError:
             raise
         except Exception as error:  # a parser that meets arbitrary bytes may raise anything
-            # torch's advice below the first line is how to run what a pickle holds
+            # below the first line, torch explains how to run the code in a pickle
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"`{argument}`: {source} holds no weights that can be read: {reason}") from error
     if not isinstance(state_dict, Mapping) or not all(isinstance(name, str) for name in state_dict):
@@ -144,11 +144,11 @@ def _read_state_dict(argument: str, source: Any) -> Mapping[str, torch.Tensor]:
 
 
 def _load_pickle(path: str) -> Any:
-    """A torch pickle, without running what it holds and without reading tensors that nobody looks at."""
+    """Load a torch pickle without running its code, and without reading tensors that are not used."""
     archive = zipfile.is_zipfile(path)
     if archive:
         with zipfile.ZipFile(path) as file:
-            # torch stores as it is; a compressed entry may be a thousand times as large as the file
+            # torch does not compress; a compressed entry can be a thousand times as large as the file
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()):
                 raise ValueError("it is compressed, which torch's files are not")
     return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)

@@ -1,4 +1,4 @@
-"""What calls share with calls in other threads and in callbacks: pipelines, schedulers, tokenizers, and how many may run."""
+"""The state that calls in different threads and callbacks share: pipelines, schedulers, tokenizers, and how many calls may run."""
 
 import copy
 import os
@@ -16,8 +16,8 @@ from . import library_internals
 
 
 class _Call:
-    """A call that is under way, or waits until it may begin. The registries below hold calls weakly: one that Ctrl-C has
-    ended, before it could say so, is gone with its frame."""
+    """A call that runs, or waits until it may start. The registries below use weak references, so a call that was ended by
+    Ctrl-C before it could unregister disappears with its frame."""
 
     def __init__(self, *used):
         self.thread = threading.get_ident()
@@ -25,8 +25,8 @@ class _Call:
 
 
 class _Shared:
-    """What all calls of the process share. There is one, also where several copies of this code are loaded
-    (`custom_pipeline=` loads one, the installed package is another)."""
+    """The state that all calls of the process share. There is only one, even if several copies of this code are loaded (the
+    installed package, and the copy that `custom_pipeline=` loads)."""
 
     def __init__(self):
         self.using: WeakSet[_Call] = WeakSet()
@@ -42,7 +42,7 @@ class _Shared:
         self.changed = threading.Condition()
 
     def after_fork(self) -> None:
-        """In a forked process only the forking thread goes on, and others may have held anything."""
+        """Reset the state in a forked process: only the forking thread continues, and other threads may have held locks."""
         self.make_locks()
         self.tokenizers.clear()
         self.compiled.clear()
@@ -52,7 +52,7 @@ class _Shared:
                 calls.discard(call)
 
 
-# the number is that of the attributes that copies of this code expect of each other
+# the number is the version of the attributes that copies of this code expect
 _home = sys.modules.setdefault("_diffusers_ssr_shared_1", types.ModuleType("_diffusers_ssr_shared_1"))
 _shared: _Shared = vars(_home).setdefault("shared", _Shared())
 
@@ -61,13 +61,13 @@ if hasattr(os, "register_at_fork"):
 
 
 def registry_lock() -> threading.RLock:
-    """To be held for a moment while what calls share is changed, and never while a model runs."""
+    """Hold this lock while the shared state changes, and never while a model runs."""
     return _shared.lock
 
 
 def compiled_lock(module) -> threading.RLock:
-    """To be held while a module that was compiled in place runs: compiled code looks through the hooks of all layers before
-    it begins, and meanwhile none may come or go."""
+    """Hold this lock while a module that was compiled in place runs. Compiled code checks the hooks of all layers before it
+    starts, and no hook may be added or removed meanwhile."""
     with _shared.lock:
         return _shared.compiled.setdefault(module, threading.RLock())
 
@@ -75,9 +75,9 @@ def compiled_lock(module) -> threading.RLock:
 @contextmanager
 def own_pipeline(pipeline) -> Iterator:
     r"""
-    A pipeline for one call. It is the pipeline itself; or, where that one or its scheduler is in a call already (in another
-    thread, or because a callback draws with the pipeline that it is called by), a shallow copy with a scheduler of its own:
-    a scheduler and a pipeline's private attributes hold one call's state.
+    A pipeline for one call. Usually this is the pipeline itself. If it or its scheduler is already in a call (in another
+    thread, or because a callback calls its own pipeline), it is a shallow copy with its own scheduler, because a scheduler and
+    the private attributes of a pipeline hold the state of one call.
 
     Args:
         pipeline (`DiffusionPipeline`):
@@ -86,7 +86,7 @@ def own_pipeline(pipeline) -> Iterator:
     with _shared.lock:
         scheduler = pipeline.scheduler
         if any(each is pipeline or each is scheduler for call in _shared.using for each in call.used):
-            # from its config and not as a deep copy: the other call may be changing it
+            # from its config instead of a deep copy, because the other call may change it meanwhile
             pipeline = _with_component(pipeline, "scheduler", type(scheduler).from_config(scheduler.config))
         call = _Call(pipeline, pipeline.scheduler)
         _shared.using.add(call)
@@ -99,8 +99,8 @@ def own_pipeline(pipeline) -> Iterator:
 
 
 def _release_locks() -> None:
-    """After a call: these locks are held for moments inside of one, so that one which this thread still holds was left by a
-    Ctrl-C between a `with` block and its end. Other threads would wait for it without end."""
+    """Release the locks that this thread still holds after a call. A call holds them only briefly, so such a lock was left by
+    a Ctrl-C at the end of a `with` block, and other threads would wait for it for ever."""
     locks = [_shared.lock, *(entry.lock for entry in _shared.tokenizers.values())]
     for lock in locks:
         while lock._is_owned():
@@ -108,8 +108,7 @@ def _release_locks() -> None:
 
 
 def _with_component(pipeline, name: str, component):
-    """A shallow copy of a pipeline with another component. Not `copy.copy`, which goes the way of pickling and would copy
-    weights with it."""
+    """A shallow copy of a pipeline with another component. `copy.copy` uses the pickling methods and would copy weights."""
     twin = object.__new__(type(pipeline))
     twin.__dict__.update(pipeline.__dict__)
     vars(twin)[name] = component
@@ -118,26 +117,26 @@ def _with_component(pipeline, name: str, component):
 
 def with_own_tokenizer(pipeline, use: Callable[[Any], Any]) -> Any:
     r"""
-    Let a pipeline use its tokenizer alone. A fast tokenizer keeps padding and truncation as state, so that two threads that
-    use it at once cut or pad each other's text. A stock pipeline in another thread takes no lock; the text of a subject is
-    therefore read with a copy of the tokenizer's state, and that one under a lock.
+    Let a pipeline use a copy of its tokenizer that no other thread uses. A fast tokenizer keeps padding and truncation as state,
+    so two threads that use it at the same time could cut or pad each other's text. A stock pipeline in another thread takes no
+    lock, so a lock alone is not enough: the texts are encoded with a copy of the tokenizer's state, under a lock.
 
     Args:
         pipeline (`DiffusionPipeline`):
             The pipeline.
         use (`Callable`):
-            Is called with a shallow copy of the pipeline that has the copied tokenizer. What it sets in the copy is set in
-            the pipeline afterwards.
+            Called with a shallow copy of the pipeline that has the copied tokenizer. Attributes that it sets in the copy are
+            then set in the pipeline.
 
     Returns:
-        What `use` returns.
+        The return value of `use`.
     """
     tokenizer = pipeline.tokenizer
     if tokenizer is None:
         return use(pipeline)
     with _shared.lock:
         entry = _shared.tokenizers.setdefault(tokenizer, types.SimpleNamespace(lock=threading.RLock(), known=None))
-    # held in this frame and not by a generator: one that Ctrl-C has cut off would hold it until it is collected
+    # held in this frame and not in a generator: a generator that Ctrl-C interrupted would hold it until it is collected
     with entry.lock:
         twin = _with_component(pipeline, "tokenizer", _copied(tokenizer, entry))
         before = dict(vars(twin))
@@ -149,7 +148,7 @@ def with_own_tokenizer(pipeline, use: Callable[[Any], Any]) -> Any:
 
 
 def _copied(tokenizer, entry):
-    """A tokenizer with a copied state, made anew when the tokenizer has got other tokens or rules."""
+    """A tokenizer with a copy of its state. The copy is renewed when the tokenizer's tokens or rules change."""
     backend = library_internals.tokenizer_backend(tokenizer)
     if backend is None:  # it is written in Python and keeps no such state
         return tokenizer
@@ -165,17 +164,17 @@ def _copied(tokenizer, entry):
 
 def set_max_concurrent_calls(number: int | None) -> None:
     r"""
-    Bound how many calls of SSR pipelines run at the same time in this process, and so how much memory they take: each holds
-    its own latents and activations. Others wait, and begin in the order in which they came. A call that a callback makes
-    belongs to the call that it is called by, and does not wait. (A callback that waits for a call in *another* thread may
-    wait for ever, if that one has to wait for the callback's own call.)
+    Limit how many calls of SSR pipelines run at the same time in this process. This limits their memory, because each call has
+    its own latents and activations. Other calls wait, and start in the order in which they arrived. A call inside a callback
+    counts as part of the outer call and does not wait. (A callback that waits for a call in *another* thread can wait for ever,
+    if that call has to wait for the callback's own call.)
 
     Args:
         number (`int`, *optional*):
-            How many; `None`, the default of the process, is any number.
+            The limit. `None`, the default, is no limit.
 
     Raises:
-        `ValueError`: if `number` is no positive number.
+        `ValueError`: if `number` is not a positive whole number.
 
     Example:
 
@@ -184,7 +183,7 @@ def set_max_concurrent_calls(number: int | None) -> None:
     >>> set_max_concurrent_calls(2)
     ```
 
-    From the Hub, without the package: `pipe.set_max_concurrent_calls(2)`.
+    With code from the Hub, without the installed package: `pipe.set_max_concurrent_calls(2)`.
     """
     if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
         raise ValueError(f"`number` has to be a positive number of calls, or None, but is {number!r}.")
@@ -195,14 +194,14 @@ def set_max_concurrent_calls(number: int | None) -> None:
 
 @contextmanager
 def turn_to_run() -> Iterator[None]:
-    """Wait until a call may begin, by [`set_max_concurrent_calls`], and count it until it ends."""
+    """Wait until a call may start (see [`set_max_concurrent_calls`]), and count it until it ends."""
     call = _Call()
     try:
         with _shared.changed:
             if not any(each.thread == call.thread for each in _shared.running):
                 _shared.waiting.append(weakref.ref(call))
                 while not _may_run(call):
-                    # now and then without a notice: a call that Ctrl-C has ended may have given none
+                    # also wake up without a notification, because a call that was ended by Ctrl-C may not have sent one
                     _shared.changed.wait(timeout=1.0)
                 _stop_waiting(call)
             _shared.running.add(call)

@@ -1,4 +1,4 @@
-"""Subjects that were encoded lately, so that the same picture and query are never encoded twice."""
+"""A cache of encoded subjects, so that the same picture and query are not encoded twice."""
 
 import hashlib
 import threading
@@ -13,27 +13,27 @@ from torch import nn
 
 class SubjectCache:
     r"""
-    The last few subjects by what they depend on. Pictures, masks, query states and the SSR-Encoder's fingerprint are
-    compared by content, so a changed picture, a LoRA on the text encoder, or a training step makes another subject; the
-    vision encoder by its identity and the versions of its weights. Threads may share it.
+    The most recent subjects. Pictures, masks, query states and the SSR-Encoder's fingerprint are compared by content, so a
+    changed picture, a LoRA on the text encoder, or a training step gives another subject. The vision encoder is compared by its
+    identity and the versions of its weights. Several threads can use the cache.
 
     Args:
         size (`int`, defaults to 16):
-            How many subjects are kept: 2.8 MB each for SD 1.5 in full precision.
+            The number of subjects to keep. Each takes 2.8 MB for Stable Diffusion 1.5 in full precision.
     """
 
     def __init__(self, size: int = 16):
         self.size = size
         self.entries: OrderedDict[Hashable, Any] = OrderedDict()
-        # between a look-up and the note that it was the last one, another thread may drop the entry
+        # without it, another thread could drop an entry between its look-up and `move_to_end`
         self._lock = threading.Lock()
 
     def __reduce__(self):
-        # a lock can neither be copied nor sent to another process: there the cache begins empty
+        # a lock can be neither copied nor pickled, so a copy starts with an empty cache
         return type(self), (self.size,)
 
     def get(self, key: Hashable) -> Any:
-        """What was kept under `key`, or `None`."""
+        """The entry for `key`, or `None`."""
         with self._lock:
             entry = self.entries.get(key)
             if entry is not None:
@@ -41,7 +41,7 @@ class SubjectCache:
             return entry
 
     def keep(self, key: Hashable, entry: Any) -> None:
-        """Keep `entry`, and drop what was not asked for longest if there is no more room."""
+        """Keep `entry`, and drop the least recently used entries if the cache is full."""
         with self._lock:
             self.entries[key] = entry
             self.entries.move_to_end(key)
@@ -50,7 +50,7 @@ class SubjectCache:
 
 
 def digest(tensor: torch.Tensor | None) -> bytes:
-    """A tensor's content in 20 bytes."""
+    """A hash of a tensor's content, in 20 bytes."""
     if tensor is None:
         return b""
     content = tensor.detach().contiguous().cpu().view(torch.uint8).numpy()
@@ -63,5 +63,5 @@ def version(module: nn.Module) -> tuple[object, int, torch.dtype]:
     return _identities.setdefault(module, object()), counts, next(module.parameters()).dtype
 
 
-# an `id` may come again once its module is gone
+# an `id` can be reused after its module is deleted
 _identities: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()

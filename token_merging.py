@@ -1,4 +1,4 @@
-"""Fewer tokens for nearly the same attention."""
+"""Merges similar tokens, for fewer tokens with nearly the same attention."""
 
 import torch
 
@@ -7,17 +7,17 @@ def merge_tokens(
     embeds: torch.Tensor, counts: torch.Tensor | None, num_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""
-    Merge the tokens that are most alike until few are left. Each merged token is the mean of what it holds and counts that
-    often in the softmax; since keys and values are linear in the tokens, merging equal tokens changes nothing. Which two
-    are merged next is Ward's criterion: those whose merging adds least to the squared error.
+    Merge the most similar tokens until `num_tokens` are left. A merged token is the mean of the tokens that it replaces, and
+    counts as many times in the softmax. Keys and values are linear in the tokens, so merging equal tokens changes nothing. Each
+    step merges the pair that increases the squared error least (Ward's criterion).
 
     Args:
         embeds (`torch.Tensor` of shape `(1, length, width)`):
             A subject's tokens.
         counts (`torch.Tensor` of shape `(1, length)`, *optional*):
-            How many tokens each of them stands for already; one by default.
+            How many tokens each of them already replaces; one by default.
         num_tokens (`int`):
-            How many are left.
+            The number of tokens to keep.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: tokens `(1, num_tokens, width)` and counts `(1, num_tokens)`.
