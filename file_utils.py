@@ -1,4 +1,4 @@
-"""Which files are safe to open, and how files and folders are written whole or not at all."""
+"""Checks whether a file is safe to open, and writes files and folders completely or not at all."""
 
 import os
 import re
@@ -16,17 +16,17 @@ _WEIGHTS = re.compile(r"(?P<stem>.+?)(?P<shard>-\d{5}-of-\d{5})?\.(safetensors|b
 
 def check_regular_file(file: str | os.PathLike, name: str) -> None:
     r"""
-    Refuse what cannot be read as a file: opening a named pipe or a device may wait for ever.
+    Raise an error for a path that cannot be read as a file. Opening a named pipe or a device could wait for ever.
 
     Args:
         file (`str` or `os.PathLike`):
             The path.
         name (`str`):
-            What errors call it.
+            The name of the argument, for errors.
 
     Raises:
-        `FileNotFoundError`: if there is no such file.
-        `ValueError`: if it is a folder, a device or a named pipe, or if no file can have that name.
+        `FileNotFoundError`: if the file does not exist.
+        `ValueError`: if it is a folder, a device or a named pipe, or if the name is not a valid file name.
     """
     try:
         regular = stat.S_ISREG(os.stat(file).st_mode)
@@ -39,16 +39,16 @@ def check_regular_file(file: str | os.PathLike, name: str) -> None:
 @contextmanager
 def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
     r"""
-    Write a file whole or not at all. Readers see the old file or the new one, and threads and processes that write the same
-    one do not disturb each other: the last one wins.
+    Write a file completely or not at all. Readers see the old file or the new one. Several threads and processes can write the
+    same file, and the last one wins.
 
     Args:
         path (`str` or `os.PathLike`):
             The file.
 
     Yields:
-        `Path`: a new name in the same folder. What is written there replaces `path` when the block ends, and is removed
-        when the block raises.
+        `Path`: a new name in the same folder. This file replaces `path` at the end of the block, and is deleted if the block
+        raises an error.
 
     Example:
 
@@ -57,9 +57,9 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
     ...     save_file(tensors, partial)
     ```
     """
-    # replacing a symbolic link would leave the file that it points to as it was
+    # replacing a symbolic link would not change the file that it points to
     target = Path(os.path.realpath(path))
-    # a name of its own for each writer, and a short one: `path` may be as long as names can be
+    # a unique name for each writer, and a short one, because `path` may have the maximum length
     partial = target.parent / f".{uuid.uuid4().hex}.part"
     try:
         yield partial
@@ -71,20 +71,19 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
 @contextmanager
 def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
     r"""
-    Write a folder of files all or nothing: if the disk fills up, or anything else goes wrong, the folder stays as it was.
-    Other files in it are kept, but for the shards of weights that are replaced. (If the process is killed in the instant in
-    which the finished files are moved, some may be new and others old.)
+    Write a folder of files completely or not at all. If the disk is full, or after any other error, the folder is unchanged.
+    Other files in it are kept, except for old shards of weights that are replaced. (If the process is killed while the finished
+    files are moved, some files can be new and others old.)
 
     Args:
         folder (`str` or `os.PathLike`):
-            The folder; it is made if it is not there.
+            The folder. It is created if it does not exist.
 
     Yields:
-        `Path`: an empty folder of the same name on the same disk. What is written there is moved into `folder` when the
-        block ends.
+        `Path`: an empty folder with the same name on the same disk. Its files are moved to `folder` at the end of the block.
 
     Raises:
-        `ValueError`: if there is a file of that name.
+        `ValueError`: if `folder` is a file.
 
     Example:
 
@@ -97,9 +96,9 @@ def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
     if target.exists() and not target.is_dir():
         raise ValueError(f"`folder`: {target} is a file, not a folder.")
     target.mkdir(parents=True, exist_ok=True)
-    # inside the folder, and so surely on its file system: then moving needs no room
+    # inside the folder, so on the same file system, where moving needs no disk space
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
-    # of the same name, which diffusers takes for the repository's when it pushes
+    # with the same name, which diffusers uses as the name of the repository with `push_to_hub`
     partial = staging / target.name
     try:
         partial.mkdir()
@@ -112,14 +111,14 @@ def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
 
 
 def _move_files(source: Path, target: Path, replaced: Path) -> None:
-    """Move all files of `source` to the same places in `target`, and what they replace to `replaced`; undone on errors."""
+    """Move all files of `source` to `target`, and the files that they replace to `replaced`. Errors undo all moves."""
     new = [file.relative_to(source) for file in sorted(source.rglob("*")) if not file.is_dir()]
     places = [*new, *_old_weights(new, target)]
     existed = {place: os.path.lexists(target / place) for place in places}
     begun = []
     try:
         for place in places:
-            # before the first step, or an interrupt between step and note would leave the step
+            # noted before the move, so that an interrupt cannot come between the move and the note
             begun.append(place)
             for folder in (target, replaced):
                 (folder / place).parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +136,7 @@ def _move_files(source: Path, target: Path, replaced: Path) -> None:
 
 
 def _old_weights(new: list[Path], target: Path) -> list[Path]:
-    """Shards and indices of weights that `new` brings anew. Left there, an old index would lead readers to old shards."""
+    """Old shards and index files of weights that `new` contains. An old index file would refer to old shards."""
     weights = [(place, found) for place in new if (found := _WEIGHTS.fullmatch(place.name))]
     old = set()
     for place, found in weights:

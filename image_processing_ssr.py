@@ -1,4 +1,4 @@
-"""From pictures and masks as people have them to the pixels that the vision encoder sees, and back to the picture."""
+"""Converts pictures and masks of many types to the vision encoder's pixels, and attention maps back to the picture."""
 
 import os
 import threading
@@ -22,34 +22,34 @@ logger = logging.get_logger(__name__)
 RESIZE_MODES = ("pad", "crop")
 SMALLEST_SIDE = 8
 LARGEST_RATIO = 16
-# The largest picture that is decoded, in pixels; read at each call, so it can be set. In RGB this many take 200 MB.
+# The size limit of pictures, in pixels. It is read at each call, so it can be changed. In RGB, this many pixels take 200 MB.
 MAX_PIXELS = 2**26
-# What `open_image` reads. Other formats of Pillow start programs (EPS starts Ghostscript) or are no pictures.
+# The formats that `open_image` reads. Other formats of Pillow run programs (EPS runs Ghostscript) or are not pictures.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 
-# A picture from `Image.open` is decoded at its first use. Two threads that share it would then both seek and read in its
-# one file, and one of them gets noise or an error.
+# A picture from `Image.open` is decoded at its first use. If two threads share it, both would seek and read in the same file,
+# and one of them would get noise or an error.
 _decoding = threading.Lock()
 
 
 def open_image(file: str | os.PathLike | bytes, name: str = "image", max_pixels: int | None = None) -> Image.Image:
     r"""
-    Open and decode a picture that may come from anybody.
+    Open and decode a picture from an untrusted source.
 
     Args:
         file (`str`, `os.PathLike` or `bytes`):
             The path of a file, or its content.
         name (`str`, defaults to `"image"`):
-            What errors call it.
+            The name of the argument, for errors.
         max_pixels (`int`, *optional*):
-            The most pixels that are decoded. Defaults to `MAX_PIXELS` of this module, 67 million.
+            The size limit in pixels. Defaults to `MAX_PIXELS` of this module, 67 million.
 
     Returns:
         `PIL.Image.Image`, decoded, in its own mode.
 
     Raises:
-        `FileNotFoundError`: if there is no such file.
-        `ValueError`: if it is no regular file, no picture, larger than `max_pixels`, or cut off.
+        `FileNotFoundError`: if the file does not exist.
+        `ValueError`: if it is not a regular file, not a picture, larger than `max_pixels`, or truncated.
 
     Example:
 
@@ -74,24 +74,24 @@ def open_image(file: str | os.PathLike | bytes, name: str = "image", max_pixels:
 
 def to_pil(image: Any, name: str = "subject_image", max_pixels: int | None = None) -> Image.Image:
     r"""
-    A picture as people have it as an upright RGB picture.
+    Convert a picture to RGB, rotated as its EXIF data say.
 
     Args:
         image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
-            The picture. PIL images may be of any mode; of a file with several frames the first one is taken, transparent
-            parts become white, 16-bit and float values are scaled to 8 bits, and EXIF rotation is applied. Arrays are
-            `(height, width, 3)` in uint8, uint16, or floats from 0 to 1; tensors `(3, height, width)`, or with a batch
-            dimension of 1, in uint8 or floats from 0 to 1.
+            The picture. PIL images can have any mode: the first of several frames is used, transparent parts become white,
+            16-bit and float values are scaled to 8 bits, and the EXIF rotation is applied. Arrays have the shape
+            `(height, width, 3)` and hold uint8, uint16, or floats from 0 to 1. Tensors have the shape `(3, height, width)`, also
+            with a batch dimension of 1, and hold uint8 or floats from 0 to 1.
         name (`str`, defaults to `"subject_image"`):
-            What errors call it.
+            The name of the argument, for errors.
         max_pixels (`int`, *optional*):
-            The most pixels that are accepted. Defaults to `MAX_PIXELS` of this module, 67 million.
+            The size limit in pixels. Defaults to `MAX_PIXELS` of this module, 67 million.
 
     Returns:
-        `PIL.Image.Image` in mode RGB, with pixels of its own.
+        `PIL.Image.Image` in mode RGB, which does not share pixels with `image`.
 
     Raises:
-        `ValueError`: if it is no picture, is cut off, or is too small, too narrow or too large.
+        `ValueError`: if it is not a picture, is truncated, or is too small, too narrow or too large.
 
     Example:
 
@@ -123,20 +123,20 @@ def mask_values(mask: Any, name: str = "subject_mask", max_pixels: int | None = 
 
     Args:
         mask (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
-            White, or 1, inside. PIL images may be of any mode. Where parts of a picture are transparent, its opacity is the
-            mask, whatever colour it was painted in; otherwise its brightness is, where every pure colour counts as white.
-            Arrays and tensors hold booleans, 0 and 1, or 0 to 255 (uint16: or to 65535), and are `(height, width)`, that
-            with dimensions of 1, `(frames, height, width)`, or (arrays alone) `(height, width, 3 or 4)` for RGB and RGBA.
+            White, or 1, inside. PIL images can have any mode. If parts of a picture are transparent, its opacity is the mask,
+            in any colour. Otherwise its brightness is the mask, and every pure colour counts as white. Arrays and tensors hold
+            booleans, 0 and 1, or 0 to 255 (uint16: also to 65535). Their shape is `(height, width)`, also with dimensions of 1,
+            or `(frames, height, width)`. Arrays can also be `(height, width, 3 or 4)` for RGB and RGBA.
         name (`str`, defaults to `"subject_mask"`):
-            What errors call it.
+            The name of the argument, for errors.
         max_pixels (`int`, *optional*):
-            The most values that are accepted. Defaults to `MAX_PIXELS` of this module, 67 million.
+            The size limit in values. Defaults to `MAX_PIXELS` of this module, 67 million.
 
     Returns:
-        `np.ndarray` of shape `(height, width)`, or `(frames, height, width)` of more than one frame, float32 from 0 to 1.
+        `np.ndarray` of shape `(height, width)`, or `(frames, height, width)` for more than one frame, in float32 from 0 to 1.
 
     Raises:
-        `ValueError`: if it is no mask.
+        `ValueError`: if it is not a mask.
 
     Example:
 
@@ -164,15 +164,15 @@ def to_mask(
     mask: Any, size: tuple[int, int], name: str = "subject_mask", max_pixels: int | None = None
 ) -> Image.Image:
     r"""
-    A mask of one picture as a picture of black and white.
+    Convert the mask of a picture to a black and white picture.
 
     Args:
         mask (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
-            What [`mask_values`] takes.
+            A mask, see [`mask_values`].
         size (`tuple[int, int]`):
             Width and height of the picture that the mask belongs to.
         name (`str`, defaults to `"subject_mask"`):
-            What errors call it.
+            The name of the argument, for errors.
         max_pixels (`int`, *optional*):
             As in [`mask_values`].
 
@@ -180,7 +180,7 @@ def to_mask(
         `PIL.Image.Image` in mode L: 255 where the subject is, 0 elsewhere.
 
     Raises:
-        `ValueError`: if it is no mask, is not of the picture's size, or marks nothing or everything.
+        `ValueError`: if it is not a mask, does not have the picture's size, or marks nothing or everything.
 
     Example:
 
@@ -203,9 +203,9 @@ def to_mask(
 
 def preprocess(image: Image.Image, processor: CLIPImageProcessor, resize_mode: str = "pad") -> torch.Tensor:
     r"""
-    Fit a picture into the vision encoder's square and normalise it.
+    Resize a picture to the vision encoder's square and normalise it.
 
-    Done with PIL whatever image backend transformers has picked, so that pixels do not depend on what is installed.
+    This always uses PIL and not the image backend of transformers, so the pixels do not depend on the installed packages.
 
     Args:
         image (`PIL.Image.Image`):
@@ -213,14 +213,14 @@ def preprocess(image: Image.Image, processor: CLIPImageProcessor, resize_mode: s
         processor (`CLIPImageProcessor`):
             The vision encoder's sizes and normalisation.
         resize_mode (`str`, defaults to `"pad"`):
-            "pad" keeps the whole picture: its longer edge is scaled to the square and the rest filled with the mean
-            colour. "crop" scales the shorter edge and cuts the centre out, as CLIP and the released code do; what lies at
-            the ends of a long picture is lost. Square pictures are the same in both.
+            "pad" keeps the whole picture: it resizes the longer edge to the square and fills the rest with the mean colour.
+            "crop" resizes the shorter edge and crops the centre, like CLIP and the released code, so the ends of a long picture
+            are lost. Both give the same result for square pictures.
 
     Returns:
         `torch.Tensor` of shape `(1, 3, height, width)`.
     """
-    # on the CPU in float32, whatever the default device and precision are
+    # on the CPU in float32, independent of the default device and precision
     mean, std = (
         torch.tensor(values, device="cpu", dtype=torch.float32).view(3, 1, 1)
         for values in (processor.image_mean, processor.image_std)
@@ -229,13 +229,13 @@ def preprocess(image: Image.Image, processor: CLIPImageProcessor, resize_mode: s
 
 
 def preprocess_mask(mask: Image.Image, processor: CLIPImageProcessor, resize_mode: str = "pad") -> torch.Tensor:
-    """The same for a mask, as `(1, 1, height, width)` from 0 to 1, so that it marks the same patches."""
+    """Resize a mask in the same way, to `(1, 1, height, width)` from 0 to 1, so that it marks the same patches."""
     return _crop_or_fill(_resized(mask, processor, resize_mode), processor)
 
 
 def postprocess_map(attention_map: torch.Tensor, size: tuple[int, int], resize_mode: str) -> torch.Tensor:
     r"""
-    The way back from the vision encoder's square to the picture.
+    Resize maps from the vision encoder's square to the picture.
 
     Args:
         attention_map (`torch.Tensor` of shape `(count, side, side)`):
@@ -243,15 +243,15 @@ def postprocess_map(attention_map: torch.Tensor, size: tuple[int, int], resize_m
         size (`tuple[int, int]`):
             Width and height of the picture.
         resize_mode (`str`):
-            The one that [`preprocess`] was given.
+            The `resize_mode` of [`preprocess`].
 
     Returns:
-        `torch.Tensor` of shape `(count, height, width)`: maps over the picture, 0 where the encoder did not see it.
+        `torch.Tensor` of shape `(count, height, width)`: maps over the picture, with 0 in the parts that the encoder did not see.
     """
     width, height = size
     edge = max(size) if resize_mode == "pad" else min(size)
     resized = F.interpolate(attention_map[None], (edge, edge), mode="bilinear")[0]
-    # the square's place in the picture: outside it when padded, inside when cropped
+    # the position of the square: outside the picture if it was padded, inside if it was cropped
     left, top = (width - edge) // 2, (height - edge) // 2
     return F.pad(resized, (left, width - edge - left, top, height - edge - top))
 
@@ -272,17 +272,17 @@ def _check_pixels(count: int, name: str, max_pixels: int | None) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """What an error says, in one line that ends without a full stop."""
+    """The message of an error, in one line and without a full stop at the end."""
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def _decode(image: Image.Image, name: str, max_pixels: int | None) -> None:
-    """Read the pixels of a picture, if that was not done yet, in one thread at a time."""
-    # the size stands in the file's header: nothing is decoded yet
+    """Decode a picture if it was not decoded before, in one thread at a time."""
+    # the size is in the file's header; nothing is decoded yet
     _check_pixels(image.width * image.height, name, max_pixels)
     with _decoding:
         try:
-            # before the pixels are read: looking for a second frame may leave them to be read again
+            # before decoding, because the check for a second frame can discard the decoded pixels
             if getattr(image, "is_animated", False):
                 _say_animated(name)
             image.load()
@@ -291,7 +291,7 @@ def _decode(image: Image.Image, name: str, max_pixels: int | None) -> None:
 
 
 def _upright(image: Image.Image, name: str, max_pixels: int | None) -> Image.Image:
-    """A decoded copy, turned as its EXIF data say."""
+    """A decoded copy, rotated as its EXIF data say."""
     _decode(image, name, max_pixels)
     with _decoding:
         try:
@@ -303,7 +303,7 @@ def _upright(image: Image.Image, name: str, max_pixels: int | None) -> Image.Ima
 
 @cache
 def _say_animated(name: str) -> None:
-    """Once for each name, or every step of a training would say it."""
+    """Warn once for each name, and not in every training step."""
     logger.warning(f"`{name}` holds several frames: only the one it stands at is used, at first the first.")
 
 
@@ -356,7 +356,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _has_alpha(image: Image.Image) -> bool:
-    """`Image.has_transparency_data`, which Pillow before 10.1 lacks."""
+    """Like `Image.has_transparency_data`, which Pillow has since 10.1."""
     palette_mode = getattr(getattr(image, "palette", None), "mode", "")
     return (
         image.mode in ("LA", "La", "PA", "RGBA", "RGBa")
@@ -377,22 +377,22 @@ def _mask_of_picture(image: Image.Image, name: str) -> np.ndarray:
 
 
 def _mask_of_colours(pixels: np.ndarray, name: str) -> np.ndarray:
-    """The mask that `(height, width, 3 or 4)` pixels show: their opacity where it differs, else their brightness."""
+    """The mask of `(height, width, 3 or 4)` pixels: their opacity if it varies, otherwise their brightness."""
     if pixels.shape[2] == 4:
         alpha = _unit(pixels[..., 3], name)
         if alpha.min() < alpha.max() or not alpha.any():
-            # a brush of half the opacity marks as well
+            # a brush with half the opacity also marks the subject
             return alpha / max(alpha.max(), 1 / 255)
-    # the brightest channel: pure red, as annotation tools paint, would be dark grey by its luminance
+    # the brightest channel, because pure red, which annotation tools often use, has a low luminance
     return _unit(pixels[..., :3].max(-1), name)
 
 
 def _mask_shape(shape: Sequence[int], name: str) -> tuple[int, ...]:
-    """(height, width), or (frames, height, width), without dimensions of 1."""
+    """`(height, width)` or `(frames, height, width)`, without dimensions of 1."""
     if len(shape) < 2 or 0 in shape:
         raise ValueError(f"`{name}` has to be of shape (height, width), but is {tuple(shape)}.")
     found = list(shape)
-    # a channel dimension behind, or batch dimensions before; height and width may be 1 themselves
+    # a channel dimension at the end, or batch dimensions at the start; height and width can be 1 too
     if len(found) > 2 and found[-1] == 1:
         del found[-1]
     while len(found) > 2 and found[0] == 1:
@@ -405,11 +405,11 @@ def _mask_shape(shape: Sequence[int], name: str) -> tuple[int, ...]:
 
 
 def _unit(values: np.ndarray, name: str, deep: bool = False) -> np.ndarray:
-    """Numbers from 0 to 1, 255 or, in uint16, 65535, as float32 from 0 to 1. `deep`: any larger range as well."""
+    """Scale numbers from 0 to 1, 255 or, in uint16, 65535 to float32 from 0 to 1. `deep` also accepts any larger range."""
     if values.dtype.kind not in "biuf":
         raise ValueError(f"`{name}` has to hold numbers, but holds {values.dtype}.")
     low, high = float(values.min()), float(values.max())
-    # scaling by cubic curves overshoots a little; NaN fails each comparison
+    # bicubic resizing overshoots a little; NaN fails every comparison
     slack = 1e-3 if values.dtype.kind == "f" else 0
     ranges = [1, 255, *([65535] if deep or values.dtype.str[1:] == "u2" else []), *([high] if deep else [])]
     fitting = [top for top in ranges if high <= top + slack and top < np.inf]
@@ -419,7 +419,7 @@ def _unit(values: np.ndarray, name: str, deep: bool = False) -> np.ndarray:
 
 
 def _resized(image: Image.Image, processor: CLIPImageProcessor, resize_mode: str) -> torch.Tensor:
-    """The picture scaled, uncropped, `(channels, height, width)` from 0 to 1."""
+    """The resized picture before cropping, `(channels, height, width)` from 0 to 1."""
     check_resize_mode(resize_mode)
     edge = max(image.size) if resize_mode == "pad" else min(image.size)
     ratio = processor.size["shortest_edge"] / edge
@@ -430,13 +430,13 @@ def _resized(image: Image.Image, processor: CLIPImageProcessor, resize_mode: str
 
 
 def _crop_or_fill(pixels: torch.Tensor, processor: CLIPImageProcessor) -> torch.Tensor:
-    """Cut the centre out, or fill up with zeros, to the encoder's size."""
+    """Crop the centre or pad with zeros to the encoder's size."""
     height, width = processor.crop_size["height"], processor.crop_size["width"]
     left, top = (width - pixels.shape[2]) // 2, (height - pixels.shape[1]) // 2
     return F.pad(pixels, (left, width - pixels.shape[2] - left, top, height - pixels.shape[1] - top))[None]
 
 
 def default_image_processor(image_encoder) -> CLIPImageProcessor:
-    """The image processor of a vision encoder that has none: its size, and CLIP's normalisation."""
+    """An image processor for a vision encoder without one, with the encoder's size and CLIP's normalisation."""
     side = image_encoder.config.image_size
     return CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})

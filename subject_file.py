@@ -1,4 +1,4 @@
-"""The file that `SubjectEmbeds.save` writes: its layout, and the checks that such a file has to pass, whoever made it."""
+"""The file format of `SubjectEmbeds.save`, and the checks for files from untrusted sources."""
 
 import json
 import math
@@ -15,17 +15,17 @@ from . import file_utils
 FORMAT = "ssr-subject-1"
 TENSORS = ("embeds", "negative_embeds", "region", "counts", "negative_counts")
 
-# Far above what is drawn: a subject of Stable Diffusion 1.5 is 462 tokens of width 768. The header says all sizes, so they
-# are checked before a tensor takes memory.
+# Limits far above real subjects: a subject of Stable Diffusion 1.5 has 462 tokens of width 768. The header contains all sizes, so
+# they are checked before memory is allocated.
 MAX_HEADER_BYTES = 2**20
 MAX_BYTES = 2**28
 MAX_SUBJECTS = 64
 MAX_TOKENS = 2**14
-# The most values of a region, over all frames: 32 frames of 1024 x 1024.
+# The maximum number of values of a region, over all frames: 32 frames of 1024 x 1024.
 MAX_REGION_VALUES = 2**25
 
 _NUM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-# beyond half precision's largest number a picture would be NaN
+# the largest number of half precision; larger ones give NaN
 _LARGEST = 65504.0
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]
@@ -35,26 +35,26 @@ def read_subject_file(
     path: str | os.PathLike, check_scale: Callable[[str, Any], float]
 ) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
     r"""
-    Read a file of subjects that may come from anybody.
+    Read a file of subjects from an untrusted source.
 
     Args:
         path (`str` or `os.PathLike`):
             The file.
         check_scale (`Callable[[str, Any], float]`):
-            Returns a scale as a float, or raises a `ValueError` with the name it is given.
+            Called with a name and a scale. Returns the scale as a float, or raises a `ValueError` with the name.
 
     Returns:
         `tuple[list[dict], dict[str, torch.Tensor]]`: query and scale of each subject, and the tensors, named
-        `<subject>.<name>` with a name of `TENSORS`; perhaps `fingerprint`.
+        `<subject>.<name>` with a name of `TENSORS`, and optionally `fingerprint`.
 
     Raises:
-        `FileNotFoundError`: if there is no such file.
-        `ValueError`: if it is no such file, is cut off, or holds anything that a subject cannot have.
+        `FileNotFoundError`: if the file does not exist.
+        `ValueError`: if it is not a file of subjects, is truncated, or contains invalid values.
     """
     file_utils.check_regular_file(path, "path")
     try:
-        # one handle for header and tensors: `safe_open` opens the file again for the tensors, and another thread or process
-        # may have replaced it by then
+        # one handle for header and tensors: `safe_open` would open the file again for the tensors, and another thread or process
+        # may have replaced it meanwhile
         with open(path, "rb") as file:
             start = file.read(8)
             length = int.from_bytes(start, "little")
@@ -65,7 +65,7 @@ def read_subject_file(
             subjects = _described(entries.pop("__metadata__", {}), check_scale)
             layout = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
             size = check_layout(layout, len(subjects))
-            # a byte more than there has to be: what follows is none of the tensors, and `load` says so
+            # one byte more than the tensors need: if there is one, `load` raises an error
             tensors = load(start + header + file.read(size + 1))
         for name, tensor in tensors.items():
             _check_values(name, tensor)
@@ -81,19 +81,19 @@ def read_subject_file(
 
 def check_layout(layout: Layout, num_subjects: int) -> int:
     r"""
-    Refuse tensors that are not those of subjects, by name, type and shape alone.
+    Raise an error for tensors that do not belong to subjects. Only names, types and shapes are used.
 
     Args:
         layout (`dict[str, tuple[str, tuple[int, ...]]]`):
-            Type, as safetensors writes it ("F32"), and shape of each tensor.
+            Type, in the notation of safetensors ("F32"), and shape of each tensor.
         num_subjects (`int`):
-            How many subjects there are.
+            The number of subjects.
 
     Returns:
-        `int`: how many bytes the tensors have.
+        `int`: the size of the tensors in bytes.
 
     Raises:
-        `ValueError`: naming the first tensor that is missing, unknown, or of another type or shape.
+        `ValueError`: with the first tensor that is missing, unknown, or has another type or shape.
     """
     known = {f"{number}.{name}" for number in range(num_subjects) for name in TENSORS} | {"fingerprint"}
     unknown = sorted(layout.keys() - known)
@@ -142,7 +142,7 @@ def _check_region(layout: Layout, name: str) -> None:
 
 
 def _check_tensor(layout: Layout, name: str, dtypes: Iterable[str], largest: tuple[int, ...]) -> None:
-    """`largest` is the shape that may not be exceeded on any side; a side of 1 has to be 1."""
+    """`largest` is the maximum of each dimension. If it is 1, the dimension must be 1."""
     dtype, shape = layout[name]
     if dtype not in dtypes:
         raise ValueError(f"{name} is of type {dtype}, not of {' or '.join(dtypes)}")

@@ -12,14 +12,14 @@ from . import attention_processors, modeling_ssr, subject_embeds
 
 @dataclass(frozen=True, eq=False)
 class SubjectRow:
-    """What one prompt is drawn with: its subjects (`None`: none), or several of them at keyframes of a video."""
+    """The subjects of one prompt: one entry (`None`: no subject), or one entry for each keyframe of a video."""
 
     keyframes: tuple[subject_embeds.SubjectEmbeds | None, ...]
     frames: tuple[int, ...] = (0,)
 
     @property
     def example(self) -> subject_embeds.SubjectEmbeds | None:
-        """The first keyframe with a subject: what a keyframe without one takes its shape from."""
+        """The first keyframe with a subject. Keyframes without a subject use its shape."""
         return next((each for each in self.keyframes if each is not None), None)
 
 
@@ -32,19 +32,19 @@ class SubjectRequest:
         rows (`list[SubjectRow]`):
             One for all prompts, or one for each.
         num_pictures (`int`):
-            Pictures (or videos) that the call draws: prompts times pictures per prompt.
+            The number of pictures (or videos) of the call: prompts times pictures per prompt.
         encoder ([`SSREncoder`]):
             Projects keys and values.
         dtype (`torch.dtype`):
             The UNet's precision.
         scale (`float` or `dict[str, float]`):
-            The scale of subjects that have none of their own, for all layers or for each; a dict multiplies those of their
-            own.
+            The scale of subjects without their own scale, for all layers or for each layer. A dict is multiplied by a subject's
+            own scale.
         branches (`Callable`):
-            Given how many times the pictures stand in the UNet's batch, the branches of guidance in their order, `True` for
-            a conditional one.
+            Called with the number of copies of each picture in the UNet's batch. Returns the branches of guidance in their
+            order, with `True` for a conditional branch.
         num_frames (`int`, *optional*):
-            Frames of each video; 1 for pictures.
+            The number of frames of each video; 1 for pictures.
     """
 
     rows: list[SubjectRow]
@@ -54,18 +54,18 @@ class SubjectRequest:
     scale: float | dict[str, float]
     branches: Callable[[int], tuple[bool, ...]]
     num_frames: int = 1
-    # whether the step that comes lies inside the call's window
+    # whether the next step is inside the call's window
     active: bool = True
     _prepared: dict = field(default_factory=dict, repr=False)
 
     def conditions(self, sample: torch.Tensor) -> attention_processors.SubjectConditions | None:
         r"""
-        What a forward pass of the UNet attends to, made once a call (and once more where the batch changes: if guidance is
-        switched off in a callback, only the conditional branch is left).
+        The conditions for a forward pass of the UNet. They are computed once per call, and again if the batch changes (if a
+        callback disables guidance, only the conditional branch is left).
 
         Args:
             sample (`torch.Tensor` of shape `(batch_size, channels, height, width)` or `(batch_size, channels, num_frames, height, width)`):
-                The latents of the pass. Their batch size says which branches of guidance it has.
+                The latents of the pass. Their batch size determines the branches of guidance.
 
         Returns:
             [`SubjectConditions`], or `None` outside the call's window.
@@ -101,10 +101,10 @@ class SubjectRequest:
     def _entries(
         self, branches: tuple[bool, ...]
     ) -> list[tuple[bool, SubjectRow, subject_embeds.SubjectEmbeds | None]]:
-        """What gets keys and values, each as (branch, row, subjects): for each branch its rows, for each row its keyframes."""
+        """The entries that get keys and values, as (branch, row, subjects): all keyframes of all rows of all branches."""
         rows = self.rows
         if self._has_keyframes:
-            # each picture needs a row of its own: its frames are rows in the layers
+            # each picture needs its own row, because its frames are rows in the layers
             rows = [row for row in rows for _ in range(self.num_pictures // len(rows))]
         return [(positive, row, subjects) for positive in branches for row in rows for subjects in row.keyframes]
 
@@ -116,8 +116,7 @@ class SubjectRequest:
             check_frames(row, frames)
         entries = self._entries(branches)
         embeds, lengths = self._embeds(entries, device)
-        # The embeddings lie where the UNet runs, even if the encoder's weights do not yet: offloading moves them there in
-        # `project`.
+        # The embeddings are on the UNet's device. With offloading, the encoder's weights are moved there in `project`.
         projected = self.encoder.project(embeds)
         row_scales = torch.tensor([self._row_scale(*entry[1:]) for entry in entries], device=device)[:, None, None]
         num_keyframes = len(self.rows[0].frames)
@@ -145,10 +144,10 @@ class SubjectRequest:
         )
 
     def _embeds(self, entries: list, device: torch.device) -> tuple[torch.Tensor, list[list[int]]]:
-        """The tokens of each entry, padded to one length, and how many of them each of its subjects has.
+        """The tokens of each entry, padded to one length, and the number of tokens of each of its subjects.
 
-        A subject that is alone acts with its scale on what the layers find; where there are several, each one's conditional
-        tokens are multiplied by its scale, and the layers take the sum as it is."""
+        The scale of a single subject is applied to the layers' output. With several subjects, the conditional tokens of each
+        are multiplied by its scale, and the layers' output is not scaled."""
         tokens, lengths = [], []
         for positive, row, subjects in entries:
             parts = self._subjects_of(row, subjects)
@@ -164,8 +163,8 @@ class SubjectRequest:
     def _subjects_of(
         self, row: SubjectRow, subjects: subject_embeds.SubjectEmbeds | None
     ) -> tuple[subject_embeds.Subject, ...]:
-        """The subjects of an entry. Where it has none, those of another entry stand in for them, so that all entries have
-        tokens; `_row_scale` makes their values 0."""
+        """The subjects of an entry. An entry without subjects uses those of another entry, so that all entries have tokens.
+        `_row_scale` sets their values to 0."""
         others = row.example or next(each.example for each in self.rows if each.example is not None)
         if subjects is None and row.example is None:
             return others.subjects[:1]
@@ -183,7 +182,7 @@ class SubjectRequest:
 
 
 def check_frames(row: SubjectRow, frames: int) -> None:
-    """Raise a `ValueError` if a row's keyframes or moving regions do not fit a video of so many frames (1: a picture)."""
+    """Raise a `ValueError` if a row's keyframes or moving regions do not fit the number of frames (1: a picture)."""
     what = "a picture has none" if frames == 1 else f"the video has {frames} frames"
     if len(row.frames) > 1 and row.frames[-1] >= frames:
         raise ValueError(f"`subject` has keyframes at {list(row.frames)}, but {what}, the last one {frames - 1}.")
@@ -195,12 +194,12 @@ def check_frames(row: SubjectRow, frames: int) -> None:
 
 
 def _places_between(keyframes: tuple[int, ...], frames: int) -> np.ndarray:
-    """For each frame its place between the keyframes: 1.25 is a quarter of the way from the second to the third."""
+    """The position of each frame between the keyframes: 1.25 is a quarter of the way from the second to the third."""
     return np.interp(range(frames), keyframes, range(len(keyframes))).astype(np.float32)
 
 
 def _token_subject(lengths: list[list[int]], longest: int) -> torch.Tensor:
-    """Which of its row's subjects each token belongs to, `(num_rows, longest)`, -1 for padding."""
+    """The index of the subject that each token belongs to, `(num_rows, longest)`, with -1 for padding."""
     owners = torch.full((len(lengths), longest), -1.0, device="cpu", dtype=torch.float32)
     for row, each in zip(owners, lengths, strict=True):
         start = 0
@@ -211,7 +210,7 @@ def _token_subject(lengths: list[list[int]], longest: int) -> torch.Tensor:
 
 
 def _regions(entries: list, num_keyframes: int, frames: int) -> list[list[torch.Tensor | None]] | None:
-    """Where each row's subjects may appear, or `None` if nowhere is forbidden."""
+    """The regions of each row's subjects, or `None` if there are none."""
     rows = []
     for first in range(0, len(entries), num_keyframes):
         keyframes = [entry[2] for entry in entries[first : first + num_keyframes]]
@@ -227,8 +226,8 @@ def _regions(entries: list, num_keyframes: int, frames: int) -> list[list[torch.
 def _region_of_frames(
     regions: list[torch.Tensor | None], keyframes: tuple[int, ...], frames: int
 ) -> torch.Tensor | None:
-    """The regions of one subject at its keyframes as one, `(1 or num_frames, height, width)`: each frame has the region of
-    the nearest keyframe."""
+    """Combine the regions of a subject at its keyframes, `(1 or num_frames, height, width)`. Each frame uses the region of the
+    nearest keyframe."""
     given = [region if region is None or region.ndim == 3 else region[None] for region in regions]
     if all(region is regions[0] for region in regions):
         return given[0]
@@ -243,7 +242,7 @@ def _region_of_frames(
 
 
 def _counts(entries: list, longest: int) -> torch.Tensor | None:
-    """How often each entry's tokens count, `(len(entries), longest)`, or `None` if all count once."""
+    """How many times each token counts, `(len(entries), longest)`, or `None` if all count once."""
     given = [each.subjects for _, _, each in entries if each is not None]
     if all(subject.counts is None for subjects in given for subject in subjects):
         return None
