@@ -1,4 +1,4 @@
-"""How a subject joins the UNet's cross-attention: equation 5 of the paper, beside whatever processor a layer has."""
+"""Adds a subject to the UNet's cross-attention (equation 5 of the paper), with any attention processor."""
 
 import threading
 from dataclasses import dataclass, field
@@ -11,9 +11,9 @@ from torch import nn
 
 
 class LayerSubject(NamedTuple):
-    """What one cross-attention layer attends to beside the text: `key` and `value` of shape `(num_rows, num_tokens, width)`,
-    the scale contained in the values; `mask`, what is added to the logits (or, as booleans, which tokens a position may
-    attend to), `(num_rows, 1, num_positions or 1, num_tokens)`; `reached`, 1 at each position that a subject may reach,
+    """The subject for one cross-attention layer. `key` and `value` have the shape `(num_rows, num_tokens, width)`, and the
+    values are multiplied by the scale. `mask` is added to the logits (or is boolean: the tokens that a position may attend to),
+    `(num_rows, 1, num_positions or 1, num_tokens)`. `reached` is 1 at each position where a subject may appear,
     `(num_rows, num_positions, 1)`. Consecutive pictures or frames share a row."""
 
     key: torch.Tensor
@@ -23,15 +23,15 @@ class LayerSubject(NamedTuple):
 
 
 class TextAndSubject(NamedTuple):
-    """`encoder_hidden_states` on their short way from a transformer to the cross-attention inside it: the text's hidden
-    states (with those of an IP-Adapter, if there is one) and the layer's subject."""
+    """Passed as `encoder_hidden_states` from a transformer to the cross-attention inside it: the hidden states of the text (and
+    of an IP-Adapter, if there is one) and the layer's subject."""
 
     text: torch.Tensor | tuple
     subject: LayerSubject
 
 
 class _Visit:
-    """One forward pass of one layer: what its processor computed so far, and whether the subject was added to it."""
+    """The state of one forward pass of one layer: the queries so far, and whether the subject was added."""
 
     def __init__(self, attn: Attention, subject: LayerSubject):
         self.heads, self.scale = attn.heads, attn.scale
@@ -41,7 +41,7 @@ class _Visit:
         self.added = False
 
     def problem(self) -> str | None:
-        """Why the subject was not added as equation 5 wants it."""
+        """The reason why the subject was not added as in equation 5, or `None` if it was."""
         if self.num_queries != 1:
             return f"it computes queries with a `to_q` {self.num_queries} times instead of once"
         if self.num_outputs != 1:
@@ -55,22 +55,22 @@ class SSRAttnProcessor2_0:
 
         Z = Attention(Q, K_text, V_text) + Attention(Q, K_subject, V_subject)
 
-    with the layer's own queries, heads and scale; the sum goes through the layer's own output projection. It replaces no
-    processor: the layer keeps its own (plain, sliced, fused, IP-Adapter's, Custom Diffusion's, one of the user's),
-    which computes the first term. The second joins by forward hooks on four modules: the layer itself (`enter` and
-    `leave`), its query projection (`keep_query`), and its output projection (`add_subject`).
+    It uses the layer's queries, heads, scale and output projection. It does not replace the layer's processor (plain, sliced,
+    fused, IP-Adapter, Custom Diffusion, or your own), which computes the first term. Forward hooks add the second term. They are
+    on the layer itself (`enter` and `leave`), on its query projection (`keep_query`), and on its output projection
+    (`add_subject`).
 
-    One object serves all layers of all UNets: it holds no weights, and what it holds of a forward pass it holds by thread.
-    `torch.compile` can therefore use one compiled block for all layers of a width.
+    One object is used for all layers of all UNets. It has no weights, and stores the state of a forward pass by thread.
+    `torch.compile` can therefore use one compiled block for all layers of the same width.
     """
 
     def __init__(self):
         self.visits: dict[int, _Visit] = {}
 
     def enter(self, attn: Attention, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
-        """Forward pre-hook of a cross-attention layer: take the subject out of `encoder_hidden_states`, so that the layer's
-        processor sees the text alone. Without a subject nothing happens, here or in the hooks below."""
-        # an interrupted forward pass of this thread may have left its visit behind
+        """Forward pre-hook of a cross-attention layer: removes the subject from `encoder_hidden_states`, so that the layer's
+        processor gets only the text. Without a subject, this hook and the hooks below do nothing."""
+        # an interrupted forward pass of this thread may have left its state
         self.visits.pop(_thread(), None)
         if kwargs is None or not isinstance(kwargs.get("encoder_hidden_states"), TextAndSubject):
             return None
@@ -79,19 +79,19 @@ class SSRAttnProcessor2_0:
             self.visits[_thread()] = _Visit(attn, subject)
         return args, {**kwargs, "encoder_hidden_states": text}
 
-    # Where hooks are removed by one thread while another one, without a subject, is on its way through a module, torch calls
-    # what it has already looked up, and may call it without `kwargs`: hence the defaults.
+    # If one thread removes hooks while another thread, without a subject, runs the module, torch still calls the hooks that it
+    # has already looked up, and may call them without `kwargs`. The defaults are for this case.
 
     def keep_query(self, to_q: nn.Module, args: tuple, kwargs: dict | None = None, query=None) -> None:
-        """Forward hook of a query projection: remember the queries."""
+        """Forward hook of a query projection: stores the queries."""
         visit = self.visits.get(_thread())
         if visit is not None:
             visit.query = query
             visit.num_queries += 1
 
     def add_subject(self, to_out: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
-        """Forward pre-hook of an output projection: add what the subject's attention gives to what the layer's own
-        processor found."""
+        """Forward pre-hook of an output projection: adds the subject's attention to the output of the layer's own
+        processor."""
         visit = self.visits.get(_thread())
         if visit is None or kwargs is None:
             return None
@@ -102,11 +102,11 @@ class SSRAttnProcessor2_0:
         return (args[0] + attend_to_subject(visit.query, visit.subject, visit.heads, visit.scale), *args[1:]), kwargs
 
     def forget(self) -> None:
-        """Drop what an interrupted forward pass of this thread has left."""
+        """Remove the state of an interrupted forward pass of this thread."""
         self.visits.pop(_thread(), None)
 
     def leave(self, attn: Attention, args: tuple, kwargs: dict | None = None, output=None) -> None:
-        """Forward hook of a cross-attention layer: a pass in which the subject was not added, once, is an error."""
+        """Forward hook of a cross-attention layer: raises an error if the subject was not added exactly once."""
         visit = self.visits.pop(_thread(), None)
         problem = None if visit is None or output is None else visit.problem()
         if problem is not None:
@@ -116,8 +116,8 @@ class SSRAttnProcessor2_0:
 
 
 def attend_to_subject(query: torch.Tensor, subject: LayerSubject, heads: int, scale: float) -> torch.Tensor:
-    """The second term of equation 5, for queries `(batch_size, sequence_length, width)`, in the same shape."""
-    # consecutive pictures and frames of a row are more queries of one attention, so that keys and values are not repeated
+    """The second term of equation 5 for queries of shape `(batch_size, sequence_length, width)`, in the same shape."""
+    # consecutive pictures and frames of a row become queries of one attention, so keys and values are not repeated
     rows = subject.key.shape[0]
     if query.shape[0] % rows:
         raise ValueError(f"The UNet's layers got a batch of {query.shape[0]} for {rows} rows of subjects.")
@@ -137,25 +137,25 @@ def attend_to_subject(query: torch.Tensor, subject: LayerSubject, heads: int, sc
 @dataclass(eq=False)
 class SubjectConditions:
     r"""
-    What travels to the UNet's cross-attention layers beside the text, as `cross_attention_kwargs["ssr_subject"]`.
+    The subjects for the UNet's cross-attention layers, passed as `cross_attention_kwargs["ssr_subject"]`.
 
     Args:
         pairs (`dict[str, tuple[torch.Tensor, torch.Tensor]]`):
-            Key and value for each layer by name, each `(num_rows, num_subject_tokens, width)`, the scale contained in the
-            values; with keyframes `(num_rows, num_keyframes, num_subject_tokens, width)`. A layer whose pair holds no
-            tokens is left alone. A row serves one picture or video, or several consecutive ones of the batch.
+            Key and value for each layer by name, each of shape `(num_rows, num_subject_tokens, width)`, or with keyframes
+            `(num_rows, num_keyframes, num_subject_tokens, width)`. The values are multiplied by the scale. In a layer whose pair
+            has no tokens, the subject does not act. A row is used for one or several consecutive pictures or videos of the batch.
         token_subject (`torch.Tensor` of shape `(num_rows, num_subject_tokens)`, *optional*):
-            Which of its row's subjects each token belongs to, -1 for padding. Needed where rows differ in length or
-            there are regions.
+            The index of the subject that each token belongs to, with -1 for padding. It is needed if rows differ in length or
+            if there are regions.
         regions (`list[list[torch.Tensor | None]]`, *optional*):
-            For each row and each of its subjects where in the output it may appear: 1 there and 0 elsewhere, of shape
-            `(1, height, width)`, or `(num_frames, height, width)` for one that moves; `None` is everywhere.
+            The region of each subject of each row: 1 where it may appear and 0 elsewhere, of shape `(1, height, width)`, or
+            `(num_frames, height, width)` for a region that moves. `None` is the whole output.
         counts (`torch.Tensor` of shape `(num_rows, num_subject_tokens)`, *optional*):
-            How often each token counts in the softmax; once by default.
+            How many times each token counts in the softmax. Defaults to once.
         frames (`int`, defaults to 1):
-            Frames of each video.
+            The number of frames of each video.
         keyframes (`torch.Tensor` of shape `(num_frames,)`, *optional*):
-            For each frame its place between the keyframes: 1.25 is a quarter of the way from the second to the third.
+            The position of each frame between the keyframes: 1.25 is a quarter of the way from the second to the third.
     """
 
     pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -202,7 +202,7 @@ class SubjectConditions:
             allowed = bias if allowed is None else bias.masked_fill(~allowed, -torch.inf)
         if self.keyframes is None:
             return allowed, reached
-        # with keyframes each frame is a row of its own
+        # with keyframes, each frame is its own row
         return _frames_as_rows(allowed, self.frames, 2), _frames_as_rows(reached, self.frames, 1)
 
     def _allowed(self, per_row: int, grid: tuple[int, int]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -215,8 +215,8 @@ class SubjectConditions:
         index = self.token_subject.clamp(min=0).long()[:, :, None].expand(-1, -1, fitted.shape[2])
         allowed = fitted.gather(1, index).transpose(1, 2)[:, None] & present
         reached = allowed.any(-1)
-        # a position that no subject may reach attends to all of them, and then to nothing of what it found: a row of the
-        # softmax without any token would be NaN
+        # a position outside all regions attends to all subjects, and its result is then set to 0: a row of the softmax without
+        # any token would be NaN
         allowed = allowed | ~reached[..., None] & present
         repeats = per_row // self.frames if self.keyframes is None else 1
         reached = reached[:, 0, :, None].to(self._dtype)
@@ -245,7 +245,7 @@ class SubjectConditions:
 
 
 def _between_keyframes(states: torch.Tensor, keyframes: torch.Tensor) -> torch.Tensor:
-    """Keys or values of keyframes, `(num_rows, num_keyframes, ...)`, blended for each frame, `(num_rows * frames, ...)`."""
+    """Interpolate keys or values of keyframes, `(num_rows, num_keyframes, ...)`, to frames, `(num_rows * frames, ...)`."""
     before = keyframes.floor().long()
     after = (before + 1).clamp(max=states.shape[1] - 1)
     share = (keyframes - before).to(states.dtype)[:, None, None]
@@ -253,7 +253,7 @@ def _between_keyframes(states: torch.Tensor, keyframes: torch.Tensor) -> torch.T
 
 
 def _frames_as_rows(states: torch.Tensor | None, frames: int, dim: int) -> torch.Tensor | None:
-    """`(num_rows, ..., frames * positions, ...)` as `(num_rows * frames, ..., positions, ...)`."""
+    """Reshape `(num_rows, ..., frames * positions, ...)` to `(num_rows * frames, ..., positions, ...)`."""
     if states is None:
         return None
     if states.shape[dim] == 1:
@@ -262,6 +262,6 @@ def _frames_as_rows(states: torch.Tensor | None, frames: int, dim: int) -> torch
 
 
 def _thread() -> int:
-    """This thread's number; in compiled code, which calls a layer and its projections in one piece, always 0."""
-    # not `is_compiling`, which is also true in threads that run beside one that compiles
+    """The id of this thread. In compiled code, which runs a layer and its projections in one piece, it is always 0."""
+    # not `is_compiling`, which is also true in other threads while one thread compiles
     return 0 if torch.compiler.is_dynamo_compiling() else threading.get_ident()

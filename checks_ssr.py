@@ -1,4 +1,4 @@
-"""Checks of a call's arguments and of whether an SSR-Encoder fits a pipeline, all before any work starts."""
+"""Checks the arguments of a call, and whether an SSR-Encoder fits a pipeline, before any work starts."""
 
 import difflib
 
@@ -10,7 +10,7 @@ from . import image_processing_ssr, library_internals, subject_embeds, subject_r
 
 
 def check_references(image, query, mask) -> list[tuple[object, Image.Image, str, Image.Image | None]]:
-    """(the picture as given, as PIL, query, mask) for each reference; a single value is used for all."""
+    """(the picture as passed, as PIL, query, mask) for each reference. A single value is used for all references."""
     given = {"subject_image": image, "subject_query": query, "subject_mask": mask}
     lengths = {name: len(value) for name, value in given.items() if isinstance(value, list)}
     if len(set(lengths.values())) > 1 or 0 in lengths.values():
@@ -41,7 +41,7 @@ def _check_reference(image, query, mask) -> None:
 
 
 def check_window(start, end) -> tuple[float, float] | None:
-    """The window, or `None` where it is the whole denoising."""
+    """The window, or `None` if it is the whole denoising."""
     start, end = subject_embeds.check_scale("subject_start", start), subject_embeds.check_scale("subject_end", end)
     if not 0 <= start < end <= 1:
         raise ValueError(
@@ -50,24 +50,24 @@ def check_window(start, end) -> tuple[float, float] | None:
     return None if (start, end) == (0.0, 1.0) else (start, end)
 
 
-# names under which other pipelines take what is called otherwise here
+# names that other pipelines use for these arguments
 _OTHER_NAMES = {"subject_embeds": "subject", "subjects": "subject", "subject_images": "subject_image"}
 
 
 def check_unknown_arguments(given, stock, own) -> None:
-    """Refuse arguments that neither the stock call nor ours takes and that look like one of ours (`subject_scal`): stock
-    calls that end in `**kwargs` would drop them silently."""
+    """Raise an error for an unknown argument that resembles one of ours (`subject_scal`). Stock calls with `**kwargs` would
+    silently ignore it."""
     for name in given:
         if name in _OTHER_NAMES:
             raise ValueError(f"`{name}` is no argument of this pipeline; did you mean `{_OTHER_NAMES[name]}`?")
-        # whatever begins with "subject" is meant for us, however it goes on
+        # a name that starts with "subject" is always compared with ours
         near = difflib.get_close_matches(name, own, n=1, cutoff=0.0 if name.startswith("subject") else 0.8)
         if name not in stock and near:
             raise ValueError(f"`{name}` is no argument of this pipeline; did you mean `{near[0]}`?")
 
 
 def one_for_each(names: str, subjects: list, num_prompts: int) -> list:
-    """The list itself; a `ValueError` if it holds neither one subject for all prompts nor one for each."""
+    """Return the list. Raise a `ValueError` if it has neither one subject for all prompts nor one for each prompt."""
     if len(subjects) not in (1, num_prompts):
         raise ValueError(
             f"{names} as a list has to hold one for each prompt, but holds {len(subjects)} for {num_prompts}."
@@ -76,7 +76,7 @@ def one_for_each(names: str, subjects: list, num_prompts: int) -> list:
 
 
 def check_subjects(subject, num_prompts: int, check_encoder) -> list[subject_request.SubjectRow]:
-    """`subject` as rows, one for all prompts or one for each; `check_encoder` is called with each `SubjectEmbeds`."""
+    """`subject` as rows, one for all prompts or one for each prompt. `check_encoder` is called with each `SubjectEmbeds`."""
     given = subject if isinstance(subject, list) else [subject]
     rows = [_row(each, isinstance(subject, list)) for each in given]
     embeds = [each for row in rows for each in row.keyframes if each is not None]
@@ -126,7 +126,7 @@ def _row_of_keyframes(keyframes: dict) -> subject_request.SubjectRow:
 
 
 def check_fits(unet, encoder, image_encoder, text_encoder) -> None:
-    """Raise a `ValueError` if an SSR-Encoder was made for other models. Those that are absent, and not needed, are skipped."""
+    """Raise a `ValueError` if an SSR-Encoder was made for other models. Models that are `None` are skipped."""
     config = encoder.config
     text_width = None if text_encoder is None else text_encoder.config.hidden_size
     if text_width not in (None, config.cross_attention_dim):
@@ -148,7 +148,7 @@ def check_fits(unet, encoder, image_encoder, text_encoder) -> None:
 
 
 def check_fits_unet(unet, encoder) -> None:
-    """The same for the UNet alone."""
+    """Like [`check_fits`], for the UNet only."""
     config, unet = encoder.config, unet_hooks.find_unet(unet)
     if library_internals.uses_split_inference(unet):
         raise ValueError(
@@ -170,7 +170,7 @@ def check_fits_unet(unet, encoder) -> None:
 
 
 def check_precision(text_encoder: nn.Module | None, unet) -> None:
-    """Raise a `ValueError` for a checkpoint in mixed precision, which fails in the first step otherwise."""
+    """Raise a `ValueError` for a checkpoint in mixed precision, which would fail in the first step."""
     usual = (torch.float16, torch.bfloat16, torch.float32)
     dtypes = (None if text_encoder is None else text_encoder.dtype), unet_hooks.find_unet(unet).dtype
     mixed = all(dtype in usual for dtype in dtypes) and dtypes[0] != dtypes[1]
@@ -208,7 +208,7 @@ def check_in_controlnet(rows: list[subject_request.SubjectRow], has_controlnet: 
 
 
 def check_block_scales(name: str, scale: dict, layers) -> None:
-    """Raise a `ValueError` if a scale per block holds anything but numbers, or names blocks that no subject reaches."""
+    """Raise a `ValueError` if a scale per block contains anything but numbers, or names blocks without subject layers."""
     _check_numbers(name, scale)
     blocks = {
         "down": {layer.split(".")[1] for layer in layers if layer.startswith("down_blocks.")},

@@ -1,8 +1,7 @@
-"""Private names of torch, diffusers and transformers that this project needs, each with what it is for, and what differs
-between their versions.
+"""The private names of torch, diffusers and transformers that this project uses, with the reason for each, and the differences
+between versions of these libraries.
 
-Public equivalents do not exist (at the time of diffusers 0.42 and torch 2.14). To adapt this project to a newer version of
-one of them, begin here.
+There are no public equivalents (as of diffusers 0.42 and torch 2.14). To adapt this project to a newer version, start here.
 """
 
 import copy
@@ -43,8 +42,7 @@ def _parsed(version: str) -> tuple[int, ...]:
 
 
 def check_versions() -> None:
-    """Raise an `ImportError` if a library is too old. Code that comes from the Hub was never installed by pip, which would
-    have said so."""
+    """Raise an `ImportError` if a library is too old. pip checks this at installation, but not for code from the Hub."""
     for module in (torch, diffusers, transformers):
         oldest = OLDEST[module.__name__]
         if _parsed(module.__version__) < _parsed(oldest):
@@ -55,23 +53,23 @@ def check_versions() -> None:
 
 check_versions()
 
-# What `from_pretrained` and `from_pipe` call a precision: `torch_dtype` before these versions, `dtype` since then. The old
-# name warns in the new ones, and the old ones overlook the new name.
+# The name of the precision in `from_pretrained` and `from_pipe`: `torch_dtype` before these versions, and `dtype` since then. New
+# versions warn about the old name, and old versions ignore the new name.
 _DIFFUSERS_DTYPE = "dtype" if _parsed(diffusers.__version__) >= (0, 40) else "torch_dtype"
 _TRANSFORMERS_DTYPE = "dtype" if _parsed(transformers.__version__) >= (4, 56) else "torch_dtype"
 
 
 def precision_arguments(arguments: dict, library: str = "diffusers", default: torch.dtype | None = None) -> dict:
     r"""
-    Arguments of a `from_pretrained` or `from_pipe`, with the precision under the name that the installed library knows.
+    The arguments of `from_pretrained` or `from_pipe`, with the precision under the name that the installed library uses.
 
     Args:
         arguments (`dict`):
             May hold `dtype` or `torch_dtype`.
         library (`"diffusers"` or `"transformers"`, defaults to `"diffusers"`):
-            Whose method it is.
+            The library of the method.
         default (`torch.dtype`, *optional*):
-            The precision where neither is given.
+            The precision if neither is given.
     """
     rest = {name: value for name, value in arguments.items() if name not in ("dtype", "torch_dtype")}
     dtype = next((arguments[name] for name in ("dtype", "torch_dtype") if arguments.get(name) is not None), default)
@@ -81,8 +79,8 @@ def precision_arguments(arguments: dict, library: str = "diffusers", default: to
 
 
 def disable_offloading(pipeline) -> tuple[bool, bool, bool]:
-    """Take the offloading hooks off a pipeline's components, as diffusers' own loaders do. Returns which kind of offloading
-    was on: of models, sequential, of groups (which stays, and is unknown before diffusers 0.35)."""
+    """Remove the offloading hooks from a pipeline's components, like diffusers' own loaders. Returns which kind of offloading was
+    enabled: model, sequential, or group offloading (which is not removed, and does not exist before diffusers 0.35)."""
     from diffusers.loaders.lora_base import LoraBaseMixin
 
     model, sequential, *group = LoraBaseMixin._optionally_disable_offloading(pipeline)
@@ -90,8 +88,7 @@ def disable_offloading(pipeline) -> tuple[bool, bool, bool]:
 
 
 def expand_block_scales(unet: Any, scale: dict) -> dict[str, float]:
-    """Scales per block, as `set_ip_adapter_scale` takes them, as one for each attention of the UNet. diffusers has no public
-    function for it."""
+    """Expand scales per block, in the form of `set_ip_adapter_scale`, to one scale for each attention of the UNet."""
     from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
 
     (expanded,) = _maybe_expand_lora_scales(unet, [scale], default_scale=0.0)
@@ -99,15 +96,14 @@ def expand_block_scales(unet: Any, scale: dict) -> dict[str, float]:
 
 
 def reapply_group_offloading(module: nn.Module) -> None:
-    """Give a module's group offloading its new submodules, as diffusers' own loaders do after loading."""
+    """Apply group offloading to new submodules of a module, like diffusers' own loaders after loading."""
     from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 
     _maybe_remove_and_reapply_group_offloading(module)
 
 
 def register_auto_pipeline(pipeline_class: type[Any], stock_class: type[Any]) -> None:
-    """Let diffusers' `AutoPipelineFor...from_pipe` find a class where it finds the stock class. It looks classes up by name in
-    these mappings, which are the only way to be found."""
+    """Register a class for diffusers' `AutoPipelineFor...from_pipe`, in the same mappings as its stock class."""
     from diffusers.pipelines import auto_pipeline
 
     for kind in ("TEXT2IMAGE", "IMAGE2IMAGE", "INPAINT"):
@@ -118,7 +114,7 @@ def register_auto_pipeline(pipeline_class: type[Any], stock_class: type[Any]) ->
 
 
 def uses_split_inference(unet: nn.Module) -> bool:
-    """Whether FreeNoise's split inference is switched on in a UNet."""
+    """Whether FreeNoise's split inference is enabled in a UNet."""
     try:
         from diffusers.pipelines.free_noise_utils import SplitInferenceModule
     except ImportError:  # diffusers before 0.31 has no split inference
@@ -127,8 +123,8 @@ def uses_split_inference(unet: nn.Module) -> bool:
 
 
 def without_capturing_hooks(model: nn.Module) -> nn.Module:
-    """A copy of a transformers model without the hooks that `output_hidden_states=True` has left in it: they are local
-    functions, which cannot be pickled. transformers puts them in again when they are needed."""
+    """A copy of a transformers model without the hooks of `output_hidden_states=True`. They are local functions, which cannot be
+    pickled. transformers adds them again when they are needed."""
     model = copy.deepcopy(model)
     for module in model.modules():
         for key, hook in list(module._forward_hooks.items()):
@@ -139,41 +135,41 @@ def without_capturing_hooks(model: nn.Module) -> nn.Module:
 
 
 def tokenizer_backend(tokenizer):
-    """The part of a fast tokenizer that is written in Rust and keeps its state, or `None` for one that is written in Python."""
+    """The Rust part of a fast tokenizer, which holds its state, or `None` for a tokenizer that is written in Python."""
     return getattr(tokenizer, "_tokenizer", None) if getattr(tokenizer, "is_fast", False) else None
 
 
 def with_tokenizer_backend(tokenizer, backend):
-    """A shallow copy of a fast tokenizer with another such part. Its public `backend_tokenizer` can only be read."""
+    """A shallow copy of a fast tokenizer with another Rust part. Its public `backend_tokenizer` is read-only."""
     twin = object.__new__(type(tokenizer))
     twin.__dict__.update(tokenizer.__dict__)
     twin._tokenizer = backend
     return twin
 
 
-# The fixed key of a forward hook, a text. torch declares the keys of its own counter, numbers.
+# The fixed key of a forward hook is a string. The type annotations of torch expect the numbers of its own counter.
 HookKey = Any
 
-# Forward hooks are registered under a fixed key here. torch's `register_forward_hook` gives each registration a new number, and
-# `torch.compile` guards these numbers: it would compile again at every forward pass, and for every layer.
+# These functions register forward hooks under a fixed key. `register_forward_hook` of torch uses a new number each time, and
+# `torch.compile` guards these numbers, so it would compile again for every forward pass and every layer.
 
 
 def set_forward_pre_hook(module: nn.Module, key: HookKey, hook: Callable) -> None:
-    """Register `hook(module, args, kwargs)` before a module's forward pass; a second time it changes nothing."""
-    # the flag first: another thread may be on its way through the module, and must not call the hook without `kwargs`
+    """Register `hook(module, args, kwargs)` before a module's forward pass. Registering it again changes nothing."""
+    # set the flag first, because another thread may run the module and must not call the hook without `kwargs`
     module._forward_pre_hooks_with_kwargs[key] = True
     module._forward_pre_hooks[key] = hook
 
 
 def set_forward_hook(module: nn.Module, key: HookKey, hook: Callable) -> None:
-    """Register `hook(module, args, kwargs, output)` after a module's forward pass, also one that raises."""
+    """Register `hook(module, args, kwargs, output)` after a module's forward pass, also if it raises an error."""
     module._forward_hooks_with_kwargs[key] = True
     module._forward_hooks_always_called[key] = True
     module._forward_hooks[key] = hook
 
 
 def clear_forward_hooks(module: nn.Module, key: HookKey) -> None:
-    """Remove what stands under `key`, if anything does."""
+    """Remove the hooks with this `key`, if there are any."""
     module._forward_pre_hooks.pop(key, None)
     module._forward_pre_hooks_with_kwargs.pop(key, None)
     module._forward_hooks.pop(key, None)
@@ -182,10 +178,10 @@ def clear_forward_hooks(module: nn.Module, key: HookKey) -> None:
 
 
 def compiled_call(module: nn.Module) -> Callable | None:
-    """What runs instead of a module that was compiled in place (`module.compile()`), hooks included."""
+    """The compiled call of a module that was compiled in place (`module.compile()`), including its hooks."""
     return module._compiled_call_impl
 
 
 def set_compiled_call(module: nn.Module, call: Callable) -> None:
-    """Replace what `compiled_call` returns."""
+    """Replace the compiled call of a module."""
     module._compiled_call_impl = call

@@ -1,4 +1,4 @@
-"""When the forward hooks that carry a subject are in a UNet: during its forward passes, and at no other time."""
+"""Adds the forward hooks of a subject to a UNet for its forward passes, and removes them after each pass."""
 
 import os
 import threading
@@ -15,29 +15,29 @@ from torch import nn
 from . import attention_processors, library_internals, shared_components
 
 
-# The name under which a subject travels in `cross_attention_kwargs`, from the pipeline's call to the UNet's transformers.
+# the key of a subject in `cross_attention_kwargs`, from the pipeline's call to the UNet's transformers
 SUBJECT = "ssr_subject"
 
-# Each copy of this code (`custom_pipeline=` loads one, the installed package is another) has hooks of its own, which let the
-# other's subjects pass.
+# Each copy of this code (the installed package, and the copy that `custom_pipeline=` loads) has its own hooks, which ignore the
+# subjects of the other copy.
 _KEY = __name__
 _processor = attention_processors.SSRAttnProcessor2_0()
 
 
 def find_unet(unet: Any) -> UNet2DConditionModel | UNetMotionModel:
     r"""
-    The UNet itself inside whatever wraps it: `torch.compile`, a `PeftModel`, accelerate's or DDP's wrappers, or one of the
-    user's that passes attributes on.
+    Find the UNet inside a wrapper: `torch.compile`, a `PeftModel`, a wrapper of accelerate or DDP, or your own wrapper that
+    forwards attributes.
 
     Args:
         unet (`torch.nn.Module` or any callable object):
             A pipeline's `unet`.
 
     Raises:
-        `ValueError`: if there is none.
+        `ValueError`: if there is no UNet.
     """
-    # A wrapper that is no module but passes attributes on passes on `get_submodule` too: a bound method, whose `__self__` is the
-    # module inside.
+    # A wrapper that is not a module but forwards attributes also forwards `get_submodule`. The `__self__` of this bound method is
+    # the module inside.
     module = unet if isinstance(unet, nn.Module) else getattr(getattr(unet, "get_submodule", None), "__self__", None)
     for each in module.modules() if isinstance(module, nn.Module) else ():
         if isinstance(each, (UNet2DConditionModel, UNetMotionModel)):
@@ -46,13 +46,13 @@ def find_unet(unet: Any) -> UNet2DConditionModel | UNetMotionModel:
 
 
 class _TransformerHook:
-    """Forward pre-hook of the transformer around a cross-attention layer: takes the conditions out of
-    `cross_attention_kwargs`, and passes this layer's part of them on with the text.
+    """Forward pre-hook of the transformer around a cross-attention layer: removes the conditions from
+    `cross_attention_kwargs`, and passes the part for this layer on with the text.
 
-    It is a hook of the transformer and not of the layer for two reasons. A transformer is given
-    `(batch_size, channels, height, width)`, the grid that a region is fitted to; the layer is given positions in one row, and
-    would have to guess the grid. And with compiled blocks a hook of the layer would be compiled with the layer's name, so that
-    each layer would be compiled for itself; this way one compiled block serves all layers of a width."""
+    It is a hook of the transformer and not of the layer for two reasons. The input of a transformer has the shape
+    `(batch_size, channels, height, width)`, which gives the grid for the regions. The layer gets the positions in one dimension
+    and would have to guess the grid. And with compiled blocks, a hook of the layer would be compiled with the layer's name, so
+    each layer would be compiled separately. This way one compiled block is used for all layers of the same width."""
 
     def __init__(self, layer: str):
         self.layer = layer
@@ -75,13 +75,13 @@ class _TransformerHook:
 
 
 class _Hooks:
-    """The hooks in one UNet, and who needs them: forward passes of calls, or a training loop. Users are held weakly: one that
-    Ctrl-C has ended, before it could remove its hooks, is gone with its frame, and the next one removes them."""
+    """The hooks in one UNet, and their users: forward passes of calls, or a training loop. The references to users are weak. If
+    Ctrl-C ends a user before it could remove its hooks, it disappears with its frame, and the next user removes them."""
 
     def __init__(self):
         self.users: WeakSet = WeakSet()
         self.modules: set[nn.Module] = set()
-        # kept from pass to pass: compiled code is valid for these very objects
+        # kept between passes, because compiled code is valid only for these objects
         self.transformers: dict[str, _TransformerHook] = {}
 
     def add(self, unet: nn.Module, layers: Iterable[str], user) -> None:
@@ -112,8 +112,8 @@ class _Hooks:
 
 
 def _projections(attn: Any) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The modules with which a layer and its processor compute queries and outputs: `to_q` and `to_out[0]`, and what the
-    processor has of its own under names that begin so (`to_q_custom_diffusion`)."""
+    """The modules that compute a layer's queries and outputs: `to_q` and `to_out[0]`, and modules of the processor with names
+    that start in the same way (`to_q_custom_diffusion`)."""
     queries: list[nn.Module] = [attn.to_q]
     outputs: list[nn.Module] = [attn.to_out[0]]
     if isinstance(attn.processor, nn.Module):
@@ -125,12 +125,12 @@ def _projections(attn: Any) -> tuple[list[nn.Module], list[nn.Module]]:
     return queries, outputs
 
 
-# by UNet; changed under `shared_components.registry_lock`, which is not held while a UNet runs
+# by UNet; protected by `shared_components.registry_lock`, which is not held while a UNet runs
 _hooks: WeakKeyDictionary = WeakKeyDictionary()
 
 
 def _after_fork() -> None:
-    """In a forked process only the forking thread goes on: what the others had in a UNet is removed."""
+    """In a forked process only the forking thread continues, so remove the hooks of other threads."""
     for unet, hooks in _hooks.items():
         for user in _of_other_threads(hooks.users):
             _remove_hooks(unet, user)
@@ -158,7 +158,7 @@ def _remove_hooks(unet: nn.Module, user) -> None:
 
 
 class _Loop:
-    """A training loop that needs the hooks."""
+    """A training loop that uses the hooks."""
 
     def __init__(self):
         self.thread = threading.get_ident()
@@ -167,10 +167,10 @@ class _Loop:
 @contextmanager
 def subject_in_unet(unet: Any, layers: Iterable[str]) -> Iterator[None]:
     r"""
-    Let forward passes of a UNet attend to a subject, for training: inside, the UNet takes
-    `cross_attention_kwargs={"ssr_subject": SubjectConditions(...)}`. Passes without it are the stock UNet's. The hooks stay
-    until the end, since gradient checkpointing runs layers again in the backward pass. Afterwards, also after an error,
-    the UNet is what it was.
+    A context manager for training. Inside, the UNet accepts
+    `cross_attention_kwargs={"ssr_subject": SubjectConditions(...)}`. Forward passes without it are those of the stock UNet. The
+    hooks stay until the end, because gradient checkpointing runs layers again in the backward pass. Afterwards, also after an
+    error, the UNet is unchanged.
 
     Args:
         unet (`UNet2DConditionModel`):
@@ -195,20 +195,20 @@ def subject_in_unet(unet: Any, layers: Iterable[str]) -> Iterator[None]:
 
 class SubjectPasses:
     r"""
-    A pipeline call's forward passes through a UNet. The call sends it along as `cross_attention_kwargs["ssr_subject"]`; as a
-    context manager it watches the UNet: each pass that it arrives with is given the subject instead, and the hooks that this
-    needs are in the UNet for that pass alone. Passes of others, in this thread or another, are left alone.
+    The forward passes of a pipeline call through a UNet. The call passes this object as `cross_attention_kwargs["ssr_subject"]`.
+    As a context manager it watches the UNet: in each forward pass that gets this object, it replaces it with the subject, and
+    adds the hooks for this pass. Passes of other calls, in any thread, are not changed.
 
-    The watch itself is one forward pre-hook and one forward hook on the UNet, and goes as well while a callback runs
-    (`paused`), so that a callback finds, changes and uses the stock UNet.
+    To watch the UNet, it adds one forward pre-hook and one forward hook to it. They are also removed while a callback runs
+    (`paused`), so a callback can inspect, change and use the stock UNet.
 
     Args:
         unet (`UNet2DConditionModel`):
             The UNet, wrapped or not.
         layers (`Iterable[str]`):
-            Names of its cross-attention layers that the subject reaches.
+            Names of its cross-attention layers in which the subject acts.
         conditions (`Callable`):
-            Given the latents of a pass, the [`SubjectConditions`] that it attends to, or `None` for nothing.
+            Called with the latents of a pass. Returns its [`SubjectConditions`], or `None` for no subject.
     """
 
     def __init__(
@@ -225,19 +225,20 @@ class SubjectPasses:
         self.watch(unet)
 
     def watch(self, unet) -> None:
-        """Choose the UNet that is watched from the next `start` on."""
+        """Set the UNet to watch from the next `start` on."""
         self.wrapped_unet, self.unet = unet, find_unet(unet)
         self.watched = _outermost_compiled(unet, self.unet)
 
     def watch_controlnet(self, controlnet: nn.Module, tokens: Callable[[int, torch.device], torch.Tensor]) -> None:
         r"""
-        Let a ControlNet, or several, see the subject's tokens behind the text's in this call.
+        Pass the subject's tokens to one or several ControlNets in this call, after those of the text.
 
         Args:
             controlnet (`ControlNetModel` or `MultiControlNetModel`):
                 The ControlNet.
             tokens (`Callable`):
-                Given a batch size and a device, the tokens, `(batch_size, num_subject_tokens, cross_attention_dim)`.
+                Called with a batch size and a device. Returns the tokens,
+                `(batch_size, num_subject_tokens, cross_attention_dim)`.
         """
         self.controlnet, self.tokens = controlnet, tokens
 
@@ -251,14 +252,14 @@ class SubjectPasses:
                 library_internals.set_forward_pre_hook(self.controlnet, _KEY, _before_controlnet)
 
     def stop(self) -> None:
-        """Watch it no more. It can be done again at any time, also where Ctrl-C has cut the first time short."""
+        """Stop watching. It can be called again at any time, also if Ctrl-C interrupted the first call."""
         with shared_components.registry_lock():
             for module in (self.watched, self.controlnet):
                 if module is not None and module in _watchers:
                     _watchers[module].discard(self)
                     if not _watchers[module]:
                         _remove_watch(module)
-        # a pass that Ctrl-C has interrupted did not come to its end
+        # a pass that Ctrl-C interrupted did not call `end`
         self.end()
 
     def __enter__(self) -> "SubjectPasses":
@@ -270,13 +271,13 @@ class SubjectPasses:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """While a callback runs the UNet is stock. After an error in it, it stays so."""
+        """Stop watching while a callback runs. After an error in the callback, do not start again."""
         self.stop()
         yield
         self.start()
 
     def begin(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """What a forward pass gets in the place of this object."""
+        """Start a forward pass: return its arguments, with this object replaced by the subject."""
         conditions = self.conditions(args[0] if args else kwargs["sample"])
         self.count += 1
         attention_kwargs = {name: each for name, each in kwargs["cross_attention_kwargs"].items() if name != SUBJECT}
@@ -293,7 +294,7 @@ class SubjectPasses:
         return args, kwargs
 
     def end(self) -> None:
-        """The forward pass is over."""
+        """End a forward pass."""
         if _running.get(threading.get_ident()) is self:
             del _running[threading.get_ident()]
             _processor.forget()
@@ -301,7 +302,7 @@ class SubjectPasses:
 
 
 class _NoPictures(list):
-    """The image embeddings of IP-Adapters that are loaded but got no picture, so that beside a subject they add nothing. The
+    """The image embeddings of IP-Adapters that are loaded but got no picture, so that they add nothing in a call with a subject. The
     UNet compares the list's length with the number of its adapters and then iterates over both. This list reports that length
     but is empty, so that each adapter adds nothing. Zeros would not do: an adapter projects
     them to tokens other than zero."""
@@ -314,7 +315,7 @@ class _NoPictures(list):
         return self.length
 
 
-# by the watched module: the calls that are under way, held weakly as in `_Hooks`; by thread: the call whose forward pass is
+# by watched module: the running calls, with weak references as in `_Hooks`; by thread: the call whose forward pass runs
 _watchers: WeakKeyDictionary = WeakKeyDictionary()
 _running: dict[int, SubjectPasses] = {}
 
@@ -335,7 +336,7 @@ def _before_controlnet(module: nn.Module, args: tuple, kwargs: dict | None = Non
     if kwargs is None:
         return None
     with shared_components.registry_lock():
-        # of one thread there is one call at most: those whose callbacks it draws in are paused
+        # there is at most one call per thread, because an outer call is paused during its callbacks
         passes = next((each for each in _watchers.get(module, ()) if each.thread == threading.get_ident()), None)
     if passes is None:
         return None
@@ -345,8 +346,9 @@ def _before_controlnet(module: nn.Module, args: tuple, kwargs: dict | None = Non
 
 
 class _CompiledCall:
-    """What runs instead of a UNet that was compiled in place: the compiled call, between the same two functions. As forward
-    hooks they would be compiled with the UNet, and neither a lock nor the projection of a new subject can be compiled."""
+    """Replaces the call of a UNet that was compiled in place: it runs the compiled call between `_before_pass` and
+    `_after_pass`. As forward hooks, these would be compiled with the UNet, and neither a lock nor the projection of a new subject
+    can be compiled."""
 
     def __init__(self, module: nn.Module, call: Callable):
         self.module, self.call = module, call
@@ -381,14 +383,14 @@ def _remove_watch(module: nn.Module) -> None:
 
 
 def _chain(call: Any) -> Iterator[Any]:
-    """A compiled call and what it wraps: another copy of this code may have put its own around it."""
+    """A compiled call and the calls that it wraps. Another copy of this code can have added its own wrapper."""
     while call is not None:
         yield call
         call = getattr(call, "call", None)
 
 
 def _outermost_compiled(wrapped, unet: nn.Module) -> nn.Module:
-    """The UNet, or the outermost module around it that is compiled: hooks inside that one would be compiled in."""
+    """The UNet, or the outermost compiled module around it. Hooks inside a compiled module would be compiled with it."""
     module = wrapped if isinstance(wrapped, nn.Module) else unet
     for each in module.modules():
         if each is unet:

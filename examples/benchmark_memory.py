@@ -99,7 +99,9 @@ def main():
     parser.add_argument("--batch_size", type=int, default=1, help="pictures per call")
     parser.add_argument("--steps", type=int, default=4, help="steps that are timed")
     parser.add_argument("--rounds", type=int, default=1, help="how often each call is timed")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="the settings to measure")
+    parser.add_argument(
+        "--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="the settings to measure"
+    )
     args = parser.parse_args()
     logging.set_verbosity_error()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -88,9 +88,7 @@ def call_arguments(args: argparse.Namespace) -> dict:
     }
 
 
-def write_contact_sheet(
-    rows: list[list[tuple[str, Image.Image | None]]], file: Path, finished: bool = True
-) -> None:
+def write_contact_sheet(rows: list[list[tuple[str, Image.Image | None]]], file: Path, finished: bool = True) -> None:
     """Write rows of labelled pictures to a file and, if it is `finished`, print its name. `None` leaves a cell empty."""
     side = min(max(picture.width for row in rows for _, picture in row if picture) * ZOOM, LARGEST)
     columns = max(len(row) for row in rows)
