@@ -1,6 +1,6 @@
-"""A web page to draw subjects with: upload a picture, name or paint the subject, and draw it anew.
+"""A web page for SSR-Encoder: upload a picture, name or paint the subject, and draw new pictures of it.
 
-On the pocket checkpoint, or on any other with its SSR-Encoder:
+With the pocket checkpoint, or with any other checkpoint and its SSR-Encoder:
 
     python examples/app.py
     python examples/app.py --checkpoint stable-diffusion-v1-5/stable-diffusion-v1-5 --ssr <owner>/<repo> --scale 0.65

@@ -1,8 +1,8 @@
-"""Show where each query looks in its picture: the picture, a heat map for each query and one for each of its tokens.
+"""Draw the attention maps of queries: the picture, a map for each query, and a map for each of its tokens.
 
     python examples/attention_map.py --image photo.jpg --queries cat "the dog on the left"
 
-Without options, these are the references of the pocket checkpoint with their queries.
+Without options, it uses the references of the pocket checkpoint and their queries.
 """
 
 import argparse
@@ -21,8 +21,10 @@ def main():
     parser.add_argument(
         "--checkpoint", default=str(POCKET), help="folder or repository with base model and SSR-Encoder"
     )
-    parser.add_argument("--image", type=Path, help="a picture; without it, the pocket's references and their queries")
-    parser.add_argument("--queries", nargs="+", help="what to look for in it")
+    parser.add_argument(
+        "--image", type=Path, help="reference picture; default: the references of the pocket checkpoint"
+    )
+    parser.add_argument("--queries", nargs="+", help="the queries")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help="where the picture is written")
     args = parser.parse_args()
     if (args.image is None) != (args.queries is None):

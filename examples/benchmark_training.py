@@ -1,9 +1,9 @@
-"""Samples a second of train_ssr.py against the released recipe, taking turns in one run.
+"""Compare the samples per second of train_ssr.py and of the released training code, which alternate in one run.
 
     python examples/benchmark_training.py --preset pocket --size 64 --steps 15
 
-The released recipe computes VAE, vision and text features anew at every step and runs under autograd's anomaly mode; both
-compute the same loss on the same samples. With --preset sd15 the weights are random, at full size.
+The released code computes the features of VAE, vision and text encoder at every step and enables autograd's anomaly mode. Both
+compute the same loss on the same samples. With --preset sd15, the weights are random and have the full size.
 """
 
 import argparse
@@ -39,10 +39,10 @@ def main():
         default="sd15",
         help="Stable Diffusion 1.5's sizes with random weights, or the pocket checkpoint",
     )
-    parser.add_argument("--size", type=int, default=512, help="of the pictures, in pixels")
-    parser.add_argument("--train_batch_size", type=int, default=2, help="samples in a step")
-    parser.add_argument("--steps", type=int, default=3, help="in each turn")
-    parser.add_argument("--rounds", type=int, default=3, help="how often the two take turns")
+    parser.add_argument("--size", type=int, default=512, help="size of the pictures in pixels")
+    parser.add_argument("--train_batch_size", type=int, default=2, help="samples per step")
+    parser.add_argument("--steps", type=int, default=3, help="number of steps in each round")
+    parser.add_argument("--rounds", type=int, default=3, help="number of rounds")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipe = sd15_pipeline() if args.preset == "sd15" else pocket_pipeline()

@@ -1,17 +1,17 @@
-"""Measure how well subjects are kept, prompts followed, and the right subject selected.
+"""Measure how well pictures keep the subject, follow the prompt, and show the queried subject.
 
     python examples/evaluate.py --subjects_dir dreambooth/dataset --generated_dir drawn --output_dir results
 
-Subjects lie as in DreamBench, `<subjects_dir>/<subject>/*.jpg`, pictures of them in `<generated_dir>/<subject>/`;
-`<generated_dir>/manifest.jsonl` says for CLIP-T which prompt drew which file, as generate_batch.py writes it. With
-`--pretrained_model_name_or_path` and `--ssr` the pictures are drawn first: each prompt of `--prompts`, from each subject's
-first picture. The results are DINO, CLIP-I (mean cosine over all pairs of a drawn and a real picture) and CLIP-T.
+The layout is that of DreamBench: real pictures in `<subjects_dir>/<subject>/*.jpg`, drawn pictures in
+`<generated_dir>/<subject>/`. For CLIP-T, `<generated_dir>/manifest.jsonl` has the prompt of each file, as generate_batch.py writes
+it. With `--pretrained_model_name_or_path` and `--ssr`, the pictures are drawn first: each prompt of `--prompts`, with each
+subject's first picture. The results are DINO, CLIP-I (mean cosine over all pairs of a drawn and a real picture) and CLIP-T.
 
-With `--selective_dir` it measures selection instead. There `<reference>/crops/<query>.png` holds each subject of a reference
-cut out, or `<reference>/reference.png` the whole and `<reference>/masks/<query>.png` where each one is; the drawings of one
-are in `<generated_dir>/<reference>/<query>/`.
+With `--selective_dir` it measures selection instead. `<reference>/crops/<query>.png` is a crop of each subject of a reference.
+Alternatively, `<reference>/reference.png` is the reference and `<reference>/masks/<query>.png` the mask of each subject. The drawn
+pictures of a subject are in `<generated_dir>/<reference>/<query>/`.
 
-Each result is a table (CSV and Markdown) with a row for each subject and a bar chart.
+The results are tables (CSV and Markdown) with a row for each subject, and bar charts.
 """
 
 import argparse
@@ -242,25 +242,30 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--subjects_dir", type=Path, help="DreamBench's dataset folder, or one like it")
-    add("--selective_dir", type=Path, help="references that hold several subjects")
+    add("--selective_dir", type=Path, help="folder with references that show several subjects")
     add("--generated_dir", type=Path, required=True, help="the drawn pictures")
-    add("--output_dir", type=Path, default=Path("results"), help="for tables and charts")
+    add("--output_dir", type=Path, default=Path("results"), help="output folder for tables and charts")
     add("--dino", default="facebook/dino-vits16", help='name or folder, or "none"')
     add("--clip", default="openai/clip-vit-base-patch32", help='a CLIPModel\'s name or folder, or "none"')
     add(
         "--clip_vision",
-        help="a CLIPVisionModel's, or a folder for load_ssr, instead: its pooled output is the feature, and there is no CLIP-T",
+        help="a CLIPVisionModel, or a folder for load_ssr, instead: its pooled output is used, without CLIP-T",
     )
     add("--classes", type=Path, help="lines subject,class; default: the folder's name without number")
 
     add("--pretrained_model_name_or_path", help="draw the pictures first, with this base model")
-    add("--ssr", help="and what load_ssr takes")
-    add("--prompts", type=Path, default=HERE / "evaluation_prompts.txt", help="a line each, {} for the subject")
+    add("--ssr", help="the SSR-Encoder for it: what load_ssr takes")
+    add(
+        "--prompts",
+        type=Path,
+        default=HERE / "evaluation_prompts.txt",
+        help="file with one prompt per line, and {} for the subject",
+    )
     add("--images_per_prompt", type=int, default=4, help="seeds for each prompt")
     add("--scale", type=float, default=0.65, help="how strongly subjects act")
     add("--num_inference_steps", type=int, default=30, help="denoising steps")
-    add("--guidance_scale", type=float, default=5.0, help="of classifier-free guidance")
-    add("--seed", type=int, default=0, help="of the first picture of each prompt")
+    add("--guidance_scale", type=float, default=5.0, help="scale of classifier-free guidance")
+    add("--seed", type=int, default=0, help="seed of the first picture of each prompt")
     return parser.parse_args(arguments)
 
 

@@ -1,4 +1,4 @@
-"""Says how to install what a script lacks, instead of ending in a traceback.
+"""Prints how to install a missing package, instead of a traceback.
 
 The packages that only some scripts need are optional dependencies ("extras") of the project, listed in pyproject.toml.
 Scripts import this module before any third-party package, so that it can check the project's own dependencies first.

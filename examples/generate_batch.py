@@ -1,15 +1,15 @@
-"""Draw every row of a table: which picture, which thing in it, which prompt, which seed.
+"""Draw every row of a table with pictures, queries, prompts and seeds.
 
     accelerate launch examples/generate_batch.py --table rows.csv --output_dir drawn \\
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --ssr my-ssr
 
-The table is CSV with a header, or JSON lines: `image`, `query`, `prompt`, `seed`, and optionally `mask`, `scale` and `name`
-(of the picture to write). Paths of pictures are relative to the table. The rows are divided among accelerate's processes,
-and `--batch_size` of them are drawn together. Each has a random generator of its own, so that a row's picture depends
-neither on the number of processes nor, apart from rounding, on the batch size.
+The table is CSV with a header, or JSON lines. The columns are `image`, `query`, `prompt`, `seed`, and optionally `mask`, `scale` and
+`name` (of the output picture). Paths are relative to the table. The rows are divided among accelerate's processes, and
+`--batch_size` rows are drawn in one batch. Each row has its own random generator, so its picture depends neither on the number of
+processes nor, except for rounding, on the batch size.
 
-`manifest.jsonl` says for each row which picture it became, or why it failed. Run the same command again to draw only the rows
-that are not done. The exit status is 1 if a row failed.
+`manifest.jsonl` has the picture of each row, or the reason why it failed. Run the same command again to draw only the missing rows.
+The exit status is 1 if a row failed.
 """
 
 import argparse
@@ -244,13 +244,13 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pretrained_model_name_or_path", required=True, help="the base model")
     parser.add_argument("--ssr", required=True, help="what load_ssr takes")
     parser.add_argument("--dtype", choices=DTYPES, help="default: fp16 on a GPU, else fp32")
-    parser.add_argument("--batch_size", type=int, default=1, help="rows that are drawn together")
-    parser.add_argument("--scale", type=float, default=0.65, help="for rows without a scale")
-    parser.add_argument("--negative_prompt", help="what the pictures should not show")
-    parser.add_argument("--height", type=int, help="in pixels; default: the base model's")
-    parser.add_argument("--width", type=int, help="in pixels; default: the base model's")
+    parser.add_argument("--batch_size", type=int, default=1, help="number of rows per batch")
+    parser.add_argument("--scale", type=float, default=0.65, help="scale of rows without their own")
+    parser.add_argument("--negative_prompt", help="negative prompt")
+    parser.add_argument("--height", type=int, help="resolution in pixels; default: that of the base model")
+    parser.add_argument("--width", type=int, help="resolution in pixels; default: that of the base model")
     parser.add_argument("--num_inference_steps", type=int, default=30, help="denoising steps")
-    parser.add_argument("--guidance_scale", type=float, default=5.0, help="of classifier-free guidance")
+    parser.add_argument("--guidance_scale", type=float, default=5.0, help="scale of classifier-free guidance")
     parser.add_argument("--eta", type=float, default=0.0, help="how much noise DDIM adds at each step, from 0 to 1")
     return parser.parse_args(arguments)
 

@@ -2,11 +2,11 @@
 
     python examples/publish.py --repo_id me/ssr --weights pocket
 
-With the pocket checkpoint, or any folder of a whole pipeline, the repository loads on its own with
-`DiffusionPipeline.from_pretrained("<owner>/<repo>", trust_remote_code=True)`. With an encoder alone, as
-convert_released_checkpoint.py writes it, it serves `custom_pipeline="<owner>/<repo>"` and `load_ssr("<owner>/<repo>")`.
+With the pocket checkpoint, or any folder with a complete pipeline, the repository can be loaded with
+`DiffusionPipeline.from_pretrained("<owner>/<repo>", trust_remote_code=True)`. With only an encoder, as
+convert_released_checkpoint.py writes it, use `custom_pipeline="<owner>/<repo>"` and `load_ssr("<owner>/<repo>")`.
 
---space also assembles a Space, the page of app.py, which loads the weights from that repository, or holds them itself:
+--space also assembles a Space with the page of app.py. It loads the weights from that repository, or contains a copy:
 
     python examples/publish.py --repo_id <owner>/<repo> --space <owner>/<space> --space_weights copy
 """
@@ -88,14 +88,25 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--repo_id", required=True, help="<owner>/<repo> on the Hub")
     parser.add_argument("--weights", type=Path, default=ROOT / "pocket", help="a pipeline, or an encoder, in a folder")
     parser.add_argument(
-        "--output_dir", type=Path, default=Path("outputs/hub"), help="where the repository is put together"
+        "--output_dir", type=Path, default=Path("outputs/hub"), help="output folder for the assembled repository"
     )
-    parser.add_argument("--variants", nargs="*", default=["fp16"], choices=["fp16"], help="beside full precision")
+    parser.add_argument(
+        "--variants",
+        nargs="*",
+        default=["fp16"],
+        choices=["fp16"],
+        help="precisions to save in addition to full precision",
+    )
     parser.add_argument("--space", help="<owner>/<space>: assemble a Space too")
     parser.add_argument(
-        "--space_weights", choices=["hub", "copy"], default="hub", help="load them from --repo_id, or hold a copy"
+        "--space_weights",
+        choices=["hub", "copy"],
+        default="hub",
+        help="whether the Space loads the weights from --repo_id or contains a copy",
     )
-    parser.add_argument("--base_model", default=BASE_MODEL, help="what the encoder alone is drawn with in a Space")
+    parser.add_argument(
+        "--base_model", default=BASE_MODEL, help="base model for a Space, if --weights is only an encoder"
+    )
     parser.add_argument("--push_to_hub", action="store_true", help="upload it")
     parser.add_argument("--private", action="store_true", help="make the repository private")
     parser.add_argument("--revision", help="the branch to upload to")

@@ -1,5 +1,5 @@
-"""How alike pictures and texts are, as papers on subject-driven generation measure it: cosines between features of DINO
-(DINO score) and of CLIP (CLIP-I between pictures, CLIP-T between picture and text)."""
+"""Similarity of pictures and texts, as in papers on subject-driven generation: cosines between features of DINO (DINO score)
+and of CLIP (CLIP-I between pictures, CLIP-T between picture and text)."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The repository of a Hugging Face Space that shows the page of app.py."""
+"""Assembles the repository of a Hugging Face Space with the page of app.py."""
 
 import shutil
 from importlib import metadata

@@ -1,4 +1,4 @@
-"""Text files that people write: tables and lists, in the encodings that editors and spreadsheets save them in."""
+"""Reads tables and lists, in the encodings that editors and spreadsheets use."""
 
 import codecs
 import csv

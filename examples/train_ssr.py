@@ -1,20 +1,20 @@
-"""Train an SSR-Encoder, from nothing or from a trained one, on a frozen Stable Diffusion 1.5 (section 3.4 of the paper).
+"""Train an SSR-Encoder for a frozen Stable Diffusion 1.5, from scratch or from a trained one (section 3.4 of the paper).
 
     accelerate launch examples/train_ssr.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
         --image_encoder_name_or_path openai/clip-vit-large-patch14 --train_data_dir pictures --output_dir my-ssr
 
-`pictures` holds `metadata.jsonl` with lines like {"file_name": "1.jpg", "text": "a cat on a sofa", "query": "cat"}; see
-training_data.py for Parquet files, datasets of the Hub and WebDataset shards. `pipe.load_ssr("my-ssr")` takes the result.
+The folder `pictures` has a file `metadata.jsonl` with lines like {"file_name": "1.jpg", "text": "a cat on a sofa", "query": "cat"}.
+training_data.py describes Parquet files, datasets of the Hub and WebDataset shards. Load the result with `pipe.load_ssr("my-ssr")`.
 
-A target that shows several subjects together has lists, here with `--reference_column reference`:
+For a target that shows several subjects, use lists, here with `--reference_column reference`:
 
     {"file_name": "2.jpg", "text": "a cat and a dog", "reference_file_name": ["3.jpg", "4.jpg"], "query": ["cat", "dog"]}
 
-One reference for several queries, or masks beside them (null where there is none), work as well; rows with one subject and with
-several mix freely. A row whose query names nothing that its reference shows, with the picture of its caption alone as the target,
-teaches the encoder to add nothing then.
+One reference can have several queries, and masks can be added (null for none). Rows with one and with several subjects can be mixed.
+To teach the encoder to ignore a query for something that is not in the reference, add rows with such a query and a target that shows
+only the caption.
 
-Several processes on CPUs alone are started by `torchrun` with ACCELERATE_USE_CPU=1.
+To train in several processes without a GPU, use `torchrun` with ACCELERATE_USE_CPU=1.
 """
 
 import argparse

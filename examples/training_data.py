@@ -1,7 +1,7 @@
-"""Samples for training: where rows come from, which of them are unusable and why, and what a usable one becomes.
+"""Training samples: reads rows, skips unusable rows with the reason, and prepares the others.
 
-Rows are read in an order that depends on seed and epoch alone, and every sample knows its position in it. So a run that
-was cut off goes on with the very next row, and nothing has to be remembered but two numbers for each process.
+The order of the rows depends only on seed and epoch, and every sample has its position in this order. An interrupted run can therefore
+continue with the next row, and has to store only two numbers for each process.
 """
 
 import hashlib

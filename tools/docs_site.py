@@ -1,7 +1,6 @@
-"""MkDocs hooks: links and docstrings that GitHub and diffusers' conventions read one way, as the site needs them.
+"""MkDocs hooks that adapt the links of the pages to the site.
 
-The pages of docs/ link to files elsewhere in the repository, which is right on GitHub. On the site those files are served
-under `repository/`.
+The pages in docs/ link to files elsewhere in the repository. On the site, these files are under `repository/`.
 """
 
 import re

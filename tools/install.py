@@ -1,4 +1,4 @@
-"""Run `pip install` and show in one line what it is doing: it may download for minutes without a word.
+"""Run `pip install` and show its progress in one line.
 
 python tools/install.py -e ".[demo]"
 """

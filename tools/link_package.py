@@ -1,5 +1,5 @@
-"""Let this Python environment import `diffusers_ssr` from the repository, without pip: what the package claims to need would
-be installed with it, and tests with other versions are there to try that claim."""
+"""Make `diffusers_ssr` importable from the repository in this Python environment, without pip. pip would also install the
+required versions of other packages, and the tests with other versions check these requirements."""
 
 import sysconfig
 from pathlib import Path

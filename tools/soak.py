@@ -1,4 +1,4 @@
-"""Mixed requests from many threads for a long time: every outcome compared, memory and objects watched.
+"""Run mixed requests in many threads for a long time, compare every result, and track memory and objects.
 
 python -m tools.soak --minutes 60
 python -m tools.soak --rounds 10        # only compare threads with one request after the other
