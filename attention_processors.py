@@ -168,15 +168,15 @@ class SubjectConditions:
 
     def for_layer(self, name: str, batch_size: int, grid: tuple[int, int]) -> LayerSubject:
         r"""
-        What one layer attends to.
+        The subject for one layer.
 
         Args:
             name (`str`):
                 The layer's name in the UNet.
             batch_size (`int`):
-                Pictures (of a video: frames) that the layer gets.
+                The number of pictures (or frames of videos) in the layer's batch.
             grid (`tuple[int, int]`):
-                Its height and width in positions.
+                The height and width of the layer's input.
         """
         key, value = self.pairs[name]
         if self.keyframes is not None:
@@ -185,7 +185,7 @@ class SubjectConditions:
         return LayerSubject(key, value, *self._mask(per_row, grid))
 
     def _mask(self, per_row: int, grid: tuple[int, int]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """`LayerSubject.mask` and `LayerSubject.reached`, made once for each grid."""
+        """`LayerSubject.mask` and `LayerSubject.reached`, computed once for each grid."""
         known = self._masks.get((per_row, grid))
         if known is None:
             known = self._make_mask(per_row, grid)
