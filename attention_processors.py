@@ -51,7 +51,7 @@ class _Visit:
 
 class SSRAttnProcessor2_0:
     r"""
-    Attends to the subject beside the text (section 3.3 of the paper, equation 5):
+    Attends to the subject in addition to the text (section 3.3 of the paper, equation 5):
 
         Z = Attention(Q, K_text, V_text) + Attention(Q, K_subject, V_subject)
 
@@ -111,7 +111,7 @@ class SSRAttnProcessor2_0:
         problem = None if visit is None or output is None else visit.problem()
         if problem is not None:
             raise ValueError(
-                f"A subject cannot act beside the attention processor {type(attn.processor).__name__}: {problem}."
+                f"A subject cannot act with the attention processor {type(attn.processor).__name__}: {problem}."
             )
 
 

@@ -304,7 +304,7 @@ def _upright(image: Image.Image, name: str, max_pixels: int | None) -> Image.Ima
 @cache
 def _say_animated(name: str) -> None:
     """Warn once for each name, and not in every training step."""
-    logger.warning(f"`{name}` holds several frames: only the one it stands at is used, at first the first.")
+    logger.warning(f"`{name}` has several frames: only its current frame is used, by default the first one.")
 
 
 def _to_numpy(tensor: torch.Tensor, name: str) -> np.ndarray:

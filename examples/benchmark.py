@@ -288,7 +288,7 @@ def make_draws(pipe: StableDiffusionSSRPipeline, args: argparse.Namespace) -> tu
 
 
 def reset_peak(on_gpu: bool) -> None:
-    """Let the peak of memory begin anew: the GPU's, or on Linux this process's."""
+    """Reset the peak memory of the GPU, or of this process on Linux."""
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     else:
@@ -456,7 +456,7 @@ def main():
         pipe.to(device, getattr(torch, args.dtype))
         draws, results["encode_seconds"] = make_draws(pipe, args)
         for name, each in time_draws(draws, args, device).items():
-            # the fastest: whatever else a machine does can only slow a step down
+            # the fastest, because other jobs can only slow a step down
             counted[name].update(seconds=min(each["seconds"]), peak_bytes=each["peak_bytes"])
     what = (
         f"{args.batch_size} picture(s)" if not args.frames else f"{args.batch_size} video(s) of {args.frames} frames"

@@ -14,6 +14,6 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return "\n\n".join(filled) + "\n"
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        # what is left out, or said in words, needs no "(default: None)"
+        # options without a default, or with a default in their help, need no "(default: None)"
         said = action.default is None or action.default is False or "default" in (action.help or "")
         return action.help if said else super()._get_help_string(action)

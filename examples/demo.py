@@ -56,7 +56,7 @@ def first_subjects(pipe: DiffusionPipeline, args: argparse.Namespace, count: int
 
 
 def draw_together(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> Row:
-    """The first subjects of two references in one picture, each kept to its half."""
+    """The first subjects of two references in one picture, each in its half."""
     row = []
     subjects = first_subjects(pipe, args, len(args.queries))
     for (first, one, left), (second, other, right) in zip(subjects[::2], subjects[1::2], strict=False):
@@ -71,7 +71,7 @@ def draw_together(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) 
 
 
 def draw_masked(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> Row:
-    """Subjects that a mask marks in their reference, without any query."""
+    """Subjects that a mask selects in their reference, without a query."""
     row = []
     for file in sorted((Path(args.checkpoint) / "masks").glob("*.png")):
         reference, mask = Image.open(args.references / file.name), Image.open(file)
@@ -83,7 +83,7 @@ def draw_masked(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) ->
 
 
 def draw_look(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> Row:
-    """The first subjects, drawn by another checkpoint: a UNet of the same layout with a look of its own."""
+    """The first subjects, drawn with another checkpoint: a UNet with the same layout and another look."""
     unet = UNet2DConditionModel.from_pretrained(args.checkpoint, subfolder="unet", dtype=pipe.unet.dtype)
     pipe = type(pipe).from_pipe(pipe, unet=unet.to(pipe.device))
     pipe.set_progress_bar_config(disable=True)
@@ -98,7 +98,7 @@ def draw_look(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> R
 
 
 def draw_along_edges(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> Row:
-    """The first subjects where the edges of another picture want them."""
+    """The first subjects, drawn along the edges of another picture."""
     controlnet = ControlNetModel.from_pretrained(args.checkpoint, subfolder="controlnet", dtype=pipe.unet.dtype)
     pipe = StableDiffusionSSRControlNetPipeline.from_pipe(pipe, controlnet=controlnet.to(pipe.device))
     pipe.set_progress_bar_config(disable=True)
@@ -132,7 +132,7 @@ def draw_video(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> 
     return [("reference", reference), *((f"frame {i + 1} of 8", frames[i]) for i in range(0, 8, 2))]
 
 
-# What each further row needs of a checkpoint, since another may come alone
+# the part of a checkpoint that each further row needs; other checkpoints may lack it
 CHAINS = {
     "unet": draw_together, "masks": draw_masked, "look": draw_look, "controlnet": draw_along_edges,
     "motion_adapter": draw_video,

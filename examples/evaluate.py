@@ -194,7 +194,7 @@ def measure_selection(args: argparse.Namespace, models: dict, bad: dict[str, str
 
 
 def with_mean(rows: list[dict]) -> list[dict]:
-    """The rows and their mean: each subject counts the same, whatever the number of its pictures."""
+    """The rows and their mean. Each subject has the same weight, independent of its number of pictures."""
     mean = {"subject": "mean", "pictures": sum(row["pictures"] for row in rows)}
     for name in [name for name in rows[0] if name not in mean]:
         known = [row[name] for row in rows if not math.isnan(row[name])]

@@ -45,7 +45,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 def read_table(table: Path) -> list[dict]:
     """
-    The rows as they are; what is wrong with a single one is found when it is drawn.
+    The rows, unchecked. Errors in a row are found when it is drawn.
 
     Raises:
         `ValueError`: if the file is missing, no table, or lacks a column.
@@ -105,7 +105,7 @@ def identity(row: dict, settings: dict) -> str:
 
 
 def read_manifests(folder: Path) -> dict[str, dict]:
-    """What is done already, by identity, from whatever number of processes; a line cut off in the writing is nothing."""
+    """The finished rows by identity, from any number of processes. A truncated line is ignored."""
     entries: dict[str, dict] = {}
     for file in sorted(folder.glob("manifest*.jsonl")):
         for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
@@ -134,7 +134,7 @@ def is_done(entry: dict | None, folder: Path) -> bool:
         check_regular_file(folder / entry["file"], "file")
         with Image.open(folder / entry["file"], formats=["PNG"]) as picture:
             return picture.text.get("id") == entry["id"]
-    # whatever lies there, it is not the row's picture
+    # the file is not the picture of this row
     except Exception:
         return False
 
@@ -183,7 +183,7 @@ def read_row(pipe: StableDiffusionSSRPipeline, row: dict, folder: Path, args: ar
 
 
 def draw(pipe: StableDiffusionSSRPipeline, requests: list[Request], args: argparse.Namespace) -> list[Image.Image]:
-    """One picture for each request, all in one call, each from a generator of its own."""
+    """Draw one picture for each request, in one call, with one generator for each request."""
     return pipe(
         [request.prompt for request in requests],
         negative_prompt=None if args.negative_prompt is None else [args.negative_prompt] * len(requests),
@@ -200,8 +200,8 @@ def draw(pipe: StableDiffusionSSRPipeline, requests: list[Request], args: argpar
 def draw_each(
     pipe: StableDiffusionSSRPipeline, requests: list[Request], args: argparse.Namespace
 ) -> list[Image.Image | Exception]:
-    """For each request its picture, or the error that it failed with. If they cannot be drawn together, they are drawn one
-    by one, so that one request cannot make others fail."""
+    """The picture or the error of each request. If the batch fails, the requests are drawn one by one, so that one request
+    cannot make others fail."""
     try:
         return draw(pipe, requests, args)
     except Exception as error:
@@ -220,7 +220,7 @@ def draw_rows(
             if isinstance(row, ValueError):
                 raise row
             results.append(read_row(pipe, row, folder, args))
-        # whatever is wrong with one row, the others are drawn
+        # an error in one row must not stop the others
         except Exception as error:
             results.append(error)
     requests = [each for each in results if isinstance(each, Request)]
@@ -229,7 +229,7 @@ def draw_rows(
 
 
 def save_picture(image: Image.Image, file: Path, name: str) -> None:
-    """Write the picture beside and rename it, with the row's identity `name` in it."""
+    """Write the picture with the row's identity `name` to a temporary file, and rename it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     note = PngInfo()
     note.add_text("id", name)

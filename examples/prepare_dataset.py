@@ -189,7 +189,7 @@ class _Part:
 
 
 def _sidecar(row: dict, suffix: str) -> str:
-    """The text beside a picture that is a file of its own."""
+    """The text file next to a picture file."""
     path = row.get("image")
     file = path.with_suffix(suffix) if isinstance(path, Path) else None
     if file is None or not file.is_file():
@@ -287,7 +287,7 @@ def prepare(
 
 
 def write_shard(file: Path, samples: list[tuple[int, dict]]) -> None:
-    """A tar with `key.jpg` and `key.json` for each sample, written beside and renamed."""
+    """Write a tar with `key.jpg` and `key.json` for each sample to a temporary file, and rename it."""
     partial = file.with_suffix(".part")
     with tarfile.open(partial, "w") as archive:
         for place, sample in samples:
@@ -359,13 +359,13 @@ def check_args(args: argparse.Namespace) -> None:
     if args.max_aspect_ratio < 1:
         raise ValueError(f"`max_aspect_ratio` has to be at least 1, but is {args.max_aspect_ratio}.")
     if not 1 <= args.jpeg_quality <= 100:
-        raise ValueError(f"`jpeg_quality` has to lie from 1 to 100, but is {args.jpeg_quality}.")
+        raise ValueError(f"`jpeg_quality` has to be from 1 to 100, but is {args.jpeg_quality}.")
     if args.aesthetic_head is not None and not args.aesthetic_head.is_file():
         raise ValueError(f"`aesthetic_head`: there is no file {args.aesthetic_head}.")
 
 
 def check_settings(args: argparse.Namespace, state: PartialState) -> None:
-    """Shards of different settings must not lie side by side: raises a `ValueError` if others are there."""
+    """Raise a `ValueError` if the folder has shards with other settings."""
     settings = {name: str(value) for name, value in vars(args).items() if name not in ("output_dir", "batch_size")}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     file = args.output_dir / "settings.json"

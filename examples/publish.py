@@ -115,7 +115,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def assemble_space(args: argparse.Namespace, folder: Path) -> None:
-    """The Space that draws with what is published."""
+    """Assemble the Space for the published repository."""
     copied = args.space_weights == "copy"
     ssr = args.weights.resolve().name if copied else args.repo_id
     arguments = ["--checkpoint", ssr] if is_whole(args.weights) else ["--checkpoint", args.base_model, "--ssr", ssr]
@@ -124,7 +124,7 @@ def assemble_space(args: argparse.Namespace, folder: Path) -> None:
 
 
 def finish(args: argparse.Namespace, folder: Path, repo_id: str, **kind: str) -> None:
-    """Say what was put together, and upload it if that was asked for."""
+    """Print what was assembled, and upload it with `--push_to_hub`."""
     files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
     print(json.dumps(files, indent=1))
     if args.push_to_hub:

@@ -62,8 +62,8 @@ def default_levels(num_layers: int) -> tuple[int, ...]:
 def new_encoder(
     unet, text_width: int, vision_config, args: argparse.Namespace, encoder_class: type[SSREncoder] = SSREncoder
 ) -> SSREncoder:
-    """A fresh encoder that fits the loaded models; with `init_from_text`, the layers' keys and values start as the text's,
-    since subject embeddings are kept near the text's (equation 7)."""
+    """A new encoder that fits the loaded models. With `init_from_text`, the layers' keys and values are initialised with those for
+    text, because the consistency loss keeps subject embeddings close to text embeddings (equation 7)."""
     names = [name.removesuffix(".processor") for name in unet.attn_processors]
     layers = {name: unet.get_submodule(name) for name in names if name.endswith("attn2")}
     encoder = encoder_class(
@@ -85,7 +85,7 @@ def new_encoder(
 def load_models(
     args: argparse.Namespace, build: Callable[..., SSREncoder] = new_encoder
 ) -> tuple[StableDiffusionSSRPipeline, SSREncoder]:
-    """The pipeline with everything frozen in it, and the encoder to train, in full precision; `build` makes a fresh one.
+    """The pipeline with all frozen models, and the encoder to train, in full precision. `build` creates a new encoder.
 
     Raises:
         `ValueError`: if the parts do not fit together.
@@ -137,8 +137,8 @@ class SubjectEncoding(nn.Module):
 
 
 class FrozenFeatures:
-    """What the frozen models make of samples: the latents' mean and deviation, the picture's levels, and the text states of
-    caption and queries. With a cache each sample is computed once, and alone: then it does not matter in which batch."""
+    """The outputs of the frozen models: mean and standard deviation of the latents, the picture's levels, and the text states of
+    caption and queries. With a cache, each sample is computed once and alone, so the result does not depend on the batch."""
 
     def __init__(self, pipe, levels: Sequence[int], dtype: torch.dtype, cache: FeatureCache | None, writer: str):
         self.pipe = pipe
@@ -178,9 +178,9 @@ class FrozenFeatures:
 
     def __call__(self, samples: list[dict], mask_weight: float = 1.0) -> dict[str, torch.Tensor]:
         """
-        Of the samples `latent_mean`, `latent_std` and `caption_states`, `(batch_size, ...)`, and of their subjects, one after the
-        other, `levels` and `query_states`, `(num_subjects, ...)`; `row`, `(num_subjects,)`, says whose each one is. `mask` only if
-        one of them has a mask, the others' being one that changes nothing.
+        The features of a batch: `latent_mean`, `latent_std` and `caption_states` of the samples, `(batch_size, ...)`; `levels` and
+        `query_states` of all their subjects, `(num_subjects, ...)`; and `row`, `(num_subjects,)`, the index of each subject's sample.
+        If a subject has a mask, there is also `mask`, with a neutral mask for the other subjects.
         """
         device = self.pipe.unet.device
         if self.cache is None:
@@ -210,8 +210,8 @@ class FrozenFeatures:
 
 
 def join_subjects(pairs: dict[str, tuple[torch.Tensor, torch.Tensor]], row: torch.Tensor) -> SubjectConditions:
-    """The keys and values of subjects, `(num_subjects, num_tokens, width)` each, side by side for the row that they belong to, as
-    a pipeline puts several subjects of one picture together."""
+    """Concatenate the keys and values of subjects, `(num_subjects, num_tokens, width)` each, for the row that they belong to, like
+    a pipeline with several subjects in one picture."""
     counts = row.bincount()
     most = int(counts.max())
     if most == 1:
@@ -229,8 +229,8 @@ def join_subjects(pairs: dict[str, tuple[torch.Tensor, torch.Tensor]], row: torc
 
 
 def draw(seed: int, first: int, count: int, latent_shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """The random numbers of samples `first`, `first + 1`, ... of a run. Each depends on the seed and its sample's number
-    alone, so that neither a cut nor the number of processes changes them."""
+    """The random numbers of samples `first`, `first + 1`, ... of a run. They depend only on the seed and the sample's
+    number, so neither an interruption nor the number of processes changes them."""
     drawn = {"shares": [], "noise": [], "latent_noise": []}
     for number in range(first, first + count):
         # neighbouring numbers must not give neighbouring states
@@ -302,8 +302,8 @@ def compute_loss(
 
 
 class Run:
-    """The state of a training run beside accelerate's: the encoder, the moving average of its weights, step and place in
-    the training set; saved and loaded with accelerate's checkpoints."""
+    """The state of a training run in addition to accelerate's: the encoder, the moving average of its weights, the step, and the
+    position in the training set. It is saved and loaded with accelerate's checkpoints."""
 
     def __init__(self, accelerator: Accelerator, encoder: SSREncoder, args: argparse.Namespace):
         self.accelerator = accelerator
@@ -351,7 +351,8 @@ class Run:
                 model.load_state_dict(saved.to(device).state_dict())
 
     def save(self) -> Path:
-        """A checkpoint, written beside and renamed, so that every `checkpoint-*` is whole; then the oldest ones go."""
+        """Write a checkpoint to a temporary folder and rename it, so that every `checkpoint-*` is complete. Then delete the
+        oldest ones."""
         checkpoint = self.folder / f"checkpoint-{self.step}"
         partial = checkpoint.with_suffix(".part")
         if self.accelerator.is_main_process:

@@ -49,10 +49,10 @@ class BadSample(Exception):
 @dataclass(frozen=True)
 class Columns:
     """
-    Which column holds what. `reference` and `mask` may be `None`: the picture itself is the reference, without mask.
+    The names of the columns. `reference` and `mask` can be `None`: the picture itself is then the reference, without a mask.
 
-    A row with several subjects has lists in `query`, `reference` or `mask`, all of one length; what is no list holds for each of
-    them. The picture then shows the subjects together.
+    A row with several subjects has lists of the same length in `query`, `reference` or `mask`. A single value applies to all of
+    them. The picture then shows all subjects.
     """
 
     image: str = "image"
@@ -117,10 +117,10 @@ class _BoundedTarInfo(tarfile.TarInfo):
 
 def read_shards(shards: list[str]) -> Iterator[dict]:
     """
-    The rows of WebDataset shards, one after the other: files of one key are one row. `key.jpg` (or another picture) is
-    the column `image`, `key.txt` is `text`, `key.mask.png` is `mask`, and what `key.json` holds are columns of their own;
-    `key.reference.0.png`, `key.reference.1.png` and so on are a list in `reference`.
-    A shard that is cut off, or asks for more than a row may take, gives the rows before, and one that says what happened.
+    The rows of WebDataset shards. Files with the same key are one row: `key.jpg` (or another picture) is the column `image`,
+    `key.txt` is `text`, `key.mask.png` is `mask`, and the entries of `key.json` are further columns. `key.reference.0.png`,
+    `key.reference.1.png` and so on are a list in `reference`.
+    If a shard is truncated, or a row exceeds the size limit, the rows before it are returned, and then a row with the error.
     """
     for shard in shards:
         row = {}
@@ -268,7 +268,7 @@ def _undecoded(dataset):
 
 
 class FiniteRows:
-    """Rows that have a number: each epoch is a permutation of its own, and the processes take turns, one batch each.
+    """Rows with an index. Each epoch has its own permutation, and the processes take one batch each in turn.
 
     Args:
         rows (`Sequence[dict]`): what `load_rows` gives.
@@ -300,9 +300,9 @@ class FiniteRows:
 
 
 class StreamedRows:
-    """Rows that come as a stream, larger than a disk perhaps: the order of shards and a buffer are shuffled, anew in each
-    epoch; each process reads its own shards, or every so many-th row where the shards cannot be divided. To go on from a
-    position, the rows before it are read over, but not decoded.
+    """Rows from a stream, which can be larger than the disk. The order of shards and a buffer are shuffled in each epoch. Each
+    process reads its own shards, or every n-th row if the shards cannot be divided. To continue from a position, the rows before
+    it are read but not decoded.
 
     Args:
         rows (`datasets.IterableDataset`): what `load_rows` gives.
@@ -391,7 +391,7 @@ def _read_file(path: str, name: str) -> bytes:
             check_regular_file(path, name)
         with fsspec.open(path, "rb") as file:
             content = file.read(MAX_ROW_BYTES + 1)
-    except Exception as error:  # each file system of fsspec has errors of its own
+    except Exception as error:  # each file system of fsspec has its own errors
         raise BadSample(f"{name} cannot be read: {error}") from error
     if len(content) > MAX_ROW_BYTES:
         raise BadSample(f"{name} has more than {MAX_ROW_BYTES:,} bytes")
@@ -585,8 +585,8 @@ def _ahead(function: Callable, items: Iterable, threads: int) -> Iterator:
 
 class FeatureCache:
     """
-    Tensors on disk, one safetensors file a sample, found by the content they were made of: changed pictures, captions or
-    settings are simply not in it. Files are written beside and renamed, so processes may share a folder.
+    Tensors on disk, with one safetensors file for each sample, named after a hash of its inputs. Changed pictures, captions or
+    settings have another hash. Files are written to a temporary name and renamed, so several processes can share a folder.
 
     Args:
         folder (`Path`): where the files lie.
@@ -598,7 +598,7 @@ class FeatureCache:
         self.settings = json.dumps(settings, sort_keys=True, default=str).encode()
 
     def digest(self, *contents: bytes) -> str:
-        """The name of what is made of `contents`."""
+        """The file name for `contents`."""
         digest = hashlib.blake2b(self.settings, digest_size=20)
         for content in contents:
             digest.update(len(content).to_bytes(8, "little"))

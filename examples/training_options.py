@@ -135,7 +135,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"`checkpoints_total_limit` has to be at least 1, but is {args.checkpoints_total_limit}.")
     for name in ("prompt_dropout", "subject_dropout", "ema_decay"):
         if not 0 <= getattr(args, name) <= 1:
-            raise ValueError(f"`{name}` is a share and has to lie from 0 to 1, but is {getattr(args, name)}.")
+            raise ValueError(f"`{name}` is a share and has to be from 0 to 1, but is {getattr(args, name)}.")
     for name in ("consistency_weight", "mask_weight", "lr_warmup_steps", "dataloader_num_workers"):
         if not getattr(args, name) >= 0:
             raise ValueError(f"`{name}` must not be negative, but is {getattr(args, name)}.")
