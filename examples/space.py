@@ -31,7 +31,7 @@ CARD = """---
 
 # {title}
 
-Give a picture with several things in it, say which one you mean, and draw new pictures of that very subject:
+Give a picture with several things in it, say which one you mean, and draw new pictures of it:
 [SSR-Encoder](https://arxiv.org/abs/2312.16272) for diffusers. `python app.py` starts the page on your own machine.
 """
 
