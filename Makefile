@@ -1,4 +1,4 @@
-# Everything a fresh machine needs: an environment in .venv, then the main job or the tests.
+# Create an environment in .venv, install everything, and run the demo or the tests.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -15,8 +15,8 @@ demo: $(VENV)/.demo
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal --cov --cov-report=term
 
-# The tests of the root modules with other versions of the libraries, in environments of their own: the oldest that are claimed,
-# some between, and the newest, pre-releases included. The package is not installed there but found by a link.
+# The tests of the root modules with other versions of the libraries, in separate environments: the oldest supported versions, some
+# in between, and the newest including pre-releases. There the package is not installed but imported through a link.
 OLDEST_PYTHON ?= python3.10
 VERSIONS = tests/versions
 VERSION_TESTS = $(addprefix tests/test_,attention_processors.py chains.py compile.py image_processing_ssr.py ip_adapter.py \
@@ -44,7 +44,7 @@ lint: $(VENV)/.installed
 docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# What only the demo needs: without the tests' packages it is installed sooner.
+# only what the demo needs, which installs faster than the packages of the tests
 $(VENV)/.demo: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing PyTorch, diffusers and what the demo needs into $(VENV), once: docs/install.md says how much that is."
@@ -59,8 +59,8 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python tools/install.py -e ".[test]"
 	touch $@
 
-# Train a pocket checkpoint from nothing, with registry packages alone, on a CPU in many hours. Every step resumes where it was
-# cut off. How the shipped one came about is said in pocket/README.md.
+# Train a pocket checkpoint from scratch on a CPU, which takes many hours. Every step continues where it was interrupted.
+# pocket/README.md describes how the checkpoint in pocket/ was trained.
 pocket: $(VENV)/.installed
 	$(POCKET).train.clip --work_dir $(WORK_DIR)
 	$(POCKET).train.judge --work_dir $(WORK_DIR)
@@ -79,10 +79,10 @@ pocket: $(VENV)/.installed
 pocket-gpu: $(VENV)/.installed
 	$(POCKET).train.gpu --work_dir $(WORK_DIR)-gpu --output_dir pocket
 
-# Repeat the figures of pocket/README.md from the shipped weights.
+# Measure the figures of pocket/README.md with the weights in pocket/.
 measure: $(VENV)/.installed
 	$(POCKET).measure --work_dir $(WORK_DIR)
 
-# SSR-Encoder against its rival and its ablations, over 500 references, from the shipped weights.
+# Compare SSR-Encoder with an adapter like IP-Adapter-Plus and with its ablations, on 500 references, with the weights in pocket/.
 compare: $(VENV)/.installed
 	$(POCKET).measure --work_dir $(WORK_DIR) --parts comparison --num_references 500

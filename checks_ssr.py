@@ -46,7 +46,7 @@ def check_window(start, end) -> tuple[float, float] | None:
     start, end = subject_embeds.check_scale("subject_start", start), subject_embeds.check_scale("subject_end", end)
     if not 0 <= start < end <= 1:
         raise ValueError(
-            f"`subject_start` has to lie before `subject_end`, both from 0 to 1, but they are {start} and {end}."
+            f"`subject_start` has to be less than `subject_end`, and both from 0 to 1, but they are {start} and {end}."
         )
     return None if (start, end) == (0.0, 1.0) else (start, end)
 
@@ -157,8 +157,8 @@ def check_fits_unet(unet, encoder) -> None:
     config, unet = encoder.config, unet_hooks.find_unet(unet)
     if library_internals.uses_split_inference(unet):
         raise ValueError(
-            "A subject cannot act under FreeNoise's split inference, which splits the frames but not what stands beside"
-            " the text: call `enable_free_noise` without `enable_free_noise_split_inference`."
+            "A subject cannot act under FreeNoise's split inference, which splits the frames but not the"
+            " subject: call `enable_free_noise` without `enable_free_noise_split_inference`."
         )
     for name, width in config.attention_layers.items():
         try:

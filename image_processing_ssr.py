@@ -315,7 +315,7 @@ def _upright(image: Image.Image, name: str, max_pixels: int | None) -> Image.Ima
 def _say_animated(name: str) -> None:
     """Logs a warning. The cache limits it to one warning for each name, because training would repeat it in every
     step."""
-    logger.warning(f"`{name}` holds several frames: only the one it stands at is used, at first the first.")
+    logger.warning(f"`{name}` has several frames: only its current frame is used, by default the first one.")
 
 
 def _to_numpy(tensor: torch.Tensor, name: str) -> np.ndarray:

@@ -223,7 +223,7 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
         if passes.count == 0:
             raise ValueError(
                 f"{type(self).__name__} drew without its subject: no forward pass of the UNet was given"
-                f" `cross_attention_kwargs`. Something stands between the pipeline and `unet` ({type(self.unet).__name__})."
+                f" `cross_attention_kwargs`. Something is between the pipeline and `unet` ({type(self.unet).__name__})."
             )
         return output
 
@@ -238,7 +238,7 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
 
         Raises:
             `ValueError`: if `scale` is not a number or a dict of numbers, or if it has blocks that do not attend to
-            subjects.
+                subjects.
 
         Example:
 
@@ -330,7 +330,7 @@ def _branches(pipeline, count: int) -> tuple[bool, ...]:
         known = {1: (True,), 2: (False, True)}
     if count not in known:
         raise ValueError(
-            f"{type(pipeline).__name__} gives its UNet each picture {count} times, which leaves open which of them are"
+            f"{type(pipeline).__name__} passes each picture {count} times to its UNet, so it is not known which of them are"
             " conditional."
         )
     return known[count]

@@ -17,14 +17,14 @@ from . import mixin_ssr
 _OWN_PROCESSORS = "it replaces the UNet's attention processors itself"
 _UNSUITABLE = {
     "CycleDiffusionPipeline": "it draws a source prompt in the same batch",
-    "SemanticStableDiffusionPipeline": "it guides by editing prompts of its own",
+    "SemanticStableDiffusionPipeline": "its guidance uses its own editing prompts",
     "StableDiffusionAttendAndExcitePipeline": _OWN_PROCESSORS,
     "StableDiffusionControlNetXSPipeline": "its UNet has other layers",
     "StableDiffusionDiffEditPipeline": "it runs the UNet outside its call as well",
     "StableDiffusionPanoramaPipeline": "the order of its views in the batch is not that of its prompts",
     "StableDiffusionParadigmsPipeline": "it runs several steps in one batch",
     "StableDiffusionPix2PixZeroPipeline": _OWN_PROCESSORS,
-    "StableDiffusionSAGPipeline": "it passes image embeddings to half of its batch alone",
+    "StableDiffusionSAGPipeline": "it passes image embeddings only to half of its batch",
     "TextToVideoZeroPipeline": _OWN_PROCESSORS,
 }
 

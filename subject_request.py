@@ -91,8 +91,8 @@ class SubjectRequest:
         count, rest = divmod(batch_size, self.num_pictures)
         if rest or not count:
             raise ValueError(
-                f"The pipeline hands over a batch of {batch_size} {what} for {self.num_pictures} pictures, which leaves open"
-                " which of them the subject belongs to."
+                f"The pipeline passes a batch of {batch_size} {what} for {self.num_pictures} pictures, so it is not known"
+                " which of them have the subject."
             )
         return self.branches(count)
 

@@ -24,8 +24,8 @@ def main():
     parser = options(__doc__)
     reference_options(parser)
     parser.add_argument("--motion_adapter", default=str(POCKET / "motion_adapter"), help="folder or repository")
-    parser.add_argument("--num_frames", type=int, default=8, help="of the video")
-    parser.add_argument("--fps", type=int, default=8, help="frames a second")
+    parser.add_argument("--num_frames", type=int, default=8, help="number of frames of the video")
+    parser.add_argument("--fps", type=int, default=8, help="frames per second")
     args = parser.parse_args()
 
     pipe = load_pipeline(args.checkpoint)

@@ -21,8 +21,10 @@ def main():
     parser.add_argument(
         "--checkpoint", default=str(POCKET), help="folder or repository with base model and SSR-Encoder"
     )
-    parser.add_argument("--image", type=Path, help="a picture; without it, the pocket's references and their queries")
-    parser.add_argument("--queries", nargs="+", help="what to look for in it")
+    parser.add_argument(
+        "--image", type=Path, help="reference picture; default: the references of the pocket checkpoint"
+    )
+    parser.add_argument("--queries", nargs="+", help="the queries")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help="where the picture is written")
     args = parser.parse_args()
     if (args.image is None) != (args.queries is None):

@@ -424,12 +424,16 @@ def main():
         default="sd15",
         help="Stable Diffusion 1.5's sizes with random weights, or the pocket checkpoint",
     )
-    parser.add_argument("--size", type=int, default=512, help="of the picture, in pixels")
-    parser.add_argument("--steps", type=int, default=4, help="that are timed in each turn")
-    parser.add_argument("--batch_size", type=int, default=1, help="prompts in a call, each with subjects of its own")
+    parser.add_argument("--size", type=int, default=512, help="size of the picture in pixels")
+    parser.add_argument("--steps", type=int, default=4, help="number of steps that are timed in each round")
+    parser.add_argument(
+        "--batch_size", type=int, default=1, help="number of prompts per call, each with its own subjects"
+    )
     parser.add_argument("--subjects", type=int, default=1, help="in each picture")
-    parser.add_argument("--frames", type=int, default=0, help="of a video, through AnimateDiff; 0 draws pictures")
-    parser.add_argument("--rounds", type=int, default=3, help="how often the methods take turns")
+    parser.add_argument(
+        "--frames", type=int, default=0, help="number of frames of a video (AnimateDiff); 0 for pictures"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="number of rounds")
     parser.add_argument(
         "--methods", nargs="+", choices=METHODS, default=list(METHODS), help="what to compare with the stock pipeline"
     )
@@ -439,7 +443,7 @@ def main():
         default="float32",
         help="precision; float16 is usual on a GPU",
     )
-    parser.add_argument("--count_only", action="store_true", help="FLOPs alone, which takes seconds")
+    parser.add_argument("--count_only", action="store_true", help="only count FLOPs, which takes seconds")
     parser.add_argument("--profile", action="store_true", help="also print where one step's time goes")
     parser.add_argument("--json", type=Path, help="write the results there, too")
     parser.add_argument("--plot", type=Path, help="draw FLOPs against the number of subjects and of frames")

@@ -94,12 +94,14 @@ def main():
         default="sd15",
         help="the sizes of Stable Diffusion 1.5, or the pocket checkpoint",
     )
-    parser.add_argument("--size", type=int, default=512, help="of the picture, in pixels")
+    parser.add_argument("--size", type=int, default=512, help="size of the picture in pixels")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="precision")
-    parser.add_argument("--batch_size", type=int, default=1, help="pictures in a call")
-    parser.add_argument("--steps", type=int, default=4, help="that are timed")
+    parser.add_argument("--batch_size", type=int, default=1, help="pictures per call")
+    parser.add_argument("--steps", type=int, default=4, help="steps that are timed")
     parser.add_argument("--rounds", type=int, default=1, help="how often each call is timed")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="what to measure")
+    parser.add_argument(
+        "--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="the settings to measure"
+    )
     args = parser.parse_args()
     logging.set_verbosity_error()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -111,7 +113,7 @@ def main():
         print("| " + " | ".join(measure(setting, args, device)) + " |", flush=True)
     skipped = [each for each in args.settings if each not in settings]
     if skipped:
-        print(f"Left out without a GPU: {', '.join(skipped)}")
+        print(f"Skipped, because they need a GPU: {', '.join(skipped)}")
 
 
 if __name__ == "__main__":

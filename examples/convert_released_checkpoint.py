@@ -21,7 +21,7 @@ def main():
         "--layers", type=Path, required=True, help="pytorch_model_1.bin: the UNet layers' keys and values"
     )
     parser.add_argument(
-        "--image_encoder", default="openai/clip-vit-large-patch14", help="the vision encoder they go with"
+        "--image_encoder", default="openai/clip-vit-large-patch14", help="the vision encoder of these weights"
     )
     parser.add_argument("--output_dir", type=Path, required=True, help="the folder to write")
     args = parser.parse_args()

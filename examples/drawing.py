@@ -42,15 +42,15 @@ def call_options(parser: argparse.ArgumentParser) -> None:
         help="how strongly the subject acts; 0.5 to 0.8 is usual with real checkpoints",
     )
     parser.add_argument("--num_inference_steps", type=int, default=25, help="denoising steps")
-    parser.add_argument("--guidance_scale", type=float, default=3.0, help="of classifier-free guidance")
+    parser.add_argument("--guidance_scale", type=float, default=3.0, help="scale of classifier-free guidance")
     parser.add_argument("--eta", type=float, default=0.9, help="how much noise DDIM adds at each step, from 0 to 1")
-    parser.add_argument("--seed", type=int, default=0, help="of the initial noise")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the initial noise")
 
 
 def reference_options(parser: argparse.ArgumentParser) -> None:
     """Adds options for the subject and the prompt."""
     parser.add_argument("--reference", default=str(POCKET / "references" / "1_cat_car.png"), help="file or URL")
-    parser.add_argument("--query", default="cat", help="which thing in the reference is meant")
+    parser.add_argument("--query", default="cat", help="the thing in the reference to draw")
     parser.add_argument("--prompt", default="a cat in the snow", help="what to draw")
 
 

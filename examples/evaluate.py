@@ -245,25 +245,30 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--subjects_dir", type=Path, help="DreamBench's dataset folder, or one like it")
-    add("--selective_dir", type=Path, help="references that hold several subjects")
+    add("--selective_dir", type=Path, help="folder with references that show several subjects")
     add("--generated_dir", type=Path, required=True, help="the drawn pictures")
-    add("--output_dir", type=Path, default=Path("results"), help="for tables and charts")
+    add("--output_dir", type=Path, default=Path("results"), help="output folder for tables and charts")
     add("--dino", default="facebook/dino-vits16", help='name or folder, or "none"')
     add("--clip", default="openai/clip-vit-base-patch32", help='a CLIPModel\'s name or folder, or "none"')
     add(
         "--clip_vision",
-        help="a CLIPVisionModel's, or a folder for load_ssr, instead: its pooled output is the feature, and there is no CLIP-T",
+        help="a CLIPVisionModel, or a folder for load_ssr, instead: its pooled output is used, without CLIP-T",
     )
     add("--classes", type=Path, help="lines subject,class; default: the folder's name without number")
 
     add("--pretrained_model_name_or_path", help="draw the pictures first, with this base model")
-    add("--ssr", help="and what load_ssr takes")
-    add("--prompts", type=Path, default=HERE / "evaluation_prompts.txt", help="a line each, {} for the subject")
+    add("--ssr", help="the SSR-Encoder for it: what load_ssr takes")
+    add(
+        "--prompts",
+        type=Path,
+        default=HERE / "evaluation_prompts.txt",
+        help="file with one prompt per line, and {} for the subject",
+    )
     add("--images_per_prompt", type=int, default=4, help="seeds for each prompt")
     add("--scale", type=float, default=0.65, help="how strongly subjects act")
     add("--num_inference_steps", type=int, default=30, help="denoising steps")
-    add("--guidance_scale", type=float, default=5.0, help="of classifier-free guidance")
-    add("--seed", type=int, default=0, help="of the first picture of each prompt")
+    add("--guidance_scale", type=float, default=5.0, help="scale of classifier-free guidance")
+    add("--seed", type=int, default=0, help="seed of the first picture of each prompt")
     return parser.parse_args(arguments)
 
 

@@ -308,26 +308,40 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--source", type=Path, help="a folder")
-    add("--dataset_name", help="a dataset of the Hub, instead")
-    add("--dataset_config_name", help="of the Hub's dataset")
+    add("--dataset_name", help="a dataset of the Hub, instead of --source")
+    add("--dataset_config_name", help="configuration of the Hub's dataset")
     add("--streaming", action="store_true", help="do not download the dataset first")
-    add("--output_dir", type=Path, required=True, help="for the shards")
+    add("--output_dir", type=Path, required=True, help="output folder for the shards")
     add("--shard_size", type=int, default=1000, help="rows of the source that go into a shard")
     add("--image_column", default="image", help="the picture")
-    add("--caption_column", default="text", help="used where it is filled")
+    add("--caption_column", default="text", help="column with captions; empty cells are captioned")
     add("--query_column", default="query", help="with `--query_from column`")
     add("--query_from", choices=("caption", "column", "file"), default="caption",
         help="the caption's first thing, the query column, or the picture's .query.txt")  # fmt: skip
     add("--caption_model", help="for pictures without a caption, such as Salesforce/blip-image-captioning-large")
-    add("--max_new_tokens", type=int, default=40, help="of a caption")
-    add("--batch_size", type=int, default=16, help="pictures captioned and scored at a time")
-    add("--min_image_size", type=int, default=512, help="shorter side; smaller pictures are left out")
-    add("--max_image_size", type=int, help="shorter side; larger pictures are scaled down")
-    add("--max_aspect_ratio", type=float, default=2.0, help="longer pictures are left out")
-    add("--jpeg_quality", type=int, default=95, help="of the pictures in the shards")
-    add("--aesthetic_head", type=Path, help="linear layers on CLIP's embedding; without it nothing is scored")
+    add("--max_new_tokens", type=int, default=40, help="maximum number of tokens of a caption")
+    add("--batch_size", type=int, default=16, help="number of pictures that are captioned and scored together")
+    add(
+        "--min_image_size",
+        type=int,
+        default=512,
+        help="minimum length of the shorter side; smaller pictures are skipped",
+    )
+    add("--max_image_size", type=int, help="length of the shorter side; larger pictures are resized to it")
+    add("--max_aspect_ratio", type=float, default=2.0, help="maximum aspect ratio; longer pictures are skipped")
+    add("--jpeg_quality", type=int, default=95, help="JPEG quality of the pictures in the shards")
+    add(
+        "--aesthetic_head",
+        type=Path,
+        help="aesthetic predictor: linear layers on CLIP's embedding; without it, pictures are not scored",
+    )
     add("--aesthetic_clip", default="openai/clip-vit-large-patch14", help="the CLIP that the head was trained on")
-    add("--min_aesthetic", type=float, default=5.0, help="pictures with a lower score are left out")
+    add(
+        "--min_aesthetic",
+        type=float,
+        default=5.0,
+        help="minimum aesthetic score; pictures with a lower score are skipped",
+    )
     return parser.parse_args(arguments)
 
 
@@ -348,7 +362,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.max_aspect_ratio < 1:
         raise ValueError(f"`max_aspect_ratio` has to be at least 1, but is {args.max_aspect_ratio}.")
     if not 1 <= args.jpeg_quality <= 100:
-        raise ValueError(f"`jpeg_quality` has to lie from 1 to 100, but is {args.jpeg_quality}.")
+        raise ValueError(f"`jpeg_quality` has to be from 1 to 100, but is {args.jpeg_quality}.")
     if args.aesthetic_head is not None and not args.aesthetic_head.is_file():
         raise ValueError(f"`aesthetic_head`: there is no file {args.aesthetic_head}.")
 

@@ -90,14 +90,25 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--repo_id", required=True, help="<owner>/<repo> on the Hub")
     parser.add_argument("--weights", type=Path, default=ROOT / "pocket", help="a pipeline, or an encoder, in a folder")
     parser.add_argument(
-        "--output_dir", type=Path, default=Path("outputs/hub"), help="where the repository is put together"
+        "--output_dir", type=Path, default=Path("outputs/hub"), help="output folder for the assembled repository"
     )
-    parser.add_argument("--variants", nargs="*", default=["fp16"], choices=["fp16"], help="beside full precision")
+    parser.add_argument(
+        "--variants",
+        nargs="*",
+        default=["fp16"],
+        choices=["fp16"],
+        help="precisions to save in addition to full precision",
+    )
     parser.add_argument("--space", help="<owner>/<space>: assemble a Space too")
     parser.add_argument(
-        "--space_weights", choices=["hub", "copy"], default="hub", help="load them from --repo_id, or hold a copy"
+        "--space_weights",
+        choices=["hub", "copy"],
+        default="hub",
+        help="whether the Space loads the weights from --repo_id or contains a copy",
     )
-    parser.add_argument("--base_model", default=BASE_MODEL, help="what the encoder alone is drawn with in a Space")
+    parser.add_argument(
+        "--base_model", default=BASE_MODEL, help="base model for a Space, if --weights is only an encoder"
+    )
     parser.add_argument("--push_to_hub", action="store_true", help="upload it")
     parser.add_argument("--private", action="store_true", help="make the repository private")
     parser.add_argument("--revision", help="the branch to upload to")

@@ -1,4 +1,4 @@
-"""The repository of a Hugging Face Space that shows the page of app.py."""
+"""Assembles the repository of a Hugging Face Space with the page of app.py."""
 
 import shutil
 from importlib import metadata
@@ -31,7 +31,7 @@ CARD = """---
 
 # {title}
 
-Give a picture with several things in it, say which one you mean, and draw new pictures of that very subject:
+Give a picture with several things in it, say which one you mean, and draw new pictures of it:
 [SSR-Encoder](https://arxiv.org/abs/2312.16272) for diffusers. `python app.py` starts the page on your own machine.
 """
 

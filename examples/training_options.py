@@ -15,8 +15,8 @@ def parse_args(
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     add = parser.add_argument
 
-    add("--pretrained_model_name_or_path", required=True, help="Stable Diffusion 1.5, of the Hub or in a folder")
-    add("--revision", help="of the pretrained model")
+    add("--pretrained_model_name_or_path", required=True, help="Stable Diffusion 1.5, from the Hub or a folder")
+    add("--revision", help="revision of the pretrained model")
     add("--variant", help='of the pretrained model\'s files, such as "fp16"')
     add("--image_encoder_name_or_path", help="CLIP vision encoder, usually openai/clip-vit-large-patch14")
     add("--ssr_encoder_name_or_path", help="fine-tune this encoder: a repository or folder that load_ssr takes")
@@ -25,65 +25,82 @@ def parse_args(
 
     add("--inner_dim", type=int, default=512, help="width of a new encoder's aligner")
     add("--num_attention_heads", type=int, default=8, help="heads of a new encoder's aligner")
-    add("--image_levels", type=int, nargs="+", help="vision layers that a new encoder reads; default: six, evenly")
+    add(
+        "--image_levels",
+        type=int,
+        nargs="+",
+        help="levels of the vision encoder for a new encoder; default: six, evenly spaced",
+    )
     add("--init_from_text", action=argparse.BooleanOptionalAction, default=True,
-        help="a new encoder's keys and values start as the UNet's own for text")  # fmt: skip
+        help="initialise a new encoder's keys and values with those of the UNet for text")  # fmt: skip
 
     add("--train_data_dir", help="folder with metadata.jsonl, or with *.parquet, or with WebDataset *.tar")
     add("--dataset_name", help="dataset of the Hub, instead of a folder")
-    add("--dataset_config_name", help="of the Hub's dataset")
+    add("--dataset_config_name", help="configuration of the Hub's dataset")
     add("--streaming", action="store_true", help="read Parquet or a dataset of the Hub as a stream; shards always are")
-    add("--shuffle_buffer_size", type=int, default=1000, help="rows that a stream is shuffled in")
+    add("--shuffle_buffer_size", type=int, default=1000, help="number of rows in the shuffle buffer of a stream")
     add("--image_column", default="image", help="the target picture")
     add("--caption_column", default="text", help="the prompt")
     add("--query_column", default="query",
-        help="which thing in the reference is meant; a list, where the target shows several subjects together")  # fmt: skip
-    add("--reference_column", help="the reference, where it is not the target itself; or a list of them")
-    add("--mask_column", help="white where in the reference the subject is; or a list; rows may leave it empty")
+        help="column with the query, or with a list of queries if the target shows several subjects")  # fmt: skip
+    add("--reference_column", help="column with the reference, if it is not the target, or with a list of references")
+    add(
+        "--mask_column",
+        help="column with the mask (white where the subject is in the reference), or with a list; rows can leave it empty",
+    )
     add("--mask_query", choices=("caption", "empty"), default="caption",
         help="the query of a subject with a mask and no query; empty, if masks are to be used without words")  # fmt: skip
-    add("--mask_weight", type=float, default=1.0, help="how strongly masks draw the attention inside")
-    add("--min_image_size", type=int, default=64, help="smaller pictures are left out")
+    add("--mask_weight", type=float, default=1.0, help="how strongly the attention is restricted to the mask")
+    add(
+        "--min_image_size",
+        type=int,
+        default=64,
+        help="minimum length of the shorter side; smaller pictures are skipped",
+    )
     add("--resolution", type=int, help="side of the square targets, in pixels; default: the base model's")
     add("--dataloader_num_workers", type=int, default=4, help="threads that read and prepare samples ahead")
-    add("--cache_features", type=Path, help="keep what the frozen models make of each sample in this folder")
+    add("--cache_features", type=Path, help="cache the outputs of the frozen models in this folder")
 
     add("--output_dir", default="ssr-model", help="the result, for load_ssr, and checkpoints")
-    add("--logging_dir", default="logs", help="inside output_dir")
+    add("--logging_dir", default="logs", help="folder for logs inside output_dir")
     add("--report_to", default="tensorboard", help='"tensorboard", "wandb", "all", ... or "none"')
     add("--seed", type=int, help="default: 0")
     add("--max_train_steps", type=int, default=100_000, help="optimizer steps")
-    add("--train_batch_size", type=int, default=16, help="of each process")
-    add("--gradient_accumulation_steps", type=int, default=1, help="batches in an optimizer step")
+    add("--train_batch_size", type=int, default=16, help="batch size of each process")
+    add("--gradient_accumulation_steps", type=int, default=1, help="number of batches per optimizer step")
     add("--gradient_checkpointing", action="store_true", help="less memory, slower")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's config")
     add("--allow_tf32", action="store_true", help="faster float32 on NVIDIA GPUs from Ampere on")
-    add("--learning_rate", type=float, default=5e-5, help="of AdamW")
-    add("--lr_scheduler", choices=lr_schedulers, default="constant", help="how it changes")
-    add("--lr_warmup_steps", type=int, default=500, help="in which it rises from 0")
+    add("--learning_rate", type=float, default=5e-5, help="learning rate of AdamW")
+    add("--lr_scheduler", choices=lr_schedulers, default="constant", help="learning rate schedule")
+    add("--lr_warmup_steps", type=int, default=500, help="number of steps in which the learning rate rises from 0")
     add("--use_8bit_adam", action="store_true", help="needs bitsandbytes")
-    add("--adam_beta1", type=float, default=0.9, help="decay of the gradients' mean")
-    add("--adam_beta2", type=float, default=0.999, help="decay of their squares' mean")
-    add("--adam_weight_decay", type=float, default=1e-2, help="of AdamW")
-    add("--adam_epsilon", type=float, default=1e-8, help="of AdamW")
-    add("--max_grad_norm", type=float, default=1.0, help="larger gradients are scaled down to it")
-    add("--use_ema", action="store_true", help="keep a moving average of the weights; it is the result then")
-    add("--ema_decay", type=float, default=0.9999, help="of the moving average")
+    add("--adam_beta1", type=float, default=0.9, help="AdamW's decay of the mean of the gradients")
+    add("--adam_beta2", type=float, default=0.999, help="AdamW's decay of the mean of the squared gradients")
+    add("--adam_weight_decay", type=float, default=1e-2, help="weight decay of AdamW")
+    add("--adam_epsilon", type=float, default=1e-8, help="epsilon of AdamW")
+    add("--max_grad_norm", type=float, default=1.0, help="maximum norm of the gradients")
+    add("--use_ema", action="store_true", help="keep a moving average of the weights, and save it as the result")
+    add("--ema_decay", type=float, default=0.9999, help="decay of the moving average")
 
-    add("--consistency_weight", type=float, help="of the regulariser; default: 0.1, and 0.001 when fine-tuning")
+    add(
+        "--consistency_weight",
+        type=float,
+        help="weight of the consistency loss; default: 0.1, and 0.001 when fine-tuning",
+    )
     add("--consistency_form", choices=("released", "paper"), default="released",
         help="token by token, or the means")  # fmt: skip
     add("--prompt_dropout", type=float, default=0.8, help="share of samples without prompt")
     add("--subject_dropout", type=float, default=0.05,
-        help="share of samples with the empty query on zero pixels, as the unconditional branch has it")  # fmt: skip
+        help="share of samples with an empty query and zero pixels, as in the unconditional branch")  # fmt: skip
     add("--timestep_bias", type=float, default=1.0,
         help="timestep = T * u ** timestep_bias: below 1, noisy steps come more often")  # fmt: skip
     add("--latents", choices=("sample", "mode"), default="sample",
-        help="what is taken of the VAE's distribution; mode for a VAE whose deviation was never trained")  # fmt: skip
+        help="how latents are taken from the VAE's distribution; use mode for a VAE with an untrained standard deviation")  # fmt: skip
     add("--prediction_type", choices=("epsilon", "v_prediction", "sample"), help="default: the scheduler's")
 
     add("--checkpointing_steps", type=int, default=500, help="steps between checkpoints")
-    add("--checkpoints_total_limit", type=int, help="older checkpoints are deleted")
+    add("--checkpoints_total_limit", type=int, help="maximum number of checkpoints; older ones are deleted")
     add("--resume_from_checkpoint", help='a checkpoint\'s folder, or "latest"')
     add("--validation_image", type=Path, nargs="+", help="references to draw from while training")
     add("--validation_query", nargs="+", help="one for each validation image")
@@ -118,7 +135,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"`checkpoints_total_limit` has to be at least 1, but is {args.checkpoints_total_limit}.")
     for name in ("prompt_dropout", "subject_dropout", "ema_decay"):
         if not 0 <= getattr(args, name) <= 1:
-            raise ValueError(f"`{name}` is a share and has to lie from 0 to 1, but is {getattr(args, name)}.")
+            raise ValueError(f"`{name}` is a share and has to be from 0 to 1, but is {getattr(args, name)}.")
     for name in ("consistency_weight", "mask_weight", "lr_warmup_steps", "dataloader_num_workers"):
         if not getattr(args, name) >= 0:
             raise ValueError(f"`{name}` must not be negative, but is {getattr(args, name)}.")

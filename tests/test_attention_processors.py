@@ -204,7 +204,7 @@ def test_a_processor_beside_which_a_subject_cannot_act_is_named(way):
     attn, tensors, key, value = parity_layer()
     attn.set_processor(Functional(way))
     text = tensors["text_embeds"]
-    with pytest.raises(ValueError, match="beside the attention processor Functional: .*(queries|to_out|shape)"):
+    with pytest.raises(ValueError, match="with the attention processor Functional: .*(queries|to_out|shape)"):
         attend(attn, tensors["hidden_states"], text, conditions_of(key, value))
     attend(attn, tensors["hidden_states"], text)  # without a subject it may do what it likes
 

@@ -122,6 +122,30 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in slugs(file), f"{link}: no such heading"
 
 
+def strings_of(file: Path) -> list[str]:
+    """The strings in a Python file, with "..." for what an f-string inserts."""
+    found = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(node.value)
+        elif isinstance(node, ast.JoinedStr):
+            parts = (each.value if isinstance(each, ast.Constant) else "..." for each in node.values)
+            found.append("".join(parts))
+    return found
+
+
+def test_troubleshooting_quotes_our_messages_as_they_are():
+    """Quotations that begin with an argument of ours; those of other libraries change with their versions."""
+    text = re.sub(r"\s+", " ", (ROOT / "docs" / "troubleshooting.md").read_text())
+    quoted = [each for each in re.findall(r'\*\*"([^"]+)"', text) if each.startswith("`") or "SSR-Encoder in" in each]
+    assert len(quoted) >= 5
+    known = " ".join(s for file in [*ROOT.glob("*.py"), *(ROOT / "examples").glob("*.py")] for s in strings_of(file))
+    known = re.sub(r"torch\.\w+|\d+", "...", re.sub(r"\s+", " ", known))
+    for each in quoted:
+        message = re.sub(r"torch\.\w+|\d+", "...", each).rstrip(".")
+        assert message in known, each
+
+
 def test_every_page_is_in_the_guides_index_and_navigation():
     index = (ROOT / "docs" / "README.md").read_text()
     navigation = (ROOT / "mkdocs.yml").read_text()

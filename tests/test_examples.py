@@ -101,6 +101,20 @@ def test_benchmark_compares_the_methods(run, tmp_path, extra):
         assert all(each["peak_bytes"] > 2**27 for each in methods.values())
 
 
+def test_memory_is_measured_by_setting(run):
+    output = run("benchmark_memory.py", "--preset", "pocket", "--size", 64, "--steps", 1)
+    cells = dict(re.findall(r"^\| (\w+) (\| .* s \|)$", output, re.MULTILINE))
+    settings = {"none", "drop_ssr_encoders", "attention_slicing", "vae_slicing_and_tiling"}
+    offloading = {"model_offload", "sequential_offload"}
+    if torch.cuda.is_available():
+        settings |= offloading
+    else:
+        assert "they need a GPU: model_offload, sequential_offload" in output
+    assert cells.keys() == settings
+    for row in cells.values():
+        assert re.fullmatch(r"(\| \d+\.\d\d GiB \| \d+\.\d{3} s ){2}\|", row), row
+
+
 def test_without_peft_the_demo_leaves_a_row_out(run, tmp_path, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(

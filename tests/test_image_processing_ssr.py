@@ -236,7 +236,7 @@ def test_of_several_frames_the_first_is_taken_and_said_once(kind, caplog):
         assert (np.asarray(to_pil(open_image(content), "photo")) == 255).all()
         assert (np.asarray(to_pil(Image.open(io.BytesIO(content)), "photo")) == 255).all()
     logging.disable_propagation()
-    said = [record.message for record in caplog.records if "`photo` holds several frames" in record.message]
+    said = [record.message for record in caplog.records if "`photo` has several frames" in record.message]
     assert len(said) == 1
 
 

@@ -19,7 +19,7 @@ from .widgets import DAY, HIDDEN, SHOW
 
 TITLE = "SSR-Encoder"
 INTRODUCTION = f"""# {TITLE}
-Give a picture with several things in it, say which one you mean, and draw new pictures of that very subject."""
+Give a picture with several things in it, say which one you mean, and draw new pictures of it."""
 
 
 class FramesPanel:

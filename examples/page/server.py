@@ -16,22 +16,27 @@ def parse_args(arguments: Sequence[str] | None = None, description: str | None =
     parser = argparse.ArgumentParser(description=description, epilog=NEEDS, formatter_class=HelpFormatter)
     call_options(parser)
     parser.add_argument("--prompt", default="a cat in the snow", help="the first prompt")
-    parser.add_argument("--ssr", help="the SSR-Encoder, where --checkpoint holds a base model alone")
+    parser.add_argument("--ssr", help="the SSR-Encoder, if --checkpoint is only a base model")
     parser.add_argument(
-        "--controlnet", help="a ControlNet that follows edges; without it, the checkpoint's if it has one"
+        "--controlnet", help="a ControlNet that follows edges; default: that of the checkpoint, if it has one"
     )
-    parser.add_argument("--motion_adapter", help="for videos; without it, the checkpoint's if it has one")
+    parser.add_argument(
+        "--motion_adapter", help="a motion adapter for videos; default: that of the checkpoint, if it has one"
+    )
     parser.add_argument("--max_subjects", type=int, default=3, help="how many subjects a picture may have")
     parser.add_argument("--max_frames", type=int, default=16, help="how many frames a video may have")
     parser.add_argument(
-        "--concurrency", type=int, default=2, help="how many people draw at once; others wait in a queue"
+        "--concurrency", type=int, default=2, help="how many requests run at once; others wait in a queue"
+    )
+    parser.add_argument(
+        "--max_waiting", type=int, default=64, help="how many requests can wait; further ones are rejected"
     )
     parser.add_argument("--max_waiting", type=int, default=64, help="how many may wait; others are turned away")
     # this is an environment variable of Gradio, which is set in a Space
     parser.add_argument(
         "--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), help="address to listen on"
     )
-    parser.add_argument("--port", type=int, help="without it, the first free one from 7860")
+    parser.add_argument("--port", type=int, help="port; default: the first free one from 7860")
     return parser.parse_args(arguments)
 
 
