@@ -31,7 +31,6 @@ def parse_args(arguments: Sequence[str] | None = None, description: str | None =
     parser.add_argument(
         "--max_waiting", type=int, default=64, help="how many requests can wait; further ones are rejected"
     )
-    parser.add_argument("--max_waiting", type=int, default=64, help="how many may wait; others are turned away")
     # this is an environment variable of Gradio, which is set in a Space
     parser.add_argument(
         "--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), help="address to listen on"
