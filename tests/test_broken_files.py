@@ -1,6 +1,7 @@
 """More than 150 broken files from strangers: each is refused by name, in under a second, with less than 200 MB of memory."""
 
 import bz2
+import ctypes
 import gzip
 import io
 import json
@@ -246,6 +247,10 @@ class Cost:
     def __enter__(self) -> "Cost":
         self.known = os.access("/proc/self/clear_refs", os.W_OK)
         if self.known:
+            # memory that earlier tests have freed would be used again without being counted
+            malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+            if malloc_trim:
+                malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
             self.before = status("VmRSS")
         self.start = time.process_time()  # not the clock: others may run beside
@@ -275,8 +280,8 @@ def test_broken_files_are_refused_by_name_quickly_and_without_memory(tmp_path, c
     )
     assert len(SubjectEmbeds.load(tmp_path / "good").subjects) == 1
     with Cost() as cost:
-        assert len(b"\1" * (50 * MEGABYTE))
-    assert not cost.known or cost.memory > 45 * MEGABYTE
+        assert len(b"\1" * (100 * MEGABYTE))
+    assert not cost.known or cost.memory > 90 * MEGABYTE
     files: dict[str, Path] = {}
     for make in MAKERS:
         files |= make(tmp_path)
