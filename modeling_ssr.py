@@ -246,8 +246,10 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
         """
         config = self.config
         alone = type(self)(config.cross_attention_dim, config.vision_hidden_size, 1, 1, (), {})
+        # with sequential offloading, the weights are on the meta device, from which nothing can be copied
+        device = torch.device("cpu") if self.device.type == "meta" else self.device
         for module in (alone.to_q, alone.to_k, alone.norm):
-            module.to(self.device, self.dtype)
+            module.to(device, self.dtype)
         alone.layers = self.layers
         alone.register_to_config(attention_layers=dict(config.attention_layers))
         alone.known_fingerprint = self.fingerprint()
@@ -261,8 +263,8 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
 
         Args:
             device (`torch.device`, *optional*):
-                The device on which the encoder runs. It has to be given if the weights are on another device
-                (offloading).
+                The device on which the encoder runs. Defaults to the device of the weights. With sequential
+                offloading, it defaults to the CPU, and accelerate moves the input and the output.
 
         Returns:
             `torch.Tensor` of shape `(num_levels + 1, 8)`, float32 on the CPU.
@@ -270,11 +272,14 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
         if self.known_fingerprint is not None:
             return self.known_fingerprint
         config = self.config
+        if device is None:
+            # accelerate's hooks move the input to the execution device, but nothing can be copied from the meta device
+            device = torch.device("cpu") if self.device.type == "meta" else self.device
 
         def fixed(*shape: int) -> torch.Tensor:
             # always computed on the CPU, even if the default device is another one
             count = torch.arange(torch.Size(shape).numel(), dtype=torch.float32, device="cpu")
-            return torch.sin(count * 1.7).reshape(shape).to(device or self.device, self.dtype)
+            return torch.sin(count * 1.7).reshape(shape).to(device, self.dtype)
 
         levels = len(config.image_levels)
         subject = self(fixed(1, 1, config.cross_attention_dim), fixed(levels, 1, 2, config.vision_hidden_size))

@@ -241,13 +241,24 @@ def test_an_encoder_is_made_for_evaluation(tmp_path, way):
     assert not any(module.training for module in made.modules())
 
 
-def test_a_fingerprint_is_made_where_the_encoder_runs():
-    """Offloaded weights lie on no device until they are used."""
+def test_an_encoder_whose_weights_are_on_the_meta_device_until_they_are_used():
+    """Every public method of an encoder with sequential offloading works, also outside a pipeline."""
+    states = torch.randn(1, 5, 32), torch.randn(3, 1, 17, 24)
+
+    def results(encoder: SSREncoder) -> list[torch.Tensor]:
+        subject = encoder(*states)
+        alone = encoder.layers_alone()
+        layers = [*encoder.project(subject), *alone.project(subject)]
+        fingerprints = [encoder.fingerprint(), encoder.fingerprint(torch.device("cpu")), alone.fingerprint()]
+        return [subject, encoder.attention_probs(states[0], states[1][-1]), *sum(layers, ()), *fingerprints]
+
     encoder = make_ssr_encoder()
-    expected = encoder.fingerprint()
-    cpu_offload(encoder, torch.device("cpu"))
-    assert encoder.device.type == "meta"
-    assert torch.equal(encoder.fingerprint(torch.device("cpu")), expected)
+    with torch.no_grad():
+        expected = results(encoder)
+        cpu_offload(encoder, torch.device("cpu"))
+        assert encoder.device.type == "meta"
+        offloaded_results = results(encoder)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(offloaded_results, expected, strict=True))
 
 
 def test_a_fingerprint_stays_what_it_is_in_files():
