@@ -62,8 +62,8 @@ def hide_library_output() -> None:
 
 
 def load_pipeline(checkpoint: str, ssr: str | None = None) -> DiffusionPipeline:
-    """Loads the SSR pipeline of a checkpoint. The SSR-Encoder is loaded from `ssr`, or from the checkpoint if `ssr` is
-    `None`. On a GPU, the pipeline uses half precision."""
+    """Loads the SSR pipeline of a checkpoint. The SSR-Encoder is that of the checkpoint, or the one in `ssr` if it is
+    given. On a GPU, the pipeline uses half precision."""
     hide_library_output()
     on_gpu = torch.cuda.is_available()
     pipe = DiffusionPipeline.from_pretrained(
@@ -72,8 +72,13 @@ def load_pipeline(checkpoint: str, ssr: str | None = None) -> DiffusionPipeline:
         trust_remote_code=True,
         dtype=torch.float16 if on_gpu else torch.float32,
     )
-    if ssr is not None or pipe.ssr_encoder is None:
-        pipe.load_ssr(ssr or checkpoint)
+    if ssr is not None:
+        pipe.load_ssr(ssr)
+    elif pipe.ssr_encoder is None:
+        raise SystemExit(
+            f"{checkpoint} contains no SSR-Encoder. Load one with `pipe.load_ssr`, save the whole pipeline with"
+            " `pipe.save_pretrained(folder)`, and pass this folder as --checkpoint. The page also has --ssr."
+        )
     pipe.set_progress_bar_config(disable=True)
     return pipe.to("cuda" if on_gpu else "cpu")
 

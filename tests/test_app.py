@@ -8,6 +8,7 @@ import sys
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -166,7 +167,9 @@ def test_the_script_repeats_what_the_page_draws(studio, one_thread, tmp_path, mo
     steps = []
     drawn = studio.draw(request, on_step=lambda *step: steps.append(step))
     assert steps == [(number, 4) for number in (1, 2, 3, 4)]
-    script = write_script(request, studio.checkpoints, studio.dtype, studio.device)
+    checkpoints = studio.checkpoints if kind != "a mask" else replace(studio.checkpoints, ssr=str(POCKET))
+    script = write_script(request, checkpoints, studio.dtype, studio.device)
+    assert ("load_ssr" in script) == (checkpoints.ssr is not None)
     write_bundle(tmp_path / "it.zip", request, script)
     with zipfile.ZipFile(tmp_path / "it.zip") as archive:
         archive.extractall(tmp_path)
@@ -282,11 +285,9 @@ def test_a_closed_session_leaves_nothing():
 
 def test_a_checkpoint_brings_its_own_parts_and_options_replace_them():
     assert Checkpoints.from_options(parse_args([])) == Checkpoints(
-        str(POCKET), str(POCKET), str(POCKET / "controlnet"), str(POCKET / "motion_adapter")
+        str(POCKET), None, str(POCKET / "controlnet"), str(POCKET / "motion_adapter")
     )
-    assert Checkpoints.from_options(parse_args(["--checkpoint", "owner/base"])) == Checkpoints(
-        "owner/base", "owner/base"
-    )
+    assert Checkpoints.from_options(parse_args(["--checkpoint", "owner/base"])) == Checkpoints("owner/base")
     given = [
         "--checkpoint",
         "owner/base",

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 from commands import check_script, example_scripts, shell_lines, split_command
-from conftest import POCKET, ROOT, make_image_encoder, make_image_processor
+from conftest import POCKET, ROOT, make_components, make_image_encoder, make_image_processor
 from diffusers.utils import logging
-from diffusers_ssr import SSREncoder
+from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline
 from PIL import Image
 from test_modeling_ssr import ALIGNER, LAYERS, random_released
 
@@ -56,6 +56,12 @@ def test_attention_maps_are_drawn(run, tmp_path):
     run("attention_map.py", "--image", picture, "--queries", "a cat", "car")
     sheet = Image.open(tmp_path / "outputs" / "attention_map.png")
     assert sheet.width > 4 * 64
+
+
+def test_a_checkpoint_without_an_encoder_is_named(run, tmp_path):
+    StableDiffusionSSRPipeline(**make_components(), requires_safety_checker=False).save_pretrained(tmp_path / "base")
+    with pytest.raises(SystemExit, match="base contains no SSR-Encoder.*pipe.load_ssr"):
+        run("attention_map.py", "--checkpoint", tmp_path / "base")
 
 
 @pytest.mark.parametrize("detector", ["canny", "lineart"])

@@ -59,7 +59,7 @@ def test_a_space_starts_where_it_was_put_together(tmp_path):
     command = [sys.executable, "-c", START, str(folder)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    here = Studio(Checkpoints(str(POCKET), str(POCKET)))
+    here = Studio(Checkpoints(str(POCKET)))
     choice = SubjectChoice(Image.open(POCKET / "references" / "1_cat_car.png").convert("RGB"), "cat")
     expected = here.draw(DrawingRequest("a cat", (choice,), num_inference_steps=2))
     assert np.abs(np.load(folder / "drawn.npy").astype(int) - np.asarray(expected)).max() <= 1

@@ -7,11 +7,12 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Folders or Hub repositories of the base model and the SSR-Encoder, and optionally of a ControlNet and a motion
-    adapter. The page only has the tabs for ControlNet and video if these are given."""
+    """Folders or Hub repositories of the base model, and optionally of an SSR-Encoder, a ControlNet and a motion
+    adapter. Without `ssr`, the base model is a whole pipeline that contains the SSR-Encoder. The page only has the tabs
+    for ControlNet and video if these are given."""
 
     base: str
-    ssr: str
+    ssr: str | None = None
     controlnet: str | None = None
     motion_adapter: str | None = None
 
@@ -26,7 +27,7 @@ class Checkpoints:
 
         return cls(
             base=args.checkpoint,
-            ssr=args.ssr or args.checkpoint,
+            ssr=args.ssr,
             controlnet=part(args.controlnet, "controlnet"),
             motion_adapter=part(args.motion_adapter, "motion_adapter"),
         )

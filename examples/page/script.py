@@ -79,8 +79,9 @@ def _loading(request: DrawingRequest, checkpoints: Checkpoints, dtype: torch.dty
         "pipe = StableDiffusionSSRPipeline.from_pretrained(\n"
         f"    {text(checkpoints.base)}, trust_remote_code=True, dtype={dtype}\n"
         ")\n"
-        f"pipe.load_ssr({text(checkpoints.ssr)})\n"
     )
+    if checkpoints.ssr is not None:
+        lines += f"pipe.load_ssr({text(checkpoints.ssr)})\n"
     if request.kind == ALONG_EDGES:
         lines += (
             f"controlnet = ControlNetModel.from_pretrained({text(checkpoints.controlnet)}, dtype={dtype})\n"

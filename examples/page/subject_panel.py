@@ -32,7 +32,7 @@ class SubjectPanel:
     def __init__(self, studio: Studio, args: argparse.Namespace, number: int):
         self.studio = studio
         self.number = number
-        self.samples = _samples(Path(studio.checkpoints.ssr) / "references")
+        self.samples = _samples(Path(studio.checkpoints.ssr or studio.checkpoints.base) / "references")
         # the picture is stored separately, because the canvas of the editor can be larger than the picture
         self.picture = gr.State(time_to_live=DAY)
         file = file_drop("Reference picture", f"file-{number}")
