@@ -19,7 +19,7 @@ SMALL = {"cross_attention_dim": 32, "vision_hidden_size": 48, "inner_dim": 16, "
 
 
 def parity_encoder() -> SSREncoder:
-    """The parity files' aligner; they hold no layers, so it gets none."""
+    """The aligner of the parity files, without attention layers, because the parity files do not contain any."""
     tensors = load_file(PARITY / "aligner_text.safetensors")
     weights = {name.removeprefix("weights."): t for name, t in tensors.items() if name.startswith("weights.")}
     return SSREncoder.from_released(weights, {}, attention_layers={}, **SMALL)
@@ -32,7 +32,7 @@ def random_released(layout, seed=0):
 
 
 def small_released(**changes):
-    """A released pair of files at small sizes, with two layers."""
+    """A small encoder with two layers, and its weights in the format of the two released files."""
     encoder = SSREncoder(attention_layers={"b": 8, "a": 16}, **SMALL)
     state_dict = encoder.state_dict()
     aligner = {}
@@ -69,7 +69,7 @@ def test_mask_query_agrees_with_the_released_code(weight):
     torch.testing.assert_close(out, tensors[f"subject_embeds.weight_{weight}"], atol=1e-5, rtol=0)
 
 
-def test_default_config_is_sd15_with_vit_l():
+def test_default_config_fits_sd15_and_vit_l():
     with torch.device("meta"):
         encoder = SSREncoder()
     shapes = {name: list(tensor.shape) for name, tensor in encoder.state_dict().items()}
@@ -93,7 +93,7 @@ def test_from_released_reads_paths_and_state_dicts(tmp_path, form):
         assert torch.equal(loaded.state_dict()[name], tensor), name
 
 
-def test_from_released_refuses_a_pickle_that_holds_code(tmp_path):
+def test_from_released_rejects_a_pickle_with_code(tmp_path):
     class Evil:
         def __reduce__(self):
             return print, ("run",)
@@ -122,7 +122,7 @@ OTHER_FILES = {
 
 @pytest.mark.parametrize("kind", OTHER_FILES)
 @pytest.mark.parametrize("argument", ["aligner", "layers"])
-def test_from_released_says_what_was_given_instead(argument, kind):
+def test_from_released_error_names_what_was_passed_instead(argument, kind):
     _, aligner, layers = small_released()
     given = {"aligner": aligner, "layers": layers, argument: OTHER_FILES[kind]}
     with pytest.raises(
@@ -132,7 +132,7 @@ def test_from_released_says_what_was_given_instead(argument, kind):
     assert len(str(caught.value)) < 250
 
 
-def test_from_released_says_that_files_are_in_the_wrong_order_or_one_twice():
+def test_from_released_rejects_swapped_or_identical_files():
     _, aligner, layers = small_released()
     with pytest.raises(ValueError, match="`aligner` and `layers` are in the wrong order"):
         SSREncoder.from_released(layers, aligner, **TWO_LAYERS)
@@ -156,7 +156,7 @@ def test_from_released_says_that_files_are_in_the_wrong_order_or_one_twice():
         (torch.zeros(()).expand(10**6, 10**6), r"\(1000000, 1000000\)"),
     ],
 )
-def test_from_released_refuses_what_is_no_weight(value, message):
+def test_from_released_rejects_values_that_are_not_weights(value, message):
     _, aligner, layers = small_released()
     with pytest.raises(ValueError, match=f"`aligner` holds aligner.to_q.weight .*{message}"):
         SSREncoder.from_released({**aligner, "aligner.to_q.weight": value}, layers, **TWO_LAYERS)
@@ -165,7 +165,7 @@ def test_from_released_refuses_what_is_no_weight(value, message):
 @pytest.mark.parametrize(
     "content", [b"", b"garbage", [1, 2], {1: torch.zeros(1)}, "cut off", "compressed", "folder", "pipe"]
 )
-def test_from_released_names_a_file_that_cannot_be_read(tmp_path, content):
+def test_from_released_rejects_unreadable_files(tmp_path, content):
     _, aligner, layers = small_released()
     path = tmp_path / "weights.bin"
     if isinstance(content, bytes):
@@ -192,7 +192,7 @@ def test_from_released_names_a_file_that_cannot_be_read(tmp_path, content):
         SSREncoder.from_released(path, layers, **TWO_LAYERS)
 
 
-def test_from_released_reads_files_of_before_torch_1_6(tmp_path):
+def test_from_released_reads_the_file_format_before_torch_1_6(tmp_path):
     encoder, aligner, layers = small_released()
     torch.save(aligner, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
     loaded = SSREncoder.from_released(tmp_path / "old.bin", layers, **TWO_LAYERS)
@@ -204,7 +204,7 @@ def test_from_released_reads_files_of_before_torch_1_6(tmp_path):
 
 @pytest.mark.parametrize("argument", ["aligner", "layers"])
 @pytest.mark.parametrize("fault", ["missing", "extra", "shape"])
-def test_from_released_names_the_wrong_tensor(argument, fault):
+def test_from_released_error_names_the_wrong_tensor(argument, fault):
     _, aligner, layers = small_released()
     state_dict = {"aligner": aligner, "layers": layers}[argument]
     name = sorted(state_dict)[0]
@@ -229,7 +229,7 @@ def test_save_and_load(tmp_path):
 
 
 @pytest.mark.parametrize("way", ["from_released", "from_pretrained", "layers_alone"])
-def test_an_encoder_is_made_for_evaluation(tmp_path, way):
+def test_new_encoders_are_in_evaluation_mode(tmp_path, way):
     if way == "from_released":
         _, *files = small_released()
         made = SSREncoder.from_released(*files, **TWO_LAYERS)
@@ -241,7 +241,7 @@ def test_an_encoder_is_made_for_evaluation(tmp_path, way):
     assert not any(module.training for module in made.modules())
 
 
-def test_an_encoder_whose_weights_are_on_the_meta_device_until_they_are_used():
+def test_an_encoder_with_sequential_offloading():
     """Every public method of an encoder with sequential offloading works, also outside a pipeline."""
     states = torch.randn(1, 5, 32), torch.randn(3, 1, 17, 24)
 
@@ -261,8 +261,8 @@ def test_an_encoder_whose_weights_are_on_the_meta_device_until_they_are_used():
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(offloaded_results, expected, strict=True))
 
 
-def test_a_fingerprint_stays_what_it_is_in_files():
-    """Files of subjects hold it, and are to be read by later versions too."""
+def test_the_fingerprint_is_stable_across_versions():
+    """Saved subjects contain the fingerprint of their encoder, and later versions have to recognise it."""
     encoder = make_ssr_encoder()
     for index, parameter in enumerate(encoder.parameters()):
         parameter.data = torch.sin(torch.arange(parameter.numel()) * 0.37 + index).reshape(parameter.shape)
@@ -273,7 +273,7 @@ def test_a_fingerprint_stays_what_it_is_in_files():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_layers_alone_draw_as_the_whole_encoder(dtype):
+def test_layers_alone_projects_like_the_whole_encoder(dtype):
     encoder = make_ssr_encoder().to(dtype)
     alone, subject = encoder.layers_alone(), torch.randn(1, 5, 32, dtype=dtype)
     assert {parameter.dtype for parameter in alone.parameters()} == {dtype}
@@ -282,7 +282,7 @@ def test_the_layers_alone_draw_as_the_whole_encoder(dtype):
         assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
 
 
-def test_the_attention_is_given_when_asked_for():
+def test_output_attentions():
     encoder = make_ssr_encoder()
     states = torch.randn(1, 5, 32), torch.randn(3, 1, 17, 24)
     with torch.no_grad():
@@ -303,16 +303,16 @@ def test_the_attention_is_given_when_asked_for():
     ],
     ids=["finite", "nan", "inf in half precision", "meta", "whole numbers", "8 bits"],
 )
-def test_what_is_finite(tensor, finite):
+def test_is_finite(tensor, finite):
     assert modeling_ssr.is_finite(tensor) is finite
 
 
 @pytest.mark.parametrize("count,named", [(0, "none"), (1, "0"), (3, "0, 1, 2"), (5, "0, 1, 2 and 2 more")])
-def test_of_many_names_the_first_are_given(count, named):
+def test_some_names_lists_at_most_the_first_names(count, named):
     assert modeling_ssr.some_names([str(index) for index in range(count)]) == named
 
 
-def test_a_folder_that_is_not_there_is_an_os_error(tmp_path):
+def test_a_missing_folder_raises_an_os_error(tmp_path):
     with pytest.raises(OSError, match="nowhere"):
         SSREncoder.from_pretrained(tmp_path / "nowhere")
 
@@ -330,7 +330,7 @@ def test_shapes(num_tokens, as_list):
     assert all(key.shape == value.shape and key.shape[:2] == subject.shape[:2] for key, value in pairs)
 
 
-def test_rejects_another_number_of_levels():
+def test_rejects_a_wrong_number_of_levels():
     with pytest.raises(ValueError, match="`image_hidden_states` has to hold 3 levels"):
         make_ssr_encoder()(torch.randn(1, 77, 32), torch.randn(2, 1, 17, 24))
 
@@ -346,7 +346,7 @@ BAD_CONFIGS = [
 
 
 @pytest.mark.parametrize("config", BAD_CONFIGS, ids=lambda config: str(config)[:60])
-def test_a_config_that_is_no_encoders_is_refused(tmp_path, config):
+def test_an_invalid_config_is_rejected(tmp_path, config):
     (name,) = config
     with pytest.raises(ValueError, match=f"`{name}"):
         make_ssr_encoder(**config)
@@ -366,7 +366,7 @@ LARGEST = {
 
 
 @pytest.mark.parametrize("name", LARGEST)
-def test_the_largest_sizes_are_accepted_and_no_larger_ones(name):
+def test_the_largest_sizes_are_accepted_and_larger_ones_are_rejected(name):
     argument, largest = name.partition("[")[0], LARGEST[name]
     if isinstance(largest, int):
         larger = largest + 1
@@ -389,7 +389,7 @@ def test_the_smallest_sizes_are_accepted(config):
 
 
 @pytest.mark.parametrize("config", [{}, {"attention_layers": {}, "image_levels": ()}, {"image_levels": (1, 1)}])
-def test_weights_are_counted_before_they_take_memory(monkeypatch, config):
+def test_the_number_of_weights_is_checked_before_they_are_allocated(monkeypatch, config):
     sizes = {**TWO_LAYERS, **config}
     count = sum(parameter.numel() for parameter in SSREncoder(**sizes).parameters())
     monkeypatch.setattr(modeling_ssr, "MAX_PARAMETERS", count)
@@ -399,14 +399,14 @@ def test_weights_are_counted_before_they_take_memory(monkeypatch, config):
         SSREncoder(**sizes)
 
 
-def test_an_encoder_larger_than_any_is_refused():
+def test_an_encoder_with_too_many_weights_is_rejected():
     wide = {"cross_attention_dim": 2**15, "vision_hidden_size": 2**15, "inner_dim": 2**15, "num_attention_heads": 8}
     with pytest.raises(ValueError, match="more than any: 1,073,741,824"):
         SSREncoder(**wide)
 
 
 @pytest.mark.parametrize("fault", ["nan", "inf", "missing", "shape", "cut off", "empty", "config", "list", "deep"])
-def test_broken_files_of_an_encoder_are_refused(tmp_path, fault):
+def test_broken_encoder_files_are_rejected(tmp_path, fault):
     make_ssr_encoder().save_pretrained(tmp_path)
     weights, config = tmp_path / "diffusion_pytorch_model.safetensors", tmp_path / "config.json"
     tensors = load_file(weights)
@@ -427,13 +427,13 @@ def test_broken_files_of_an_encoder_are_refused(tmp_path, fault):
         assert isinstance(caught.value, ValueError) and "to_q.weight" in str(caught.value)
 
 
-def test_loading_info_is_given_when_asked_for(tmp_path):
+def test_output_loading_info(tmp_path):
     make_ssr_encoder().save_pretrained(tmp_path)
     model, info = SSREncoder.from_pretrained(tmp_path, output_loading_info=True, dtype=torch.bfloat16)
     assert model.dtype == torch.bfloat16 and not model.training and info["missing_keys"] == []
 
 
-def test_rejects_heads_that_do_not_divide():
+def test_rejects_heads_that_do_not_divide_inner_dim():
     with pytest.raises(ValueError, match="`inner_dim`"):
         make_ssr_encoder(inner_dim=16, num_attention_heads=3)
 
@@ -452,7 +452,7 @@ def test_attention_probs_are_a_distribution_and_follow_the_mask():
 
 
 @pytest.mark.parametrize("method", ["attention_probs", "forward"])
-def test_a_mask_weighs_1_by_default(method):
+def test_the_default_mask_weight_is_1(method):
     encoder, mask = make_ssr_encoder(), torch.eye(32)[None, None]
     levels = torch.randn(3, 1, 17, 24)
     states = torch.randn(1, 5, 32), levels[-1] if method == "attention_probs" else levels
@@ -461,7 +461,7 @@ def test_a_mask_weighs_1_by_default(method):
 
 
 @pytest.mark.parametrize("form,key", [("released", "released_code"), ("paper", "paper")])
-def test_consistency_loss_agrees(form, key):
+def test_consistency_loss_agrees_with_the_released_code_and_the_paper(form, key):
     tensors = load_file(PARITY / "consistency_loss.safetensors")
     query = tensors["query_embeds"].requires_grad_()
     subject = tensors["subject_embeds"].requires_grad_()
@@ -471,6 +471,6 @@ def test_consistency_loss_agrees(form, key):
     assert subject.grad.abs().sum() > 0 and query.grad is None
 
 
-def test_consistency_loss_rejects_another_form():
+def test_consistency_loss_rejects_an_unknown_form():
     with pytest.raises(ValueError, match="`form`"):
         consistency_loss(torch.randn(1, 6, 4), torch.randn(1, 3, 4), "mean")

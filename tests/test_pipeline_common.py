@@ -1,4 +1,4 @@
-"""What diffusers' own pipeline tests check of every pipeline, for ours with a subject."""
+"""The checks of diffusers' pipeline tests, for a pipeline that is called with a subject."""
 
 import ast
 import inspect
@@ -68,7 +68,7 @@ DOCUMENTED = [
 
 
 @pytest.mark.parametrize("what", DOCUMENTED, ids=lambda what: what.__qualname__)
-def test_defaults_are_those_that_are_documented(what):
+def test_defaults_agree_with_the_documentation(what):
     parameters = inspect.signature(what).parameters
     documented = dict(re.findall(r"(\w+) \(`[^\n]*?defaults to `?(.+?)`?\)[,:]", what.__doc__))
     assert documented
@@ -90,7 +90,7 @@ BRANCHES = {
 
 
 @pytest.mark.parametrize("kind", BRANCHES)
-def test_the_branches_of_guidance_and_their_order(kind):
+def test_branches_of_guidance(kind):
     pipeline, known = BRANCHES[kind]
     for count in range(5):
         if count in known:
@@ -100,7 +100,7 @@ def test_the_branches_of_guidance_and_their_order(kind):
                 mixin_ssr._branches(pipeline, count)
 
 
-def test_a_class_of_the_users_keeps_what_it_has_of_its_own():
+def test_a_user_defined_class_keeps_its_own_methods():
     made = []
 
     class Stock(StableDiffusionPipeline):
@@ -115,7 +115,7 @@ def test_a_class_of_the_users_keeps_what_it_has_of_its_own():
     assert made == [Mine] and Mine.encode_prompt(None, "a cat") == "mine: a cat"
 
 
-def test_components_make_the_same_pipeline(pipe):
+def test_a_pipeline_from_the_components_draws_the_same_picture(pipe):
     assert {"ssr_encoder", "ssr_image_encoder", "ssr_image_processor"} < set(pipe.components)
     again = StableDiffusionSSRPipeline(**pipe.components, requires_safety_checker=False)
     again.set_progress_bar_config(disable=True)
@@ -132,7 +132,7 @@ def test_save_and_load_with_optional_components_missing(tmp_path):
     assert np.array_equal(again(**call_args()).images, pipe(**call_args()).images)
 
 
-def test_an_absent_image_processor_is_made_from_the_vision_encoder(pipe):
+def test_a_missing_image_processor_is_created_from_the_vision_encoder(pipe):
     expected = pipe(**subject_args()).images
     pipe.register_modules(ssr_image_processor=None)
     assert np.array_equal(pipe(**subject_args()).images, expected)
@@ -184,14 +184,14 @@ def test_the_same_seed_gives_the_same_picture(pipe):
 @pytest.mark.parametrize("method", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
 def test_cpu_offload(pipe, method):
     if torch_device == "cpu":
-        pytest.skip("offloading needs an accelerator; test_offloading_hooks_run_for_every_entry covers the hooks")
+        pytest.skip("offloading needs an accelerator; test_offloading_hooks_run_for_every_method covers the hooks")
     expected = pipe(**subject_args()).images
     getattr(pipe, method)()
     np.testing.assert_allclose(pipe(**subject_args()).images, expected, atol=1e-2)
 
 
-def test_offloading_hooks_run_for_every_entry(pipe):
-    """Whatever of the encoder the pipeline calls brings its weights to where they run first, as offloading needs."""
+def test_offloading_hooks_run_for_every_method(pipe):
+    """`project` calls the offloading hook before it runs, which moves the weights to the execution device."""
     brought = []
 
     class Hook:
@@ -208,7 +208,7 @@ def test_offloading_hooks_run_for_every_entry(pipe):
 
 @pytest.mark.parametrize("offload", ["block_level", "leaf_level"])
 def test_group_offloading(pipe, offload, monkeypatch):
-    """Each group of weights is brought in before it is used, also where keys and values are projected alone."""
+    """Each group of weights is onloaded before it is used, also if only `project` of the encoder is called."""
     expected = pipe(**subject_args()).images
     heat = pipe.subject_attention_map(make_picture(), "cat").heat
     _caches.clear()
@@ -232,9 +232,10 @@ def test_group_offloading(pipe, offload, monkeypatch):
 
 
 def test_layerwise_casting(pipe):
-    """Weights rest in 8 bits: the picture changes a little, the subject still acts, and nothing of it stays behind."""
+    """With weights stored in 8 bits, the picture changes slightly, the subject still has an effect, and the UNet is
+    the same after the call."""
     if not hasattr(pipe.unet, "enable_layerwise_casting"):
-        pytest.skip("diffusers before 0.33 cannot do it")
+        pytest.skip("diffusers before 0.33 has no layerwise casting")
     expected = pipe(**subject_args()).images
     for part in (pipe.unet, pipe.ssr_encoder):
         part.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
@@ -266,13 +267,13 @@ def _lora_config(*layers: str) -> LoraConfig:
 @pytest.fixture
 def lora(pipe):
     pipe.unet.add_adapter(_lora_config("to_q", "to_k", "to_v", "to_out.0"), adapter_name="style")
-    # by peft itself: transformers' `add_adapter` may want a newer peft than there is
+    # not `add_adapter` of transformers, because it can require a newer version of peft than the installed one
     inject_adapter_in_model(_lora_config("q_proj"), pipe.text_encoder, adapter_name="style")
     return pipe
 
 
 def test_lora(lora):
-    """Active, scaled, fused and unfused: the subject acts beside it, also through the text encoder's own LoRA."""
+    """The subject has an effect with an active, fused and unfused LoRA, also with a LoRA of the text encoder."""
     with_both = lora(**subject_args()).images
     with_lora = stock_of(lora)(**call_args()).images
     assert np.abs(with_both - with_lora).max() > 1e-3

@@ -23,7 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVi
 
 
 def stock_of(pipe) -> StableDiffusionPipeline:
-    """A plain pipeline on the same components."""
+    """Returns a stock pipeline with the same components."""
     components = {name: part for name, part in pipe.components.items() if not name.startswith("ssr_")}
     stock = StableDiffusionPipeline(**components, requires_safety_checker=False)
     stock.set_progress_bar_config(disable=True)
@@ -34,11 +34,11 @@ def subject_args(**overrides):
     return call_args(**{"subject_image": make_picture(), "subject_query": "cat", "subject_scale": 1.0, **overrides})
 
 
-def test_without_a_subject_it_is_the_stock_pipeline(pipe):
+def test_without_a_subject_the_picture_is_the_stock_picture(pipe):
     assert np.array_equal(pipe(**call_args()).images, stock_of(pipe)(**call_args()).images)
 
 
-def test_the_subject_changes_the_picture_and_leaves_no_trace(pipe):
+def test_the_subject_changes_the_picture_but_not_the_unet(pipe):
     stock = stock_of(pipe)
     before, state = stock(**call_args()).images, snapshot(pipe.unet)
     images = pipe(**subject_args()).images
@@ -50,12 +50,12 @@ def test_the_subject_changes_the_picture_and_leaves_no_trace(pipe):
 @pytest.mark.parametrize(
     "change", [{"subject_query": "dog"}, {"subject_image": make_picture(5)}, {"subject_scale": 0.3}]
 )
-def test_query_picture_and_scale_matter(pipe, change):
+def test_query_picture_and_scale_change_the_result(pipe, change):
     difference = pipe(**subject_args()).images - pipe(**subject_args(**change)).images
     assert np.abs(difference).max() > 1e-4
 
 
-def test_scale_zero_draws_the_stock_picture(pipe):
+def test_scale_zero_gives_the_stock_picture(pipe):
     np.testing.assert_allclose(
         pipe(**subject_args(subject_scale=0.0)).images, stock_of(pipe)(**call_args()).images, atol=1e-6
     )
@@ -67,8 +67,8 @@ def test_an_encoded_subject_gives_the_same_picture(pipe):
     assert np.array_equal(pipe(**arguments).images, pipe(**subject_args()).images)
 
 
-def test_encode_subject_is_the_encoder_on_query_and_picture(pipe):
-    """Composed by hand: text encoder, vision encoder levels, encoder; zeros and the empty query on the other branch."""
+def test_encode_subject_agrees_with_separate_calls_of_the_encoders(pipe):
+    """The unconditional branch uses a picture of zeros and the empty query."""
     from diffusers_ssr.image_processing_ssr import preprocess
 
     subject = pipe.encode_subject(make_picture(), query="cat")
@@ -87,7 +87,7 @@ def test_encode_subject_is_the_encoder_on_query_and_picture(pipe):
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_conditions_hold_both_branches_in_order(pipe, guidance_scale):
+def test_conditions_contain_both_branches_in_order(pipe, guidance_scale):
     subject = pipe.encode_subject(make_picture(), query="cat")
     seen = []
     pipe.unet.register_forward_pre_hook(
@@ -105,7 +105,7 @@ def test_conditions_hold_both_branches_in_order(pipe, guidance_scale):
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize("num_images_per_prompt", [1, 2])
-def test_prompts_share_a_subject_and_each_picture_is_its_own(pipe, guidance_scale, num_images_per_prompt):
+def test_a_batch_of_prompts_gives_the_same_pictures_as_single_calls(pipe, guidance_scale, num_images_per_prompt):
     prompts = ["a cat on the beach", "a dog in the snow"]
     latents = torch.randn(2 * num_images_per_prompt, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     arguments = subject_args(guidance_scale=guidance_scale, generator=None)
@@ -135,7 +135,7 @@ def test_output_types(pipe, output_type, return_dict):
         assert images.shape == (1, 4, 8, 8)
 
 
-def test_callback_sees_and_changes_latents(pipe):
+def test_a_callback_can_change_the_latents(pipe):
     steps = []
 
     def callback(pipeline, step, timestep, kwargs):
@@ -146,7 +146,7 @@ def test_callback_sees_and_changes_latents(pipe):
     assert steps == [0, 1] and not latents.any()
 
 
-def test_an_error_in_a_callback_leaves_no_trace(pipe):
+def test_an_error_in_a_callback_leaves_the_unet_unchanged(pipe):
     state = snapshot(pipe.unet)
 
     def callback(*_):
@@ -159,7 +159,7 @@ def test_an_error_in_a_callback_leaves_no_trace(pipe):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(pipe, dtype):
-    # torch before 2.5 draws other noise in half precision
+    # torch before 2.5 samples different noise in half precision
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     images = pipe.to(dtype)(**subject_args(latents=latents.to(dtype))).images
     assert np.isfinite(images).all()
@@ -168,7 +168,7 @@ def test_half_precision(pipe, dtype):
     assert np.abs(images - expected(**subject_args(latents=latents)).images).mean() < 0.05
 
 
-def test_set_ssr_scale_is_the_default_of_later_calls(pipe):
+def test_set_ssr_scale_sets_the_default_of_later_calls(pipe):
     pipe.set_ssr_scale(0.3)
     images = pipe(**subject_args(subject_scale=None)).images
     assert np.array_equal(images, pipe(**subject_args(subject_scale=0.3)).images)
@@ -185,7 +185,7 @@ def test_load_and_unload(components, tmp_path):
     with pytest.raises(ValueError, match="`load_ssr`"):
         pipe(**subject_args())
     pipe.load_ssr(tmp_path)
-    # the folder has no image processor, so it is made from the vision encoder's config
+    # the folder has no image processor, so it is created from the config of the vision encoder
     assert pipe.ssr_image_processor.crop_size["height"] == 32
     from_folder = pipe(**subject_args()).images
 
@@ -213,7 +213,7 @@ def test_from_pipe_both_ways(pipe):
 def test_threads_that_share_a_unet(pipe):
     subjects = [pipe.encode_subject(make_picture(seed), "cat").scaled(1.0) for seed in range(3)]
     expected = [pipe(**call_args(subject=subject)).images for subject in subjects]
-    # a scheduler holds a call's state, so each thread has its own
+    # a scheduler stores the state of a call, so each thread has its own scheduler
     pipes = [
         StableDiffusionSSRPipeline.from_pipe(pipe, scheduler=DDIMScheduler.from_config(pipe.scheduler.config))
         for _ in subjects
@@ -233,7 +233,7 @@ def test_threads_that_share_a_unet(pipe):
         assert np.array_equal(results[index], images)
 
 
-def test_gradients_are_off(pipe):
+def test_gradients_are_disabled(pipe):
     subject = pipe.encode_subject(make_picture(), "cat")
     assert not subject.subjects[0].embeds.requires_grad
     assert not pipe(**subject_args(output_type="latent")).images.requires_grad
@@ -273,7 +273,7 @@ SUBJECT = SubjectEmbeds((Subject(torch.zeros(1, 6, 32), torch.zeros(1, 6, 32)),)
         ),
     ],
 )
-def test_bad_input_is_refused_before_any_step(pipe, arguments, message):
+def test_invalid_arguments_are_rejected_before_any_step(pipe, arguments, message):
     calls = []
     pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
     state = snapshot(pipe.unet)
@@ -283,7 +283,7 @@ def test_bad_input_is_refused_before_any_step(pipe, arguments, message):
 
 
 @pytest.mark.parametrize("scale", ["strong", None, [0.5, 0.5]])
-def test_scales_that_are_not_numbers(pipe, scale):
+def test_scales_that_are_not_numbers_are_rejected(pipe, scale):
     with pytest.raises(ValueError, match="`scale` has to be a number"):
         pipe.set_ssr_scale(scale)
     with pytest.raises(ValueError, match="`scale` has to be a number"):
@@ -302,7 +302,7 @@ def test_scales_that_are_not_numbers(pipe, scale):
     ],
     ids=["text width, as SD 2 and SDXL", "layer width", "layer missing", "text encoder", "vision width", "levels"],
 )
-def test_an_encoder_that_does_not_fit_is_refused(components, unet, encoder, message):
+def test_an_encoder_that_does_not_fit_is_rejected(components, unet, encoder, message):
     components["unet"] = make_unet(**unet)
     pipe = StableDiffusionSSRPipeline(**components, requires_safety_checker=False)
     with pytest.raises(ValueError, match=message):
@@ -313,20 +313,21 @@ def test_an_encoder_that_does_not_fit_is_refused(components, unet, encoder, mess
         pipe(**subject_args())
 
 
-def test_a_unet_that_does_not_fit_is_refused_with_an_encoded_subject_too(pipe):
+def test_a_unet_that_does_not_fit_an_encoded_subject_is_rejected(pipe):
     subject = pipe.encode_subject(make_picture(), "cat")
     pipe.register_modules(unet=make_unet(cross_attention_dim=64))
     with pytest.raises(ValueError, match="over text of width 32, but it is 8 wide over 64"):
         pipe(**call_args(subject=subject))
 
 
-def test_an_encoder_in_memory_needs_its_image_encoder(pipe):
+def test_an_encoder_in_memory_needs_an_image_encoder(pipe):
     with pytest.raises(ValueError, match="`image_encoder` has to be given"):
         pipe.load_ssr(make_ssr_encoder())
 
 
 def test_released_layout_loads_at_full_size_and_changes_the_picture():
-    """Random weights in the authors' layout, SD 1.5's UNet and CLIP ViT-L's widths; small pictures."""
+    """The UNet of SD 1.5, the width of CLIP ViT-L, random weights in the layout of the released files, and a small
+    picture."""
     encoder = SSREncoder.from_released(random_released(ALIGNER), random_released(LAYERS, seed=1))
     unet = random_model(lambda: UNet2DConditionModel(sample_size=64, cross_attention_dim=768))
     vae = make_components()["vae"]

@@ -1,4 +1,5 @@
-"""What the embedded checkpoint draws, alone and in chains: a few pictures and a low bar; pocket/README.md has the figures."""
+"""Pictures of the pocket checkpoint, alone and with other pipelines. The tests draw a few pictures and use low
+thresholds. pocket/README.md has the measured results."""
 
 import json
 
@@ -29,7 +30,7 @@ def judge():
 
 
 def references() -> list[tuple[Image.Image, str]]:
-    """Every picture with each of its queries."""
+    """Each reference picture with each of its queries."""
     queries = json.loads((POCKET / "references" / "queries.json").read_text())
     return [(Image.open(POCKET / "references" / name), query) for name, each in queries.items() for query in each]
 
@@ -40,8 +41,8 @@ def draw(pipe, prompts: list[str], **kwargs) -> np.ndarray:
     return (drawn * 255).round().astype(np.uint8)
 
 
-def test_it_draws_the_queried_subject(pocket, judge):
-    """Chance is 1 in 12."""
+def test_the_drawn_picture_shows_the_queried_subject(pocket, judge):
+    """A random category would be right in 1 of 12 pictures."""
     subjects = [pocket.encode_subject(image, query).scaled(1.0) for image, query in references()]
     queried = np.array([CATEGORY_NAMES.index(query) for _, query in references()])
     shown = judge.look_at(draw(pocket, ["a thing in the snow"] * len(subjects), subject=subjects)).categories.argmax(1)
@@ -49,9 +50,9 @@ def test_it_draws_the_queried_subject(pocket, judge):
 
 
 @pytest.mark.parametrize("size", [(72, 40), (40, 88), (104, 56)])
-def test_regions_at_sizes_whose_levels_are_odd(pocket, size):
-    """Four levels, each rounded up: 9 x 5 latents, 5 x 3, 3 x 2, 2 x 1; a mask of other proportions than the picture. What a region
-    does to a layer is tested by hand in test_attention_processors.py."""
+def test_regions_with_odd_latent_sizes(pocket, size):
+    """The size is rounded up at each of the four levels, for example 9 x 5, 5 x 3, 3 x 2 and 2 x 1. The mask has a
+    different aspect ratio from the picture. test_attention_processors.py tests the effect of a region on a layer."""
     cat = pocket.encode_subject(Image.open(POCKET / "references" / "1_cat_car.png"), "cat").scaled(1.0)
     left = np.zeros((90, 120))
     left[:, :60] = 1
@@ -65,7 +66,7 @@ def test_regions_at_sizes_whose_levels_are_odd(pocket, size):
     assert all(np.abs(pictures[i] - pictures[j]).mean() > 1 for i, j in ((0, 1), (0, 2), (1, 2)))
 
 
-def test_another_checkpoint_keeps_its_look_and_the_subject(pocket, judge):
+def test_another_checkpoint_draws_the_subject_in_its_own_style(pocket, judge):
     unet = UNet2DConditionModel.from_pretrained(POCKET, subfolder="unet", dtype=torch.float32)
     pipe = type(pocket).from_pipe(pocket, unet=unet)
     pipe.load_lora_weights(str(POCKET / "look"))
@@ -79,7 +80,7 @@ def test_another_checkpoint_keeps_its_look_and_the_subject(pocket, judge):
     assert np.mean([CATEGORY_NAMES[each] == query for each, (_, query) in zip(shown, some, strict=True)]) >= 0.6
 
 
-def test_a_controlnet_says_where_and_the_subject_what(pocket, judge):
+def test_a_controlnet_sets_the_place_of_the_subject(pocket, judge):
     controlnet = ControlNetModel.from_pretrained(POCKET, subfolder="controlnet", dtype=torch.float32)
     pipe = StableDiffusionSSRControlNetPipeline.from_pipe(pocket, controlnet=controlnet)
     pipe.set_progress_bar_config(disable=True)
@@ -92,7 +93,7 @@ def test_a_controlnet_says_where_and_the_subject_what(pocket, judge):
     assert recall[0] > recall[1] + 0.1, recall
 
 
-def test_a_subject_hops_and_stays_itself(pocket, judge):
+def test_a_video_moves_the_subject_and_keeps_its_category(pocket, judge):
     adapter = MotionAdapter.from_pretrained(POCKET, subfolder="motion_adapter", dtype=torch.float32)
     pipe = AnimateDiffSSRPipeline.from_pipe(pocket, motion_adapter=adapter)
     pipe.set_progress_bar_config(disable=True)
@@ -105,7 +106,7 @@ def test_a_subject_hops_and_stays_itself(pocket, judge):
     assert (shown == queried).mean() >= 0.6, (shown, queried)
 
 
-def test_the_tokenizers_files_agree(tmp_path):
+def test_tokenizer_files_for_old_and_new_transformers_agree(tmp_path):
     """transformers before 5 reads `vocab.json` and `merges.txt`, newer ones `tokenizer.json`."""
     import shutil
 

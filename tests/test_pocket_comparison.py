@@ -1,4 +1,4 @@
-"""What SSR-Encoder is compared with on the pocket, how, and on what it is trained."""
+"""The comparison of SSR-Encoder with other methods on the pocket checkpoint, and the training pairs."""
 
 import io
 import os
@@ -39,8 +39,8 @@ def mean_patch() -> MeanPatchEncoder:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_has_as_many_parameters(name):
-    """Within a tenth of SSR-Encoder's."""
+def test_every_method_has_a_similar_number_of_parameters(name):
+    """The number differs by less than a tenth from that of SSR-Encoder."""
     unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(POCKET, subfolder="unet"))
     vision = SimpleNamespace(hidden_size=128, num_hidden_layers=6)
     counts = []
@@ -54,7 +54,7 @@ def test_every_method_has_as_many_parameters(name):
 
 
 @pytest.mark.parametrize("make, asks", [(make_ssr_encoder, True), (whole_picture, False), (mean_patch, False)])
-def test_only_ssr_encoder_asks_what_is_meant(make, asks):
+def test_only_ssr_encoder_depends_on_the_query(make, asks):
     encoder = make()
     levels = torch.randn(len(encoder.config.image_levels), 1, 17, 24)
     cat, dog = (encoder(torch.randn(1, 4, 32), levels) for _ in range(2))
@@ -62,7 +62,7 @@ def test_only_ssr_encoder_asks_what_is_meant(make, asks):
     assert not torch.allclose(cat, encoder(torch.randn(1, 4, 32), levels + torch.randn_like(levels)))
 
 
-def test_the_mean_patch_knows_no_places():
+def test_the_mean_patch_does_not_depend_on_the_order_of_patches():
     encoder, levels = mean_patch(), torch.randn(3, 1, 17, 24)
     shuffled = torch.cat([levels[:, :, :1], levels[:, :, 1:].flip(2)], 2)
     query = torch.randn(1, 4, 32)
@@ -70,7 +70,7 @@ def test_the_mean_patch_knows_no_places():
 
 
 @pytest.mark.parametrize("make", [whole_picture, mean_patch])
-def test_a_rival_draws_in_the_same_pipeline_and_is_saved(make, pipe, tmp_path):
+def test_other_methods_can_be_saved_and_used_in_the_same_pipeline(make, pipe, tmp_path):
     make().save_pretrained(tmp_path)
     encoder = type(make()).from_pretrained(tmp_path)
     stock = pipe(**call_args()).images
@@ -80,19 +80,20 @@ def test_a_rival_draws_in_the_same_pipeline_and_is_saved(make, pipe, tmp_path):
     assert not np.allclose(drawn[0], stock) and not np.allclose(drawn[0], drawn[1])
 
 
-def test_a_rival_is_trained_as_ssr_encoder_is():
+def test_other_methods_can_be_trained_with_train_ssr():
     unet, method = make_unet(), METHODS["ip_adapter_plus"]
     args = SimpleNamespace(inner_dim=16, num_attention_heads=2, image_levels=[2], init_from_text=True)
     encoder = method.build(unet, 32, SimpleNamespace(hidden_size=24, num_hidden_layers=3), args)
     assert isinstance(encoder, WholePictureEncoder)
     embeds, pairs = train_ssr.SubjectEncoding(encoder)(torch.randn(2, 4, 32), torch.randn(1, 2, 17, 24))
     assert embeds.shape == (2, 16, 32) and len(pairs) == len(UNET_LAYERS)
-    # what holds subject embeddings near the query compares means: there is no token for each of the query's
+    # the consistency loss compares means, because the embeddings do not have one token for each token of the query
     assert train_ssr.consistency_loss(embeds, torch.randn(2, 4, 32), "paper").isfinite()
 
 
-def test_the_nearest_of_sixteen():
-    """Own design and colour: a hit. Another design: a miss, if that one is among the sixteen; chance is 1 in 16."""
+def test_nearest_is_own():
+    """A picture with the design and colour of its subject is a hit. A picture with another design is a miss if an
+    instance with this design is among the sixteen candidates. A random picture is a hit in 1 of 16 cases."""
     own = SPLITS["first"][1][0]
     scenes = [SimpleNamespace(instances=[own])] * 400
     designs, variants = np.full((400, len(DESIGNS)), -5.0), np.full((400, NUM_VARIANTS), -5.0)
@@ -101,7 +102,7 @@ def test_the_nearest_of_sixteen():
     rng = np.random.default_rng(0)
     assert comparison.nearest_is_own(designs, variants, scenes, rng).all()
     wrong = np.roll(designs, 1, axis=1)
-    # one of 35 others has this design and colour; 15 of them are drawn
+    # one of 35 other instances has this design and colour, and 15 of them are sampled
     assert 0.45 < comparison.nearest_is_own(wrong, variants, scenes, rng).mean() < 0.7
     noise = np.random.default_rng(1)
     blind = noise.normal(size=designs.shape), noise.normal(size=variants.shape)
@@ -122,13 +123,13 @@ def designs(tmp_path_factory):
     return folder
 
 
-def test_pairs_depend_on_their_number_alone(designs):
+def test_pairs_depend_only_on_their_number_and_the_seed(designs):
     together, alone = list(rows(str(designs), [0, 1, 2], 7)), list(rows(str(designs), [2], 7))
     assert together[2] == alone[0]
     assert together[2] != next(rows(str(designs), [2], 8))
 
 
-def test_pairs_are_of_three_kinds_and_never_name_a_colour(designs):
+def test_kinds_of_pairs_and_no_colours_in_texts(designs):
     pairs = list(rows(str(designs), list(range(120)), 0))
     kinds = {"two": 0, "masked": 0, "without a query": 0, "absent": 0}
     for pair in pairs:
@@ -147,8 +148,8 @@ def test_pairs_are_of_three_kinds_and_never_name_a_colour(designs):
     assert 20 <= kinds["two"] <= 45 and kinds["absent"] <= 20
 
 
-def test_a_target_shows_the_queried_things_and_no_held_out_one(designs):
-    """Of two references each one's queried thing; of instances seen in training alone."""
+def test_a_target_shows_the_queried_things_and_no_held_out_instance(designs):
+    """The target shows the queried thing of each of two references, and all instances belong to the training split."""
     drawing, rng = Rows(str(designs), "wide"), np.random.default_rng(3)
     drawn = []
     original = drawing.world.paste
@@ -177,8 +178,9 @@ def test_held_out_instances_are_not_trained_on(split):
             assert sum(Instance(category, design, v) in held_out for v in range(NUM_VARIANTS)) in (3, NUM_VARIANTS)
 
 
-def test_in_the_wide_split_no_colour_predicts_a_design():
-    """A colour that a category lacks in one design, it lacks in all, unless it lacks the whole design."""
+def test_the_wide_split_has_no_link_between_colour_and_design():
+    """If a colour of a category is held out in one design, it is held out in all designs of the category, except in a
+    design that is held out completely."""
     seen, held_out = SPLITS["wide"]
     whole = {(c, d) for c in range(12) for d in range(3) if not any(i.category == c and i.design == d for i in seen)}
     assert len(whole) == 4 and len({category for category, _ in whole}) == 4
@@ -195,8 +197,8 @@ def test_every_method_is_shipped(name):
     assert all(parameter.isfinite().all() and parameter.std() > 0 for parameter in encoder.parameters())
 
 
-def test_the_measurements_start_as_a_script():
-    """Where pytest's path does not help."""
+def test_the_measurements_can_be_started_as_a_script():
+    """Without the import path that pytest sets."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-m", "tools.pocket.measure", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)

@@ -1,4 +1,4 @@
-"""The plan that trains the pocket on one GPU: what it promises, and that a cut loses nothing."""
+"""The plan that trains the pocket checkpoint on one GPU: its time limits, and resuming after an interruption."""
 
 import argparse
 import importlib
@@ -14,17 +14,17 @@ def arguments(folder, **changes) -> argparse.Namespace:
     return argparse.Namespace(**{"work_dir": folder, "device": "cpu", "dry_run": False, **changes})
 
 
-def test_no_stage_is_longer_than_nine_minutes_and_all_together_than_25():
+def test_a_stage_takes_at_most_9_minutes_and_all_stages_at_most_25():
     longest = [max((job.minutes or 0) for job in stage) for stage in gpu.STAGES]
     assert max(longest) <= gpu.LONGEST
-    # what has no minutes of its own: putting together, and five encoders of 5,000 steps
+    # jobs without a time limit: assembling the checkpoint, and training five encoders for 5,000 steps
     assert sum(longest) <= 25 - 1 - 5
     assert len({job.name for stage in gpu.STAGES for job in stage}) == sum(map(len, gpu.STAGES))
 
 
 @pytest.mark.parametrize("dry_run", [False, True])
 @pytest.mark.parametrize("job", [job for stage in gpu.STAGES for job in stage], ids=lambda job: job.name)
-def test_every_job_is_a_command_that_its_script_understands(job, dry_run, monkeypatch, tmp_path):
+def test_every_job_has_valid_options_for_its_script(job, dry_run, monkeypatch, tmp_path):
     line = job.command(arguments(tmp_path, dry_run=dry_run))
     monkeypatch.setattr(sys, "argv", line[2:])
     parse, parsed = argparse.ArgumentParser.parse_args, []
@@ -42,7 +42,7 @@ def test_every_job_is_a_command_that_its_script_understands(job, dry_run, monkey
 
 
 class Script(gpu.Job):
-    """A job that runs Python instead."""
+    """A job that runs Python code."""
 
     def command(self, args):
         return [sys.executable, "-c", self.options, str(args.work_dir)]
@@ -51,7 +51,7 @@ class Script(gpu.Job):
 WRITE = "import sys; open(sys.argv[1] + '/{name}', 'a').write('x')"
 
 
-def test_a_stage_runs_what_is_not_done(tmp_path, monkeypatch):
+def test_a_stage_runs_only_unfinished_jobs(tmp_path, monkeypatch):
     good, bad = Script("good", "", WRITE.format(name="good")), Script("bad", "", "raise SystemExit(3)")
     monkeypatch.setattr(gpu, "STAGES", ((good, bad),))
     with pytest.raises(SystemExit, match="bad failed"):
@@ -61,7 +61,7 @@ def test_a_stage_runs_what_is_not_done(tmp_path, monkeypatch):
     assert [Path(tmp_path / name).read_text() for name in ("good", "bad")] == ["x", "x"]
 
 
-def test_a_stage_that_takes_too_long_is_cut_off(tmp_path, monkeypatch):
+def test_a_stage_that_takes_too_long_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "STAGES", ((Script("slow", "", "import time; time.sleep(60)"),),))
     monkeypatch.setattr(gpu, "LONGEST", 0.01)
     with pytest.raises(SystemExit, match="goes on"):

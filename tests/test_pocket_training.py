@@ -1,4 +1,5 @@
-"""What the pocket's training loop promises: it resumes exactly, and an interruption leaves a checkpoint that loads."""
+"""The training loop of the pocket checkpoint: it resumes exactly, and an interruption leaves a checkpoint that
+loads."""
 
 import os
 import subprocess
@@ -37,7 +38,7 @@ def run(folder, stop_at=None, steps=6):
     return model.weight.detach().clone()
 
 
-def test_a_resumed_run_ends_where_an_uncut_one_does(tmp_path):
+def test_a_resumed_run_has_the_same_result_as_an_uninterrupted_run(tmp_path):
     (tmp_path / "uncut").mkdir()
     (tmp_path / "cut").mkdir()
     uncut = run(tmp_path / "uncut")
@@ -47,8 +48,9 @@ def test_a_resumed_run_ends_where_an_uncut_one_does(tmp_path):
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_a_run_stops_after_its_minutes_however_often_it_is_resumed(tmp_path, monkeypatch):
-    """Each step takes a quarter of a minute by this clock: four of them, however they are divided."""
+def test_the_time_limit_includes_the_time_before_a_resume(tmp_path, monkeypatch):
+    """Each step takes 15 seconds of the fake clock, so there are four steps in a minute, however often the run is
+    resumed."""
     now = [0.0]
     monkeypatch.setattr(training.time, "time", lambda: now[0])
     model = torch.nn.Linear(3, 3)
@@ -71,7 +73,7 @@ def test_a_run_stops_after_its_minutes_however_often_it_is_resumed(tmp_path, mon
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_batches_drawn_ahead_are_the_same(num_workers):
+def test_batches_that_are_prepared_ahead_are_the_same(num_workers):
     ahead = Ahead(lambda number: np.random.default_rng(number).random(3), num_workers)
     for number in (4, 5, 5, 6, 9, 10):
         assert np.array_equal(ahead(number), np.random.default_rng(number).random(3))
@@ -95,8 +97,8 @@ except SystemExit:
 """
 
 
-def test_two_workers_average_what_they_learn(tmp_path):
-    """Each takes batches of its own, both end with the same weights, and only one of them writes."""
+def test_two_processes_average_their_weights(tmp_path):
+    """Each process has its own batches, both end with the same weights, and only one process writes files."""
     settings = vars(options(tmp_path, 25))
     settings.pop("work_dir")
     (tmp_path / "worker.py").write_text(WORKER.replace("OPTIONS", repr(settings)))

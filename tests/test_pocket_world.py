@@ -1,4 +1,4 @@
-"""The world that the pocket is trained in: what varies, and what must not."""
+"""The scenes that the pocket checkpoint is trained on: what varies, and what must not vary."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ from tools.pocket.world import (
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> World:
-    """Design sets of red discs with a hole on the left."""
+    """Design sets of red discs with a dark spot on the left."""
     folder = tmp_path_factory.mktemp("designs")
     y, x = np.mgrid[:32, :32] - 15.5
     disc = np.zeros((32, 32, 4), np.uint8)
@@ -38,8 +38,8 @@ def world(tmp_path_factory) -> World:
     return World(folder)
 
 
-def test_a_varied_instance_keeps_its_colours_name():
-    """The hue stays inside the colour's twelfth of the circle, so what is held out stays unseen."""
+def test_a_varied_instance_keeps_the_name_of_its_colour():
+    """The hue stays in the colour's twelfth of the colour wheel, so held-out colours do not occur in training."""
     rng = np.random.default_rng(0)
     for instance in INSTANCES[::7]:
         other = varied(rng, instance, flip=True)
@@ -49,13 +49,13 @@ def test_a_varied_instance_keeps_its_colours_name():
             assert abs(off) <= 0.5 / NUM_VARIANTS and other.hue != instance.hue
 
 
-def test_a_person_keeps_their_look():
+def test_people_are_not_recoloured():
     woman = next(instance for instance in INSTANCES if instance.hue is None)
     other = varied(np.random.default_rng(0), woman)
     assert (other.saturation, other.lightness, other.shift) == (1, 1, 0)
 
 
-def test_hue_and_mirroring_are_drawn(world):
+def test_sprites_have_the_hue_and_mirroring_of_the_instance(world):
     red, cyan = (Instance(0, 0, variant) for variant in (0, 6))
     pixels = [world.sprite(each)[32, 40, :3].astype(int) for each in (red, cyan)]
     assert pixels[0][0] > pixels[0][2] + 100 and pixels[1][2] > pixels[1][0] + 100
@@ -64,7 +64,7 @@ def test_hue_and_mirroring_are_drawn(world):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_things_stand_inside_the_picture_and_do_not_hide_each_other(count):
+def test_things_are_inside_the_picture_and_overlap_only_partly(count):
     rng = np.random.default_rng(0)
     overlapping = 0
     for _ in range(200):
@@ -78,7 +78,7 @@ def test_things_stand_inside_the_picture_and_do_not_hide_each_other(count):
     assert len({side for _ in range(20) for *_, side in arrange(rng, count)}) > 3
 
 
-def test_a_mask_shows_what_is_not_hidden(world):
+def test_a_mask_covers_only_the_visible_part(world):
     back, front = Instance(0, 0, 0), Instance(1, 0, 6)
     scenes = [
         draw_scene(world, np.random.default_rng(seed), [back, front], place=0, boxes=[(4, 10, 40), (24, 20, 40)])
@@ -89,7 +89,7 @@ def test_a_mask_shows_what_is_not_hidden(world):
         assert {int(mask.sum()) for mask in scene.masks} != {int(scene.masks[0].sum())}
 
 
-def test_another_hand_draws_another_picture_of_the_same_thing(world):
+def test_restyled_sprites_differ_and_keep_their_size(world):
     sprite = world.sprite(Instance(0, 0, 0))
     drawn = [restyled(np.random.default_rng(seed), sprite) for seed in range(12)]
     assert all(each.shape == sprite.shape and each.dtype == np.uint8 for each in drawn)
@@ -98,7 +98,7 @@ def test_another_hand_draws_another_picture_of_the_same_thing(world):
     assert 0.5 < min(cover) and max(cover) < 1.5
 
 
-def test_a_stream_never_shows_what_is_held_out_and_never_repeats(world):
+def test_a_stream_has_no_held_out_instances_and_no_repeated_scenes(world):
     stream = SceneStream(world, "wide", (0.3, 0.3, 0.2, 0.2), others_share=0.2, restyled_share=0.3)
     scenes = stream.draw(np.random.default_rng(0), 60)
     things = [thing for scene in scenes for thing in scene.instances]
@@ -111,6 +111,6 @@ def test_a_stream_never_shows_what_is_held_out_and_never_repeats(world):
     assert all(np.array_equal(a.picture, b.picture) for a, b in zip(scenes, again, strict=True))
 
 
-def test_a_checkpoint_says_what_it_has_not_seen(tmp_path):
+def test_load_split_reads_the_split_of_a_checkpoint(tmp_path):
     (tmp_path / "world.json").write_text('{"split": "wide"}')
     assert load_split(tmp_path) == "wide"

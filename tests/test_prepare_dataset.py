@@ -1,4 +1,4 @@
-"""From a folder of pictures to shards that training reads."""
+"""prepare_dataset.py: from a folder of pictures to shards for training."""
 
 import json
 import runpy
@@ -28,7 +28,7 @@ from transformers import (
 
 @pytest.fixture
 def photos(tmp_path):
-    """Six usable pictures with captions, and four that are not."""
+    """Six usable pictures with captions, and four unusable pictures."""
     folder = tmp_path / "photos"
     (folder / "more").mkdir(parents=True)
     for index in range(6):
@@ -58,7 +58,7 @@ def rows_of(folder) -> list[dict]:
     return list(read_shards(sorted(map(str, folder.glob("*.tar")))))
 
 
-def test_pictures_become_shards_that_training_reads(photos, tmp_path, capsys):
+def test_prepared_shards_can_be_used_for_training(photos, tmp_path, capsys):
     out = tmp_path / "shards"
     prepare_dataset.main(arguments(photos, out))
     rows = rows_of(out)
@@ -74,7 +74,7 @@ def test_pictures_become_shards_that_training_reads(photos, tmp_path, capsys):
     assert {sample["queries"][0] for sample in islice(samples, 6)} == {"brown dog"} and not samples.bad
 
 
-def test_a_run_that_was_cut_off_goes_on_with_the_next_shard(photos, tmp_path, monkeypatch):
+def test_an_interrupted_run_continues_with_the_next_shard(photos, tmp_path, monkeypatch):
     prepare_dataset.main(arguments(photos, tmp_path / "uncut"))
     out = tmp_path / "cut"
     write_shard = prepare_dataset.write_shard
@@ -115,7 +115,7 @@ def test_queries_from_files_and_columns(photos, tmp_path):
     prepare_dataset.main(arguments(photos, tmp_path / "columns", query_from="column"))
     (row,) = rows_of(tmp_path / "columns")
     assert row["query"] == "paw"
-    # shards are a source too, and are streamed
+    # shards can also be the source, and are streamed
     prepare_dataset.main(arguments(tmp_path / "columns", tmp_path / "again", query_from="column"))
     assert [row["query"] for row in rows_of(tmp_path / "again")] == ["paw"]
 
@@ -133,16 +133,16 @@ def test_queries_from_files_and_columns(photos, tmp_path):
         ("a living room", "living room"),
     ],
 )
-def test_the_first_thing_of_a_caption(caption, query):
+def test_query_from_caption(caption, query):
     assert query_from_caption(caption) == query
 
 
-def test_a_caption_without_a_thing():
+def test_a_caption_without_a_thing_is_a_bad_sample():
     with pytest.raises(BadSample, match="no thing"):
         query_from_caption("on the")
 
 
-def test_captions_by_a_model(photos, tmp_path):
+def test_captions_from_a_model(photos, tmp_path):
     model = tmp_path / "blip"
     model.mkdir()
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat", "dog", "car", "red"]
@@ -153,7 +153,7 @@ def test_captions_by_a_model(photos, tmp_path):
     torch.manual_seed(0)
     vision = {**sizes, "image_size": 32, "patch_size": 16}
     blip = BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
-    # a model that always sees cats
+    # the model always predicts "cat"
     blip.text_decoder.cls.predictions.decoder.bias.data[:] = -100.0
     blip.text_decoder.cls.predictions.bias.data[:] = torch.tensor([-100.0] * 5 + [20.0, 0, 0, 0])
     blip.save_pretrained(model)
@@ -161,7 +161,7 @@ def test_captions_by_a_model(photos, tmp_path):
     BlipProcessor(processor, BertTokenizer(str(model / "vocab.txt"))).save_pretrained(model)
     prepare_dataset.main(arguments(photos, tmp_path / "out", caption_model=model, max_new_tokens=2))
     captions = {row["source"]: row["text"] for row in rows_of(tmp_path / "out")}
-    assert captions["0.png"] == "a brown dog sitting on couch 0", "a caption that is there is kept"
+    assert captions["0.png"] == "a brown dog sitting on couch 0", "an existing caption was replaced"
     assert captions["alone.png"] == "cat cat"
 
 
@@ -174,7 +174,7 @@ def tiny_clip(folder):
     CLIPTokenizer.from_pretrained(POCKET, subfolder="tokenizer").save_pretrained(folder)
 
 
-def test_ugly_pictures_are_left_out(photos, tmp_path):
+def test_pictures_with_a_low_aesthetic_score_are_left_out(photos, tmp_path):
     tiny_clip(tmp_path / "clip")
     clip = ClipFeatures.from_pretrained(tmp_path / "clip")
     torch.manual_seed(1)
@@ -217,18 +217,18 @@ def test_large_pictures_are_scaled_down(photos, tmp_path):
         ({"aesthetic_head": "nowhere"}, "aesthetic_head"),
     ],
 )
-def test_wrong_options_are_named(changes, message, tmp_path):
+def test_errors_name_the_invalid_option(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         prepare_dataset.main(arguments(**{"source": tmp_path, "output_dir": tmp_path / "out", **changes}))
 
 
-def test_a_folder_without_pictures(tmp_path):
+def test_a_folder_without_pictures_raises_an_error(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="source"):
         prepare_dataset.main(arguments(tmp_path / "empty", tmp_path / "out"))
 
 
-def test_nothing_kept_is_said_and_fails(photos, tmp_path, capsys, monkeypatch):
+def test_the_script_fails_if_no_sample_is_kept(photos, tmp_path, capsys, monkeypatch):
     options = arguments(photos, tmp_path / "out", min_image_size=500)
     monkeypatch.setattr(sys, "argv", ["prepare_dataset.py", *options])
     with pytest.raises(SystemExit) as ended:

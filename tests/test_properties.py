@@ -1,4 +1,4 @@
-"""Properties that hold for whatever people and strangers pass, searched for counterexamples by hypothesis."""
+"""Properties that hold for arbitrary and untrusted inputs. hypothesis searches for counterexamples."""
 
 import json
 import math
@@ -83,7 +83,7 @@ def file():
 
 
 @given(subject=subjects())
-def test_what_is_saved_is_loaded(subject, file):
+def test_a_loaded_subject_equals_the_saved_one(subject, file):
     subject.save(file)
     loaded = SubjectEmbeds.load(file)
     assert same(loaded.fingerprint, subject.fingerprint) and len(loaded.subjects) == len(subject.subjects)
@@ -94,8 +94,9 @@ def test_what_is_saved_is_loaded(subject, file):
 
 @settings(max_examples=150)
 @given(subject=subjects(), data=st.data())
-def test_a_changed_file_is_refused_or_still_a_subject(subject, data, file):
-    """Bytes are overwritten, removed or added anywhere; whatever is loaded then could have been saved."""
+def test_a_corrupted_file_is_rejected_or_still_a_valid_subject(subject, data, file):
+    """Bytes are overwritten, removed or added at any place. If the file can still be loaded, the result is valid and
+    can be saved."""
     subject.save(file)
     content = bytearray(file.read_bytes())
     for _ in range(data.draw(st.integers(1, 3))):
@@ -122,7 +123,7 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st
     header=st.dictionaries(st.sampled_from(["__metadata__", "0.embeds", "0.negative_embeds", "fingerprint"]), JSON)
     | JSON
 )
-def test_any_header_is_refused_by_name(header, file):
+def test_an_arbitrary_header_is_rejected(header, file):
     content = json.dumps(header).encode()
     file.write_bytes(len(content).to_bytes(8, "little") + content + b"\0" * 64)
     with pytest.raises(ValueError, match="`path`: .*cannot be used as a file of subjects"):
@@ -139,7 +140,7 @@ ANY_ARRAY = npst.arrays(
 @settings(max_examples=150)
 @given(array=ANY_ARRAY)
 @example(array=np.full((8, 8, 3), 2**15, np.uint16))
-def test_any_array_is_a_mask_or_refused_by_name(array):
+def test_any_array_is_a_mask_or_rejected(array):
     for function in (mask_values, to_pil, lambda mask, name: to_mask(mask, (8, 8), name)):
         try:
             found = function(array, "given")
@@ -155,7 +156,7 @@ def test_any_array_is_a_mask_or_refused_by_name(array):
 @given(
     mask=npst.arrays(bool, (8, 8)), top=st.sampled_from([1, 255, 65535]), dims=st.integers(0, 3), last=st.booleans()
 )
-def test_a_mask_survives_its_disguises(mask, top, dims, last):
+def test_a_mask_has_the_same_values_in_all_formats(mask, top, dims, last):
     values = mask.astype(np.uint16) * top
     expected = mask.astype(np.float32)
     disguised = values.reshape((1,) * dims + (8, 8) + (1,) * last)
@@ -166,7 +167,7 @@ def test_a_mask_survives_its_disguises(mask, top, dims, last):
 
 
 @given(width=st.integers(8, 200), height=st.integers(8, 200), mode=st.sampled_from(["pad", "crop"]))
-def test_pictures_of_all_sizes_come_and_go(width, height, mode):
+def test_preprocessing_and_postprocessing_of_all_sizes(width, height, mode):
     if max(width, height) > 16 * min(width, height):
         return
     picture, processor = Image.new("RGB", (width, height), "gray"), make_image_processor()
@@ -178,7 +179,7 @@ def test_pictures_of_all_sizes_come_and_go(width, height, mode):
 @settings(max_examples=100)
 @given(content=st.binary(max_size=200), head=st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"\xff\xd8\xff\xe0", b"RIFF",
                                                                b"II*\0", b"BM", b"P6 9 9 255\n"]))  # fmt: skip
-def test_any_bytes_are_a_picture_or_refused_by_name(content, head):
+def test_any_bytes_are_a_picture_or_rejected(content, head):
     try:
         assert open_image(head + content, "photo").size > (0, 0)
     except ValueError as error:
@@ -187,7 +188,7 @@ def test_any_bytes_are_a_picture_or_refused_by_name(content, head):
 
 @given(number=st.one_of(st.floats(), st.integers(), st.fractions(), st.booleans(), st.text(max_size=3), st.none(),
                         st.complex_numbers()))  # fmt: skip
-def test_a_number_is_a_number_in_every_library(number):
+def test_numbers_of_all_libraries_are_treated_alike(number):
     def outcome(function, value):
         try:
             return function("x", value)
@@ -214,7 +215,7 @@ CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\r\0"), max_siz
 
 @given(rows=st.lists(st.fixed_dictionaries({"a": CELLS, "b": CELLS}), min_size=1, max_size=4),
        encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32"]), delimiter=st.sampled_from(",;\t"))  # fmt: skip
-def test_tables_come_back_from_every_encoding(rows, encoding, delimiter, file):
+def test_tables_can_be_read_in_all_encodings(rows, encoding, delimiter, file):
     def quoted(text: str) -> str:
         return '"' + text.replace('"', '""') + '"'
 
@@ -229,7 +230,7 @@ def test_tables_come_back_from_every_encoding(rows, encoding, delimiter, file):
 
 @settings(max_examples=100)
 @given(content=st.binary(max_size=60), suffix=st.sampled_from([".csv", ".jsonl"]))
-def test_any_bytes_are_rows_or_say_why_not(content, suffix, file):
+def test_any_bytes_give_rows_or_reasons(content, suffix, file):
     table = file.with_suffix(suffix)
     table.write_bytes(content)
     for errors in ("strict", "replace"):

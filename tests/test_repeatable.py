@@ -1,4 +1,4 @@
-"""What is the same picture, bit by bit, and what nearly the same: docs/reliability.md."""
+"""Which calls give the same picture bit by bit, and which differ only by rounding errors. See docs/reliability.md."""
 
 import subprocess
 import sys
@@ -64,7 +64,7 @@ def test_another_process_draws_the_same_picture(pipe, tmp_path):
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_the_place_in_a_list_of_queries_changes_a_subject_by_rounding_alone(pipe, place):
+def test_the_position_in_a_list_of_queries_changes_only_rounding(pipe, place):
     queries = ["dog", "a house"]
     queries.insert(place, "cat")
     alone = pipe.encode_subject(make_picture(), "cat").subjects[0].embeds
@@ -73,7 +73,7 @@ def test_the_place_in_a_list_of_queries_changes_a_subject_by_rounding_alone(pipe
     np.testing.assert_allclose(listed.numpy(), alone.numpy(), atol=1e-5)
 
 
-def test_a_batch_and_its_pictures_alone_differ_by_rounding_alone(pipe):
+def test_a_batch_and_single_calls_differ_only_by_rounding(pipe):
     subjects = [pipe.encode_subject(make_picture(seed), "cat").scaled(1.0) for seed in range(3)]
     prompts = ["a cat", "a dog on the beach", "a house"]
     generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
@@ -92,8 +92,8 @@ def load_pocket(dtype):
     return pipe
 
 
-def test_a_subject_adds_no_rounding_of_its_own():
-    """In bfloat16, a picture with a subject differs from float32's as little as a stock picture does, on trained weights."""
+def test_a_subject_adds_little_rounding_error_in_bfloat16():
+    """With trained weights, bfloat16 changes a picture with a subject not much more than a stock picture."""
     photo = Image.open(POCKET / "references" / "1_cat_car.png").convert("RGB")
     in_float32, in_half = load_pocket(torch.float32), load_pocket(torch.bfloat16)
     latents = torch.randn(3, 24, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -29,7 +29,7 @@ def count_forwards(module) -> list:
 
 
 @pytest.mark.parametrize("query", [None, "cat", ""])
-def test_a_mask_selects_with_and_without_a_query(pipe, query):
+def test_a_mask_changes_the_subject_with_and_without_a_query(pipe, query):
     plain = pipe.encode_subject(make_picture(), query or "cat").subjects[0]
     masked = pipe.encode_subject(make_picture(), query, mask=MASK, mask_weight=3.0).subjects[0]
     assert (plain.embeds - masked.embeds).abs().max() > 1e-3
@@ -37,8 +37,8 @@ def test_a_mask_selects_with_and_without_a_query(pipe, query):
     assert (plain.negative_embeds - masked.negative_embeds).abs().max() > 1e-4
 
 
-def test_a_mask_is_the_encoders_mask(pipe):
-    """By hand: the mask in the picture's own geometry, through the encoder."""
+def test_the_encoder_gets_the_mask_in_the_geometry_of_the_picture(pipe):
+    """The expected result is computed with the mask that `preprocess_mask` returns."""
     from diffusers_ssr.image_processing_ssr import preprocess, preprocess_mask
 
     subject = pipe.encode_subject(make_picture(), "cat", mask=MASK, mask_weight=2.0).subjects[0]
@@ -64,13 +64,13 @@ def test_each_picture_has_its_own_mask(pipe):
 # Several subjects
 
 
-def test_two_queries_encode_a_picture_once(pipe):
+def test_the_picture_is_encoded_once_for_two_queries(pipe):
     seen = []
     pipe.ssr_image_encoder.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(len((args or kwargs["pixel_values"].unbind(1))[0])), with_kwargs=True
     )
     cat, dog = pipe.encode_subject(make_picture(), query=["cat", "dog"])
-    assert seen == [2]  # zeros, and the picture
+    assert seen == [2]  # the picture of zeros and the reference
     torch.testing.assert_close(
         cat.subjects[0].embeds, pipe.encode_subject(make_picture(), "cat").subjects[0].embeds, atol=1e-5, rtol=1e-5
     )
@@ -125,7 +125,8 @@ def test_mixed_numbers_of_subjects_in_one_batch(pipe, guidance_scale, num_images
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_merged_tokens_in_one_batch(pipe, guidance_scale):
-    """Subjects of few tokens beside whole ones, pairs and none, in regions too, as drawn one by one."""
+    """A batch with compact and whole subjects, a pair with a region, and no subject gives the same pictures as single
+    calls."""
     left = np.zeros((8, 8))
     left[:, :4] = 1
     cat, dog = pipe.encode_subject(make_picture(1), query=["cat", "dog"])
@@ -163,7 +164,7 @@ def test_fewer_tokens_change_the_picture_more(pipe):
 
 
 @pytest.mark.parametrize("encoded", [False, True])
-def test_references_one_to_one_with_the_prompts(pipe, encoded):
+def test_one_reference_for_each_prompt(pipe, encoded):
     prompts, queries = ["a cat", "a dog"], ["cat", "dog"]
     pictures = [make_picture(1), make_picture(2)]
     arguments = subject_args(generator=None, latents=torch.zeros(2, 4, 8, 8))
@@ -178,11 +179,11 @@ def test_references_one_to_one_with_the_prompts(pipe, encoded):
         np.testing.assert_allclose(images[index], alone, atol=2e-5)
 
 
-# Scale by block, window, region
+# Scale per block, window and region
 
 
 def active_layers(pipe, **kwargs) -> list[str]:
-    """The layers whose values were not empty."""
+    """Returns the layers whose keys and values were not empty."""
     seen = []
     handle = pipe.unet.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["cross_attention_kwargs"]["ssr_subject"].conditions(args[0])),
@@ -211,8 +212,8 @@ def test_scale_per_block(pipe, scale, expected):
 
 
 @pytest.mark.parametrize("scale", [0.0, {"up": 0.0}, {}])
-def test_a_scale_of_nothing_is_the_stock_call(pipe, scale, monkeypatch):
-    """No hooks, no projection: the stock pipeline's FLOPs, to the last one."""
+def test_a_scale_of_zero_is_the_stock_call(pipe, scale, monkeypatch):
+    """The call adds no hooks and no projections, so it has exactly the FLOPs of the stock pipeline."""
     expected = stock_of(pipe)(**call_args()).images
     monkeypatch.setattr("diffusers_ssr.unet_hooks.SubjectPasses", None)
     assert np.array_equal(pipe(**subject_args(subject_scale=scale)).images, expected)
@@ -224,7 +225,7 @@ def test_a_scale_of_nothing_is_the_stock_call(pipe, scale, monkeypatch):
 )
 @pytest.mark.parametrize("user_callback", [False, True])
 def test_window(pipe, monkeypatch, window, subject_steps, user_callback):
-    """The layers attend to the subject in these steps alone, whether or not there is a callback of the user's."""
+    """The layers attend to the subject only in these steps, with and without a user-defined callback."""
     callbacks, steps, attended = [], count_forwards(pipe.unet), set()
     original = torch.nn.functional.scaled_dot_product_attention
 
@@ -240,8 +241,9 @@ def test_window(pipe, monkeypatch, window, subject_steps, user_callback):
     assert callbacks == ([0, 1, 2, 3] if user_callback else [])
 
 
-def test_outside_the_window_it_is_the_stock_step(pipe):
-    """With the window after the first step, the first step's latents are the stock pipeline's."""
+def test_a_step_outside_the_window_is_the_stock_step(pipe):
+    """With a window that starts after the first two steps, the latents of these steps are those of the stock
+    pipeline."""
     seen = {}
 
     def keep(name):
@@ -255,13 +257,13 @@ def test_outside_the_window_it_is_the_stock_step(pipe):
         assert not torch.equal(seen["ours", step], seen["stock", step])
 
 
-def test_a_window_with_a_scheduler_of_second_order(pipe):
+def test_a_window_with_a_second_order_scheduler(pipe):
     pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
     images = [pipe(**subject_args(num_inference_steps=3, subject_end=end)).images for end in (0.5, 1.0)]
     assert np.abs(images[0] - images[1]).max() > 1e-5
 
 
-def test_a_window_beside_a_pipeline_callback(pipe):
+def test_a_window_with_a_pipeline_callback(pipe):
     class Watch(PipelineCallback):
         tensor_inputs = ["prompt_embeds"]
 
@@ -286,7 +288,7 @@ def test_a_region_of_the_whole_picture_changes_nothing(pipe):
 
 @pytest.mark.parametrize("resize_mode", ["pad", "crop"])
 @pytest.mark.parametrize("size", [(40, 32), (32, 64)])
-def test_attention_maps_have_the_pictures_size(pipe, size, resize_mode):
+def test_attention_maps_have_the_size_of_the_picture(pipe, size, resize_mode):
     attention = pipe.subject_attention_map(make_picture(size=size), "a cat", resize_mode=resize_mode)
     assert attention.heat.shape == size[::-1] and attention.overlay().size == size
     assert (
@@ -298,8 +300,9 @@ def test_attention_maps_have_the_pictures_size(pipe, size, resize_mode):
     assert attention.overlay(attention.tokens[1][1]).size == size
 
 
-def test_the_papers_figure_is_an_option(pipe):
-    """By hand: the tokens of the query's words, averaged over tokens and heads, scaled to their maximum."""
+def test_attention_map_of_the_papers_figure(pipe):
+    """The map is the attention of the tokens of the query's words, averaged over tokens and heads and divided by its
+    maximum."""
     picture = make_picture(size=(32, 32))
     attention = pipe.subject_attention_map(picture, "a cat", tokens="own")
     with torch.no_grad():
@@ -315,8 +318,8 @@ def test_the_papers_figure_is_an_option(pipe):
         pipe.subject_attention_map(picture, "a cat", tokens="none")
 
 
-def test_an_empty_query_gathers_nothing():
-    """Against itself: a map of nothing, and the number 0."""
+def test_the_attention_map_of_an_empty_query_is_zero():
+    """The attention of the query is the same as the attention of the empty query."""
     probs = torch.rand(5, 17).softmax(-1)
     attention = make_attention_map(probs, probs, {}, make_picture(size=(32, 32)), "pad", "all")
     assert attention.gathered == 0 and not attention.heat.any()
@@ -327,7 +330,7 @@ def test_an_attention_map_follows_a_mask(pipe):
     assert heat[MASK > 0].mean() > 3 * heat[MASK == 0].mean()
 
 
-# Bad input
+# Invalid arguments
 
 
 PAIR = [make_picture(1), make_picture(2)]
@@ -352,7 +355,7 @@ PAIR = [make_picture(1), make_picture(2)]
         ({"subject_image": make_picture(), "subject_query": "cat", "subject_scale": {"side": 1.0}}, "`subject_scale`.*side"),
     ],
 )  # fmt: skip
-def test_bad_input_is_refused_before_any_step(pipe, arguments, message):
+def test_invalid_arguments_are_rejected_before_any_step(pipe, arguments, message):
     calls = count_forwards(pipe.unet)
     state = snapshot(pipe.unet)
     with pytest.raises(ValueError, match=message):
@@ -360,19 +363,19 @@ def test_bad_input_is_refused_before_any_step(pipe, arguments, message):
     assert not calls and snapshot(pipe.unet) == state
 
 
-def test_a_subject_of_another_encoder_is_refused(pipe):
+def test_a_subject_of_another_encoder_is_rejected(pipe):
     subject = pipe.encode_subject(make_picture(), "cat")
     pipe.register_modules(ssr_encoder=make_ssr_encoder(seed=9))
     with pytest.raises(ValueError, match="`subject` was encoded by another SSR-Encoder"):
         pipe(**call_args(subject=subject))
 
 
-# Encoded once
+# The cache
 
 
 def test_a_subject_is_encoded_once(pipe):
-    """The same picture and query again, in whatever object: no encoder runs. Another picture, query, mask, text encoder or
-    encoder: it does."""
+    """No encoder runs for a picture and query that were already encoded, even if they are different objects. An
+    encoder runs for a different picture, query, mask, mask weight or resize mode."""
     seen = count_forwards(pipe.ssr_image_encoder)
     expected = pipe(**subject_args()).images
     assert len(seen) == 1
@@ -390,7 +393,7 @@ def test_a_subject_is_encoded_once(pipe):
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "ssr_image_encoder", "ssr_encoder"])
-def test_changed_weights_encode_anew(pipe, part):
+def test_changed_weights_encode_the_subject_again(pipe, part):
     before = pipe.encode_subject(make_picture(), "cat").subjects[0].embeds
     with torch.no_grad():
         for parameter in getattr(pipe, part).parameters():
@@ -399,7 +402,7 @@ def test_changed_weights_encode_anew(pipe, part):
     assert (before - after).abs().max() > 1e-3
 
 
-def test_the_cache_does_not_grow_without_end(pipe):
+def test_the_cache_has_a_maximum_size(pipe):
     from diffusers_ssr.encoding_ssr import _caches
 
     for seed in range(20):

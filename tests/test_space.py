@@ -1,4 +1,4 @@
-"""A Space of the page: put together, and started where it was put together (test_hub.py uploads one)."""
+"""A Space with the page is assembled and started in its folder. test_hub.py tests the upload."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ from publish import assemble_space
 from space import requirements, write_space
 
 
-pytest.importorskip("gradio", reason="a Space names the version of Gradio that is installed")
+pytest.importorskip("gradio", reason="the card of a Space contains the installed version of Gradio")
 
 START = """
 import sys, urllib.request
@@ -47,7 +47,7 @@ def options(weights: Path, space_weights: str) -> Namespace:
     return Namespace(weights=weights, space_weights=space_weights, repo_id="owner/ssr", base_model="sd/base")
 
 
-def test_a_space_starts_where_it_was_put_together(tmp_path):
+def test_a_space_can_be_started_from_its_folder(tmp_path):
     folder = tmp_path / "space"
     assemble_space(options(POCKET, "copy"), folder)
     files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
@@ -65,7 +65,7 @@ def test_a_space_starts_where_it_was_put_together(tmp_path):
     assert np.abs(np.load(folder / "drawn.npy").astype(int) - np.asarray(expected)).max() <= 1
 
 
-def test_the_card_says_what_the_hub_has_to_know(tmp_path):
+def test_the_card_has_the_metadata_that_the_hub_requires(tmp_path):
     from gradio import __version__
     from huggingface_hub import SpaceCard
 
@@ -73,13 +73,13 @@ def test_the_card_says_what_the_hub_has_to_know(tmp_path):
     card = SpaceCard.load(tmp_path / "README.md")
     assert (card.data.sdk, card.data.sdk_version, card.data.app_file) == ("gradio", __version__, "app.py")
     assert card.data.models == ["owner/ssr"] and card.data.license == "apache-2.0"
-    # what the Hub demands
+    # the Hub rejects other colours and longer descriptions
     colours = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
     assert {card.data.to_dict()[name] for name in ("colorFrom", "colorTo")} <= colours
     assert len(card.data.to_dict()["short_description"]) <= 60
 
 
-def test_a_space_requires_what_the_package_and_its_page_do(tmp_path):
+def test_the_requirements_of_a_space(tmp_path):
     names = {line.split(">")[0] for line in requirements()}
     assert {"diffusers", "torch", "transformers", "gradio", "opencv-python-headless"} <= names
     assert not names & {"pytest", "accelerate", "setuptools", "selenium"}
@@ -87,7 +87,7 @@ def test_a_space_requires_what_the_package_and_its_page_do(tmp_path):
 
 @pytest.mark.parametrize("weights", ["hub", "copy"])
 @pytest.mark.parametrize("whole", [True, False])
-def test_the_page_of_a_space_is_told_where_the_weights_are(tmp_path, monkeypatch, weights, whole):
+def test_the_page_of_a_space_loads_the_weights_from_the_hub_or_a_copy(tmp_path, monkeypatch, weights, whole):
     monkeypatch.chdir(tmp_path)
     make_ssr_encoder().save_pretrained("mine/ssr_encoder")
     make_image_encoder().save_pretrained("mine/ssr_image_encoder")

@@ -10,7 +10,7 @@ from diffusers_ssr.subject_cache import SubjectCache, digest, version
 from torch import nn
 
 
-def test_what_was_asked_for_longest_ago_goes_first():
+def test_the_least_recently_used_entry_is_removed_first():
     cache = SubjectCache(2)
     cache.keep("a", 1)
     cache.keep("b", 2)
@@ -23,7 +23,7 @@ def test_what_was_asked_for_longest_ago_goes_first():
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
-def test_a_copy_begins_empty(duplicate):
+def test_a_copy_of_a_cache_is_empty(duplicate):
     cache = SubjectCache(3)
     cache.keep("a", 1)
     other = duplicate(cache)
@@ -33,7 +33,7 @@ def test_a_copy_begins_empty(duplicate):
 
 
 class Slow(OrderedDict):
-    """Lets other threads run between a look-up and what follows it."""
+    """A dict that lets other threads run after a lookup."""
 
     def get(self, key):
         entry = super().get(key)
@@ -41,8 +41,8 @@ class Slow(OrderedDict):
         return entry
 
 
-def test_threads_may_share_a_cache():
-    """A small cache, so that entries go while others are asked for."""
+def test_threads_can_share_a_cache():
+    """The cache is small, so that entries are removed while others are looked up."""
     cache = SubjectCache(2)
     cache.entries = Slow()
 
@@ -57,7 +57,7 @@ def test_threads_may_share_a_cache():
     assert len(cache.entries) == 2
 
 
-def test_a_digest_is_that_of_the_content():
+def test_a_digest_depends_on_the_content():
     tensor = torch.randn(3, 4)
     assert digest(tensor) == digest(tensor.clone()) == digest(tensor.t().contiguous().t())
     assert digest(tensor) != digest(tensor + 1)
@@ -65,7 +65,7 @@ def test_a_digest_is_that_of_the_content():
     assert digest(None) == b""
 
 
-def test_a_version_tells_modules_weights_and_precisions_apart():
+def test_a_version_depends_on_module_weights_and_dtype():
     module = nn.Linear(2, 2)
     first = version(module)
     assert version(module) == first != version(copy.deepcopy(module))
@@ -76,7 +76,7 @@ def test_a_version_tells_modules_weights_and_precisions_apart():
     assert version(module.half()) not in (first, changed)
 
 
-def test_threads_agree_on_a_modules_identity():
+def test_threads_get_the_same_identifier_of_a_module():
     modules = [nn.Linear(1, 1) for _ in range(200)]
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: [version(module)[0] for module in modules], range(8)))

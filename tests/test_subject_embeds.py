@@ -35,7 +35,7 @@ def test_save_and_load(pair, tmp_path):
         assert '"query": "cat"' in file.metadata()["subjects"]
 
 
-def test_merged_tokens_are_saved_and_merged_further(pair, tmp_path):
+def test_compact_subjects_can_be_saved_and_compacted_again(pair, tmp_path):
     few = pair.compact(9)
     few.save(tmp_path / "few.safetensors")
     loaded = SubjectEmbeds.load(tmp_path / "few.safetensors")
@@ -50,7 +50,7 @@ def test_merged_tokens_are_saved_and_merged_further(pair, tmp_path):
 @pytest.mark.parametrize(
     "num_tokens", [0, -1, 2.5, True, "few", None, np.float64(3), np.bool_(True), torch.tensor([3])]
 )
-def test_a_number_of_tokens_that_is_none_is_refused(pair, num_tokens):
+def test_an_invalid_number_of_tokens_is_rejected(pair, num_tokens):
     with pytest.raises(ValueError, match="`num_tokens`"):
         pair.compact(num_tokens)
 
@@ -62,30 +62,30 @@ NUMBERS = [
 
 
 @pytest.mark.parametrize("number", NUMBERS, ids=lambda number: f"{type(number).__module__}.{type(number).__name__}")
-def test_a_scale_may_be_any_number(pair, number):
+def test_a_scale_can_have_any_number_type(pair, number):
     (scale,) = {subject.scale for subject in pair.scaled(number).subjects}
     assert type(scale) is float and scale == 0.5
 
 
 @pytest.mark.parametrize("count", [9, np.int64(9), np.uint8(9), np.array(9), torch.tensor(9)])
-def test_a_number_of_tokens_may_be_any_whole_number(pair, count):
+def test_a_number_of_tokens_can_have_any_integer_type(pair, count):
     assert [subject.embeds.shape[1] for subject in pair.compact(count).subjects] == [9, 9]
 
 
-NO_NUMBERS = [
+NOT_NUMBERS = [
     "0.8", None, True, np.bool_(True), torch.tensor(True), 1j, torch.tensor(1j), float("nan"), np.float32("inf"), 1e30,
     10**400, np.array([0.5]), torch.tensor([0.5]), torch.tensor(0.5, device="meta"), [0.5],
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("scale", NO_NUMBERS, ids=str)
-def test_a_scale_that_is_no_number_is_refused(pair, scale):
+@pytest.mark.parametrize("scale", NOT_NUMBERS, ids=str)
+def test_a_scale_that_is_not_a_number_is_rejected(pair, scale):
     with pytest.raises(ValueError, match="`scale` has to be a number"):
         pair.scaled(scale)
 
 
 @pytest.mark.parametrize("frames", [None, 1, 3])
-def test_a_region_that_subjects_share_is_saved(pair, tmp_path, frames):
+def test_a_region_that_subjects_share_can_be_saved(pair, tmp_path, frames):
     region = np.eye(8) if frames is None else [np.eye(8) * (frame != 1) for frame in range(frames)]
     pair.inside(region).save(tmp_path / "pair.safetensors")
     loaded = SubjectEmbeds.load(tmp_path / "pair.safetensors")
@@ -93,8 +93,8 @@ def test_a_region_that_subjects_share_is_saved(pair, tmp_path, frames):
     assert all(torch.equal(subject.region, expected) for subject in loaded.subjects)
 
 
-def test_the_file_may_go_once_it_is_loaded(pair, tmp_path):
-    """The tensors are copies, not views of the file."""
+def test_loaded_tensors_do_not_depend_on_the_file(pair, tmp_path):
+    """The tensors are copies of the file content, so the file can be overwritten."""
     path = tmp_path / "pair.safetensors"
     pair.save(path)
     loaded = SubjectEmbeds.load(path)
@@ -103,7 +103,7 @@ def test_the_file_may_go_once_it_is_loaded(pair, tmp_path):
     assert torch.equal(loaded.subjects[0].embeds, pair.subjects[0].embeds)
 
 
-def test_threads_may_save_to_one_path(pipe, tmp_path):
+def test_threads_can_save_to_the_same_path(pipe, tmp_path):
     subjects = [pipe.encode_subject(make_picture(seed), "cat").scaled(seed / 8) for seed in range(8)]
     path, start = tmp_path / "cat.safetensors", threading.Barrier(8)
 
@@ -119,7 +119,7 @@ def test_threads_may_save_to_one_path(pipe, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["cat.safetensors"]
 
 
-def test_a_full_disk_leaves_the_old_file(pair, tmp_path):
+def test_a_full_disk_keeps_the_old_file(pair, tmp_path):
     path = tmp_path / "pair.safetensors"
     pair.compact(2).save(path)
     before = path.read_bytes()
@@ -133,8 +133,8 @@ def test_a_full_disk_leaves_the_old_file(pair, tmp_path):
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
-def test_an_error_in_writing_leaves_the_old_file(pair, tmp_path, monkeypatch):
-    """Whether or not safetensors itself writes files whole."""
+def test_a_write_error_keeps_the_old_file(pair, tmp_path, monkeypatch):
+    """This does not depend on whether safetensors itself writes files atomically."""
     path = tmp_path / "pair.safetensors"
     pair.save(path)
     before = path.read_bytes()
@@ -149,7 +149,7 @@ def test_an_error_in_writing_leaves_the_old_file(pair, tmp_path, monkeypatch):
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
-def test_what_could_not_be_loaded_is_not_saved(pair, tmp_path, monkeypatch):
+def test_subjects_that_are_too_large_to_load_are_not_saved(pair, tmp_path, monkeypatch):
     monkeypatch.setattr(subject_file, "MAX_BYTES", 1000)
     with pytest.raises(ValueError, match="at most 64 subjects and 1,000 bytes"):
         pair.save(tmp_path / "pair.safetensors")
@@ -168,7 +168,7 @@ def test_repr_is_one_short_line(pair):
     assert "... 56 more" in shown and "region 3 x 8 x 8" in shown and len(shown) < 500 and "\n" not in shown
 
 
-def test_scaled_and_inside_reach_every_subject_and_leave_the_original(pair):
+def test_scaled_and_inside_change_every_subject_of_a_copy(pair):
     assert [subject.scale for subject in pair.scaled(0.3).subjects] == [0.3, 0.3]
     assert [subject.scale for subject in pair.subjects] == [0.8, None]
     region = Image.fromarray(np.eye(8, dtype=np.uint8) * 255)
@@ -176,7 +176,7 @@ def test_scaled_and_inside_reach_every_subject_and_leave_the_original(pair):
 
 
 def painted(size: tuple[int, int] = (8, 8)) -> Image.Image:
-    """Black on a transparent layer."""
+    """A transparent layer with a left half that is painted black."""
     layer = Image.new("RGBA", size, (0, 0, 0, 0))
     layer.paste((0, 0, 0, 255), (0, 0, size[0] // 2, size[1]))
     return layer
@@ -190,7 +190,7 @@ LEFT = np.repeat([[1.0] * 4 + [0.0] * 4], 8, 0)
     [LEFT, LEFT[None], LEFT[..., None], LEFT > 0, (LEFT * 255).astype(np.uint8), (LEFT * 65535).astype(np.uint16),
      torch.from_numpy(LEFT)[None, None], painted(), painted().convert("LA"), Image.fromarray(LEFT > 0), [LEFT], (painted(),)],
 )  # fmt: skip
-def test_a_region_may_be_any_mask(pair, region):
+def test_a_region_can_be_any_mask(pair, region):
     for subject in pair.inside(region).subjects:
         assert subject.region.dtype == torch.float32 and torch.equal(subject.region, torch.from_numpy(LEFT).float())
 
@@ -203,7 +203,7 @@ STACK = np.stack([LEFT, LEFT * 0, LEFT[:, ::-1]])
     [STACK, STACK[:, None], STACK[..., None], torch.from_numpy(STACK) > 0, (STACK * 255).astype(np.uint8), list(STACK),
      tuple(torch.from_numpy(STACK)), [painted(), LEFT * 0, painted().transpose(Image.Transpose.FLIP_LEFT_RIGHT)]],
 )  # fmt: skip
-def test_a_region_may_be_one_mask_a_frame(pair, region):
+def test_a_region_can_have_one_mask_for_each_frame(pair, region):
     for subject in pair.inside(region).subjects:
         assert subject.region.dtype == torch.float32 and torch.equal(subject.region, torch.from_numpy(STACK).float())
 
@@ -213,7 +213,7 @@ def test_a_region_may_be_one_mask_a_frame(pair, region):
     [np.zeros((8, 8)), np.ones(8), "left", np.full((8, 8), np.nan), -LEFT, LEFT * 300, LEFT.astype(complex), LEFT.tolist(),
      [], [LEFT, LEFT[:4]], [STACK, STACK], [LEFT * 0] * 3, STACK * 0, STACK[None, :, None, None], np.zeros((0, 8)), None],
 )  # fmt: skip
-def test_a_region_that_is_no_mask_is_refused(pair, region):
+def test_a_region_that_is_not_a_mask_is_rejected(pair, region):
     with pytest.raises(ValueError, match="`region"):
         pair.inside(region)
 
@@ -221,13 +221,13 @@ def test_a_region_that_is_no_mask_is_refused(pair, region):
 @pytest.mark.parametrize(
     "region", [np.ones((2, 9, 9)), [np.ones((9, 9))] * 2, np.ones((13, 13)), Image.new("1", (13, 13), 1)]
 )
-def test_a_region_has_to_be_of_a_size_that_can_be_saved(pair, region, monkeypatch):
+def test_a_region_that_is_too_large_to_save_is_rejected(pair, region, monkeypatch):
     monkeypatch.setattr(subject_file, "MAX_REGION_VALUES", 161)
     with pytest.raises(ValueError, match="`region.*161"):
         pair.inside(region)
 
 
-def test_subjects_of_different_encoders_are_not_added(pipe, pair):
+def test_subjects_of_different_encoders_cannot_be_added(pipe, pair):
     pipe.register_modules(ssr_encoder=make_ssr_encoder(seed=9))
     with pytest.raises(ValueError, match="different SSR-Encoders"):
         pair + pipe.encode_subject(make_picture(), "cat")
@@ -236,7 +236,7 @@ def test_subjects_of_different_encoders_are_not_added(pipe, pair):
 
 
 @pytest.mark.parametrize("unknown", ["first", "second", "both"])
-def test_a_sum_knows_its_encoder_if_a_part_does(pair, unknown):
+def test_a_sum_has_the_fingerprint_of_its_parts(pair, unknown):
     parts = [replace(pair, fingerprint=None) if unknown in (which, "both") else pair for which in ("first", "second")]
     assert (parts[0] + parts[1]).fingerprint is (None if unknown == "both" else pair.fingerprint)
 
@@ -244,7 +244,7 @@ def test_a_sum_knows_its_encoder_if_a_part_does(pair, unknown):
 @pytest.mark.parametrize("row", [0, 1])
 @pytest.mark.parametrize("change,same", [(1.02, True), (1.2, False), (-1.0, False)])
 def test_fingerprints_are_compared_row_by_row(row, change, same):
-    """A level that differs is not hidden by larger numbers in another row."""
+    """A difference in one row is found even if another row has larger numbers."""
     first = torch.tensor([[1.0], [100.0]]).expand(2, 8)
     second = first.clone()
     second[row] *= change
@@ -252,7 +252,7 @@ def test_fingerprints_are_compared_row_by_row(row, change, same):
     assert not same_fingerprint(first, first[:1])
 
 
-def test_a_users_own_kind_of_subject_is_one(pair):
+def test_a_subclass_can_be_added(pair):
     class Mine(SubjectEmbeds):
         pass
 
@@ -261,7 +261,7 @@ def test_a_users_own_kind_of_subject_is_one(pair):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_fingerprint_tells_encoders_apart_but_not_precisions(dtype):
+def test_a_fingerprint_depends_on_the_encoder_but_not_on_its_dtype(dtype):
     encoder = make_ssr_encoder()
     fingerprint = encoder.fingerprint()
     rough = encoder.to(dtype).fingerprint()

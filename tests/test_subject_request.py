@@ -1,4 +1,4 @@
-"""From a call's subjects to what the layers attend to, without a pipeline around it."""
+"""`SubjectRequest`: from the subjects of a call to the keys and values of the layers, without a pipeline."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def request_of(*rows: SubjectRow, num_pictures: int = 1, scale=1.0, num_frames: 
     )
 
 
-def test_both_branches_of_guidance_are_kept_to_the_region():
+def test_the_region_applies_to_both_branches_of_guidance():
     row = SubjectRow((embeds_of(region=LEFT),))
     (negative,), (positive,) = request_of(row).conditions(torch.zeros(2, 4, 8, 8)).regions
     assert torch.equal(negative, LEFT[None]) and torch.equal(positive, LEFT[None])
@@ -38,8 +38,9 @@ def counted(seed: int, *counts: float) -> SubjectEmbeds:
     return embeds_of(seed, tokens, counts=counts, negative_counts=counts + 10)
 
 
-def test_counts_stand_at_their_subjects_tokens():
-    """Of both branches, behind one another; what has no counts counts once, padding too."""
+def test_counts_have_the_order_of_the_tokens():
+    """Counts of several subjects are concatenated, for both branches. Tokens without counts and padding have a count
+    of 1."""
     rows = [SubjectRow((counted(1, 1.0, 2.0) + embeds_of(2, 1) + counted(3, 5.0),)), SubjectRow((embeds_of(4, 3),))]
     counts = request_of(*rows, num_pictures=2).conditions(torch.zeros(4, 4, 8, 8)).counts
     assert counts.tolist() == [[11, 12, 1, 15], [1, 1, 1, 1], [1, 2, 1, 5], [1, 1, 1, 1]]
@@ -57,7 +58,7 @@ def test_a_prompt_without_a_subject_gets_values_of_zero(none_first, num_tokens):
         assert [bool(row.any()) for row in value] == [not none_first, none_first] * 2
 
 
-def test_keyframes_are_rows_of_each_branch_and_picture():
+def test_keyframes_of_each_branch_and_picture():
     cat, dog = embeds_of(1), embeds_of(2)
     request = request_of(SubjectRow((cat, dog), (0, 2)), num_pictures=2, num_frames=3)
     conditions = request.conditions(torch.zeros(4, 4, 3, 8, 8))
@@ -69,20 +70,20 @@ def test_keyframes_are_rows_of_each_branch_and_picture():
     torch.testing.assert_close(key, torch.stack([keys[0], keys[0], keys[1], keys[1]]))
 
 
-def test_keyframes_have_to_lie_among_the_frames_of_the_latents():
+def test_keyframes_after_the_last_frame_are_rejected():
     request = request_of(SubjectRow((embeds_of(1), embeds_of(2)), (0, 3)), num_frames=4)
     with pytest.raises(ValueError, match="keyframes at .*0, 3.*, but the video has 3 frames, the last one 2"):
         request.conditions(torch.zeros(2, 4, 3, 8, 8))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5])
-def test_a_batch_that_does_not_belong_to_the_pictures_is_refused(batch_size):
+def test_a_batch_that_does_not_fit_the_number_of_pictures_is_rejected(batch_size):
     request = request_of(SubjectRow((embeds_of(),)), num_pictures=2)
     with pytest.raises(ValueError, match=f"a batch of {batch_size} latents for 2 pictures"):
         request.conditions(torch.zeros(batch_size, 4, 8, 8))
 
 
-def test_conditions_are_made_once_for_a_batch_and_never_outside_the_window():
+def test_conditions_are_created_once_for_a_batch_and_not_outside_the_window():
     request = request_of(SubjectRow((embeds_of(),)))
     first = request.conditions(LATENTS)
     assert request.conditions(LATENTS + 1) is first and request.conditions(LATENTS[:1]) is not first
@@ -91,7 +92,7 @@ def test_conditions_are_made_once_for_a_batch_and_never_outside_the_window():
 
 
 @pytest.mark.parametrize("num_frames", [1, 3])
-def test_the_tokens_of_a_controlnets_batch(num_frames):
+def test_tokens_for_a_controlnet(num_frames):
     cat, dog = embeds_of(1), embeds_of(2)
     request = request_of(SubjectRow((cat,)), SubjectRow((dog,)), num_pictures=2, num_frames=num_frames)
     if num_frames == 1:
@@ -105,8 +106,9 @@ def test_the_tokens_of_a_controlnets_batch(num_frames):
 
 @pytest.mark.parametrize("scale", [0.5, {name: index / 4 for index, name in enumerate(UNET_LAYERS)}])
 @pytest.mark.parametrize("own", [None, 0.8])
-def test_scales_are_in_the_values(scale, own):
-    """A subject's own scale replaces the call's number, and is multiplied by the call's scale of a layer."""
+def test_values_are_multiplied_by_the_scales(scale, own):
+    """The scale of a subject replaces the scale of the call if this is a number, and is multiplied by it if this is a
+    scale per layer."""
     subject = embeds_of()
     subject = subject if own is None else subject.scaled(own)
     request = request_of(SubjectRow((subject,)), scale=scale)
@@ -122,7 +124,7 @@ def test_scales_are_in_the_values(scale, own):
 
 
 @pytest.mark.parametrize("without", [0, 1])
-def test_a_keyframe_without_subjects_has_the_tokens_of_the_others(without):
+def test_a_keyframe_without_subjects_has_tokens_with_values_of_zero(without):
     keyframes = [embeds_of(1, 2) + embeds_of(2, 3)] * 2
     keyframes[without] = None
     conditions = request_of(SubjectRow(tuple(keyframes), (0, 1)), num_frames=2).conditions(torch.zeros(2, 4, 2, 8, 8))

@@ -19,7 +19,7 @@ TABLES = {
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32", "utf-16-be"])
 @pytest.mark.parametrize("name", TABLES)
-def test_tables_of_every_kind_are_one(tmp_path, name, encoding):
+def test_read_rows_in_all_formats(tmp_path, name, encoding):
     file = tmp_path / f"table.{name}"
     file.write_bytes((codecs.BOM_UTF16_BE if encoding == "utf-16-be" else b"") + TABLES[name].encode(encoding))
     assert [row for _, row in read_rows(file)] == ROWS
@@ -27,14 +27,14 @@ def test_tables_of_every_kind_are_one(tmp_path, name, encoding):
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-def test_lists_are_read_without_marks_and_blanks(tmp_path, encoding, end):
+def test_read_lines_removes_byte_order_marks_and_blanks(tmp_path, encoding, end):
     file = tmp_path / "prompts.txt"
     file.write_bytes(end.join(["a café ", "", " in the snow"]).encode(encoding))
     assert read_lines(file) == ["a café", "in the snow"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_json_is_read_in_every_encoding(tmp_path, encoding):
+def test_json_can_be_read_in_all_encodings(tmp_path, encoding):
     (tmp_path / "queries.json").write_bytes('{"a.png": ["café"]}'.encode(encoding))
     assert read_json(tmp_path / "queries.json") == {"a.png": ["café"]}
 
@@ -54,13 +54,13 @@ def test_json_is_read_in_every_encoding(tmp_path, encoding):
         ("a.jsonl", b" " * (MAX_LINE + 1), "a line has more than"),
     ],
 )
-def test_what_is_no_row_says_why(tmp_path, name, content, reason):
+def test_invalid_rows_have_a_reason(tmp_path, name, content, reason):
     (tmp_path / name).write_bytes(content)
     rows = [row for _, row in read_rows(tmp_path / name)]
     assert isinstance(rows[-1], str) and reason in rows[-1]
 
 
-def test_rows_after_a_bad_one_are_read(tmp_path):
+def test_rows_after_an_invalid_row_are_read(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n{half\n{"a": 2}\n')
     assert [number for number, row in read_rows(tmp_path / "a.jsonl") if isinstance(row, dict)] == [1, 3]
     (tmp_path / "a.csv").write_text("a\n1\n2,3\n4\n")
@@ -73,7 +73,7 @@ def test_an_empty_file_has_no_rows(tmp_path, name):
     assert list(read_rows(tmp_path / name)) == [] == read_lines(tmp_path / name)
 
 
-def test_what_is_no_file_is_named(tmp_path):
+def test_a_named_pipe_is_rejected(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="`table`.*no regular file"):
         open_text(tmp_path / "pipe", "table")

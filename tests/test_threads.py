@@ -1,6 +1,6 @@
-"""One UNet, scheduler, tokenizer and SSR-Encoder for many threads, copies of the code, forks, callbacks and interrupts.
+"""Threads that share one UNet, scheduler, tokenizer and SSR-Encoder; copies of the code, forks, callbacks, interrupts.
 
-Longer runs: `RUN_SLOW=1 pytest tests/test_threads.py`; docs/reliability.md has their figures.
+`RUN_SLOW=1 pytest tests/test_threads.py` does longer runs. docs/reliability.md has their results.
 """
 
 import gc
@@ -53,14 +53,14 @@ def quiet():
 
 
 def nothing_is_left() -> bool:
-    """Whether no call is known any more."""
+    """Returns whether the shared state has no call left."""
     gc.collect()
     shared = shared_components._shared
     return not (shared.using or shared.running or shared.waiting or hooks_of_the_package._running)
 
 
 def in_threads(*functions) -> list:
-    """What functions return that run at the same time."""
+    """Runs the functions at the same time and returns their results."""
     with ThreadPoolExecutor(len(functions)) as pool:
         return [future.result(timeout=300) for future in [pool.submit(each) for each in functions]]
 
@@ -69,7 +69,8 @@ def in_threads(*functions) -> list:
 
 
 def test_200_mixed_requests_from_8_threads(pipe, switch_interval, quiet):
-    """Each has the outcome, picture or error, that it has alone, bit by bit; 20 times in the slow run."""
+    """Each request has the same result (a picture or an error) as alone, bit by bit. The slow run repeats this 20
+    times."""
     photos, queries = [make_picture(seed) for seed in range(3)], ["cat", "dog", "blue car on the left"]
     requests = mixed_requests(pipe, make_controlnet(), photos, queries, size=16)
     expected, before = [each.outcome() for each in requests], snapshot(pipe.unet)
@@ -80,9 +81,10 @@ def test_200_mixed_requests_from_8_threads(pipe, switch_interval, quiet):
         assert snapshot(pipe.unet) == before and nothing_is_left()
 
 
-@pytest.mark.parametrize("disturbed", [False, True], ids=["alone", "beside stock use of the tokenizer"])
+@pytest.mark.parametrize("disturbed", [False, True], ids=["alone", "with stock use of the tokenizer"])
 def test_encodes_from_8_threads(pipe, quiet, disturbed):
-    """5,000 in the slow run. A stock pipeline beside them takes no lock on the tokenizer that it shares with them."""
+    """The slow run has 5,000 encodes. In the second case, stock code uses the shared tokenizer at the same time
+    without a lock."""
     photos, queries = [make_picture(seed) for seed in range(20)], ["cat", "a dog on the left", "the blue car " * 20]
 
     def encode(index: int) -> torch.Tensor:
@@ -113,8 +115,9 @@ def test_encodes_from_8_threads(pipe, quiet, disturbed):
         beside.join()
 
 
-def test_the_copied_tokenizer_follows_the_pipelines_own(pipe):
-    """A token that is added, as textual inversion does, a normaliser or a whole tokenizer: the next text is read with it."""
+def test_the_copied_tokenizer_follows_changes_of_the_original(pipe):
+    """The copy has tokens that were added later, for example by textual inversion, and a changed
+    `model_max_length`."""
     alone = StableDiffusionPipeline(
         **{name: part for name, part in pipe.components.items() if not name.startswith("ssr_")},
         requires_safety_checker=False,
@@ -137,18 +140,18 @@ def test_the_copied_tokenizer_follows_the_pipelines_own(pipe):
     "name,method",
     [("StableDiffusionPipeline", "encode_prompt"), ("StableDiffusionInstructPix2PixPipeline", "_encode_prompt")],
 )
-def test_the_shared_tokenizers_state_is_left_alone(name, method):
+def test_the_state_of_the_shared_tokenizer_does_not_change(name, method):
     _, pipe = make_pipeline(name)
     state = library_internals.tokenizer_backend(pipe.tokenizer)
     if state is None:
-        pytest.skip("transformers 4 reads CLIP's texts in Python, without such a state")
+        pytest.skip("the CLIP tokenizer of transformers 4 is written in Python and has no such state")
     state.no_padding()
     getattr(pipe, method)("a cat", "cpu", 1, False)
     pipe.encode_subject(make_picture(), "cat")
     assert state.padding is None
 
 
-def test_what_encode_prompt_sets_is_set_in_the_pipeline(pipe):
+def test_attributes_that_encode_prompt_sets_are_set_in_the_pipeline(pipe):
     pipe.encode_prompt("a cat", "cpu", 1, False, lora_scale=0.25)
     assert pipe._lora_scale == 0.25
 
@@ -156,9 +159,9 @@ def test_what_encode_prompt_sets_is_set_in_the_pipeline(pipe):
 # Hooks
 
 
-def test_hooks_that_go_while_another_thread_passes(pipe, subject):
-    """torch calls the hooks that it has looked up, though they are removed meanwhile: in the very place where another thread
-    could do so, a hook of the user's removes them."""
+def test_hooks_removed_during_a_forward_pass_of_another_thread(pipe, subject):
+    """torch calls the hooks that it has already looked up, even if another thread removes them in the meantime. In
+    this test, a user-defined hook removes them at the same point of the forward pass."""
     stock = StableDiffusionPipeline(
         **{name: part for name, part in pipe.components.items() if not name.startswith("ssr_")},
         requires_safety_checker=False,
@@ -182,8 +185,8 @@ def test_hooks_that_go_while_another_thread_passes(pipe, subject):
         handle.remove()
 
 
-def test_from_pipe_beside_a_drawing_thread(pipe, subject):
-    """What walks the UNet's modules meets no change in them."""
+def test_from_pipe_while_another_thread_draws(pipe, subject):
+    """The modules of the UNet do not change while another thread iterates over them."""
     expected, done = pipe(**call_args(subject=subject)).images, threading.Event()
 
     def make():
@@ -204,7 +207,7 @@ def test_from_pipe_beside_a_drawing_thread(pipe, subject):
     assert made >= 20 and all(np.array_equal(each, expected) for each in images)
 
 
-def test_a_controlnet_that_sees_the_subject_in_one_of_two_calls(pipe, subject):
+def test_calls_with_and_without_subject_in_controlnet_at_the_same_time(pipe, subject):
     from diffusers_ssr import StableDiffusionSSRControlNetPipeline
 
     control = StableDiffusionSSRControlNetPipeline.from_pipe(pipe, controlnet=make_controlnet())
@@ -224,8 +227,9 @@ def test_a_controlnet_that_sees_the_subject_in_one_of_two_calls(pipe, subject):
     assert before is None or snapshot(control.controlnet)[:3] == before
 
 
-def test_another_thread_compiles_meanwhile(pipe, subject, monkeypatch):
-    """While a thread compiles, `torch.compiler.is_compiling()` is true in all threads: here it changes at each question."""
+def test_a_call_while_another_thread_compiles(pipe, subject, monkeypatch):
+    """While a thread compiles, `torch.compiler.is_compiling()` returns `True` in all threads. Here its value changes
+    between calls."""
     expected, asked = pipe(**call_args(subject=subject)).images, []
 
     def is_compiling() -> bool:
@@ -235,7 +239,7 @@ def test_another_thread_compiles_meanwhile(pipe, subject, monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", is_compiling)
     assert np.array_equal(pipe(**call_args(subject=subject)).images, expected)
     if not asked:
-        pytest.skip("these versions of torch and diffusers never ask")
+        pytest.skip("these versions of torch and diffusers do not call `is_compiling`")
 
 
 # Copies of the code
@@ -243,7 +247,8 @@ def test_another_thread_compiles_meanwhile(pipe, subject, monkeypatch):
 
 @pytest.fixture(scope="module")
 def second_copy():
-    """The code once more under another name, as `custom_pipeline=` loads it beside an installed package."""
+    """A second copy of the code with another module name, as `custom_pipeline=` loads it in addition to an installed
+    package."""
     spec = importlib.util.spec_from_file_location(
         "diffusers_ssr_again", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
     )
@@ -257,7 +262,7 @@ def second_copy():
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_two_copies_of_the_code_on_one_unet(pipe, second_copy, switch_interval, compiled):
-    """They share its scheduler and tokenizer as well."""
+    """The copies also share the scheduler and the tokenizer."""
     assert second_copy.StableDiffusionSSRPipeline is not StableDiffusionSSRPipeline
     if compiled:
         torch._dynamo.reset()
@@ -277,7 +282,7 @@ def test_two_copies_of_the_code_on_one_unet(pipe, second_copy, switch_interval, 
         assert snapshot(pipe.unet) == before
 
 
-def test_a_callback_of_one_copy_draws_with_the_other(pipe, second_copy, subject):
+def test_a_callback_draws_with_another_copy_of_the_code(pipe, second_copy, subject):
     other = second_copy.StableDiffusionSSRPipeline(**pipe.components, requires_safety_checker=False)
     other.set_progress_bar_config(disable=True)
     dog = other.encode_subject(make_picture(3), "dog").scaled(1.0)
@@ -294,11 +299,11 @@ def test_a_callback_of_one_copy_draws_with_the_other(pipe, second_copy, subject)
 # Forks
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork; nothing to guard there")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_fork_in_the_midst_of_calls(pipe, subject):
-    """The child, forked in a callback while another thread draws, goes on with its call, draws another one, and has no hooks
-    of the other thread's."""
+def test_a_fork_during_calls(pipe, subject):
+    """The process is forked in a callback while another thread draws. The child finishes its call, makes another call,
+    and has no hooks of the other thread."""
     before, expected = snapshot(pipe.unet), pipe(**call_args(subject=subject)).images
     stop, children, is_child = threading.Event(), [], []
 
@@ -332,13 +337,13 @@ def test_a_fork_in_the_midst_of_calls(pipe, subject):
                 os.kill(child, signal.SIGKILL)
             assert os.waitstatus_to_exitcode(ended[1]) == 0 and ended[0] == child
     finally:
-        if is_child:  # an error in the child must not go on with the parent's tests
+        if is_child:  # after an error, the child must not continue with the tests of the parent
             os._exit(5)
         stop.set()
         beside.join()
 
 
-# Whose turn it is
+# Limit of concurrent calls
 
 
 def test_a_short_call_does_not_wait_for_long_ones(pipe, subject):
@@ -373,7 +378,7 @@ def bound():
 
 
 def most_at_once(pipe, subject, num_threads: int = 6) -> int:
-    """How many calls are between their first and last step at the same time."""
+    """Returns the largest number of calls that are between their first and last step at the same time."""
     lock, now, most = threading.Lock(), set(), []
 
     def draw(index: int):
@@ -392,7 +397,7 @@ def most_at_once(pipe, subject, num_threads: int = 6) -> int:
 
 
 @pytest.mark.parametrize("number,with_subject", [(1, True), (2, True), (1, False)])
-def test_a_bound_on_calls(pipe, subject, bound, number, with_subject):
+def test_the_limit_of_concurrent_calls(pipe, subject, bound, number, with_subject):
     subject = subject if with_subject else None
     bound(number)
     assert most_at_once(pipe, subject) <= number and nothing_is_left()
@@ -400,14 +405,14 @@ def test_a_bound_on_calls(pipe, subject, bound, number, with_subject):
     assert most_at_once(pipe, subject) > number
 
 
-def test_the_bound_is_the_processs(pipe, subject, bound, second_copy):
+def test_the_limit_applies_to_all_copies_of_the_code(pipe, subject, bound, second_copy):
     second_copy.set_max_concurrent_calls(1)
     assert most_at_once(pipe, subject) == 1
     pipe.set_max_concurrent_calls(None)
     assert most_at_once(pipe, subject) > 1
 
 
-def test_a_call_in_a_callback_does_not_wait_for_its_own_place(pipe, subject, bound):
+def test_a_call_in_a_callback_does_not_wait_for_the_outer_call(pipe, subject, bound):
     bound(1)
     expected, drawn = pipe(**call_args(subject=subject)).images, []
 
@@ -419,7 +424,7 @@ def test_a_call_in_a_callback_does_not_wait_for_its_own_place(pipe, subject, bou
     assert all(np.array_equal(each, expected) for each in images + drawn) and len(drawn) == 6
 
 
-def test_who_waits_first_draws_first(bound):
+def test_waiting_calls_run_in_order(bound):
     bound(1)
     order, threads = [], []
 
@@ -439,7 +444,7 @@ def test_who_waits_first_draws_first(bound):
     assert order == list(range(6)) and nothing_is_left()
 
 
-def test_a_place_is_free_again_after_an_error(pipe, subject, bound):
+def test_an_error_ends_the_turn_of_a_call(pipe, subject, bound):
     bound(1)
     for arguments in ({"subject": "no subject"}, {"height": 13, "width": 16, "subject": subject}, {"subject_scal": 1}):
         with pytest.raises(ValueError):
@@ -450,7 +455,7 @@ def test_a_place_is_free_again_after_an_error(pipe, subject, bound):
 
 
 @pytest.mark.parametrize("number", [0, -1, 1.5, True, "2"])
-def test_a_bound_that_is_no_number_of_calls(number):
+def test_an_invalid_limit_of_calls_is_rejected(number):
     with pytest.raises(ValueError, match="`number` has to be a positive number of calls"):
         set_max_concurrent_calls(number)
 
@@ -459,7 +464,8 @@ def test_a_bound_that_is_no_number_of_calls(number):
 
 
 def interrupted_at(call, moment: int) -> bool:
-    """Run a call with a Ctrl-C at the n-th line that it executes in this project's modules, or to its end if it has fewer."""
+    """Runs a call and raises a `KeyboardInterrupt` at the line number `moment` that it executes in this project's
+    modules. Returns `False` if the call ends before that."""
     # not `ROOT`: the package may have been imported through a link
     modules, left = os.path.dirname(shared_components.__file__), [moment]
 
@@ -472,7 +478,7 @@ def interrupted_at(call, moment: int) -> bool:
                 raise KeyboardInterrupt
         return trace
 
-    tracer = sys.gettrace()  # of a coverage run
+    tracer = sys.gettrace()  # for example of a coverage run
     sys.settrace(trace)
     try:
         call()
@@ -484,12 +490,12 @@ def interrupted_at(call, moment: int) -> bool:
 
 
 @pytest.mark.skipif(
-    not SLOW, reason="with RUN_SLOW=1; test_unet_hooks.py::test_ctrl_c_leaves_nothing_behind is in the suite"
+    not SLOW, reason="slow, runs with RUN_SLOW=1; test_unet_hooks.py::test_ctrl_c_leaves_the_unet_unchanged is fast"
 )
 @pytest.mark.parametrize("way", ["UNet", "compiled in place", "ControlNet"])
 def test_ctrl_c_at_every_line(pipe, subject, way):
-    """The UNet is what it was, nothing counts as being in use, and the next picture is right. A compiled UNet is interrupted at
-    every 11th line, because each interrupt may compile it anew."""
+    """After an interrupt, the UNet is unchanged, nothing counts as in use, and the next picture is right. A compiled
+    UNet is only interrupted at every 11th line, because each interrupt can compile it again."""
     own, extra = pipe, {}
     if way == "compiled in place":
         torch._dynamo.reset()
@@ -517,10 +523,10 @@ def test_ctrl_c_at_every_line(pipe, subject, way):
 
 
 @pytest.mark.skipif(
-    not SLOW, reason="with RUN_SLOW=1; test_unet_hooks.py::test_ctrl_c_leaves_nothing_behind is in the suite"
+    not SLOW, reason="slow, runs with RUN_SLOW=1; test_unet_hooks.py::test_ctrl_c_leaves_the_unet_unchanged is fast"
 )
 def test_ctrl_c_at_random_moments(pipe, subject):
-    """A signal, 300 times, while another thread draws beside."""
+    """300 signals, and in every third case another thread draws at the same time."""
     assert threading.current_thread() is threading.main_thread()
     before, expected = snapshot(pipe.unet), pipe(**call_args(subject=subject)).images
     started = time.monotonic()
@@ -553,8 +559,9 @@ def test_ctrl_c_at_random_moments(pipe, subject):
     assert np.array_equal(pipe(**call_args(subject=subject)).images, expected)
 
 
-def test_what_an_interrupted_call_has_left_is_removed_by_the_next(pipe, subject):
-    """Two interrupts in a row may cut the cleaning up short. The hooks that stay do nothing, and go with the next call."""
+def test_the_next_call_removes_hooks_that_an_interrupted_call_left(pipe, subject):
+    """A second interrupt can stop the cleanup of the first one. Hooks that remain have no effect, and the next call
+    removes them."""
     before, expected = snapshot(pipe.unet), pipe(**call_args(subject=subject)).images
     request = lambda sample: None  # noqa: E731
     passes = hooks_of_the_package.SubjectPasses(pipe.unet, list(UNET_LAYERS), request)
@@ -567,8 +574,9 @@ def test_what_an_interrupted_call_has_left_is_removed_by_the_next(pipe, subject)
     assert snapshot(pipe.unet) == before
 
 
-def test_schedulers_are_told_apart_after_an_interrupt(pipe):
-    """A pipeline whose call was cut short is not taken for being in use: the next call is its own."""
+def test_an_interrupted_call_does_not_keep_the_scheduler_in_use(pipe):
+    """After an interrupted call, the pipeline does not count as in use, so the next call runs on the pipeline
+    itself."""
     seen = []
 
     def callback(own, step, timestep, callback_kwargs):
@@ -581,8 +589,8 @@ def test_schedulers_are_told_apart_after_an_interrupt(pipe):
     assert seen == [True, True]
 
 
-def test_a_unet_of_another_pipeline_in_a_thread_keeps_its_scheduler(pipe, subject, components):
-    """Pipelines with UNets of their own but one scheduler."""
+def test_pipelines_with_different_unets_can_share_a_scheduler(pipe, subject, components):
+    """The pipelines have different UNets and the same scheduler."""
     second = StableDiffusionSSRPipeline.from_pipe(pipe, unet=make_unet(seed=4))
     second.set_progress_bar_config(disable=True)
     assert second.scheduler is pipe.scheduler and isinstance(pipe.scheduler, DDIMScheduler)
@@ -598,8 +606,9 @@ def test_a_unet_of_another_pipeline_in_a_thread_keeps_its_scheduler(pipe, subjec
         assert all(np.array_equal(each, expected[index % 2]) for each in images)
 
 
-def test_a_lock_that_an_interrupt_has_left_is_released_at_the_end_of_the_next_call(pipe, subject):
-    """A Ctrl-C between the body of a `with` and its end leaves the lock held; other threads draw all the same."""
+def test_the_next_call_releases_locks_that_an_interrupt_left(pipe, subject):
+    """Ctrl-C between the body and the end of a `with` block can leave a lock held. After the next call, other threads
+    can draw."""
     expected = pipe(**call_args(subject=subject)).images
     locks = [shared_components._shared.lock, shared_components._shared.tokenizers[pipe.tokenizer].lock]
     for lock in locks:

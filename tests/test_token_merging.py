@@ -1,4 +1,4 @@
-"""Merging by Ward's criterion, against a search over all pairs written out."""
+"""Merging tokens with Ward's criterion, compared with a search over all pairs."""
 
 import itertools
 
@@ -24,7 +24,7 @@ def merged_by_hand(tokens: list[torch.Tensor], counts: list[float], number: int)
 
 @pytest.mark.parametrize("number", [1, 4, 11])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_the_two_most_alike_are_merged(number, weighted):
+def test_the_two_most_similar_tokens_are_merged(number, weighted):
     generator = torch.Generator().manual_seed(0)
     embeds = torch.randn(1, 12, 5, generator=generator)
     counts = torch.randint(1, 9, (1, 12), generator=generator).float() if weighted else None
@@ -36,8 +36,8 @@ def test_the_two_most_alike_are_merged(number, weighted):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_attention_over_equal_tokens_is_the_same(dtype):
-    """A token that counts n times is n tokens: softmax over logits plus log n."""
+def test_merging_equal_tokens_does_not_change_the_attention(dtype):
+    """A token with count n has the same effect as n equal tokens, because log(n) is added to its logit."""
     generator = torch.Generator().manual_seed(1)
     few = torch.randn(1, 6, 8, generator=generator)
     many = few[:, [0, 0, 0, 1, 2, 2, 3, 4, 5, 5, 5, 5]]

@@ -1,4 +1,4 @@
-"""Training: what is learnt, what is saved, and that an interruption changes nothing."""
+"""train_ssr.py: the loss, the saved files, and resuming after an interruption."""
 
 import functools
 import io
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A base model and a vision encoder on disk."""
+    """A folder with a base model and a vision encoder."""
     folder = tmp_path_factory.mktemp("models")
     StableDiffusionPipeline(**make_components(), requires_safety_checker=False).save_pretrained(folder / "base")
     make_image_encoder().save_pretrained(folder / "clip")
@@ -62,7 +62,7 @@ def pictures(tmp_path_factory):
     lines[2]["mask_file_name"] = "mask.png"
     for line in lines[::3]:
         line["reference_file_name"] = line["file_name"]
-    # two subjects together, one of them by its mask
+    # two subjects in one target, one of them with a mask
     lines[5] |= {
         "reference_file_name": ["1.png", "0.png"], "query": ["dog", "cat"], "mask_file_name": [None, "mask.png"],
     }  # fmt: skip
@@ -111,7 +111,7 @@ def differing(first: dict, second: dict) -> list[str]:
 
 @pytest.fixture(scope="module")
 def trained(models, pictures, tmp_path_factory):
-    """An uncut run of four steps, with everything that keeps a state."""
+    """The result of an uninterrupted run of four steps, with all options that have a state."""
     folder = tmp_path_factory.mktemp("trained")
     train_ssr.main(arguments(models, pictures, folder, **STATEFUL))
     return folder
@@ -127,7 +127,7 @@ STATEFUL = {
 }
 
 
-def test_the_encoder_learns_and_nothing_else_changes(models, pictures, trained):
+def test_training_changes_only_the_encoder(models, pictures, trained):
     args = parse_args("", ["cosine"], arguments(models, pictures, trained, **STATEFUL))
     torch.manual_seed(0)
     train_ssr.set_seed(0)
@@ -139,7 +139,7 @@ def test_the_encoder_learns_and_nothing_else_changes(models, pictures, trained):
     assert not differing(dict(pipe.unet.state_dict()), dict(make_unet().state_dict()))
 
 
-def test_a_new_encoder_begins_as_the_text(models, pictures, tmp_path):
+def test_a_new_encoder_is_initialised_with_the_text_projections(models, pictures, tmp_path):
     args = parse_args("", ["constant"], arguments(models, pictures, tmp_path))
     pipe, encoder = train_ssr.load_models(args)
     for name, layer in pipe.unet.named_modules():
@@ -172,7 +172,7 @@ def test_the_result_loads_into_a_pipeline(models, trained):
     assert pipe.ssr_image_processor.crop_size["height"] == 32
 
 
-def test_a_run_that_was_cut_off_ends_where_the_uncut_one_does(models, pictures, trained, tmp_path, monkeypatch):
+def test_a_resumed_run_has_the_same_result_as_an_uninterrupted_run(models, pictures, trained, tmp_path, monkeypatch):
     compute_loss = train_ssr.compute_loss
     calls = []
 
@@ -188,14 +188,14 @@ def test_a_run_that_was_cut_off_ends_where_the_uncut_one_does(models, pictures, 
         train_ssr.main(options)
     assert [path.name for path in train_ssr.checkpoints(tmp_path)] == ["checkpoint-2"]
     monkeypatch.setattr(train_ssr, "compute_loss", compute_loss)
-    # what anybody else draws in between does not matter
+    # the global random state has no influence
     torch.rand(7)
     train_ssr.main([*options, "--resume_from_checkpoint", "latest"])
     assert not differing(weights(tmp_path / "checkpoint-4"), weights(trained / "checkpoint-4"))
     assert not differing(weights(tmp_path), weights(trained))
 
 
-def test_a_run_killed_in_the_midst_of_a_checkpoint_resumes(models, pictures, trained, tmp_path):
+def test_a_run_killed_while_saving_a_checkpoint_can_be_resumed(models, pictures, trained, tmp_path):
     script = """
 import os, signal, sys, torch
 sys.path.insert(0, sys.argv.pop(1))
@@ -223,8 +223,8 @@ train_ssr.main(sys.argv[1:])
     assert not (tmp_path / "checkpoint-4.part").exists()
 
 
-def test_two_processes_train_as_one_does(models, pictures, tmp_path):
-    """Two processes with batches of 2 against one with a batch of 4."""
+def test_two_processes_have_the_same_result_as_one(models, pictures, tmp_path):
+    """Two processes with batches of 2, compared with one process with batches of 4."""
     options = {"max_train_steps": 3, "learning_rate": 1e-4, "gradient_accumulation_steps": 2}
     train_ssr.main(arguments(models, pictures, tmp_path / "one", train_batch_size=4, **options))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -248,8 +248,8 @@ def test_two_processes_train_as_one_does(models, pictures, tmp_path):
         assert (two[name] - tensor).norm() < 0.02 * moved, name
 
 
-def test_processes_that_do_not_know_each_other_are_refused(models, pictures, tmp_path):
-    """As `torchrun` on CPUs starts them: each would write over the other's files."""
+def test_processes_that_are_not_connected_are_rejected(models, pictures, tmp_path):
+    """This happens with `torchrun` on CPUs. Each process would overwrite the files of the other one."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launch, str(ROOT / "examples" / "train_ssr.py"), *arguments(models, pictures, tmp_path / "out")]
     environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
@@ -301,7 +301,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(models, pictures, tmp_p
         torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-5, atol=1e-8)
 
 
-def test_training_with_gradient_checkpointing_ends_where_it_does_without(models, pictures, tmp_path):
+def test_training_with_gradient_checkpointing_has_the_same_result(models, pictures, tmp_path):
     results = {}
     for option in (None, True):
         options = {"gradient_checkpointing": option, "max_train_steps": 2, "learning_rate": 1e-3}
@@ -311,13 +311,13 @@ def test_training_with_gradient_checkpointing_ends_where_it_does_without(models,
         torch.testing.assert_close(results[True][name], tensor, atol=1e-5, rtol=0)
 
 
-def test_the_loss_is_the_papers(models, pictures, tmp_path):
+def test_the_loss_and_its_dropouts(models, pictures, tmp_path):
     args, pipe, encoder, frozen, features, scheduler = frozen_and_batch(
         models, pictures, tmp_path, prompt_dropout=1.0, subject_dropout=1.0, consistency_weight=0.5
     )
     parts, _ = loss_and_gradients(args, pipe, encoder, frozen, features, scheduler)
     torch.testing.assert_close(parts["loss"], parts["mse"] + 0.5 * parts["consistency"])
-    # without prompts and subjects, neither matters
+    # if all prompts and subjects are dropped, they have no influence
     other = {
         **features,
         **{name: torch.randn_like(features[name]) for name in ("levels", "caption_states", "query_states")},
@@ -331,7 +331,7 @@ def test_the_loss_is_the_papers(models, pictures, tmp_path):
     assert abs(with_prompt["mse"] - with_subject["mse"]) > 1e-5
 
 
-def test_the_target_is_what_the_scheduler_says(models, pictures, tmp_path):
+def test_the_target_of_each_prediction_type(models, pictures, tmp_path):
     args, pipe, encoder, frozen, features, scheduler = frozen_and_batch(models, pictures, tmp_path)
     drawn = train_ssr.draw(0, 0, 4, (4, 8, 8))
     latents = (
@@ -354,8 +354,8 @@ def test_the_target_is_what_the_scheduler_says(models, pictures, tmp_path):
 
 
 @pytest.mark.parametrize("weight", [0.5, 1.0, 3.0])
-def test_a_sample_without_mask_is_not_changed_by_anothers(models, pictures, tmp_path, weight):
-    """In a batch where only some have masks, the others get one that says nothing."""
+def test_a_sample_without_a_mask_does_not_depend_on_masks_in_its_batch(models, pictures, tmp_path, weight):
+    """If only some samples of a batch have a mask, the others get a mask that has no effect."""
     _, pipe, encoder, frozen, _, _ = frozen_and_batch(models, pictures, tmp_path)
     picture = torch.rand(3, 32, 32)
     sample = {
@@ -371,15 +371,16 @@ def test_a_sample_without_mask_is_not_changed_by_anothers(models, pictures, tmp_
 
 
 def several(features: dict, row: list[int]) -> dict:
-    """Of four rows with four subjects, rows with as many as `row` says."""
+    """Returns the features with a different number of subjects per row. `row` is the index of the row of each
+    subject."""
     index = torch.arange(len(row))
     subjects = {name: features[name][index] for name in ("levels", "query_states")}
     rows = {name: features[name][: row[-1] + 1] for name in ("latent_mean", "latent_std", "caption_states")}
     return {**rows, **subjects, "row": torch.tensor(row)}
 
 
-def test_subjects_of_one_row_are_joined_as_a_pipeline_joins_them(models, pictures, tmp_path):
-    """Training sees what the UNet sees at `subject=cat + dog`, in a batch where rows differ in number."""
+def test_join_subjects_agrees_with_a_pipeline(models, pictures, tmp_path):
+    """The UNet has the same output as in a pipeline call with `subject=[cat + dog, dog]`."""
     _, pipe, encoder, frozen, features, _ = frozen_and_batch(models, pictures, tmp_path)
     pipe.load_ssr(encoder, image_encoder=pipe.ssr_image_encoder, image_processor=pipe.ssr_image_processor)
     cat, dog = (pipe.encode_subject(make_picture(seed), name) for seed, name in ((1, "cat"), (2, "dog")))
@@ -412,9 +413,9 @@ def test_gradients_reach_each_subject_of_a_row(models, pictures, tmp_path):
     assert all(gradient.abs().max() > 0 for gradient in features["levels"].grad)
 
 
-def test_a_row_with_one_subject_does_not_notice_the_others(models, pictures, tmp_path):
-    """Beside a row with two subjects it gives the loss that it gives in a batch of its kind, and a dropped subject is dropped
-    for the whole row."""
+def test_a_row_with_one_subject_does_not_depend_on_other_rows(models, pictures, tmp_path):
+    """The prediction for the row is the same in a batch with a row of two subjects as in a batch with rows of one
+    subject. If subjects are dropped, all subjects of a row are dropped."""
     args, pipe, encoder, frozen, features, scheduler = frozen_and_batch(
         models, pictures, tmp_path, subject_dropout=0.0, consistency_weight=0.0
     )
@@ -437,13 +438,13 @@ def test_a_row_with_one_subject_does_not_notice_the_others(models, pictures, tmp
     torch.testing.assert_close(predicted(several(other, [0, 0, 1])), dropped)
 
 
-def test_rows_with_one_subject_are_left_as_they_are():
+def test_join_subjects_does_not_change_rows_with_one_subject():
     pairs = [(torch.randn(3, 5, 8), torch.randn(3, 5, 8))]
     conditions = train_ssr.join_subjects(pairs, torch.arange(3))
     assert conditions.pairs is pairs and conditions.token_subject is None
 
 
-def test_random_numbers_belong_to_the_sample():
+def test_random_numbers_depend_on_the_number_of_the_sample():
     together = train_ssr.draw(3, 10, 4, (2, 3))
     later = train_ssr.draw(3, 12, 1, (2, 3))
     for name, values in later.items():
@@ -453,20 +454,20 @@ def test_random_numbers_belong_to_the_sample():
     assert (shares.mean(0) - 0.5).abs().max() < 0.03
 
 
-def test_cached_features_change_nothing(models, pictures, tmp_path, monkeypatch):
+def test_cached_features_give_the_same_weights(models, pictures, tmp_path, monkeypatch):
     options = {"max_train_steps": 6, "mask_column": "mask", "train_batch_size": 1}
     train_ssr.main(arguments(models, pictures, tmp_path / "plain", **options))
     cached = arguments(models, pictures, tmp_path / "cached", cache_features=tmp_path / "cache", **options)
     train_ssr.main(cached)
     assert not differing(weights(tmp_path / "cached"), weights(tmp_path / "plain"))
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 6
-    # now everything comes from the cache
+    # in the second run, all features are in the cache
     monkeypatch.setattr(train_ssr.FrozenFeatures, "_compute", None)
     train_ssr.main(cached)
     assert not differing(weights(tmp_path / "cached"), weights(tmp_path / "plain"))
 
 
-def test_old_checkpoints_go_and_trackers_and_validation_are_written(models, pictures, tmp_path):
+def test_checkpoint_limit_tracker_and_validation(models, pictures, tmp_path):
     train_ssr.main(
         arguments(
             models, pictures, tmp_path, checkpointing_steps=1, checkpoints_total_limit=2, report_to="tensorboard",
@@ -480,7 +481,7 @@ def test_old_checkpoints_go_and_trackers_and_validation_are_written(models, pict
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_shards_are_streamed_and_a_cut_changes_nothing(models, pictures, tmp_path, monkeypatch):
+def test_a_resumed_run_with_shards_has_the_same_result(models, pictures, tmp_path, monkeypatch):
     shards = tmp_path / "shards"
     shards.mkdir()
     lines = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
@@ -496,7 +497,7 @@ def test_shards_are_streamed_and_a_cut_changes_nothing(models, pictures, tmp_pat
                     member = tarfile.TarInfo(name)
                     member.size = len(content)
                     archive.addfile(member, io.BytesIO(content))
-    # 8 samples out of 5: the second epoch is cut too
+    # a run uses 8 samples and an epoch has 5, so the run ends in the second epoch
     options = {"train_data_dir": shards, "shuffle_buffer_size": 3}
     train_ssr.main(arguments(models, pictures, tmp_path / "uncut", **options))
     compute_loss = train_ssr.compute_loss
@@ -511,7 +512,7 @@ def test_shards_are_streamed_and_a_cut_changes_nothing(models, pictures, tmp_pat
     assert bad[0].endswith("1.tar:4") and "decoded" in bad[1]
 
 
-def test_mixed_precision_keeps_the_encoder_in_full_precision(models, pictures, tmp_path):
+def test_mixed_precision_keeps_the_encoder_in_float32(models, pictures, tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
     train_ssr.main(arguments(models, pictures, tmp_path, mixed_precision="bf16", max_train_steps=2))
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -533,7 +534,7 @@ def test_the_result_is_pushed_to_the_hub(models, pictures, tmp_path, monkeypatch
     assert b"library_name: diffusers" in files["README.md"] and b'pipe.load_ssr("owner/mine")' in files["README.md"]
 
 
-def test_fine_tuning_begins_with_the_given_encoder(models, pictures, trained, tmp_path):
+def test_fine_tuning_starts_from_the_given_encoder(models, pictures, trained, tmp_path):
     options = arguments(models, pictures, tmp_path, image_encoder_name_or_path=None, ssr_encoder_name_or_path=trained)
     assert parse_args("", ["constant"], options).consistency_weight == 0.001
     assert parse_args("", ["constant"], arguments(models, pictures, tmp_path)).consistency_weight == 0.1
@@ -544,14 +545,14 @@ def test_fine_tuning_begins_with_the_given_encoder(models, pictures, trained, tm
         torch.testing.assert_close(weights(tmp_path)[name], tensor, atol=1e-5, rtol=0)
 
 
-def test_an_encoder_of_another_size_is_refused(models, pictures, tmp_path):
+def test_an_encoder_of_another_size_is_rejected(models, pictures, tmp_path):
     make_ssr_encoder(vision_hidden_size=20).save_pretrained(tmp_path / "ssr_encoder")
     options = arguments(models, pictures, tmp_path, ssr_encoder_name_or_path=tmp_path)
     with pytest.raises(ValueError, match="width 20"):
         train_ssr.load_models(parse_args("", ["constant"], options))
 
 
-def test_bad_samples_are_left_out_and_named(models, pictures, tmp_path):
+def test_bad_samples_are_left_out_and_reported(models, pictures, tmp_path):
     lines = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
     for line in lines:
         shutil.copy(pictures / line["file_name"], tmp_path)
@@ -580,18 +581,18 @@ def test_bad_samples_are_left_out_and_named(models, pictures, tmp_path):
         ({"max_train_steps": -1}, "max_train_steps"),
     ],
 )
-def test_wrong_options_are_named(changes, message):
+def test_errors_name_the_invalid_option(changes, message):
     options = arguments(ROOT, ROOT, "out", **changes)
     with pytest.raises(ValueError, match=message):
         check_args(parse_args("", ["constant"], options))
 
 
-def test_average_and_encoder_are_both_read_back(models, trained):
+def test_encoder_and_average_can_be_loaded_from_a_checkpoint(models, trained):
     for name in ("ssr_encoder", "ssr_encoder_ema"):
         assert SSREncoder.from_pretrained(trained / "checkpoint-4", subfolder=name).config.inner_dim == 16
 
 
-def test_without_a_resolution_the_base_models_is_used(models, pictures):
+def test_the_default_resolution_is_that_of_the_base_model(models, pictures):
     args = parse_args(None, [], arguments(models, pictures, "out", resolution=None))
     check_args(args)
     pipe, _ = train_ssr.load_models(args)

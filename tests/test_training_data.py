@@ -1,4 +1,4 @@
-"""Rows and samples for training: every source, the order, and what is unusable."""
+"""Rows and samples for training: all sources, their order, and unusable rows."""
 
 import bz2
 import gzip
@@ -54,7 +54,7 @@ def keyed(count: int) -> list[dict]:
     return [{"__key__": str(index)} for index in range(count)]
 
 
-def test_each_epoch_holds_every_row_once_in_an_order_of_its_own():
+def test_each_epoch_has_every_row_once_in_a_new_order():
     read = names(FiniteRows(keyed(10), seed=0, batch_size=4), 30)
     epochs = [read[:10], read[10:20], read[20:]]
     assert all(sorted(epoch, key=int) == [str(i) for i in range(10)] for epoch in epochs)
@@ -63,7 +63,7 @@ def test_each_epoch_holds_every_row_once_in_an_order_of_its_own():
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_the_processes_together_read_what_one_reads(processes):
+def test_several_processes_together_read_the_rows_of_one_process(processes):
     alone = names(FiniteRows(keyed(11), 0, 2 * processes), 60)
     each = [names(FiniteRows(keyed(11), 0, 2, index, processes), 60 // processes) for index in range(processes)]
     together = [row for start in range(0, 60 // processes, 2) for read in each for row in read[start : start + 2]]
@@ -71,7 +71,7 @@ def test_the_processes_together_read_what_one_reads(processes):
 
 
 @pytest.mark.parametrize("at", [1, 10, 11, 23])
-def test_reading_goes_on_where_it_stopped(at, tmp_path):
+def test_reading_continues_from_a_position(at, tmp_path):
     for number in range(3):
         write_shard(tmp_path / f"{number}.tar", {f"{number}{i}.txt": b"a" for i in range(4)})
     stream = load_rows(tmp_path)
@@ -95,7 +95,7 @@ def test_streams_are_shuffled_and_divided_among_processes(tmp_path):
     assert len(set(sum(each, []))) == 18
 
 
-def test_a_shards_files_become_columns(tmp_path):
+def test_files_of_a_shard_become_columns(tmp_path):
     write_shard(
         tmp_path / "a.tar",
         {
@@ -110,7 +110,7 @@ def test_a_shards_files_become_columns(tmp_path):
 
 
 def folder_of_everything(folder) -> None:
-    """One usable picture and one of each kind of bad row."""
+    """Writes a folder with one usable row and each kind of bad row."""
     (folder / "good.png").write_bytes(PICTURE)
     (folder / "truncated.png").write_bytes(PICTURE[: len(PICTURE) // 2])
     (folder / "text.png").write_bytes(b"this is no picture")
@@ -135,7 +135,7 @@ PREPARE = Preparation(Columns(), make_image_processor(), 16, 16)
 
 
 @pytest.mark.parametrize("threads", [0, 3])
-def test_bad_rows_are_left_out_and_named(tmp_path, threads):
+def test_bad_rows_are_left_out_and_reported(tmp_path, threads):
     folder_of_everything(tmp_path)
     rows = load_rows(tmp_path)
     for index, row in enumerate(rows):
@@ -162,7 +162,7 @@ def test_bad_rows_are_left_out_and_named(tmp_path, threads):
     assert "and 2 more" in summary(samples.bad, most=len(rows) - 3)
 
 
-def test_bad_rows_in_a_stream(tmp_path):
+def test_bad_rows_in_a_stream_are_left_out_and_reported(tmp_path):
     texts = json.dumps({"text": "a cat", "query": "cat"}).encode()
     write_shard(
         tmp_path / "1.tar",
@@ -184,14 +184,14 @@ TEXTS = {"text": "a cat", "query": "cat"}
 
 
 def entry(name: str, content: bytes = b"", size: int | None = None, kind: bytes = tarfile.REGTYPE) -> bytes:
-    """A tar entry, whatever size it says it has."""
+    """A tar entry. `size` is the declared size, which can differ from the real one."""
     member = tarfile.TarInfo(name)
     member.size, member.type = len(content) if size is None else size, kind
     return member.tobuf(tarfile.GNU_FORMAT) + content + b"\0" * (-len(content) % 512)
 
 
 def sparse_entry(name: str, size: int) -> bytes:
-    """An entry without content that is `size` zeros when it is read: GNU tar's sparse files."""
+    """An entry without content that is read as `size` zeros, as in sparse files of GNU tar."""
     header = bytearray(entry(name, kind=tarfile.GNUTYPE_SPARSE))
     header[483:495] = b"\x80" + size.to_bytes(11, "big")
     header[148:156] = b" " * 8
@@ -217,7 +217,7 @@ BAD_SHARDS = {
 
 
 @pytest.mark.parametrize("kind", BAD_SHARDS)
-def test_shards_that_ask_for_too_much_are_left_out(tmp_path, kind):
+def test_shards_that_exceed_the_size_limits_are_left_out(tmp_path, kind):
     (tmp_path / "0.tar").write_bytes(BAD_SHARDS[kind])
     (tmp_path / "1.tar").write_bytes(GOOD)
     samples = Samples(StreamedRows(load_rows(tmp_path), 0, 1), PREPARE)
@@ -239,7 +239,7 @@ def test_shards_that_ask_for_too_much_are_left_out(tmp_path, kind):
         {"query": ["cat"] * 10**5}, {"query": ["cat", 3]}, {"query": []},
     ],
 )  # fmt: skip
-def test_what_a_shards_json_says_is_a_bad_sample_at_worst(tmp_path, columns):
+def test_invalid_json_values_in_a_shard_are_a_bad_sample(tmp_path, columns):
     with_picture = entry("0.png", PICTURE) * ("image" not in columns)
     (tmp_path / "0.tar").write_bytes(with_picture + entry("0.json", json.dumps({**TEXTS, **columns}).encode()) + GOOD)
     samples = Samples(StreamedRows(load_rows(tmp_path), 0, 1), PREPARE)
@@ -249,7 +249,7 @@ def test_what_a_shards_json_says_is_a_bad_sample_at_worst(tmp_path, columns):
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_a_shards_own_picture_counts_whatever_its_json_names(tmp_path, order):
+def test_a_picture_in_a_shard_takes_precedence_over_its_json(tmp_path, order):
     described = json.dumps({**TEXTS, "image": "/etc/hostname", "__key__": "x", "__error__": "y"}).encode()
     parts = [entry("0.png", PICTURE), entry("0.json", described)][::order]
     (tmp_path / "0.tar").write_bytes(b"".join(parts))
@@ -260,7 +260,7 @@ def test_a_shards_own_picture_counts_whatever_its_json_names(tmp_path, order):
     assert row["image"] == again["image"] == PICTURE and row["__key__"].endswith("0.tar:0") and "__error__" not in row
 
 
-def test_numbered_files_of_a_shard_are_a_list_in_their_order(tmp_path):
+def test_numbered_files_of_a_shard_become_a_sorted_list(tmp_path):
     order = [10, 0, 2]
     entries = [entry(f"0.reference.{number}.png", bytes([number]) * 9) for number in order]
     described = {"reference": "named in JSON as well", "a.1": "x", "a": "y"}
@@ -270,7 +270,7 @@ def test_numbered_files_of_a_shard_are_a_list_in_their_order(tmp_path):
     assert second["image"] == PICTURE
 
 
-def test_pipes_and_folders_are_left_out_and_named(tmp_path):
+def test_pipes_and_folders_are_left_out_and_reported(tmp_path):
     for name in ("0.tar", "picture.png"):
         os.mkfifo(tmp_path / name)
     (tmp_path / "1.tar").mkdir()
@@ -283,7 +283,7 @@ def test_pipes_and_folders_are_left_out_and_named(tmp_path):
         open_picture(tmp_path / "picture.png")
 
 
-def test_names_that_lead_out_of_the_folder_are_refused(tmp_path):
+def test_paths_outside_of_the_folder_are_rejected(tmp_path):
     inside, outside = tmp_path / "set" / "a", tmp_path / "outside.png"
     inside.mkdir(parents=True)
     outside.write_bytes(PICTURE)
@@ -303,7 +303,7 @@ def test_names_that_lead_out_of_the_folder_are_refused(tmp_path):
     assert all("lies outside of" in samples.bad[str(index)] for index in (2, 3, 4, 5, 11, 13))
 
 
-def test_a_table_that_names_files_does_not_open_them(tmp_path, monkeypatch):
+def test_file_names_in_a_table_are_not_opened(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
     (tmp_path / "secret.png").write_bytes(PICTURE)
@@ -319,7 +319,7 @@ def test_a_table_that_names_files_does_not_open_them(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1" * 100, "pipe"])
-def test_a_table_that_is_none_is_named_at_once(tmp_path, content):
+def test_an_unreadable_parquet_file_raises_an_error(tmp_path, content):
     if content == "pipe":
         os.mkfifo(tmp_path / "a.parquet")
     else:
@@ -346,7 +346,7 @@ def test_tables_with_broken_pictures_do_not_crash(tmp_path, monkeypatch):
         assert len(samples.bad) >= 1
 
 
-def test_rows_that_datasets_reads_from_shards_itself(tmp_path):
+def test_shards_that_datasets_reads_itself(tmp_path):
     write_shard(tmp_path / "a.tar", {"1.png": PICTURE, "1.json": b'{"text": "a cat", "query": "cat"}'})
     stream = datasets.load_dataset("webdataset", data_files=str(tmp_path / "a.tar"), split="train", streaming=True)
     stream = stream.cast_column("png", datasets.Image(decode=False))
@@ -354,25 +354,25 @@ def test_rows_that_datasets_reads_from_shards_itself(tmp_path):
     assert sample["caption"] == "a cat"
 
 
-def test_a_set_without_any_usable_row_is_an_error():
+def test_a_training_set_without_usable_rows_raises_an_error():
     with pytest.raises(ValueError, match="No row of the training set can be used"):
         next(iter(Samples(FiniteRows([{}, {}], 0, 1, 1, 3), PREPARE)))
 
 
 @pytest.mark.parametrize("given", [{}, {"train_data_dir": ".", "dataset_name": "a"}, {"train_data_dir": "nowhere"}])
-def test_a_missing_set_is_named(given):
+def test_a_missing_training_set_raises_an_error(given):
     with pytest.raises(ValueError, match="train_data_dir"):
         load_rows(**given)
 
 
-def test_an_empty_folder_is_an_error(tmp_path):
+def test_an_empty_folder_raises_an_error(tmp_path):
     with pytest.raises(ValueError, match="metadata"):
         load_rows(tmp_path)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
-def test_metadata_as_spreadsheets_save_it(tmp_path, encoding, suffix):
+def test_metadata_in_the_encodings_of_spreadsheets(tmp_path, encoding, suffix):
     (tmp_path / "1.png").write_bytes(PICTURE)
     text = "file_name,text,query\r\n1.png,a café,café\r\n"
     if suffix == "jsonl":
@@ -391,21 +391,21 @@ def test_csv_metadata_in_a_subfolder(tmp_path):
 
 
 def striped(size=(48, 32)) -> Image.Image:
-    """Red left, green middle, blue right."""
+    """A picture that is red on the left, green in the middle and blue on the right."""
     picture = Image.new("RGB", size, (0, 255, 0))
     picture.paste((255, 0, 0), (0, 0, 8, size[1]))
     picture.paste((0, 0, 255), (size[0] - 8, 0, *size))
     return picture
 
 
-def test_a_reference_that_is_the_target_shows_what_the_target_shows():
+def test_a_reference_that_is_also_the_target_is_cropped_like_it():
     processor = make_image_processor()
     mask = Image.new("L", (48, 32))
     mask.paste(255, (8, 0, 24, 32))
     row = {"image": encoded(striped()), "mask": encoded(mask), "text": "a wall"}
     sample = Preparation(Columns(mask="mask"), processor, 16)(row)
     assert sample["queries"] == ["a wall"]
-    # the square holds the middle alone
+    # the central square only contains the middle
     assert torch.equal(sample["pixel_values"], torch.tensor([-1.0, 1.0, -1.0]).view(3, 1, 1).expand(3, 16, 16))
     assert sample["reference_values"][0].flatten(1).std(1).max() < 1e-5
     assert sample["masks"][0].mean((0, 1)).round().tolist() == [1.0] * 16 + [0.0] * 16
@@ -413,7 +413,7 @@ def test_a_reference_that_is_the_target_shows_what_the_target_shows():
     assert empty(row)["queries"] == [""] and empty({**row, "query": "wall"})["queries"] == ["wall"]
 
 
-def test_a_reference_of_its_own_is_shown_whole():
+def test_a_separate_reference_is_not_cropped():
     row = {"image": PICTURE, "reference": encoded(striped()), "text": "a wall", "query": "wall"}
     sample = Preparation(Columns(reference="reference"), make_image_processor(), 16)(row)
     red, green, blue = sample["reference_values"][0]
@@ -421,8 +421,8 @@ def test_a_reference_of_its_own_is_shown_whole():
 
 
 @pytest.mark.parametrize("kind", ["folder", "parquet", "shard"])
-def test_a_row_may_hold_several_subjects(tmp_path, kind):
-    """Lists of references, queries and masks, with one mask left empty, from every kind of training set."""
+def test_a_row_can_have_several_subjects(tmp_path, kind):
+    """The row has lists of references, queries and masks, and one mask is empty, in all kinds of training sets."""
     references = [encoded(striped()), PICTURE]
     mask = Image.new("L", (48, 32))
     mask.paste(255, (8, 0, 24, 32))
@@ -463,7 +463,7 @@ def test_a_row_may_hold_several_subjects(tmp_path, kind):
     assert [each is not None for each in sample["masks"]] == [kind != "shard", False]
 
 
-def test_what_is_no_list_holds_for_every_subject():
+def test_a_value_that_is_not_a_list_applies_to_every_subject():
     prepare = Preparation(Columns(reference="reference"), make_image_processor(), 16)
     row = {"image": PICTURE, "text": "a wall", "reference": encoded(striped())}
     sample = prepare({**row, "query": ["wall", "floor"]})
@@ -473,7 +473,7 @@ def test_what_is_no_list_holds_for_every_subject():
 @pytest.mark.parametrize(
     "changed", [{"query": ["a", "b", "c"]}, {"query": []}, {"query": ["a", ""]}, {"query": ["a", 3]}]
 )
-def test_lists_that_do_not_fit_are_a_bad_sample(changed):
+def test_invalid_lists_are_a_bad_sample(changed):
     prepare = Preparation(Columns(reference="reference"), make_image_processor(), 16)
     with pytest.raises(BadSample, match="query"):
         prepare({"image": PICTURE, "text": "a wall", "reference": [PICTURE, PICTURE], **changed})
@@ -486,7 +486,7 @@ def test_a_mask_that_does_not_fit_is_a_bad_sample():
             prepare({"image": PICTURE, "mask": encoded(mask), "text": "a", "query": "b"})
 
 
-def test_pictures_come_upright_and_without_transparency():
+def test_pictures_are_opened_upright_and_without_transparency():
     picture = Image.new("RGBA", (20, 10), (255, 0, 0, 0))
     assert open_picture(picture).getpixel((0, 0)) == (255, 255, 255)
     exif = Image.Exif()
@@ -496,7 +496,7 @@ def test_pictures_come_upright_and_without_transparency():
     assert open_picture(buffer.getvalue()).size == (10, 20)
 
 
-def test_the_cache_knows_content_and_settings(tmp_path):
+def test_cache_entries_depend_on_content_and_settings(tmp_path):
     cache = FeatureCache(tmp_path, {"resolution": 16})
     digest = cache.digest(b"picture", b"a cat")
     assert cache.load(digest) is None
@@ -505,7 +505,7 @@ def test_the_cache_knows_content_and_settings(tmp_path):
     others = [cache.digest(b"picture", b"a dog"), cache.digest(b"picturea", b" cat")]
     others.append(FeatureCache(tmp_path, {"resolution": 32}).digest(b"picture", b"a cat"))
     assert len({digest, *others}) == 4
-    # a file that was cut off is as good as none
+    # a truncated file is treated like a missing file
     file = next(tmp_path.rglob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:20])
     assert cache.load(digest) is None

@@ -1,5 +1,5 @@
-"""The UNet during a call with a subject: stock between its forward passes, whatever wraps it, whatever size it draws, however
-its batch changes, and whoever else uses it."""
+"""The hooks in the UNet during a call with a subject: with wrapped UNets, different output sizes, batches that change,
+and other calls that use the same UNet."""
 
 import threading
 
@@ -18,7 +18,7 @@ from torch import nn
 
 
 def other_pipe(pipe, cls=StableDiffusionSSRPipeline):
-    """A pipeline on the same components, with a scheduler of its own."""
+    """Returns a pipeline with the same components and a new scheduler."""
     other = cls.from_pipe(pipe, scheduler=DDIMScheduler.from_config(pipe.scheduler.config))
     other.set_progress_bar_config(disable=True)
     return other
@@ -33,7 +33,7 @@ def subject(pipe):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_unet_is_afterwards_what_it_was(fails):
+def test_the_unet_is_unchanged_afterwards(fails):
     unet = make_unet()
     before = snapshot(unet)
     try:
@@ -58,7 +58,7 @@ def test_the_unet_is_stock_in_every_callback(pipe, subject):
 
 
 def test_the_layers_are_stock_between_steps(pipe, subject, monkeypatch):
-    """Also outside of callbacks: all that stands in the UNet is the watch on its own forward pass."""
+    """Also outside of callbacks, the UNet itself is the only module with a hook between steps."""
     before, seen = snapshot(pipe.unet), []
     step = pipe.scheduler.step
 
@@ -72,7 +72,7 @@ def test_the_layers_are_stock_between_steps(pipe, subject, monkeypatch):
     assert seen == [True, True]
 
 
-def test_what_a_callback_sets_acts_and_stays(pipe, subject):
+def test_attention_processors_set_in_a_callback_are_used_and_kept(pipe, subject):
     class Louder(AttnProcessor2_0):
         def __call__(self, *args, **kwargs):
             return 50 * super().__call__(*args, **kwargs)
@@ -93,7 +93,7 @@ def test_what_a_callback_sets_acts_and_stays(pipe, subject):
 
 
 @pytest.mark.parametrize("with_subject", [False, True])
-def test_the_ip_adapters_own_callback_acts(with_subject):
+def test_ip_adapter_scale_cutoff_callback(with_subject):
     pipe = fresh_pipe()
     for what in ("ip", "ssr"):
         load(pipe, what)
@@ -104,8 +104,8 @@ def test_the_ip_adapters_own_callback_acts(with_subject):
     assert np.abs(cut - without).max() > 1e-4
 
 
-def test_a_callback_may_exchange_the_unet(pipe, subject):
-    """The next steps draw with the other one, and with the subject."""
+def test_a_callback_can_replace_the_unet(pipe, subject):
+    """The next steps use the other UNet, also with the subject."""
     other, first = make_unet(seed=5), pipe.unet
     before = [snapshot(unet) for unet in (first, other)]
     passes = []
@@ -125,8 +125,8 @@ def test_a_callback_may_exchange_the_unet(pipe, subject):
     assert [h for each in snapshot(other)[2][1:] for h in each] == [h for each in before[1][2][1:] for h in each]
 
 
-def test_a_callback_may_change_cross_attention_kwargs(pipe, subject):
-    """The subject is not lost with them."""
+def test_a_callback_can_change_cross_attention_kwargs(pipe, subject):
+    """The subject still has an effect."""
     expected = pipe(**call_args(subject=subject)).images
 
     def callback(pipe, step, timestep, callback_kwargs):
@@ -137,7 +137,7 @@ def test_a_callback_may_change_cross_attention_kwargs(pipe, subject):
 
 
 @pytest.mark.parametrize("with_subject", [False, True])
-def test_the_callers_cross_attention_kwargs_reach_the_unet(pipe, subject, with_subject):
+def test_user_defined_cross_attention_kwargs_reach_the_unet(pipe, subject, with_subject):
     seen = []
     pipe.unet.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
     extra = {"subject": subject} if with_subject else {}
@@ -145,9 +145,9 @@ def test_the_callers_cross_attention_kwargs_reach_the_unet(pipe, subject, with_s
     assert [each["cross_attention_kwargs"]["scale"] for each in seen] == [0.5, 0.5]
 
 
-def test_a_call_whose_unet_never_sees_the_subject_is_an_error(pipe, subject):
+def test_a_call_whose_unet_does_not_get_the_subject_raises_an_error(pipe, subject):
     class Deaf(nn.Module):
-        """Drops what it does not know."""
+        """A wrapper that does not pass `cross_attention_kwargs` to the UNet."""
 
         def __init__(self, unet):
             super().__init__()
@@ -167,11 +167,11 @@ def test_a_call_whose_unet_never_sees_the_subject_is_an_error(pipe, subject):
         pipe(**call_args(subject=subject))
 
 
-# Whatever wraps the UNet
+# Wrappers around the UNet
 
 
 class Passing(nn.Module):
-    """A wrapper of the user's that passes attributes on."""
+    """A user-defined wrapper that forwards calls and attributes."""
 
     def __init__(self, unet):
         super().__init__()
@@ -188,14 +188,14 @@ class Passing(nn.Module):
 
 
 class ByName(Passing):
-    """The same, with all arguments by name."""
+    """Passes all arguments by keyword."""
 
     def forward(self, sample, timestep, encoder_hidden_states=None, **kwargs):
         return self.inner(sample=sample, timestep=timestep, encoder_hidden_states=encoder_hidden_states, **kwargs)
 
 
 class PassingObject:
-    """The same, and no module."""
+    """The same wrapper as `Passing`, but not an `nn.Module`."""
 
     def __init__(self, unet):
         self.inner = unet
@@ -208,7 +208,7 @@ class PassingObject:
 
 
 class Parallel(nn.parallel.DataParallel):
-    """As DDP wraps a model, with the attributes that a pipeline reads."""
+    """A wrapper like DDP, with the attributes of the model that a pipeline reads."""
 
     def __getattr__(self, name):
         try:
@@ -251,7 +251,7 @@ WRAPPERS = [
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("wrapper", WRAPPERS, ids=lambda wrapper: getattr(wrapper, "__name__", "both"))
-def test_any_wrapper_around_the_unet(pipe, subject, wrapper):
+def test_wrappers_around_the_unet(pipe, subject, wrapper):
     torch._dynamo.reset()
     unet = pipe.unet
     expected = [pipe(**call_args(**extra)).images for extra in ({"subject": subject}, {})]
@@ -264,8 +264,8 @@ def test_any_wrapper_around_the_unet(pipe, subject, wrapper):
     assert snapshot(unet) == before
 
 
-def test_the_outermost_compiled_module_is_watched():
-    """Hooks inside it would be compiled in."""
+def test_the_outermost_compiled_module_gets_the_hooks():
+    """Hooks inside of it would become part of the compiled graph."""
     unet = make_unet()
     wrapped, in_place, optimized = Passing(unet), Passing(unet), compiled(unet)
     in_place.compile(backend="eager")
@@ -277,20 +277,21 @@ def test_the_outermost_compiled_module_is_watched():
     assert unet_hooks._outermost_compiled(Passing(with_compiled_block(unet)), unet) is unet
 
 
-def test_something_else_than_a_unet_is_refused(pipe, subject):
+def test_a_module_that_is_not_a_unet_is_rejected(pipe, subject):
     pipe.unet = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="`unet` has to be, or to wrap, a UNet.*Linear"):
         pipe(**call_args(subject=subject))
 
 
-# Any size
+# Output sizes
 
 
 @pytest.mark.parametrize("size", [(40, 72), (72, 40), (24, 56), (16, 128), (48, 112)])
 @pytest.mark.parametrize("mask_size", [(64, 64), (30, 50)])
-def test_a_region_fits_every_size_that_the_pipeline_draws(pipe, subject, size, mask_size):
-    """Levels of odd heights and widths, masks of other proportions: outside of the region the first step's prediction of the
-    deepest layers is what it is without a subject, and a region of everything is no region."""
+def test_regions_with_different_output_sizes(pipe, subject, size, mask_size):
+    """Some sizes have odd heights and widths at some levels, and the mask can have a different aspect ratio. A region
+    that covers the whole picture gives the same picture as no region, and a region on the left half a different
+    one."""
     everywhere = np.ones(mask_size, np.float32)
     left = everywhere.copy()
     left[:, mask_size[1] // 2 :] = 0
@@ -310,7 +311,7 @@ def test_latents_of_another_size(pipe, subject):
     assert np.isfinite(image).all()
 
 
-# A batch that changes
+# Batches that change during a call
 
 
 def by_hand(pipe, step, timestep, callback_kwargs):
@@ -332,8 +333,9 @@ CUTOFFS = {
 
 
 @pytest.mark.parametrize("way", CUTOFFS)
-def test_guidance_switched_off_in_a_callback(pipe, subject, way):
-    """What is left in the batch is the conditional half: from then on each step is one of a call without guidance."""
+def test_a_callback_can_disable_guidance(pipe, subject, way):
+    """Only the conditional half of the batch remains. The steps after that agree with those of a call without
+    guidance."""
     seen = {}
 
     def keep(name):
@@ -358,7 +360,7 @@ def test_guidance_switched_off_in_a_callback(pipe, subject, way):
     torch.testing.assert_close(seen["alone"][2][1], seen["cut"][2][1], atol=1e-5, rtol=1e-5)
 
 
-def test_guidance_switched_on_in_a_callback(pipe, subject):
+def test_a_callback_can_enable_guidance(pipe, subject):
     negative, prompt = (pipe.encode_prompt(text, "cpu", 1, False)[0] for text in ("", "a cat on the beach"))
     sizes = []
     pipe.unet.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
@@ -374,7 +376,7 @@ def test_guidance_switched_on_in_a_callback(pipe, subject):
     assert sizes == [1, 2, 2] and np.isfinite(images).all()
 
 
-def test_a_batch_that_cannot_be_understood_is_refused(pipe, subject):
+def test_an_unknown_batch_layout_is_rejected(pipe, subject):
     pipe.unet.register_forward_pre_hook(
         lambda module, args, kwargs: ((args[0].repeat(3, 1, 1, 1), *args[1:]), kwargs), with_kwargs=True
     )
@@ -382,11 +384,11 @@ def test_a_batch_that_cannot_be_understood_is_refused(pipe, subject):
         pipe(**call_args(subject=subject))
 
 
-# One UNet for several calls
+# Several calls with one UNet
 
 
 def calls_in_callbacks(pipe, subject):
-    """What a callback may draw with the UNet of the call that it belongs to."""
+    """Returns the calls that a callback makes with the UNet of its own call."""
     dog = pipe.encode_subject(make_picture(3), "dog").scaled(1.0)
     return {
         "stock": lambda: other_pipe(pipe, StableDiffusionPipeline)(**call_args(num_inference_steps=1)).images,
@@ -410,8 +412,9 @@ def test_calls_inside_callbacks(pipe, subject, inner):
     assert len(drawn) == 2 and all(np.array_equal(each, alone) for each in drawn)
 
 
-def test_two_calls_whose_callbacks_draw_with_each_others_unet(pipe, subject, components, one_thread):
-    """Each call waits, in its first callback, until the other one is in its own; then both draw with the other's pipeline."""
+def test_callbacks_of_two_calls_draw_with_the_unet_of_the_other_call(pipe, subject, components, one_thread):
+    """In each callback, the call waits until the other call is also in a callback. Then both draw with the pipeline of
+    the other."""
     second = StableDiffusionSSRPipeline(**{**components, "unet": make_unet(seed=4)}, **{
         name: pipe.components[name] for name in ("ssr_encoder", "ssr_image_encoder", "ssr_image_processor")
     }, requires_safety_checker=False)  # fmt: skip
@@ -439,7 +442,7 @@ def test_two_calls_whose_callbacks_draw_with_each_others_unet(pipe, subject, com
 
 
 def test_threads_that_share_one_pipeline(pipe, one_thread):
-    """One pipeline object, its scheduler included: each call gets its own picture."""
+    """The threads also share the scheduler of the pipeline, and each call returns its own picture."""
     subjects = [pipe.encode_subject(make_picture(seed), "cat").scaled(1.0) for seed in range(3)] + [None]
     expected = [pipe(**call_args(subject=each)).images for each in subjects]
     results = {}
@@ -458,8 +461,8 @@ def test_threads_that_share_one_pipeline(pipe, one_thread):
     assert len(results) == 20
 
 
-def test_ctrl_c_leaves_nothing_behind(pipe, subject):
-    """Interrupted inside a layer, where torch calls no hook any more."""
+def test_ctrl_c_leaves_the_unet_unchanged(pipe, subject):
+    """The call is interrupted inside a layer, so torch does not call the remaining hooks."""
     before, interrupt = snapshot(pipe.unet), [True]
     processors = dict(pipe.unet.attn_processors)
 
