@@ -119,7 +119,7 @@ class SSRAttnProcessor2_0:
         problem = None if visit is None or output is None else visit.problem()
         if problem is not None:
             raise ValueError(
-                f"A subject cannot act with the attention processor {type(attn.processor).__name__}: {problem}."
+                f"A subject cannot be used with the attention processor {type(attn.processor).__name__}: {problem}."
             )
 
 

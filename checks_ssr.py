@@ -34,9 +34,12 @@ def check_references(image, query, mask) -> list[tuple[object, Image.Image, str,
 def _check_reference(image, query, mask) -> None:
     if image is None:
         what = f"`subject_query` is {query!r}" if mask is None else "`subject_mask` is given"
-        raise ValueError(f"{what}, but `subject_image` is missing: it needs its picture.")
+        raise ValueError(f"{what}, but `subject_image` is missing: pass the picture of the subject.")
     if query is None and mask is None:
-        raise ValueError("`subject_image` is given, but `subject_query` is missing: say which thing in it is meant.")
+        raise ValueError(
+            "`subject_image` is given, but `subject_query` is missing: pass the name of the subject, or a mask of it in"
+            " `subject_mask`."
+        )
     if query is not None and (not isinstance(query, str) or not query.strip() and mask is None):
         raise ValueError(f"`subject_query` has to be a text that names the subject, but is {query!r}.")
 
@@ -60,11 +63,11 @@ def check_unknown_arguments(given, stock, own) -> None:
     ours (for example `subject_scal`). Stock calls with `**kwargs` would ignore it silently."""
     for name in given:
         if name in _OTHER_NAMES:
-            raise ValueError(f"`{name}` is no argument of this pipeline; did you mean `{_OTHER_NAMES[name]}`?")
+            raise ValueError(f"`{name}` is not an argument of this pipeline; did you mean `{_OTHER_NAMES[name]}`?")
         # an unknown argument that begins with "subject" is always treated as one of ours
         near = difflib.get_close_matches(name, own, n=1, cutoff=0.0 if name.startswith("subject") else 0.8)
         if name not in stock and near:
-            raise ValueError(f"`{name}` is no argument of this pipeline; did you mean `{near[0]}`?")
+            raise ValueError(f"`{name}` is not an argument of this pipeline; did you mean `{near[0]}`?")
 
 
 def one_for_each(names: str, subjects: list, num_prompts: int) -> list:
@@ -86,7 +89,7 @@ def check_subjects(subject, num_prompts: int, check_encoder) -> list[subject_req
     for each in embeds:
         check_encoder(each)
     if not embeds:
-        raise ValueError("`subject` holds None alone: leave it out to draw without a subject.")
+        raise ValueError("`subject` holds only None: leave it out to draw without a subject.")
     moving = {row.frames for row in rows if row.frames != (0,)}
     if moving and len({row.frames for row in rows}) > 1:
         raise ValueError(
@@ -119,10 +122,11 @@ def _row_of_keyframes(keyframes: dict) -> subject_request.SubjectRow:
     shapes = {tuple(s.embeds.shape[1] for s in each.subjects) for each in subjects}
     if len(shapes) > 1:
         raise ValueError(
-            f"`subject` has to have as many subjects and tokens at one keyframe as at another, but has {sorted(shapes)}."
+            f"`subject` has to have the same numbers of subjects and tokens at all keyframes, but has"
+            f" {sorted(shapes)}."
         )
     if len(frames) > 1 and any(s.counts is not None for each in subjects for s in each.subjects):
-        raise ValueError("`subject` cannot be blended between keyframes where it is compact: its tokens do not match.")
+        raise ValueError("`subject` cannot be compact with keyframes: the tokens of two keyframes do not correspond.")
     return subject_request.SubjectRow(
         tuple(keyframes[frame] for frame in frames), tuple(frames) if len(frames) > 1 else (0,)
     )
@@ -157,7 +161,7 @@ def check_fits_unet(unet, encoder) -> None:
     config, unet = encoder.config, unet_hooks.find_unet(unet)
     if library_internals.uses_split_inference(unet):
         raise ValueError(
-            "A subject cannot act under FreeNoise's split inference, which splits the frames but not the"
+            "A subject cannot be used with FreeNoise's split inference, which splits the frames but not the"
             " subject: call `enable_free_noise` without `enable_free_noise_split_inference`."
         )
     for name, width in config.attention_layers.items():
@@ -202,11 +206,11 @@ def check_in_controlnet(rows: list[subject_request.SubjectRow], has_controlnet: 
     if not has_controlnet:
         raise ValueError(f"`subject_in_controlnet` is True, but {pipeline_name} has no ControlNet.")
     if any(len(row.frames) > 1 for row in rows):
-        raise ValueError("`subject_in_controlnet` takes no subjects by keyframe.")
+        raise ValueError("`subject_in_controlnet` does not support subjects with keyframes.")
     counts = {0 if each is None else len(each.subjects) for row in rows for each in row.keyframes}
     if len(counts) > 1:
         raise ValueError(
-            f"`subject_in_controlnet` needs as many subjects for one prompt as for another, but got {sorted(counts)}."
+            f"`subject_in_controlnet` needs the same number of subjects for all prompts, but got {sorted(counts)}."
         )
     subjects = (s for row in rows for each in row.keyframes if each is not None for s in each.subjects)
     if any(subject.counts is not None for subject in subjects):

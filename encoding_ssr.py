@@ -216,7 +216,7 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
                 "The encoders of this pipeline are not loaded, or were dropped: call `load_ssr` before encoding a subject."
             )
         if self.text_encoder is None:
-            raise ValueError("`text_encoder` is None, but a query needs it: encode subjects before taking it away.")
+            raise ValueError("`text_encoder` is None, but a query needs it: encode subjects before removing it.")
         if self.ssr_image_processor is None:
             self.register_modules(
                 ssr_image_processor=image_processing_ssr.default_image_processor(self.ssr_image_encoder)

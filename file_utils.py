@@ -33,7 +33,7 @@ def check_regular_file(file: str | os.PathLike, name: str) -> None:
     except ValueError as error:  # a zero byte, or a character that the file system cannot encode
         raise ValueError(f"`{name}`: {os.fspath(file)!r} cannot be the name of a file: {error}.") from error
     if not regular:
-        raise ValueError(f"`{name}`: {os.fspath(file)!r} is no regular file.")
+        raise ValueError(f"`{name}`: {os.fspath(file)!r} is not a regular file.")
 
 
 @contextmanager

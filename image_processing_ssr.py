@@ -67,7 +67,7 @@ def open_image(file: str | os.PathLike | bytes, name: str = "image", max_pixels:
     try:
         image = Image.open(BytesIO(file) if isinstance(file, bytes) else file, formats=formats)
     except UnidentifiedImageError as error:
-        raise ValueError(f"`{name}` cannot be decoded: it is of no known format, or cut off in its header.") from error
+        raise ValueError(f"`{name}` cannot be decoded: its format is unknown, or its header is truncated.") from error
     except Exception as error:  # a parser that meets arbitrary bytes may raise anything
         raise ValueError(f"`{name}` cannot be decoded: {_reason(error)}.") from error
     with image:
@@ -203,7 +203,7 @@ def to_mask(
     if not marked.any():
         raise ValueError(f"`{name}` is empty: it has to mark the subject.")
     if marked.all():
-        raise ValueError(f"`{name}` marks the whole picture: leave it out to mean all of it.")
+        raise ValueError(f"`{name}` marks the whole picture: leave it out to select the whole picture.")
     return Image.fromarray(marked.astype(np.uint8) * 255)
 
 

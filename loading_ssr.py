@@ -318,7 +318,7 @@ def _check_device(model: nn.Module, device: torch.device) -> None:
     if model.device.type not in ("meta", torch.device(device).type):
         raise ValueError(
             f"`{type(model).__name__}` is on {model.device}, but the pipeline runs on {device}: move it there with"
-            f' `.to("{device}")` before `load_ssr`. What is in memory already is taken as it is.'
+            f' `.to("{device}")` before `load_ssr`. Models that are already in memory are not moved.'
         )
 
 
@@ -330,7 +330,7 @@ def _load_image_processor(path, subfolder: str, kwargs) -> CLIPImageProcessor | 
         kwargs = {name: value for name, value in kwargs.items() if name not in others}
         return CLIPImageProcessor.from_pretrained(path, subfolder=subfolder, **kwargs)
     except (EntryNotFoundError, OSError):
-        logger.info(f"{path} holds no {subfolder}; it is made from the vision encoder's config.")
+        logger.info(f"{path} has no {subfolder}: the image processor is created from the vision encoder's config.")
         return None
 
 

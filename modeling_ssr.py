@@ -456,7 +456,7 @@ def _check_layers(attention_layers: Any) -> None:
             raise ValueError(f"`attention_layers` has to name layers of the UNet, but names {name!r:.80}.")
         _check_number(f"attention_layers[{name!r:.80}]", width, MAX_WIDTH)
     if len({_module_name(name) for name in attention_layers}) < len(attention_layers):
-        raise ValueError("`attention_layers` names two layers that differ in '.' and '_' alone.")
+        raise ValueError("`attention_layers` names two layers that differ only in '.' and '_'.")
 
 
 def _check_parameters(
@@ -465,7 +465,9 @@ def _check_parameters(
     of_levels = (num_levels + 1) * inner_dim * (cross_attention_dim + vision_hidden_size)
     count = of_levels + 2 * cross_attention_dim * (sum(layers.values()) + 1)
     if count > MAX_PARAMETERS:
-        raise ValueError(f"An encoder of these sizes has {count:,} weights, more than any: {MAX_PARAMETERS:,}.")
+        raise ValueError(
+            f"An encoder of these sizes has {count:,} weights, more than the maximum of {MAX_PARAMETERS:,}."
+        )
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

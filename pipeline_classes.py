@@ -60,7 +60,7 @@ def ssr_pipeline_class(pipeline_class: type[DiffusionPipeline]) -> type[Diffusio
         return pipeline_class
     name, components = pipeline_class.__name__, inspect.signature(pipeline_class.__init__).parameters
     if name in _UNSUITABLE:
-        raise ValueError(f"`pipeline_class` is {name}, but no subject can act in it: {_UNSUITABLE[name]}.")
+        raise ValueError(f"`pipeline_class` is {name}, but it cannot be used with a subject: {_UNSUITABLE[name]}.")
     if not {"unet", "text_encoder", "tokenizer"} <= set(components) or "text_encoder_2" in components:
         raise ValueError(
             f"`pipeline_class` has to be a pipeline of Stable Diffusion 1.5, but {name} has the components"

@@ -132,7 +132,7 @@ def _read_state_dict(argument: str, source: Any) -> Mapping[str, torch.Tensor]:
             path = os.fspath(source)
             # opening a named pipe would block
             if os.path.exists(path) and not os.path.isfile(path):
-                raise ValueError("it is no file")
+                raise ValueError("it is not a file")
             state_dict = load_file(path) if path.endswith(".safetensors") else _load_pickle(path)
         except FileNotFoundError:
             raise
@@ -154,5 +154,5 @@ def _load_pickle(path: str) -> Any:
             # torch does not compress; a compressed entry can be a thousand times larger than the file and fill the
             # memory
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()):
-                raise ValueError("it is compressed, which torch's files are not")
+                raise ValueError("it is compressed, but torch saves uncompressed files")
     return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)

@@ -272,7 +272,7 @@ def _region_values(region: Any) -> np.ndarray:
     else:
         values = image_processing_ssr.mask_values(region, "region", subject_file.MAX_REGION_VALUES)
     if not (values > 0.5).any():
-        raise ValueError("`region` is empty: it has to mark some place, in one frame at least.")
+        raise ValueError("`region` is empty: it has to mark an area in at least one frame.")
     return values
 
 

@@ -60,7 +60,7 @@ def read_subject_file(
             start = file.read(8)
             length = int.from_bytes(start, "little")
             if length > MAX_HEADER_BYTES:
-                raise ValueError("it is no safetensors file, or its header is too long for subjects")
+                raise ValueError("it is not a safetensors file, or its header is too long for subjects")
             header = file.read(length)
             entries = json.loads(header)
             subjects = _described(entries.pop("__metadata__", {}), check_scale)
@@ -99,7 +99,7 @@ def check_layout(layout: Layout, num_subjects: int) -> int:
     known = {f"{number}.{name}" for number in range(num_subjects) for name in TENSORS} | {"fingerprint"}
     unknown = sorted(layout.keys() - known)
     if unknown:
-        raise ValueError(f"it holds {unknown[0]!r}, which belongs to no subject")
+        raise ValueError(f"it holds {unknown[0]!r}, which does not belong to a subject")
     if "fingerprint" in layout:
         _check_tensor(layout, "fingerprint", ("F32",), (MAX_TOKENS, 8))
     for number in range(num_subjects):
@@ -165,7 +165,7 @@ def _check_values(name: str, tensor: torch.Tensor) -> None:
     if not (low >= lowest and high <= highest):
         raise ValueError(f"{name} holds values from {low:g} to {high:g}, but has to hold {lowest:g} to {highest:g}")
     if part == "region" and not high > 0.5:
-        raise ValueError(f"{name} marks no place")
+        raise ValueError(f"{name} is empty")
 
 
 def _described(metadata: dict[str, str], check_scale: Callable[[str, Any], float]) -> list[dict[str, Any]]:

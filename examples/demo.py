@@ -56,7 +56,8 @@ def first_subjects(pipe: DiffusionPipeline, args: argparse.Namespace, count: int
 
 
 def draw_together(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> Row:
-    """Draws the first subjects of two references in one picture, each in its half and at a lower scale (see docs/several.md)."""
+    """Draws the first subjects of two references in one picture, each in its half and at a lower scale (see
+    docs/several.md)."""
     row = []
     subjects = first_subjects(pipe, args, len(args.queries))
     for (first, one, left), (second, other, right) in zip(subjects[::2], subjects[1::2], strict=False):

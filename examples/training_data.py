@@ -237,7 +237,7 @@ def load_rows(
         return _load_tables(tables, streaming)
     rows = read_folder(folder)
     if not rows:
-        raise ValueError(f"`train_data_dir`: the metadata in {folder} names no picture.")
+        raise ValueError(f"`train_data_dir`: the metadata in {folder} does not name any picture.")
     if streaming:
         raise ValueError("`streaming` is for WebDataset shards, Parquet files and datasets by name, not for a folder.")
     return rows
@@ -249,7 +249,7 @@ def _load_tables(tables: list[Path], streaming: bool):
         try:
             pyarrow.parquet.read_metadata(table)
         except Exception as error:  # a parser can raise any exception on corrupted data
-            raise ValueError(f"`train_data_dir`: {table} is cut off or no Parquet file: {error}") from error
+            raise ValueError(f"`train_data_dir`: {table} is truncated or not a Parquet file: {error}") from error
     files = list(map(str, tables))
     dataset = _undecoded(datasets.load_dataset("parquet", data_files=files, split="train", streaming=streaming))
     return dataset.map(_without_paths, batched=True) if streaming else dataset.with_transform(_without_paths)
@@ -519,10 +519,10 @@ class Preparation:
 
 def _text(value, name: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise BadSample(f"{name} is missing or empty" if not value else f"{name} is no text: {value!r:.80}")
+        raise BadSample(f"{name} is missing or empty" if not value else f"{name} is not a text: {value!r:.80}")
     if len(value) > MAX_TEXT or any("\ud800" <= letter <= "\udfff" for letter in value):
         # JSON can contain lone surrogates, which tokenizers and UTF-8 files cannot represent
-        raise BadSample(f"{name} is no text of at most {MAX_TEXT:,} characters: {value!r:.80}")
+        raise BadSample(f"{name} is not a text of at most {MAX_TEXT:,} characters: {value!r:.80}")
     return value.strip()
 
 

@@ -153,7 +153,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.released_aligner is not None and args.ssr_encoder_name_or_path is not None:
         raise ValueError("Pass either `ssr_encoder_name_or_path` or the released files, but not both.")
     if args.image_encoder_name_or_path is None and args.ssr_encoder_name_or_path is None:
-        raise ValueError("`image_encoder_name_or_path` is missing: which CLIP vision encoder reads the references?")
+        raise ValueError("`image_encoder_name_or_path` is missing: pass the CLIP vision encoder for the references.")
     if (args.train_data_dir is None) == (args.dataset_name is None):
         raise ValueError(
             f"Pass either `train_data_dir` or `dataset_name`: got {args.train_data_dir!r} and {args.dataset_name!r}."

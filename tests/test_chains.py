@@ -308,7 +308,7 @@ def test_one_class_for_one_class():
         (diffusers.UNet2DConditionModel, "has to be a pipeline class"),
         ("StableDiffusionPipeline", "has to be a pipeline class"),
         (diffusers.StableDiffusionXLPipeline, "Stable Diffusion 1.5, but StableDiffusionXLPipeline"),
-        (diffusers.StableDiffusionDiffEditPipeline, "no subject can act in it"),
+        (diffusers.StableDiffusionDiffEditPipeline, "cannot be used with a subject"),
     ],
 )
 def test_other_classes_are_refused(wrong, message):
@@ -451,7 +451,10 @@ def test_a_control_picture_of_another_size_is_fitted_as_the_stock_pipeline_does(
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        ({"subject_in_controlnet": True, "subject": "both"}, "`subject_in_controlnet` needs as many subjects"),
+        (
+            {"subject_in_controlnet": True, "subject": "both"},
+            "`subject_in_controlnet` needs the same number of subjects",
+        ),
         ({"subject_in_controlnet": True, "subject": "compact"}, "`subject_in_controlnet` needs a subject with all"),
         ({"controlnet": 64}, "`controlnet` reads text of width 64"),
     ],
@@ -675,9 +678,9 @@ def test_keyframes_for_each_prompt(pipe):
         (lambda cat: {"0": cat}, "subjects by frame"),
         (lambda cat: {}, "subjects by frame"),
         (lambda cat: {0: cat, 2: "dog"}, "a SubjectEmbeds or None at a frame, but holds str"),
-        (lambda cat: {0: cat, 2: cat + cat}, "as many subjects and tokens"),
+        (lambda cat: {0: cat, 2: cat + cat}, "the same numbers of subjects and tokens"),
         (lambda cat: {0: cat.compact(5), 2: cat.compact(5)}, "compact"),
-        (lambda cat: {0: None, 2: None}, "None alone"),
+        (lambda cat: {0: None, 2: None}, "only None"),
         (lambda cat: cat.inside(np.ones((2, 8, 8))), "a region of 2 masks, one for each frame, but the video has 3"),
     ],
 )

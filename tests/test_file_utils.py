@@ -164,7 +164,7 @@ def test_a_full_disk_leaves_the_old_pipeline(tmp_path, request):
 def test_what_is_no_file_is_named(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for file in (tmp_path, tmp_path / "pipe", "/dev/zero"):
-        with pytest.raises(ValueError, match="`table`: .* is no regular file"):
+        with pytest.raises(ValueError, match="`table`: .* is not a regular file"):
             check_regular_file(file, "table")
     with pytest.raises(ValueError, match="`table`: .*cannot be the name of a file"):
         check_regular_file("a\0b", "table")

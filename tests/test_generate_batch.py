@@ -309,7 +309,9 @@ def test_pictures_that_are_none_fail_alone(models, table, tmp_path):
     entries = manifest(tmp_path / "out")
     assert [entry["status"] for entry in entries] == ["failed"] * 6 + ["done"]
     for entry, reason in zip(
-        entries, ["no regular file", "decoded", "81,000,000 pixels", "no regular file", "name", "image"], strict=False
+        entries,
+        ["not a regular file", "decoded", "81,000,000 pixels", "not a regular file", "name", "image"],
+        strict=False,
     ):
         assert reason in entry["error"]
 

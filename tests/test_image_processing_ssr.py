@@ -214,7 +214,7 @@ def test_a_file_that_is_cut_off_is_named(tmp_path, kind, part):
 def test_what_is_no_file_of_a_picture_is_named(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for file in (tmp_path, tmp_path / "pipe"):
-        with pytest.raises(ValueError, match="`photo`.*is no regular file"):
+        with pytest.raises(ValueError, match="`photo`.*is not a regular file"):
             open_image(file, "photo")
     with pytest.raises(ValueError, match="`photo`.*cannot be the name of a file"):
         open_image("photo\0.png", "photo")

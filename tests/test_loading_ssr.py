@@ -398,7 +398,7 @@ def test_the_scale_of_a_lora_reaches_the_query(pipe):
 @pytest.mark.parametrize("with_subject", [False, True])
 def test_an_unknown_argument_of_ours_is_refused_with_the_nearest_name(pipe, name, meant, with_subject):
     extra = {"subject": pipe.encode_subject(make_picture(), "cat")} if with_subject else {}
-    with pytest.raises(ValueError, match=f"`{name}` is no argument of this pipeline; did you mean `{meant}`"):
+    with pytest.raises(ValueError, match=f"`{name}` is not an argument of this pipeline; did you mean `{meant}`"):
         pipe(**call_args(**extra, **{name: 0.5}))
 
 

@@ -261,7 +261,7 @@ SUBJECT = SubjectEmbeds((Subject(torch.zeros(1, 6, 32), torch.zeros(1, 6, 32)),)
         ({"subject": SUBJECT, "subject_query": "cat"}, "either `subject` or `subject_query`"),
         ({"subject": torch.zeros(1, 6, 32)}, "`subject` has to be a SubjectEmbeds.*Tensor"),
         ({"subject": [SUBJECT, SUBJECT]}, "`subject` as a list.*2 for 1"),
-        ({"subject": [None]}, "`subject` holds None alone"),
+        ({"subject": [None]}, "`subject` holds only None"),
         ({"subject": ["cat"]}, "`subject` has to be a SubjectEmbeds.*str"),
         (
             {

@@ -75,5 +75,5 @@ def test_an_empty_file_has_no_rows(tmp_path, name):
 
 def test_a_named_pipe_is_rejected(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="`table`.*no regular file"):
+    with pytest.raises(ValueError, match="`table`.*not a regular file"):
         open_text(tmp_path / "pipe", "table")

@@ -152,7 +152,7 @@ def test_bad_rows_are_left_out_and_reported(tmp_path, threads):
     for reason in (
         "text is missing",
         "query is missing",
-        "text is no text: 3",
+        "text is not a text: 3",
         "image is missing",
         "not JSON",
         "not a JSON object",
@@ -278,8 +278,8 @@ def test_pipes_and_folders_are_left_out_and_reported(tmp_path):
     samples = Samples(StreamedRows(load_rows(tmp_path), 0, 1), PREPARE)
     assert len(list(islice(samples, 2))) == 2
     assert sorted(name[-5:] for name in samples.bad) == ["0.tar", "1.tar"]
-    assert all("is no regular file" in reason for reason in samples.bad.values())
-    with pytest.raises(BadSample, match="image cannot be read: .*no regular file"):
+    assert all("is not a regular file" in reason for reason in samples.bad.values())
+    with pytest.raises(BadSample, match="image cannot be read: .*not a regular file"):
         open_picture(tmp_path / "picture.png")
 
 
@@ -298,7 +298,7 @@ def test_paths_outside_of_the_folder_are_rejected(tmp_path):
     rows = load_rows(tmp_path / "set")
     samples = Samples(FiniteRows([{**row, "__key__": str(index)} for index, row in enumerate(rows)], 0, 1), PREPARE)
     assert len(list(islice(samples, 4))) == 4
-    assert len(rows) == len(names) + 3 and "no regular file" in samples.bad[str(len(rows) - 1)]
+    assert len(rows) == len(names) + 3 and "not a regular file" in samples.bad[str(len(rows) - 1)]
     assert sorted(map(int, samples.bad)) == list(range(2, len(rows)))
     assert all("lies outside of" in samples.bad[str(index)] for index in (2, 3, 4, 5, 11, 13))
 

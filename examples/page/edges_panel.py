@@ -1,4 +1,4 @@
-"""The panel for the edges that a ControlNet follows."""
+"""The panel for the edge map of a ControlNet."""
 
 import gradio as gr
 from PIL import Image
@@ -10,7 +10,7 @@ from .studio import Studio
 from .widgets import DAY, HIDDEN, SHOW, empty_after, file_drop
 
 
-FIND, READY = "Find the edges in it", "It is an edge map (white lines on black)"
+FIND, READY = "Detect edges in the picture", "The picture is an edge map (white lines on black)"
 
 
 class EdgesPanel:
@@ -25,12 +25,12 @@ class EdgesPanel:
     def __init__(self, studio: Studio):
         self.studio = studio
         self.picture = gr.State(time_to_live=DAY)
-        file = file_drop("Picture whose edges are followed", "file-edges")
+        file = file_drop("Edge map, or a picture to detect edges in", "file-edges")
         self.how = gr.Radio([FIND, READY], value=FIND, show_label=False, elem_id="how-edges")
-        self.low = gr.Slider(0, 255, 100, step=1, label="Low threshold of Canny")
-        self.high = gr.Slider(0, 255, 200, step=1, label="High threshold of Canny")
+        self.low = gr.Slider(0, 255, 100, step=1, label="Low threshold (Canny)")
+        self.high = gr.Slider(0, 255, 200, step=1, label="High threshold (Canny)")
         edges = gr.Image(label="Edges", height=200, elem_id="edges", **SHOW)
-        self.scale = gr.Slider(0, 2, 1, step=0.05, label="How strongly they act", elem_id="edges-scale")
+        self.scale = gr.Slider(0, 2, 1, step=0.05, label="ControlNet scale", elem_id="edges-scale")
         self.given = [self.picture, self.how, self.low, self.high]
         self.components = {*self.given, self.scale}
 
@@ -43,7 +43,7 @@ class EdgesPanel:
         """Returns the values of the panel as arguments of a `DrawingRequest`."""
         edges = self._edges(*(values[component] for component in self.given))
         if edges is None:
-            raise ValueError("There is no picture yet whose edges are to be followed.")
+            raise ValueError("There is no picture yet: upload an edge map, or a picture to detect edges in.")
         return {"edges": edges, "controlnet_conditioning_scale": values[self.scale]}
 
     @messages()

@@ -19,7 +19,7 @@ from .widgets import DAY, HIDDEN, SHOW
 
 TITLE = "SSR-Encoder"
 INTRODUCTION = f"""# {TITLE}
-Give a picture with several things in it, say which one you mean, and draw new pictures of it."""
+Upload a picture, name one of the things in it or paint over it, and draw new pictures of that thing."""
 
 
 class FramesPanel:
@@ -83,9 +83,11 @@ class Page:
             elem_id=f"drawn-{kind}",
             **{**SHOW, "format": "gif" if kind == VIDEO else "png"},
         )
-        with gr.Accordion("Python that repeats it", open=False, elem_id=f"repeat-{kind}"):
+        with gr.Accordion("Python script", open=False, elem_id=f"repeat-{kind}"):
             script = gr.Code(language="python", show_label=False, interactive=False, elem_id=f"script-{kind}")
-            bundle = gr.DownloadButton("The script with its pictures (.zip)", size="sm", elem_id=f"bundle-{kind}")
+            bundle = gr.DownloadButton(
+                "Download the script and its pictures (.zip)", size="sm", elem_id=f"bundle-{kind}"
+            )
 
         # Gradio recognizes the last two arguments by their type and default value
         def run(values: dict, request: gr.Request, progress=gr.Progress()) -> Iterator[tuple]:  # noqa: B008

@@ -22,11 +22,11 @@ def messages() -> Iterator[None]:
         raise gr.Error(str(error), print_exception=False) from error
     except torch.OutOfMemoryError as error:
         logger.exception("out of memory")
-        message = "There is not enough memory on the graphics card. Try again when fewer people draw."
+        message = "The GPU is out of memory. Try again when fewer people use the page."
         raise gr.Error(message, print_exception=False) from error
     except gr.Error:
         raise
     except Exception as error:
         logger.exception("unexpected")
-        message = "Something went wrong while drawing. The log of the page's server says what."
+        message = "Something went wrong while drawing. The log of the server has the error message."
         raise gr.Error(message, print_exception=False) from error

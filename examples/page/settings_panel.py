@@ -32,9 +32,9 @@ class SettingsPanel:
             guidance = gr.Slider(1, 15, args.guidance_scale, step=0.1, label="Guidance scale", elem_id="guidance")
             eta = gr.Slider(0, 1, args.eta, step=0.05, label="Eta (noise of the DDIM scheduler)", elem_id="eta")
             start = gr.Slider(
-                0, 1, 0, step=0.05, label="The subjects act from this part of the steps", elem_id="start"
+                0, 1, 0, step=0.05, label="Start of the subjects (fraction of the steps)", elem_id="start"
             )
-            end = gr.Slider(0, 1, 1, step=0.05, label="to this part", elem_id="end")
+            end = gr.Slider(0, 1, 1, step=0.05, label="End of the subjects (fraction of the steps)", elem_id="end")
         another.click(lambda: random.randint(0, LARGEST_SEED), None, seed, **HIDDEN)
         self._by_name = {
             "prompt": prompt,

@@ -44,14 +44,14 @@ class SubjectPanel:
             elem_id=f"painting-{number}",
             **PAINT,
         )
-        self.query = gr.Textbox(
-            label="Or say which thing is meant", placeholder="cat", max_lines=1, elem_id=f"query-{number}"
+        self.query = gr.Textbox(label="Or name the subject", placeholder="cat", max_lines=1, elem_id=f"query-{number}")
+        look = gr.Button("Show the attention map", size="sm", elem_id=f"look-{number}")
+        self.heat = gr.Image(
+            label="Attention map (red: high)", visible=False, height=260, elem_id=f"heat-{number}", **SHOW
         )
-        look = gr.Button("Show where it looks", size="sm", elem_id=f"look-{number}")
-        self.heat = gr.Image(label="Red: where it looks", visible=False, height=260, elem_id=f"heat-{number}", **SHOW)
-        self.scale = gr.Slider(0, 1.5, args.scale, step=0.05, label="How strongly it acts", elem_id=f"scale-{number}")
-        with gr.Accordion("Its place in the new picture", open=False, elem_id=f"place-{number}"):
-            gr.Markdown("Paint where it may appear. Unpainted: anywhere.")
+        self.scale = gr.Slider(0, 1.5, args.scale, step=0.05, label="Subject scale", elem_id=f"scale-{number}")
+        with gr.Accordion("Region in the new picture", open=False, elem_id=f"place-{number}"):
+            gr.Markdown("Paint where the subject can appear. Without paint, it can appear anywhere.")
             self.region = gr.ImageEditor(
                 value=empty_canvas(), show_label=False, height=340, elem_id=f"region-{number}", **PAINT
             )
@@ -88,7 +88,7 @@ class SubjectPanel:
             components=[gr.Image(render=False, type="filepath")],
             samples=[[file] for file, _ in self.samples],
             type="index",
-            label="or one of these",
+            label="Example pictures",
             elem_id=f"examples-{number}",
         )
 
