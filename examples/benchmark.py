@@ -387,7 +387,7 @@ def plot(pipe, size: int, file: Path) -> None:
         axis.set_xlabel(f"number of {what}")
         axis.set_xticks(numbers)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("FLOPs a step above stock, %")
+    axes[0].set_ylabel("additional FLOPs per step, %")
     axes[0].set_ylim(bottom=0)
     axes[0].legend()
     figure.tight_layout()
@@ -429,13 +429,17 @@ def main():
     parser.add_argument(
         "--batch_size", type=int, default=1, help="number of prompts per call, each with its own subjects"
     )
-    parser.add_argument("--subjects", type=int, default=1, help="in each picture")
+    parser.add_argument("--subjects", type=int, default=1, help="number of subjects in each picture")
     parser.add_argument(
         "--frames", type=int, default=0, help="number of frames of a video (AnimateDiff); 0 for pictures"
     )
     parser.add_argument("--rounds", type=int, default=3, help="number of rounds")
     parser.add_argument(
-        "--methods", nargs="+", choices=METHODS, default=list(METHODS), help="what to compare with the stock pipeline"
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=list(METHODS),
+        help="methods to compare with the stock pipeline",
     )
     parser.add_argument(
         "--dtype",
@@ -444,9 +448,11 @@ def main():
         help="precision; float16 is usual on a GPU",
     )
     parser.add_argument("--count_only", action="store_true", help="only count FLOPs, which takes seconds")
-    parser.add_argument("--profile", action="store_true", help="also print where one step's time goes")
-    parser.add_argument("--json", type=Path, help="write the results there, too")
-    parser.add_argument("--plot", type=Path, help="draw FLOPs against the number of subjects and of frames")
+    parser.add_argument("--profile", action="store_true", help="also profile one step of each method")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    parser.add_argument(
+        "--plot", type=Path, help="also plot the FLOPs against the number of subjects and of frames, in this file"
+    )
     args = parser.parse_args()
     args.methods = ["stock", *(name for name in args.methods if name != "stock")]
     logging.set_verbosity_error()

@@ -42,7 +42,7 @@ def main():
     reference_options(parser)
     parser.set_defaults(prompt="a cat on the beach", seed=3)
     parser.add_argument("--controlnet", default=str(POCKET / "controlnet"), help="folder or repository")
-    parser.add_argument("--photo", help="file or URL: its lines are followed")
+    parser.add_argument("--photo", help="file or URL of a picture; the result follows its lines")
     parser.add_argument("--detector", choices=DETECTORS, default="canny", help="detector for the lines")
     parser.add_argument("--controlnet_conditioning_scale", type=float, default=1.0, help="scale of the ControlNet")
     parser.add_argument("--num_images", type=int, default=3, help="pictures to draw")

@@ -39,11 +39,13 @@ def call_options(parser: argparse.ArgumentParser) -> None:
         "--scale",
         type=float,
         default=1.0,
-        help="how strongly the subject acts; 0.5 to 0.8 is usual with real checkpoints",
+        help="subject scale; 0.5 to 0.8 is usual with full-size checkpoints",
     )
     parser.add_argument("--num_inference_steps", type=int, default=25, help="denoising steps")
     parser.add_argument("--guidance_scale", type=float, default=3.0, help="scale of classifier-free guidance")
-    parser.add_argument("--eta", type=float, default=0.9, help="how much noise DDIM adds at each step, from 0 to 1")
+    parser.add_argument(
+        "--eta", type=float, default=0.9, help="eta of DDIM: how much noise is added in each step, from 0 to 1"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial noise")
 
 

@@ -244,7 +244,11 @@ def write_chart(rows: list[dict], file: Path) -> None:
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--subjects_dir", type=Path, help="DreamBench's dataset folder, or one like it")
+    add(
+        "--subjects_dir",
+        type=Path,
+        help="folder with a subfolder of real pictures for each subject, such as the dataset of DreamBench",
+    )
     add("--selective_dir", type=Path, help="folder with references that show several subjects")
     add("--generated_dir", type=Path, required=True, help="the drawn pictures")
     add("--output_dir", type=Path, default=Path("results"), help="output folder for tables and charts")
@@ -252,20 +256,24 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--clip", default="openai/clip-vit-base-patch32", help='a CLIPModel\'s name or folder, or "none"')
     add(
         "--clip_vision",
-        help="a CLIPVisionModel, or a folder for load_ssr, instead: its pooled output is used, without CLIP-T",
+        help="CLIPVisionModel, or folder for load_ssr, to use its pooled output instead of --clip; without CLIP-T",
     )
-    add("--classes", type=Path, help="lines subject,class; default: the folder's name without number")
+    add(
+        "--classes",
+        type=Path,
+        help="file with lines of the form subject,class; default: the folder name without its number",
+    )
 
-    add("--pretrained_model_name_or_path", help="draw the pictures first, with this base model")
-    add("--ssr", help="the SSR-Encoder for it: what load_ssr takes")
+    add("--pretrained_model_name_or_path", help="base model to draw the pictures with, before they are evaluated")
+    add("--ssr", help="repository or folder with the SSR-Encoder for the base model")
     add(
         "--prompts",
         type=Path,
         default=HERE / "evaluation_prompts.txt",
         help="file with one prompt per line, and {} for the subject",
     )
-    add("--images_per_prompt", type=int, default=4, help="seeds for each prompt")
-    add("--scale", type=float, default=0.65, help="how strongly subjects act")
+    add("--images_per_prompt", type=int, default=4, help="number of pictures for each prompt, with different seeds")
+    add("--scale", type=float, default=0.65, help="subject scale")
     add("--num_inference_steps", type=int, default=30, help="denoising steps")
     add("--guidance_scale", type=float, default=5.0, help="scale of classifier-free guidance")
     add("--seed", type=int, default=0, help="seed of the first picture of each prompt")
@@ -288,7 +296,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.images_per_prompt < 1:
         raise ValueError(f"`images_per_prompt` has to be at least 1, but is {args.images_per_prompt}.")
     if args.dino == "none" and args.clip == "none" and args.clip_vision is None:
-        raise ValueError('`dino` and `clip` are both "none": there is nothing to measure with.')
+        raise ValueError('`dino` and `clip` are both "none", so there is no metric.')
     folders = {"subjects_dir": args.subjects_dir, "selective_dir": args.selective_dir}
     folders["generated_dir"] = args.generated_dir if args.ssr is None else None
     for name, folder in folders.items():

@@ -68,7 +68,7 @@ def read_table(table: Path) -> list[dict]:
         )
     unknown = columns - set(KNOWN)
     if unknown:
-        raise ValueError(f"`table`: {table} has the columns {sorted(unknown)}, but only {KNOWN} mean something.")
+        raise ValueError(f"`table`: {table} has the columns {sorted(unknown)}, but only {KNOWN} are known.")
     return rows
 
 
@@ -85,7 +85,7 @@ def check_names(rows: list[dict]) -> dict[int, ValueError]:
         if path.is_absolute() or ".." in path.parts or not all(map(_is_file_name, path.parts)):
             faults[index] = ValueError(f"`name` is {row['name']!r:.80}, which cannot be a file in the output folder.")
         elif taken:
-            faults[index] = ValueError(f"`name` is {row.get('name')!r:.80}, which is in the way of row {taken[0]}.")
+            faults[index] = ValueError(f"`name` is {row.get('name')!r:.80}, which conflicts with row {taken[0]}.")
         else:
             files[file] = index
             folders.update((name, index) for name in within if name not in folders)
@@ -243,7 +243,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--table", type=Path, required=True, help=".csv or .jsonl")
     parser.add_argument("--output_dir", type=Path, required=True, help="where the pictures are written")
     parser.add_argument("--pretrained_model_name_or_path", required=True, help="the base model")
-    parser.add_argument("--ssr", required=True, help="what load_ssr takes")
+    parser.add_argument("--ssr", required=True, help="repository or folder with the SSR-Encoder")
     parser.add_argument("--dtype", choices=DTYPES, help="default: fp16 on a GPU, else fp32")
     parser.add_argument("--batch_size", type=int, default=1, help="number of rows per batch")
     parser.add_argument("--scale", type=float, default=0.65, help="scale of rows without their own")
@@ -252,7 +252,9 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, help="resolution in pixels; default: that of the base model")
     parser.add_argument("--num_inference_steps", type=int, default=30, help="denoising steps")
     parser.add_argument("--guidance_scale", type=float, default=5.0, help="scale of classifier-free guidance")
-    parser.add_argument("--eta", type=float, default=0.0, help="how much noise DDIM adds at each step, from 0 to 1")
+    parser.add_argument(
+        "--eta", type=float, default=0.0, help="eta of DDIM: how much noise is added in each step, from 0 to 1"
+    )
     return parser.parse_args(arguments)
 
 

@@ -270,7 +270,7 @@ def prepare(
 
     def finish(sample, aesthetic):
         if not sample["text"]:
-            raise BadSample("there is no caption; a `caption_model` would write one")
+            raise BadSample("there is no caption, and no `caption_model` to write one")
         if aesthetic is not None:
             sample["aesthetic"] = aesthetic
             if aesthetic < args.min_aesthetic:
@@ -310,15 +310,15 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--source", type=Path, help="a folder")
     add("--dataset_name", help="a dataset of the Hub, instead of --source")
     add("--dataset_config_name", help="configuration of the Hub's dataset")
-    add("--streaming", action="store_true", help="do not download the dataset first")
+    add("--streaming", action="store_true", help="stream the dataset instead of downloading it first")
     add("--output_dir", type=Path, required=True, help="output folder for the shards")
-    add("--shard_size", type=int, default=1000, help="rows of the source that go into a shard")
+    add("--shard_size", type=int, default=1000, help="number of rows of the source per shard")
     add("--image_column", default="image", help="the picture")
     add("--caption_column", default="text", help="column with captions; empty cells are captioned")
-    add("--query_column", default="query", help="with `--query_from column`")
+    add("--query_column", default="query", help="column with queries, for `--query_from column`")
     add("--query_from", choices=("caption", "column", "file"), default="caption",
-        help="the caption's first thing, the query column, or the picture's .query.txt")  # fmt: skip
-    add("--caption_model", help="for pictures without a caption, such as Salesforce/blip-image-captioning-large")
+        help="source of the query: the first thing in the caption, the query column, or the .query.txt of the picture")  # fmt: skip
+    add("--caption_model", help="model for pictures without a caption, such as Salesforce/blip-image-captioning-large")
     add("--max_new_tokens", type=int, default=40, help="maximum number of tokens of a caption")
     add("--batch_size", type=int, default=16, help="number of pictures that are captioned and scored together")
     add(
@@ -333,9 +333,9 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--aesthetic_head",
         type=Path,
-        help="aesthetic predictor: linear layers on CLIP's embedding; without it, pictures are not scored",
+        help="file with the aesthetic predictor (linear layers on the CLIP embedding); without it, pictures are not scored",
     )
-    add("--aesthetic_clip", default="openai/clip-vit-large-patch14", help="the CLIP that the head was trained on")
+    add("--aesthetic_clip", default="openai/clip-vit-large-patch14", help="CLIP model that the head was trained on")
     add(
         "--min_aesthetic",
         type=float,
@@ -420,7 +420,7 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
         bad = {name: reason for each in found for name, reason in each["bad"].items()}
         (args.output_dir / "bad_samples.json").write_text(json.dumps(bad, indent=1) + "\n")
         kept = sum(each["kept"] for each in found)
-        print(f"{kept} samples are in {args.output_dir}" if kept else "No sample was kept: there is no shard.")
+        print(f"{kept} samples are in {args.output_dir}" if kept else "No sample was kept, so no shard was written.")
         print(summary(bad))
         if not kept:
             reasons = Counter(bad.values()).most_common(3)

@@ -88,7 +88,7 @@ def write_card(folder: Path, repo_id: str) -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--repo_id", required=True, help="<owner>/<repo> on the Hub")
-    parser.add_argument("--weights", type=Path, default=ROOT / "pocket", help="a pipeline, or an encoder, in a folder")
+    parser.add_argument("--weights", type=Path, default=ROOT / "pocket", help="folder with a pipeline or an encoder")
     parser.add_argument(
         "--output_dir", type=Path, default=Path("outputs/hub"), help="output folder for the assembled repository"
     )
@@ -99,7 +99,7 @@ def parse_args() -> argparse.Namespace:
         choices=["fp16"],
         help="precisions to save in addition to full precision",
     )
-    parser.add_argument("--space", help="<owner>/<space>: assemble a Space too")
+    parser.add_argument("--space", help="<owner>/<space>: also assemble a Space")
     parser.add_argument(
         "--space_weights",
         choices=["hub", "copy"],
@@ -136,7 +136,7 @@ def finish(args: argparse.Namespace, folder: Path, repo_id: str, **kind: str) ->
         api.upload_folder(repo_id=repo_id, folder_path=folder, revision=args.revision, **kind)
         print(f"Uploaded to {api.endpoint}/{'spaces/' if kind else ''}{repo_id}")
     else:
-        print(f"Put together in {folder}; --push_to_hub uploads it")
+        print(f"Assembled in {folder}; --push_to_hub uploads it")
 
 
 def main():

@@ -353,7 +353,7 @@ class Run:
         for name, model in (("ssr_encoder", self.encoder), ("ssr_encoder_ema", self.average)):
             if model is not None:
                 if not (Path(folder) / name).is_dir():
-                    raise ValueError(f"`use_ema`: the checkpoint {folder} was written without an average.")
+                    raise ValueError(f"`use_ema`: the checkpoint {folder} has no moving average.")
                 saved = type(self.encoder).from_pretrained(folder, subfolder=name)
                 model.load_state_dict(saved.to(device).state_dict())
 
@@ -383,7 +383,7 @@ class Run:
         if which == "latest":
             known = checkpoints(self.folder)
             if not known:
-                logger.info(f"No checkpoint in {self.folder} yet: training starts from the beginning.")
+                logger.info(f"There is no checkpoint in {self.folder} yet: training starts from the beginning.")
                 return
             folder = known[-1]
         self.accelerator.load_state(str(folder))
@@ -391,7 +391,7 @@ class Run:
         processes = self.accelerator.num_processes
         if states[0]["num_processes"] != processes:
             logger.warning(
-                f"The checkpoint is of {len(states)} processes, this run of {processes}: other samples follow."
+                f"The checkpoint was saved by {len(states)} processes, but this run has {processes}: the samples differ."
             )
         self.step = states[0]["step"]
         own = folder / f"run_{self.accelerator.process_index}.json"

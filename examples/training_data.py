@@ -114,7 +114,7 @@ class _BoundedTarInfo(tarfile.TarInfo):
     def frombuf(cls, buf, encoding, errors):
         entry = super().frombuf(buf, encoding, errors)
         if entry.size > MAX_TEXT_BYTES and entry.type not in tarfile.REGULAR_TYPES:
-            raise tarfile.ReadError(f"an entry of type {entry.type!r} asks for {entry.size:,} bytes")
+            raise tarfile.ReadError(f"an entry of type {entry.type!r} declares a size of {entry.size:,} bytes")
         return entry
 
 
@@ -168,7 +168,9 @@ def _shard_files(archive: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
         most = MAX_TEXT_BYTES if field.rpartition(".")[2] in ("json", "txt") else MAX_ROW_BYTES
         if member.size > most or size > MAX_ROW_BYTES:
             # the rest of the shard is not read, because skipping this file could mean decompressing gigabytes of zeros
-            raise ValueError(f"{member.name!r:.80} asks for {max(size, member.size):,} bytes, of at most {most:,}")
+            raise ValueError(
+                f"{member.name!r:.80} needs {max(size, member.size):,} bytes, but at most {most:,} are allowed"
+            )
         yield key, field, archive.extractfile(member).read()
 
 

@@ -19,9 +19,9 @@ def parse_args(
     add("--revision", help="revision of the pretrained model")
     add("--variant", help='of the pretrained model\'s files, such as "fp16"')
     add("--image_encoder_name_or_path", help="CLIP vision encoder, usually openai/clip-vit-large-patch14")
-    add("--ssr_encoder_name_or_path", help="fine-tune this encoder: a repository or folder that load_ssr takes")
-    add("--released_aligner", type=Path, help="fine-tune the authors' weights: their pytorch_model.bin")
-    add("--released_layers", type=Path, help="their pytorch_model_1.bin")
+    add("--ssr_encoder_name_or_path", help="repository or folder with an SSR-Encoder to fine-tune")
+    add("--released_aligner", type=Path, help="pytorch_model.bin of the authors, to fine-tune the released weights")
+    add("--released_layers", type=Path, help="pytorch_model_1.bin of the authors")
 
     add("--inner_dim", type=int, default=512, help="width of a new encoder's aligner")
     add("--num_attention_heads", type=int, default=8, help="heads of a new encoder's aligner")
@@ -34,10 +34,14 @@ def parse_args(
     add("--init_from_text", action=argparse.BooleanOptionalAction, default=True,
         help="initialise a new encoder's keys and values with those of the UNet for text")  # fmt: skip
 
-    add("--train_data_dir", help="folder with metadata.jsonl, or with *.parquet, or with WebDataset *.tar")
+    add("--train_data_dir", help="folder with metadata.jsonl, Parquet files (*.parquet) or WebDataset shards (*.tar)")
     add("--dataset_name", help="dataset of the Hub, instead of a folder")
     add("--dataset_config_name", help="configuration of the Hub's dataset")
-    add("--streaming", action="store_true", help="read Parquet or a dataset of the Hub as a stream; shards always are")
+    add(
+        "--streaming",
+        action="store_true",
+        help="stream Parquet files or a dataset of the Hub; shards are always streamed",
+    )
     add("--shuffle_buffer_size", type=int, default=1000, help="number of rows in the shuffle buffer of a stream")
     add("--image_column", default="image", help="the target picture")
     add("--caption_column", default="text", help="the prompt")
@@ -49,7 +53,7 @@ def parse_args(
         help="column with the mask (white where the subject is in the reference), or with a list; rows can leave it empty",
     )
     add("--mask_query", choices=("caption", "empty"), default="caption",
-        help="the query of a subject with a mask and no query; empty, if masks are to be used without words")  # fmt: skip
+        help="the query of a subject that has a mask and no query: the caption, or an empty query")  # fmt: skip
     add("--mask_weight", type=float, default=1.0, help="how strongly the attention is restricted to the mask")
     add(
         "--min_image_size",
@@ -61,16 +65,16 @@ def parse_args(
     add("--dataloader_num_workers", type=int, default=4, help="threads that read and prepare samples ahead")
     add("--cache_features", type=Path, help="cache the outputs of the frozen models in this folder")
 
-    add("--output_dir", default="ssr-model", help="the result, for load_ssr, and checkpoints")
+    add("--output_dir", default="ssr-model", help="output folder for the encoder (for load_ssr) and the checkpoints")
     add("--logging_dir", default="logs", help="folder for logs inside output_dir")
     add("--report_to", default="tensorboard", help='"tensorboard", "wandb", "all", ... or "none"')
     add("--seed", type=int, help="default: 0")
     add("--max_train_steps", type=int, default=100_000, help="optimizer steps")
     add("--train_batch_size", type=int, default=16, help="batch size of each process")
     add("--gradient_accumulation_steps", type=int, default=1, help="number of batches per optimizer step")
-    add("--gradient_checkpointing", action="store_true", help="less memory, slower")
+    add("--gradient_checkpointing", action="store_true", help="use gradient checkpointing: less memory, but slower")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's config")
-    add("--allow_tf32", action="store_true", help="faster float32 on NVIDIA GPUs from Ampere on")
+    add("--allow_tf32", action="store_true", help="use TF32, which is faster on NVIDIA GPUs since Ampere")
     add("--learning_rate", type=float, default=5e-5, help="learning rate of AdamW")
     add("--lr_scheduler", choices=lr_schedulers, default="constant", help="learning rate schedule")
     add("--lr_warmup_steps", type=int, default=500, help="number of steps in which the learning rate rises from 0")
@@ -89,24 +93,28 @@ def parse_args(
         help="weight of the consistency loss; default: 0.1, and 0.001 when fine-tuning",
     )
     add("--consistency_form", choices=("released", "paper"), default="released",
-        help="token by token, or the means")  # fmt: skip
-    add("--prompt_dropout", type=float, default=0.8, help="share of samples without prompt")
+        help="released: compares each token; paper: compares the means")  # fmt: skip
+    add("--prompt_dropout", type=float, default=0.8, help="share of samples with an empty prompt")
     add("--subject_dropout", type=float, default=0.05,
         help="share of samples with an empty query and zero pixels, as in the unconditional branch")  # fmt: skip
     add("--timestep_bias", type=float, default=1.0,
         help="timestep = T * u ** timestep_bias: below 1, noisy steps come more often")  # fmt: skip
     add("--latents", choices=("sample", "mode"), default="sample",
         help="how latents are taken from the VAE's distribution; use mode for a VAE with an untrained standard deviation")  # fmt: skip
-    add("--prediction_type", choices=("epsilon", "v_prediction", "sample"), help="default: the scheduler's")
+    add(
+        "--prediction_type",
+        choices=("epsilon", "v_prediction", "sample"),
+        help="prediction target; default: that of the scheduler",
+    )
 
     add("--checkpointing_steps", type=int, default=500, help="steps between checkpoints")
     add("--checkpoints_total_limit", type=int, help="maximum number of checkpoints; older ones are deleted")
-    add("--resume_from_checkpoint", help='a checkpoint\'s folder, or "latest"')
-    add("--validation_image", type=Path, nargs="+", help="references to draw from while training")
-    add("--validation_query", nargs="+", help="one for each validation image")
-    add("--validation_prompt", nargs="+", help="one for each validation image")
+    add("--resume_from_checkpoint", help='folder of a checkpoint, or "latest"')
+    add("--validation_image", type=Path, nargs="+", help="references for validation pictures")
+    add("--validation_query", nargs="+", help="one query for each validation image")
+    add("--validation_prompt", nargs="+", help="one prompt for each validation image")
     add("--validation_steps", type=int, default=500, help="steps between validations")
-    add("--validation_scale", type=float, default=0.65, help="how strongly subjects act")
+    add("--validation_scale", type=float, default=0.65, help="subject scale of the validation pictures")
     add("--validation_inference_steps", type=int, default=30, help="denoising steps")
     add("--push_to_hub", action="store_true", help="upload the result")
     add("--hub_model_id", help="<owner>/<repo>; default: the name of output_dir")

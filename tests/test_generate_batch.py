@@ -262,7 +262,7 @@ def test_rows_whose_names_cannot_be_files_fail_and_the_others_are_drawn(models, 
     assert drawn == ["7.png", "a.png", "c.png/d.png", "c.png/e.png"]
     errors = [entry["error"] for entry in entries if entry["status"] == "failed"]
     assert all("cannot be a file in the output folder" in error for error in errors[: len(BAD_NAMES)])
-    assert all("in the way of row" in error for error in errors[len(BAD_NAMES) :])
+    assert all("conflicts with row" in error for error in errors[len(BAD_NAMES) :])
     assert "4 of 14 pictures" in capsys.readouterr().out
     assert {file.suffix for file in out.rglob("*") if file.is_file()} == {".png", ".jsonl"}
 
