@@ -53,12 +53,12 @@ def test_every_method_has_a_similar_number_of_parameters(name):
     assert abs(counts[1] / counts[0] - 1) < 0.1, counts
 
 
-@pytest.mark.parametrize("make, asks", [(make_ssr_encoder, True), (whole_picture, False), (mean_patch, False)])
-def test_only_ssr_encoder_depends_on_the_query(make, asks):
+@pytest.mark.parametrize("make, depends", [(make_ssr_encoder, True), (whole_picture, False), (mean_patch, False)])
+def test_only_ssr_encoder_depends_on_the_query(make, depends):
     encoder = make()
     levels = torch.randn(len(encoder.config.image_levels), 1, 17, 24)
     cat, dog = (encoder(torch.randn(1, 4, 32), levels) for _ in range(2))
-    assert torch.allclose(cat, dog, atol=1e-6) != asks
+    assert torch.allclose(cat, dog, atol=1e-6) != depends
     assert not torch.allclose(cat, encoder(torch.randn(1, 4, 32), levels + torch.randn_like(levels)))
 
 

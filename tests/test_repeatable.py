@@ -24,7 +24,7 @@ def from_pipe(pipe, tmp_path):
     return StableDiffusionSSRPipeline.from_pipe(pipe)
 
 
-def made_anew(pipe, tmp_path):
+def created_again(pipe, tmp_path):
     return StableDiffusionSSRPipeline(**make_components(), **make_ssr_components(), requires_safety_checker=False)
 
 
@@ -38,7 +38,7 @@ def without_the_cache(pipe, tmp_path):
     return pipe
 
 
-@pytest.mark.parametrize("way", [again, from_pipe, made_anew, saved_and_loaded, without_the_cache])
+@pytest.mark.parametrize("way", [again, from_pipe, created_again, saved_and_loaded, without_the_cache])
 def test_the_same_request_gives_the_same_picture(pipe, tmp_path, way):
     expected = pipe(**subject_args()).images
     other = way(pipe, tmp_path)
