@@ -26,6 +26,7 @@ from diffusers_ssr import (
     ssr_pipeline_class,
 )
 from diffusers_ssr.pipeline_classes import _UNSUITABLE
+from packaging import version
 from PIL import Image
 from transformers import CLIPProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -217,8 +218,9 @@ TWO_PICTURES = ("StableDiffusionAdapterPipeline", "StableDiffusionInstructPix2Pi
 
 def make_pipeline(name: str):
     """The stock pipeline and its SSR version, made of the same parts."""
-    if not hasattr(diffusers, name):
-        pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
+    # a class that a newer diffusers has renamed is an error, not a skipped test
+    if not hasattr(diffusers, name) and version.parse(diffusers.__version__) < version.parse("0.42"):
+        pytest.skip(f"diffusers {diffusers.__version__} has no {name} yet")
     stock_class = getattr(diffusers, name)
     extra, _ = CHAINS[name]
     taken = inspect.signature(stock_class.__init__).parameters
