@@ -182,7 +182,7 @@ def picture() -> Image.Image:
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """Uses one thread, because more threads do not make small models faster and are slow on a busy machine."""
+    """Uses one thread, because more threads do not make small models faster and slow down a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -37,7 +37,7 @@ class Hub:
         return hashlib.sha1(b"".join(p.encode() + files[p] for p in sorted(files))).hexdigest()
 
     def find(self, name: str, revision: str) -> str | None:
-        """Returns the branch for a revision, which is a branch or a commit."""
+        """Returns the branch that `revision`, a branch or a commit, refers to."""
         branches = self.repos.get(name, {})
         return next((b for b in branches if revision in (b, self.commit(name, b))), None)
 

@@ -26,7 +26,7 @@ from training_data import Columns, FiniteRows, Preparation, Samples, StreamedRow
 
 
 MEGABYTE = 2**20
-GIGABYTES_20 = 20 * 10**9
+TWENTY_GIGABYTES = 20 * 10**9
 
 
 # Subject files. The broken files are variants of this valid one:
@@ -147,7 +147,7 @@ def subject_files(folder: Path) -> dict[str, Path]:
     files["subject: truncated"].write_bytes(files["subject: truncated"].read_bytes()[:-7])
     subject_file(new("longer than declared"), {})
     with files["subject: longer than declared"].open("ab") as file:
-        file.truncate(GIGABYTES_20)
+        file.truncate(TWENTY_GIGABYTES)
     new("empty").write_bytes(b"")
     new("text").write_bytes(b"this is not a subject")
     new("pickle").write_bytes(b"\x80\x04cos\nsystem\n(S'true'\ntR.")
@@ -269,7 +269,7 @@ LOADERS = {
     "table": generate_batch.read_table,
     "config": SSREncoder.from_pretrained,
 }
-MAKERS = (subject_files, released_files, pictures, tables, configs)
+FILE_CREATORS = (subject_files, released_files, pictures, tables, configs)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning", "ignore:Detected pickle protocol")
@@ -284,7 +284,7 @@ def test_broken_files_raise_an_error_with_little_time_and_memory(tmp_path, capsy
         assert len(b"\1" * (100 * MEGABYTE))
     assert not cost.known or cost.memory > 90 * MEGABYTE
     files: dict[str, Path] = {}
-    for make in MAKERS:
+    for make in FILE_CREATORS:
         files |= make(tmp_path)
     assert len(files) >= 150
     wrong, most = [], (0.0, 0)

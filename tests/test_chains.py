@@ -572,7 +572,7 @@ def test_video_settings(video_pipe, setting):
 # Moving subjects
 
 
-def still(adapter):
+def without_motion(adapter):
     """Sets the motion modules of an adapter to have no effect, so that the frames are independent of each other."""
     for name, parameter in adapter.named_parameters():
         if "proj_out" in name:
@@ -584,7 +584,7 @@ def still(adapter):
 def frame_by_frame(pipe):
     """Returns a function that generates a video without motion from `subject` and its frames as pictures from
     `subjects`."""
-    video = AnimateDiffSSRPipeline.from_pipe(pipe, motion_adapter=still(make_motion_adapter()))
+    video = AnimateDiffSSRPipeline.from_pipe(pipe, motion_adapter=without_motion(make_motion_adapter()))
     video.set_progress_bar_config(disable=True)
 
     def draw(subject, subjects, **kwargs):

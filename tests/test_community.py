@@ -257,8 +257,8 @@ SEEDS = {"DPMSolverSDEScheduler": {"noise_sampler_seed": 0}}
 
 @pytest.mark.parametrize("name", sorted(SCHEDULERS))
 def test_every_scheduler(pipe, name):
-    """The subject has an effect, also in half of the denoising steps. Without it the result equals the stock
-    pipeline's."""
+    """The subject has an effect, also with `subject_end=0.5`. Without a subject the result equals that of the stock
+    pipeline."""
     if name in NEEDS:
         pytest.importorskip(NEEDS[name], reason=f"{name} needs {NEEDS[name]}; the other schedulers cover the subject")
     pipe.scheduler = SCHEDULERS[name].from_config(pipe.scheduler.config, **SEEDS.get(name, {}))

@@ -61,7 +61,7 @@ def hub(tmp_path_factory):
     hub.close()
 
 
-def elsewhere(hub, code: str, home: str = "hf", **environment) -> str:
+def run_in_new_process(hub, code: str, home: str = "hf", **environment) -> str:
     hub.requests.clear()
     environment = {
         **{name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "HF_TOKEN")},
@@ -79,7 +79,7 @@ def elsewhere(hub, code: str, home: str = "hf", **environment) -> str:
 
 
 def test_code_and_encoder_from_the_hub_with_a_local_base_model(hub):
-    elsewhere(
+    run_in_new_process(
         hub,
         """
 pipe = DiffusionPipeline.from_pretrained("base", custom_pipeline="owner/ssr", trust_remote_code=True)
@@ -91,7 +91,7 @@ assert np.abs(draw(pipe) - expected).max() < 0.05
     )
     assert any(name.endswith("diffusion_pytorch_model.fp16.safetensors") for name in hub.requests)
     # the encoder is in the cache now, so it can be loaded offline; the code is in a local folder
-    elsewhere(
+    run_in_new_process(
         hub,
         f"""
 pipe = DiffusionPipeline.from_pretrained("base", custom_pipeline={str(ROOT)!r}, trust_remote_code=True)
@@ -116,7 +116,9 @@ def test_number_of_requests_for_loading(hub, load, cold, warm, request):
     relative imports, so the number of requests is a small multiple of the number of files."""
     home, counts = f"hf-count-{request.node.callspec.id}", []
     for _ in range(2):
-        elsewhere(hub, f"pipe = {load}\npipe.load_ssr('owner/ssr')\nassert np.array_equal(draw(pipe), expected)", home)
+        run_in_new_process(
+            hub, f"pipe = {load}\npipe.load_ssr('owner/ssr')\nassert np.array_equal(draw(pipe), expected)", home
+        )
         counts.append(len(hub.requests))
     assert counts[0] <= cold and counts[1] <= warm, counts
 
@@ -135,13 +137,13 @@ assert np.array_equal(draw(pipe), expected)
 pipe = DiffusionPipeline.from_pretrained("owner/ssr", trust_remote_code=True)
 assert np.array_equal(draw(pipe), expected)
 """
-    elsewhere(hub, by_name + load, home="hf-whole")
-    elsewhere(hub, load, home="hf-whole", HF_HUB_OFFLINE="1")
+    run_in_new_process(hub, by_name + load, home="hf-whole")
+    run_in_new_process(hub, load, home="hf-whole", HF_HUB_OFFLINE="1")
     assert not hub.requests
 
 
 def test_load_ssr_honours_revision_token_cache_dir_and_local_files_only(hub):
-    elsewhere(
+    run_in_new_process(
         hub,
         f"""
 import os
@@ -189,7 +191,7 @@ def test_published_repository_can_be_loaded(hub):
     assert {"app.py", "README.md", "requirements.txt", "page/layout.py", "diffusers_ssr/mixin_ssr.py"} <= set(space)
     assert b"'owner/published'" in space["app.py"] and b"sdk: gradio" in space["README.md"]
     assert "POST api/spaces/owner/page/commit/main" in hub.requests
-    elsewhere(
+    run_in_new_process(
         hub,
         """
 pipe = DiffusionPipeline.from_pretrained("owner/published", trust_remote_code=True)

@@ -34,7 +34,7 @@ print(type(pipe).__module__, type(pipe).__name__)
 """
 
 
-def draw_elsewhere(load: str, folder, python=sys.executable) -> np.ndarray:
+def draw_in_new_process(load: str, folder, python=sys.executable) -> np.ndarray:
     """Runs `load` in a new process with an empty cache for custom code, and returns the picture that it generates."""
     environment = {
         **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
@@ -70,7 +70,7 @@ from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained("base", custom_pipeline={str(ROOT / entry)!r}, trust_remote_code=True)
 pipe.load_ssr("ssr")
 """
-    assert np.array_equal(draw_elsewhere(load, folder), expected)
+    assert np.array_equal(draw_in_new_process(load, folder), expected)
 
 
 def test_custom_code_and_package_are_compatible(saved, monkeypatch):
@@ -100,7 +100,7 @@ def test_saved_pipeline_can_be_loaded(saved, pipe):
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained("whole", trust_remote_code=True)
 """
-    assert np.array_equal(draw_elsewhere(load, folder), expected)
+    assert np.array_equal(draw_in_new_process(load, folder), expected)
 
 
 def test_pipeline_with_custom_code_can_be_saved_and_loaded(saved):
@@ -114,7 +114,7 @@ pipe = DiffusionPipeline.from_pretrained("whole", trust_remote_code=True)
 again = type(pipe).from_pipe(pipe)
 assert again.ssr_encoder is pipe.ssr_encoder
 """
-    assert np.array_equal(draw_elsewhere(load, folder), expected)
+    assert np.array_equal(draw_in_new_process(load, folder), expected)
 
 
 @pytest.mark.parametrize("chain", ["controlnet", "animatediff"])
@@ -155,7 +155,7 @@ class Both:
 
 pipe = Both()
 """
-    images = draw_elsewhere(load, folder)
+    images = draw_in_new_process(load, folder)
     assert np.isfinite(images).all() and images.std() > 0
 
 
@@ -202,4 +202,4 @@ assert (SOURCE in diffusers_ssr.__file__) == EDITABLE, diffusers_ssr.__file__
 pipe = StableDiffusionSSRPipeline.from_pretrained("base")
 pipe.load_ssr("ssr")
 """.replace("SOURCE", repr(str(source))).replace("EDITABLE", str(editable))
-    assert np.array_equal(draw_elsewhere(load, folder, python), expected)
+    assert np.array_equal(draw_in_new_process(load, folder, python), expected)

@@ -38,7 +38,7 @@ from test_chains import picture as control_picture
 from test_pipeline_ssr import subject_args
 
 
-def stock_with_room() -> StableDiffusionSSRPipeline:
+def make_pipe_without_ssr() -> StableDiffusionSSRPipeline:
     pipe = StableDiffusionSSRPipeline(**make_components(), requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -61,7 +61,7 @@ def exchanges(pipe, encoder, image_encoder):
 def test_components_can_be_exchanged_with_offloading(method):
     """The components of the pipeline are offloaded after each exchange, removed components are not, and no weights are
     lost. Another pipeline with the same encoder works as before."""
-    pipe, other = stock_with_room(), stock_with_room()
+    pipe, other = make_pipe_without_ssr(), make_pipe_without_ssr()
     encoder, image_encoder = make_ssr_encoder(), make_image_encoder()
     other.load_ssr(encoder, image_encoder=image_encoder)
     expected = other(**subject_args()).images
@@ -79,7 +79,7 @@ def test_components_can_be_exchanged_with_offloading(method):
 
 
 def test_call_with_model_offloading():
-    pipe = stock_with_room()
+    pipe = make_pipe_without_ssr()
     pipe.load_ssr(make_ssr_encoder(), image_encoder=make_image_encoder())
     expected = pipe(**subject_args()).images
     pipe.unload_ssr()
@@ -101,8 +101,8 @@ def test_encoder_with_weights_on_the_meta_device(pipe, monkeypatch):
 
 @pytest.mark.skipif(not hasattr(DiffusionPipeline, "enable_group_offload"), reason="needs diffusers 0.35 or newer")
 def test_components_can_be_exchanged_with_group_offloading():
-    pipe = stock_with_room()
-    expected_pipe = stock_with_room()
+    pipe = make_pipe_without_ssr()
+    expected_pipe = make_pipe_without_ssr()
     expected_pipe.load_ssr(make_ssr_encoder(), image_encoder=make_image_encoder())
     pipe.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
     pipe.load_ssr(make_ssr_encoder(), image_encoder=make_image_encoder())
@@ -114,7 +114,7 @@ def test_components_can_be_exchanged_with_group_offloading():
 
 def test_load_ssr_keeps_dtype_and_device_of_a_given_encoder():
     """The dtype and device do not change, and the dtype may be different from that of the UNet."""
-    pipe, encoder, image_encoder = stock_with_room(), make_ssr_encoder().half(), make_image_encoder().bfloat16()
+    pipe, encoder, image_encoder = make_pipe_without_ssr(), make_ssr_encoder().half(), make_image_encoder().bfloat16()
     pipe.load_ssr(encoder, image_encoder=image_encoder)
     assert (encoder.dtype, image_encoder.dtype) == (torch.float16, torch.bfloat16)
     assert np.isfinite(pipe(**subject_args()).images).all()
@@ -122,7 +122,10 @@ def test_load_ssr_keeps_dtype_and_device_of_a_given_encoder():
 
 @pytest.mark.parametrize("training", ["ssr_encoder", "ssr_image_encoder"])
 def test_load_ssr_sets_models_to_eval_mode(training):
-    pipe, parts = stock_with_room(), {"ssr_encoder": make_ssr_encoder(), "ssr_image_encoder": make_image_encoder()}
+    pipe, parts = (
+        make_pipe_without_ssr(),
+        {"ssr_encoder": make_ssr_encoder(), "ssr_image_encoder": make_image_encoder()},
+    )
     parts[training].train()
     pipe.load_ssr(parts["ssr_encoder"], image_encoder=parts["ssr_image_encoder"])
     assert not any(module.training for part in parts.values() for module in part.modules())
@@ -138,7 +141,7 @@ def test_unload_ssr_resets_the_scale(pipe):
 
 
 def test_encoder_on_another_device_raises_an_error(monkeypatch):
-    pipe = stock_with_room()
+    pipe = make_pipe_without_ssr()
     monkeypatch.setattr(StableDiffusionSSRPipeline, "_execution_device", torch.device("cuda"))
     with pytest.raises(ValueError, match="`SSREncoder` is on cpu, but the pipeline runs on cuda"):
         pipe.load_ssr(make_ssr_encoder(), image_encoder=make_image_encoder())
@@ -214,7 +217,7 @@ def test_load_ssr_from_a_training_checkpoint(tmp_path, pipe):
     folder."""
     pipe.ssr_encoder.save_pretrained(tmp_path / "out" / "checkpoint-4" / "ssr_encoder")
     checkpoint = tmp_path / "out" / "checkpoint-4"
-    fresh = stock_with_room()
+    fresh = make_pipe_without_ssr()
     with pytest.raises(ValueError, match="`image_encoder_folder`.*holds no folder 'ssr_image_encoder'"):
         fresh.load_ssr(checkpoint)
     assert fresh.ssr_encoder is None

@@ -56,7 +56,7 @@ def controlnet(refs: References) -> None:
             print(f"edges of another instance, the prompt names {naming}, {method} ({len(pictures)} pictures):")
             refs.report_queried(refs.judge.look_at(pictures))
             print(f"  edges of the control found in it:      {100 * recall:.1f} %")
-            print(f"  its edges that the control holds:      {100 * precision:.1f} %")
+            print(f"  its edges that are in the control:     {100 * precision:.1f} %")
 
 
 def video(refs: References) -> None:

@@ -19,7 +19,7 @@ def features(refs: References) -> None:
     known = _draw(refs, refs.seen, NUM_SCENES, 0, False) + _draw(refs, refs.seen, NUM_SCENES, 1, True)
     tests = {
         "held out": _draw(refs, refs.held_out, refs.args.num_references, 2, False),
-        "held out, by another hand": _draw(refs, refs.held_out, refs.args.num_references, 3, True),
+        "held out, restyled": _draw(refs, refs.held_out, refs.args.num_references, 3, True),
     }
     fitted, targets = _patches(refs, known)
     probes = [_fit(level, _wanted(targets)) for level in fitted]

@@ -4,8 +4,8 @@
 
 trains the parts that are not trained yet and assembles them in `--output_dir`. `--stage 2` only runs this stage. A
 stage that was interrupted resumes when it is called again, and the time limit of each job applies to all calls
-together. The jobs of a stage run in parallel, because such small models use only a small part of a GPU. `--dry_run` runs every job with
-two steps, one after the other and also on a CPU, to check that nothing is missing.
+together. The jobs of a stage run in parallel, because such small models use only a small part of a GPU. `--dry_run`
+runs every job with two steps, one after the other and also on a CPU, to check that nothing is missing.
 """
 
 import argparse
