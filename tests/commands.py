@@ -1,4 +1,4 @@
-"""Checks commands that a text prints, without carrying them out."""
+"""Helpers that check the commands in a text without executing them."""
 
 import argparse
 import ast
@@ -13,20 +13,20 @@ from conftest import ROOT
 
 
 class Parsed(Exception):
-    """The command's options are what the script takes."""
+    """Raised after the options of a command were parsed without an error."""
 
 
 def shell_lines(text: str) -> list[str]:
-    """The lines of a shell block, those that end in a backslash joined, without comments and prompts."""
+    """Returns the lines of a shell block without comments and prompts. Lines that end with a backslash are joined."""
     lines = text.replace("\\\n", " ").splitlines()
     lines = [re.sub(r"(^|\s)#.*", "", line).strip().removeprefix("$ ") for line in lines]
     return [line for line in lines if line]
 
 
 def check_script(words: list[str], monkeypatch) -> None:
-    """`words` are a script of this repository and its arguments: it has to take them."""
+    """Checks that a script of this repository accepts its arguments. `words` are the script and its arguments."""
     script = ROOT / words[0]
-    assert script.is_file(), f"there is no script {words[0]}"
+    assert script.is_file(), f"script {words[0]} does not exist"
     parse_args = argparse.ArgumentParser.parse_args
 
     def stop(self, *args, **kwargs):
@@ -35,7 +35,7 @@ def check_script(words: list[str], monkeypatch) -> None:
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
     monkeypatch.setattr(sys, "argv", [str(script), *words[1:]])
-    # an option that is not known ends in SystemExit
+    # unknown options raise SystemExit
     with pytest.raises(SystemExit if "--help" in words else Parsed) as ended:
         runpy.run_path(str(script), run_name="__main__")
     assert not getattr(ended.value, "code", 0)
@@ -47,7 +47,8 @@ def make_targets() -> set[str]:
 
 
 def split_command(line: str) -> list[str]:
-    """The words of a command, without settings of the environment before it and without what starts a script."""
+    """Splits a command into words, without environment variables and without the launcher (python, accelerate
+    launch)."""
     words = shlex.split(line)
     while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
         del words[0]
@@ -61,7 +62,7 @@ def split_command(line: str) -> list[str]:
 
 
 def example_scripts() -> list[Path]:
-    """The scripts for users: the files in examples/ that can be run."""
+    """Returns the scripts in examples/, which are the files that can be run."""
 
     def is_script(file: Path) -> bool:
         return any(

@@ -1,4 +1,4 @@
-"""Tiny components of the real classes, with fixed seeds."""
+"""Fixtures and small components of the real classes with fixed seeds."""
 
 import os
 import sys
@@ -7,14 +7,14 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parent.parent
-# the examples by name, and `tools`
+# makes the modules in examples/ and the package `tools` importable
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT)]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# what tests download or import as custom code stays out of the user's own cache
+# downloads and custom code of the tests are not written to the cache of the user
 cache = tempfile.TemporaryDirectory(prefix="hf-home-")
 os.environ["HF_HOME"] = cache.name
-# workers that run side by side share the cores, and so do the processes that they start; the process that starts the workers
-# leaves this alone, or they would inherit its number
+# parallel workers and their subprocesses share the cores; this is not set in the main process, because the workers
+# would inherit its value
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     os.environ.setdefault(
         "OMP_NUM_THREADS", str(max(os.cpu_count() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]), 1))
@@ -92,7 +92,7 @@ def make_image_processor() -> CLIPImageProcessor:
 
 
 def make_components(seed: int = 0) -> dict:
-    """Components of a stock pipeline, without SSR."""
+    """Creates the components of a stock pipeline, without an SSR-Encoder."""
     torch.manual_seed(seed)
     tokenizer = CLIPTokenizer.from_pretrained(POCKET, subfolder="tokenizer")
     text_config = CLIPTextConfig(
@@ -138,7 +138,7 @@ def make_picture(seed: int = 0, size: tuple[int, int] = (40, 32)) -> Image.Image
 
 
 def call_args(**overrides) -> dict:
-    """Arguments of a small, repeatable call."""
+    """Returns the arguments of a small deterministic call."""
     arguments = {
         "prompt": "a cat on the beach",
         "num_inference_steps": 2,
@@ -150,7 +150,7 @@ def call_args(**overrides) -> dict:
 
 
 def snapshot(unet):
-    """All of a UNet that a call with a subject could change."""
+    """Returns everything of a UNet that a call with a subject could change."""
     return (
         dict(unet.attn_processors),
         list(unet.named_modules()),
@@ -182,7 +182,7 @@ def picture() -> Image.Image:
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """Tiny models gain nothing from more threads, and wait for them where cores are busy."""
+    """Uses one thread, because more threads do not make small models faster and slow down a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

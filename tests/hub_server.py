@@ -1,4 +1,5 @@
-"""A Hub on loopback: as much of its HTTP interface as huggingface_hub's client uses to load models and to upload them and Spaces."""
+"""A local Hub server with the part of the HTTP API that huggingface_hub uses to load models and to upload models and
+Spaces."""
 
 import base64
 import hashlib
@@ -9,8 +10,14 @@ from urllib.parse import unquote, urlparse
 
 
 class Hub:
-    """Repositories as {name: {revision: {path: bytes}}}; `tokens` are the tokens a repository demands. Every request is
-    noted in `requests`."""
+    """
+    A local Hub server.
+
+    Attributes:
+        repos (`dict[str, dict[str, dict[str, bytes]]]`): the repositories, as `{name: {revision: {path: content}}}`.
+        tokens (`dict[str, str]`): the token that is required for each private repository.
+        requests (`list[str]`): every request, in order.
+    """
 
     def __init__(self):
         self.repos: dict[str, dict[str, dict[str, bytes]]] = {}
@@ -30,7 +37,7 @@ class Hub:
         return hashlib.sha1(b"".join(p.encode() + files[p] for p in sorted(files))).hexdigest()
 
     def find(self, name: str, revision: str) -> str | None:
-        """The branch of a revision, which may also be a commit."""
+        """Returns the branch that `revision`, a branch or a commit, refers to."""
         branches = self.repos.get(name, {})
         return next((b for b in branches if revision in (b, self.commit(name, b))), None)
 
@@ -65,7 +72,8 @@ class _Handler(BaseHTTPRequestHandler):
         return token is None or self.headers.get("Authorization") == f"Bearer {token}"
 
     def files(self, name: str, revision: str) -> tuple[dict[str, bytes], str] | None:
-        """A revision's files and commit; where it may not be seen or is not there, a refusal and `None`."""
+        """Returns the files and the commit of a revision. If it is private or does not exist, answers with an error
+        and returns `None`."""
         if name not in self.hub.repos or not self.allowed(name):
             return self.refuse("RepoNotFound", 401 if name in self.hub.tokens else 404)
         branch = self.hub.find(name, revision)

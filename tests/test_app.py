@@ -1,4 +1,4 @@
-"""What examples/app.py draws and writes, without a browser."""
+"""Tests of the pictures and files that examples/app.py creates, without a browser."""
 
 import io
 import itertools
@@ -56,7 +56,7 @@ REQUESTS = {
         "prompt": "a thing",
         "subjects": (SubjectChoice(open_picture(CAT_AND_CAR), mask=half((64, 64), True)),),
     },
-    "two subjects in places, for a part of the steps": {
+    "two subjects with regions and step range": {
         "prompt": "a cat and a dog",
         "negative_prompt": "blurred",
         "subjects": (
@@ -66,7 +66,7 @@ REQUESTS = {
         "subject_start": 0.1,
         "subject_end": 0.8,
     },
-    "no subject, a hard prompt": {"prompt": "a \"cat\"\nin 'the' \\ snow\N{SNOWFLAKE} {x}"},
+    "no subject, special characters": {"prompt": "a \"cat\"\nin 'the' \\ snow\N{SNOWFLAKE} {x}"},
     "edges": {"prompt": "a house", "subjects": (subject("house", HOUSE_AND_DOG),), "edges": edges()},
     "video": {"prompt": "a cat", "subjects": (subject(),), "num_frames": 3},
 }
@@ -86,18 +86,18 @@ def png(size: tuple[int, int] = (32, 16), mode: str = "RGB", **save) -> bytes:
 
 
 def declared(width: int, height: int) -> bytes:
-    """A PNG whose header declares another size than its data have."""
+    """Returns a PNG whose header declares a size that is different from the size of its data."""
     header = b"IHDR" + struct.pack(">II", width, height) + png()[24:29]
     return png()[:8] + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + png()[33:]
 
 
 BROKEN = {
-    "no picture": (b"this is no picture", "cannot be decoded"),
+    "text": (b"this is no picture", "cannot be decoded"),
     "empty": (b"", "cannot be decoded"),
-    "cut off": (png()[:-200], "cannot be decoded: .*truncated"),
-    "cut off early": (png()[:60], "cannot be decoded: .*truncated"),
+    "truncated": (png()[:-200], "cannot be decoded: .*truncated"),
+    "truncated early": (png()[:60], "cannot be decoded: .*truncated"),
     "many pixels": (declared(9000, 9000), "has 81"),
-    "a bomb": (declared(60000, 60000), ""),
+    "decompression bomb": (declared(60000, 60000), ""),
     "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot be decoded"),
     "too small": (png((4, 4)), "is 4 x 4 pixels"),
     "too narrow": (png((10, 400)), "is 10 x 400 pixels"),
@@ -105,14 +105,14 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_file_that_is_no_picture_is_named(tmp_path, kind):
+def test_invalid_picture_files_raise_an_error_with_the_file_name(tmp_path, kind):
     data, reason = BROKEN[kind]
     (tmp_path / "holiday.png").write_bytes(data)
     with pytest.raises(ValueError, match=f"`holiday.png` {reason}"):
         open_picture(tmp_path / "holiday.png")
 
 
-def test_pictures_are_upright_opaque_and_of_a_size_for_the_browser(tmp_path):
+def test_pictures_are_rotated_flattened_and_resized(tmp_path):
     turned = Image.Exif()
     turned[0x0112] = 6
     Image.new("RGB", (3000, 1000), "red").save(tmp_path / "wide.jpg", exif=turned)
@@ -128,7 +128,7 @@ def test_pictures_are_upright_opaque_and_of_a_size_for_the_browser(tmp_path):
 
 @pytest.mark.parametrize("colour", ["black", "white", (255, 40, 0, 150)])
 @pytest.mark.parametrize("canvas", [(512, 512), (64, 64), (800, 300)])
-def test_what_is_painted_is_the_mask(colour, canvas):
+def test_painted_pixels_become_the_mask(colour, canvas):
     layer = Image.new("RGBA", canvas)
     width, height = canvas
     ImageDraw.Draw(layer).rectangle((width // 4, 0, width // 2 - 1, height), fill=colour)
@@ -137,7 +137,7 @@ def test_what_is_painted_is_the_mask(colour, canvas):
     assert (mask[:, 16:32] == 255).all() and not mask[:, :16].any() and not mask[:, 32:].any()
 
 
-def test_layers_are_put_together_and_the_thinnest_stroke_counts():
+def test_layers_are_merged_and_single_pixels_count():
     clear, dot, stroke = (Image.new("RGBA", (512, 512)) for _ in range(3))
     assert painted_mask([], (64, 64)) is None and painted_mask([clear], (64, 64)) is None
     dot.putpixel((3, 3), (0, 0, 0, 9))
@@ -146,12 +146,12 @@ def test_layers_are_put_together_and_the_thinnest_stroke_counts():
     assert np.asarray(painted_mask([dot, clear, stroke], (64, 64)))[32:, 32:].all()
 
 
-def test_small_pictures_are_enlarged_to_paint_on():
+def test_small_pictures_are_enlarged_for_the_canvas():
     assert canvas_for(Image.new("RGB", (64, 32))).size == (CANVAS_SIDE, CANVAS_SIDE // 2)
     assert canvas_for(Image.new("RGB", (900, 600))).size == (900, 600)
 
 
-def test_edges_are_white_on_black_and_ready_ones_stay():
+def test_edges_are_white_on_black_and_edge_maps_are_not_changed():
     found = edges()
     assert found.size == (64, 64) and set(np.unique(found)) == {0, 255} and 0.02 < np.mean(found) / 255 < 0.5
     assert np.mean(find_edges(open_picture(HOUSE_AND_DOG), 64, 20, 40)) > np.mean(found)
@@ -162,7 +162,7 @@ def test_edges_are_white_on_black_and_ready_ones_stay():
 
 
 @pytest.mark.parametrize("kind", REQUESTS)
-def test_the_script_repeats_what_the_page_draws(studio, one_thread, tmp_path, monkeypatch, kind):
+def test_script_reproduces_the_picture_of_the_page(studio, one_thread, tmp_path, monkeypatch, kind):
     request = DrawingRequest(**REQUESTS[kind], **FAST)
     steps = []
     drawn = studio.draw(request, on_step=lambda *step: steps.append(step))
@@ -182,8 +182,8 @@ def test_the_script_repeats_what_the_page_draws(studio, one_thread, tmp_path, mo
     assert written.size == (64, 64)
 
 
-def test_each_choice_shows_in_the_picture(studio, one_thread):
-    """No two of these are the same picture: nothing that the page offers is without effect."""
+def test_every_option_changes_the_picture(studio, one_thread):
+    """All pictures are different, so every option of the page has an effect."""
     plain = {**REQUESTS["a query"], **FAST}
     cat = plain["subjects"][0]
     variants = [
@@ -211,7 +211,7 @@ def test_each_choice_shows_in_the_picture(studio, one_thread):
         assert np.abs(one - other).max() > 2, (variants[first], variants[second])
 
 
-def test_the_attention_map_follows_query_and_mask(studio):
+def test_attention_map_depends_on_query_and_mask(studio):
     maps = [
         np.asarray(studio.attention_map(choice), dtype=int)
         for choice in (subject(), subject("car"), subject("", mask=half((64, 64), False)))
@@ -222,7 +222,7 @@ def test_the_attention_map_follows_query_and_mask(studio):
 
 @pytest.mark.parametrize("kind", ["a query", "edges", "video"])
 @pytest.mark.parametrize("after", [0, 2, 4])
-def test_a_cancelled_drawing_stops_after_its_step(studio, kind, after):
+def test_cancellation_stops_after_the_current_step(studio, kind, after):
     request = DrawingRequest(**REQUESTS[kind], **FAST)
     steps = []
     with pytest.raises(Cancelled):
@@ -238,17 +238,15 @@ def test_a_cancelled_drawing_stops_after_its_step(studio, kind, after):
         ({"subjects": (subject(),), "subject_start": 0.8, "subject_end": 0.2}, "subject_start"),
     ],
 )
-def test_what_does_not_fit_together_is_said_before_the_first_step(studio, wrong, message):
+def test_invalid_requests_raise_an_error_before_the_first_step(studio, wrong, message):
     with pytest.raises(ValueError, match=message):
         studio.draw(DrawingRequest("a cat", **wrong, **FAST), on_step=lambda *_: pytest.fail("a step was taken"))
 
 
-def test_many_people_draw_on_one_unet_each_their_own(studio, one_thread):
+def test_concurrent_requests_on_one_unet_do_not_affect_each_other(studio, one_thread):
     requests = [
         DrawingRequest(**{**REQUESTS[kind], **FAST, "seed": seed})
-        for kind, seed in itertools.product(
-            ("a query", "two subjects in places, for a part of the steps", "edges"), (1, 2)
-        )
+        for kind, seed in itertools.product(("a query", "two subjects with regions and step range", "edges"), (1, 2))
     ]
     alone = [as_array(studio.draw(request)) for request in requests]
     assert studio.pipeline("picture").unet is studio.pipeline("along_edges").unet
@@ -261,7 +259,7 @@ def test_many_people_draw_on_one_unet_each_their_own(studio, one_thread):
 # sessions and options
 
 
-def test_a_cancel_stops_the_drawings_of_its_own_session():
+def test_cancel_only_affects_its_own_session():
     sessions = Sessions()
     with sessions.drawing("anna") as first, sessions.drawing("anna") as second, sessions.drawing("ben") as other:
         assert sessions.cancel("anna") == 2
@@ -271,7 +269,7 @@ def test_a_cancel_stops_the_drawings_of_its_own_session():
         assert not later.is_set()
 
 
-def test_a_closed_session_leaves_nothing():
+def test_closing_a_session_removes_its_files():
     sessions = Sessions()
     file = sessions.file("anna", "picture.zip")
     file.write_bytes(b"1")
@@ -283,7 +281,7 @@ def test_a_closed_session_leaves_nothing():
     sessions.close("anna")
 
 
-def test_a_checkpoint_brings_its_own_parts_and_options_replace_them():
+def test_checkpoints_from_options():
     assert Checkpoints.from_options(parse_args([])) == Checkpoints(
         str(POCKET), None, str(POCKET / "controlnet"), str(POCKET / "motion_adapter")
     )
@@ -301,7 +299,7 @@ def test_a_checkpoint_brings_its_own_parts_and_options_replace_them():
     assert Checkpoints.from_options(parse_args(given)) == Checkpoints("owner/base", "owner/ssr", "owner/canny", "a/m")
 
 
-def test_the_page_listens_on_loopback_unless_told_otherwise(monkeypatch):
+def test_page_listens_on_loopback_by_default(monkeypatch):
     monkeypatch.delenv("GRADIO_SERVER_NAME", raising=False)
     assert parse_args([]).host == "127.0.0.1"
     monkeypatch.setenv("GRADIO_SERVER_NAME", "0.0.0.0")
@@ -309,7 +307,7 @@ def test_the_page_listens_on_loopback_unless_told_otherwise(monkeypatch):
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"]])
-def test_without_gradio_the_script_names_the_extra(arguments, monkeypatch, capsys):
+def test_missing_gradio_prints_the_install_command(arguments, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.setattr(sys, "argv", ["app.py", *arguments])
     with pytest.raises(SystemExit) as end:
@@ -326,7 +324,7 @@ def test_without_gradio_the_script_names_the_extra(arguments, monkeypatch, capsy
         (KeyError("secret"), "Something went wrong"),
     ],
 )
-def test_errors_become_messages(error, said):
+def test_errors_are_shown_as_messages(error, said):
     gradio = pytest.importorskip("gradio", reason="the page needs Gradio")
     from page.messages import messages
 

@@ -1,4 +1,4 @@
-"""The page of examples/app.py in a browser, as a person uses it."""
+"""Tests of the page of examples/app.py in a browser."""
 
 import io
 import json
@@ -18,7 +18,7 @@ from PIL import Image
 
 
 pytest.importorskip("gradio", reason="the page needs Gradio")
-pytest.importorskip("selenium", reason="drives the browser")
+pytest.importorskip("selenium", reason="controls the browser")
 
 from selenium import webdriver  # noqa: E402
 from selenium.webdriver import ActionChains  # noqa: E402
@@ -32,9 +32,9 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 DRIVER = shutil.which("chromedriver")
 pytestmark = [
     pytest.mark.skipif(
-        not (CHROMIUM and DRIVER), reason="no Chromium with its driver here; test_app.py tests what the page draws"
+        not (CHROMIUM and DRIVER), reason="needs Chromium and chromedriver; test_app.py tests the pictures of the page"
     ),
-    pytest.mark.filterwarnings("ignore::Warning:gradio"),  # its own, about pandas
+    pytest.mark.filterwarnings("ignore::Warning:gradio"),  # about pandas
 ]
 
 REFERENCE = POCKET / "references" / "1_cat_car.png"
@@ -43,7 +43,7 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """The page, served on loopback."""
+    """The page on a local server."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
         page = start(parse_args(["--num_inference_steps", str(STEPS)]), wait=False)
@@ -56,7 +56,7 @@ def chromium():
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-    # root has no sandbox, containers little shared memory, and the editor draws with WebGL
+    # root cannot use the sandbox, containers have little shared memory, and the editor uses WebGL
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--enable-unsafe-swiftshader"):
         options.add_argument(argument)
     driver = webdriver.Chrome(options=options, service=Service(DRIVER))
@@ -65,7 +65,7 @@ def chromium():
 
 
 class Person:
-    """What a person does in a browser window, and what they see."""
+    """A browser window of one user: performs actions and reads the page."""
 
     def __init__(self, driver, address: str, width: int = 1400):
         self.driver = driver
@@ -102,10 +102,10 @@ class Person:
         box.send_keys(text)
 
     def paint(self, editor: str, left: float, right: float) -> None:
-        """A stroke in the middle of the canvas, from one part of its width to another."""
+        """Paints a horizontal stroke in the middle of the canvas. `left` and `right` are fractions of its width."""
         canvas = self.find(f"{editor} canvas")
         self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)
-        time.sleep(0.5)  # until the picture is in it
+        time.sleep(0.5)  # waits for the picture on the canvas
         side = canvas.size["height"] * 0.75
         actions = ActionChains(self.driver, duration=50)
         actions.move_to_element_with_offset(canvas, int((left - 0.5) * side), 0).click_and_hold()
@@ -115,7 +115,7 @@ class Person:
         time.sleep(0.3)
 
     def shown(self, place: str, other_than: str | None = None) -> str:
-        """The address of the picture at a place, once it is another than before."""
+        """Waits until the address of the picture at `place` is different from `other_than`, and returns it."""
         script = "const picture = document.querySelector(arguments[0] + ' img'); return picture && picture.src"
         wait = WebDriverWait(self.driver, 15, poll_frequency=0.05)
         return wait.until(
@@ -127,9 +127,9 @@ class Person:
         return self.shown(f"#drawn-{kind}", other_than)
 
     def message(self) -> str:
-        """The text of the next message, which is closed."""
+        """Waits for the next message, closes it and returns its text."""
         self.find(".toast-body")
-        wait = WebDriverWait(self.driver, 10)  # it fades in
+        wait = WebDriverWait(self.driver, 10)  # the message fades in
         text = wait.until(lambda driver: driver.find_element(By.CSS_SELECTOR, ".toast-body").text)
         self.click(".toast-close")
         WebDriverWait(self.driver, 10).until_not(lambda driver: driver.find_elements(By.CSS_SELECTOR, ".toast-body"))
@@ -152,7 +152,7 @@ def pixels(address: str) -> np.ndarray:
 
 
 def bundle(person: Person, kind: str, folder) -> dict:
-    """Download the script and run it where it was unpacked."""
+    """Downloads and unpacks the script and its pictures, runs the script and returns its variables."""
     behaviour = {"behavior": "allow", "downloadPath": str(folder)}
     person.driver.execute_cdp_cmd("Browser.setDownloadBehavior", behaviour)
     person.click(f"#repeat-{kind} button")
@@ -164,7 +164,7 @@ def bundle(person: Person, kind: str, folder) -> dict:
     return runpy.run_path(str(folder / "repeat.py"))
 
 
-def test_the_picture_follows_the_query_and_the_script_repeats_it(page, person, tmp_path, monkeypatch):
+def test_query_changes_the_picture_and_script_reproduces_it(page, person, tmp_path, monkeypatch):
     anna = person()
     anna.upload("#file-1", REFERENCE)
     anna.find("#painting-1 canvas")
@@ -195,7 +195,7 @@ def test_the_picture_follows_the_query_and_the_script_repeats_it(page, person, t
     assert "127.0.0.1" in hosts and hosts <= {"127.0.0.1", None, ""}, hosts
 
 
-def test_a_painted_mask_selects_and_a_painted_place_holds_the_subject(person, tmp_path, monkeypatch):
+def test_painted_mask_and_painted_region(person, tmp_path, monkeypatch):
     anna = person()
     anna.click("#examples-1 .gallery-item")
     anna.find("#painting-1 canvas")
@@ -203,7 +203,7 @@ def test_a_painted_mask_selects_and_a_painted_place_holds_the_subject(person, tm
     anna.type("#query-1", " ")
     anna.paint("#painting-1", 0.1, 0.4)  # the car is on the left
     drawn = anna.draw()
-    masked = pixels(anna.shown("#heat-1", other_than=heat))  # shown before it is drawn
+    masked = pixels(anna.shown("#heat-1", other_than=heat))  # shown before the picture is generated
     assert np.abs(masked - pixels(heat)).max() > 20
     anna.click("#place-1 button")
     anna.paint("#region-1", 0.6, 0.9)
@@ -215,7 +215,7 @@ def test_a_painted_mask_selects_and_a_painted_place_holds_the_subject(person, tm
     assert 0.01 < region.mean() < 0.4 and region[:, 256:].sum() > 20 * region[:, :256].sum()
 
 
-def test_two_people_draw_at_once_each_their_own_and_one_cancels(page, person, monkeypatch):
+def test_two_users_at_the_same_time_and_cancellation(page, person, monkeypatch):
     taken = []
     draw = page.studio.draw
 
@@ -246,14 +246,14 @@ def test_two_people_draw_at_once_each_their_own_and_one_cancels(page, person, mo
     choice = SubjectChoice(Image.open(REFERENCE).convert("RGB"), "car")
     expected = draw(DrawingRequest("a cat in the snow", (choice,), num_inference_steps=STEPS))
     assert np.array_equal(pixels(car), np.asarray(expected))
-    ben.click("#cancel-picture")  # stops nothing of Anna's
+    ben.click("#cancel-picture")  # does not stop Anna's video
     ben.message()
     before = len(taken)
     WebDriverWait(ben.driver, 15).until(lambda driver: len(taken) > before)
 
     anna.look_here()
     anna.open_tab("Picture")
-    anna.click("#draw-picture")  # nobody else can draw now
+    anna.click("#draw-picture")  # no other request can run now
     WebDriverWait(anna.driver, 15).until(lambda driver: ("picture", "cat") in taken)
     ben.look_here()
     before = taken.count(("picture", "car"))
@@ -265,7 +265,7 @@ def test_two_people_draw_at_once_each_their_own_and_one_cancels(page, person, mo
     for kind in ("video", "picture"):
         anna.click(f"#cancel-{kind}")
         assert "cancelled" in anna.message()
-    time.sleep(0.5)  # the steps under way
+    time.sleep(0.5)  # waits for the steps that are running
     after = len(taken)
     time.sleep(1)
     assert len(taken) == after and taken.count(("video", "cat")) < 90 and taken.count(("picture", "cat")) < 90
@@ -274,7 +274,7 @@ def test_two_people_draw_at_once_each_their_own_and_one_cancels(page, person, mo
     assert np.abs(pixels(anna.draw()) - pixels(car)).max() > 20
 
 
-def test_a_subject_along_edges_and_in_motion(person, tmp_path):
+def test_edges_and_video(person, tmp_path):
     anna = person()
     anna.click("#examples-1 .gallery-item")
     anna.shown("#heat-1")
@@ -288,9 +288,9 @@ def test_a_subject_along_edges_and_in_motion(person, tmp_path):
     assert Image.open(io.BytesIO(urllib.request.urlopen(address).read())).n_frames == 8
 
 
-def test_mistakes_are_messages(person, tmp_path):
+def test_user_errors_are_shown_as_messages(person, tmp_path):
     anna = person()
-    (tmp_path / "notes.png").write_text("this is no picture")
+    (tmp_path / "notes.png").write_text("this is not a picture")
     (tmp_path / "half.png").write_bytes(REFERENCE.read_bytes()[:2000])
     anna.upload("#file-1", tmp_path / "notes.png")
     said = [anna.message()]

@@ -1,4 +1,4 @@
-"""How a subject joins one cross-attention layer, whatever processor it has."""
+"""Tests of a subject in one cross-attention layer, with different attention processors."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def parity_layer():
 
 
 class Transformer(nn.Module):
-    """One cross-attention layer inside what a UNet has around it, and nothing else."""
+    """One cross-attention layer with the module structure of a UNet."""
 
     def __init__(self, attn: Attention):
         super().__init__()
@@ -48,7 +48,7 @@ class Transformer(nn.Module):
 
 
 def attend(attn, hidden_states, text, conditions=None, grid=None, **kwargs):
-    """A layer's output beside a subject, for `hidden_states` of shape `(batch_size, positions, width)`."""
+    """Returns the output of a layer with a subject, for `hidden_states` of shape `(batch_size, positions, width)`."""
     model = nn.ModuleDict({"transformer": Transformer(attn)})
     hooks = _Hooks()
     user = _Loop()
@@ -74,7 +74,7 @@ def conditions_of(key, value, *args, **kwargs) -> SubjectConditions:
 
 @pytest.mark.parametrize("scale", ["0.0", "0.65", "1.0"])
 @pytest.mark.parametrize("inner", ["plain", "math", "sliced", "fused"])
-def test_agrees_with_the_released_code_whatever_the_own_processor(scale, inner):
+def test_output_matches_the_released_code_with_every_processor(scale, inner):
     attn, tensors, key, value = parity_layer()
     if inner == "fused":
         attn.fuse_projections()
@@ -91,7 +91,7 @@ def test_agrees_with_the_released_code_whatever_the_own_processor(scale, inner):
 
 
 class OwnProjections(nn.Module):
-    """A processor with projections and an argument of its own, which also looks into the layer's."""
+    """A processor with its own projections and its own argument, which also reads the weights of the layer."""
 
     def __init__(self, own_query: bool, own_output: bool):
         super().__init__()
@@ -112,7 +112,7 @@ class OwnProjections(nn.Module):
 
 
 def by_hand(attn, to_q, to_out, hidden, text, key, value):
-    """Equation 5, written out."""
+    """Implements equation 5 directly."""
 
     def attention(key, value):
         q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (to_q(hidden), key, value))
@@ -124,7 +124,7 @@ def by_hand(attn, to_q, to_out, hidden, text, key, value):
 
 @pytest.mark.parametrize("own_query", [False, True])
 @pytest.mark.parametrize("own_output", [False, True])
-def test_a_processor_of_the_users_with_projections_of_its_own(own_query, own_output):
+def test_custom_processor_with_its_own_projections(own_query, own_output):
     attn, tensors, key, value = parity_layer()
     processor = OwnProjections(own_query, own_output)
     attn.set_processor(processor)
@@ -135,7 +135,7 @@ def test_a_processor_of_the_users_with_projections_of_its_own(own_query, own_out
     torch.testing.assert_close(out, by_hand(attn, to_q, to_out, hidden, text, key, value), atol=1e-5, rtol=1e-5)
 
 
-def test_a_processors_own_argument_reaches_it():
+def test_custom_processor_receives_its_own_arguments():
     attn, tensors, key, value = parity_layer()
     attn.set_processor(OwnProjections(False, False))
     attend(attn, tensors["hidden_states"], tensors["text_embeds"], conditions_of(key, value), my_strength=0.5)
@@ -145,7 +145,7 @@ def test_a_processors_own_argument_reaches_it():
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("kind", [CustomDiffusionAttnProcessor, CustomDiffusionAttnProcessor2_0])
 def test_custom_diffusion(kind, own):
-    """With and without query and output projections of the processor's own."""
+    """With and without the processor's own query and output projections."""
     attn, tensors, key, value = parity_layer()
     torch.manual_seed(0)
     processor = kind(train_kv=own, train_q_out=own, hidden_size=40, cross_attention_dim=32).eval()
@@ -164,7 +164,7 @@ def test_custom_diffusion(kind, own):
 
 @pytest.mark.parametrize("ip_scale", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("kind", [IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0])
-def test_beside_an_ip_adapter_the_layer_computes_the_sum(kind, ip_scale):
+def test_ip_adapter_and_subject_outputs_are_added(kind, ip_scale):
     attn, tensors, key, value = parity_layer()
     processor = kind(40, 32, num_tokens=(4,), scale=[ip_scale])
     attn.set_processor(processor)
@@ -176,7 +176,7 @@ def test_beside_an_ip_adapter_the_layer_computes_the_sum(kind, ip_scale):
 
 
 class Functional(nn.Module):
-    """Passes by some of the layer's projections, or calls them more than once."""
+    """A processor that bypasses some projections of the layer, or calls them more than once."""
 
     def __init__(self, way):
         super().__init__()
@@ -200,16 +200,16 @@ class Functional(nn.Module):
 @pytest.mark.parametrize(
     "way", ["query by weight", "queries twice", "output by weight", "outputs twice", "another shape"]
 )
-def test_a_processor_beside_which_a_subject_cannot_act_is_named(way):
+def test_unsupported_processor_raises_an_error_with_its_name(way):
     attn, tensors, key, value = parity_layer()
     attn.set_processor(Functional(way))
     text = tensors["text_embeds"]
     with pytest.raises(ValueError, match="with the attention processor Functional: .*(queries|to_out|shape)"):
         attend(attn, tensors["hidden_states"], text, conditions_of(key, value))
-    attend(attn, tensors["hidden_states"], text)  # without a subject it may do what it likes
+    attend(attn, tensors["hidden_states"], text)  # without a subject there is no error
 
 
-def test_further_arguments_of_the_output_projection_are_passed_on():
+def test_output_projection_receives_additional_arguments():
     class Scaled(nn.Linear):
         def forward(self, states, factor):
             return factor * super().forward(states)
@@ -224,8 +224,9 @@ def test_further_arguments_of_the_output_projection_are_passed_on():
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_pass_whose_hooks_go_meanwhile_is_no_error():
-    """torch calls a hook that is removed during the pass without `kwargs`, so that the output stands in their place."""
+def test_hooks_can_be_removed_during_the_forward_pass():
+    """If a hook is removed during the forward pass, torch calls it without `kwargs`, and the output is passed
+    instead."""
     attn, tensors, key, value = parity_layer()
     processor = SSRAttnProcessor2_0()
     text = TextAndSubject(tensors["text_embeds"], LayerSubject(key, value))
@@ -235,7 +236,7 @@ def test_a_pass_whose_hooks_go_meanwhile_is_no_error():
     assert not processor.visits
 
 
-def test_an_error_in_the_processor_is_its_own():
+def test_processor_error_is_propagated():
     attn, tensors, key, value = parity_layer()
 
     def broken(*args, **kwargs):
@@ -260,8 +261,8 @@ def test_without_a_subject_the_layer_is_unchanged():
 
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("regions", [None, torch.eye(2)[None]])
-def test_consecutive_pictures_and_frames_share_a_row(rows, regions):
-    """Each of them is attended to as a picture of its own."""
+def test_consecutive_pictures_and_frames_share_a_subject(rows, regions):
+    """The result is the same as for each picture alone."""
     attn, tensors, key, value = parity_layer()
     each = 3
     states = torch.randn(rows * each, 16, 40, generator=torch.Generator().manual_seed(0))
@@ -291,9 +292,9 @@ def test_padding_has_no_effect():
 
 @pytest.mark.parametrize("grid", [(8, 8), (4, 16), (16, 4), (2, 32), (64, 1)])
 @pytest.mark.parametrize("mask_size", [(64, 64), (40, 24), (16, 16), (256, 128)])
-def test_regions_keep_each_subject_to_its_place(grid, mask_size):
-    """The first subject may appear on the upper half, the second in the lower left quarter, whatever the proportions of mask
-    and layer."""
+def test_regions_restrict_each_subject(grid, mask_size):
+    """The first subject is restricted to the upper half and the second one to the lower left quarter, for any aspect
+    ratio of mask and layer."""
     attn, tensors, key, value = parity_layer()
     half = key.shape[1] // 2
     first, second = (conditions_of(key[:, part], value[:, part]) for part in (slice(half), slice(half, None)))
@@ -314,8 +315,9 @@ def test_regions_keep_each_subject_to_its_place(grid, mask_size):
         torch.testing.assert_close(out[:, rows:, columns:], nothing[:, rows:, columns:])
 
 
-def test_a_position_is_reached_where_a_region_covers_more_than_half_of_it():
-    """A quarter and a half above, three quarters and all below."""
+def test_region_includes_positions_that_are_more_than_half_covered():
+    """The region covers a quarter and a half of the upper two positions, and three quarters and all of the lower
+    two."""
     region = torch.tensor([[[1.0, 0, 1, 1], [0, 0, 0, 0], [1, 1, 1, 1], [1, 0, 1, 1]]])
     tokens = torch.randn(1, 3, 8), torch.randn(1, 3, 8)
     subject = conditions_of(*tokens, torch.zeros(1, 3), [[region]]).for_layer(LAYER, 1, (2, 2))
@@ -324,7 +326,7 @@ def test_a_position_is_reached_where_a_region_covers_more_than_half_of_it():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("regions", [None, [[torch.eye(4)[None]]]])
-def test_masks_are_made_once_for_each_grid_in_the_keys_precision(dtype, regions):
+def test_attention_masks_are_cached_per_grid_and_have_the_dtype_of_the_keys(dtype, regions):
     tokens = torch.randn(1, 3, 8, dtype=dtype), torch.randn(1, 3, 8, dtype=dtype)
     conditions = conditions_of(*tokens, torch.zeros(1, 3), regions, torch.tensor([[1.0, 2.0, 4.0]]))
     first, again = (conditions.for_layer(LAYER, 1, (2, 2)) for _ in range(2))
@@ -335,14 +337,14 @@ def test_masks_are_made_once_for_each_grid_in_the_keys_precision(dtype, regions)
         assert shapes == [4, 12, 16]
 
 
-def test_regions_are_fitted_where_the_keys_are():
+def test_regions_are_resized_on_the_device_of_the_keys():
     tokens = torch.zeros(1, 3, 8, device="meta"), torch.zeros(1, 3, 8, device="meta")
     owner = torch.zeros(1, 3, device="meta")
     subject = conditions_of(*tokens, owner, [[torch.eye(4)[None], None]]).for_layer(LAYER, 1, (2, 2))
     assert {subject.mask.device.type, subject.reached.device.type} == {"meta"}
 
 
-def test_positions_that_are_no_grid_are_refused_with_a_region_alone():
+def test_only_regions_require_positions_that_form_a_grid():
     attn, tensors, key, value = parity_layer()
     states = torch.randn(2, 10, 40), tensors["text_embeds"]
     owner, region = torch.zeros(2, key.shape[1]), [[torch.eye(8)[None]]] * 2
@@ -352,8 +354,8 @@ def test_positions_that_are_no_grid_are_refused_with_a_region_alone():
         attend(attn, *states, conditions_of(key, value, owner, region), grid=(10, 1))
 
 
-def test_keyframes_are_blended():
-    """Each frame attends to keys and values between those of its keyframes."""
+def test_keyframes_are_interpolated():
+    """Each frame attends to keys and values that are interpolated between its keyframes."""
     attn, tensors, key, value = parity_layer()
     frames = 5
     hidden, text = torch.randn(2 * frames, 6, 40), tensors["text_embeds"][:1].expand(2 * frames, -1, -1)
@@ -370,8 +372,8 @@ def test_keyframes_are_blended():
 
 
 @pytest.mark.parametrize("regions", [None, [[torch.ones(1, 2, 2)]]])
-def test_padding_stays_padding_in_every_frame(regions):
-    """With keyframes each frame is a row of its own."""
+def test_padding_is_masked_in_every_frame(regions):
+    """With keyframes, each frame has its own row in the mask."""
     tokens, owner = torch.randn(1, 2, 3, 8), torch.tensor([[0.0, 0.0, -1.0]])
     places = torch.tensor([0.0, 0.5, 1.0])
     conditions = conditions_of(tokens, tokens, owner, regions, frames=3, keyframes=places)
@@ -380,7 +382,7 @@ def test_padding_stays_padding_in_every_frame(regions):
     assert torch.equal(mask, torch.tensor([True, True, False]).expand_as(mask))
 
 
-def test_regions_may_differ_from_frame_to_frame():
+def test_regions_can_differ_between_frames():
     attn, tensors, key, value = parity_layer()
     hidden, text = torch.randn(3, 16, 40), tensors["text_embeds"][:1].expand(3, -1, -1)
     masks = torch.zeros(3, 4, 4)

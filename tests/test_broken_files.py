@@ -1,4 +1,5 @@
-"""More than 150 broken files from strangers: each is refused by name, in under a second, with less than 200 MB of memory."""
+"""Tests that more than 150 broken files each raise an error that names the file, within a second and 200 MB of
+memory."""
 
 import bz2
 import ctypes
@@ -25,10 +26,10 @@ from training_data import Columns, FiniteRows, Preparation, Samples, StreamedRow
 
 
 MEGABYTE = 2**20
-GIGABYTES_20 = 20 * 10**9
+TWENTY_GIGABYTES = 20 * 10**9
 
 
-# Files of subjects. The good one that they are made from:
+# Subject files. The broken files are variants of this valid one:
 SUBJECT = {"0.embeds": torch.ones(1, 6, 8), "0.negative_embeds": torch.ones(1, 6, 8), "fingerprint": torch.ones(4, 8)}
 DESCRIBED = [{"query": "cat", "scale": 0.8}]
 ONES = torch.ones(1, 6, 8)
@@ -36,34 +37,34 @@ WRONG_TENSORS = {
     "no embeddings": {"0.embeds": None},
     "no negative embeddings": {"0.negative_embeds": None},
     "no tensors": dict.fromkeys(SUBJECT),
-    "batch of 2": {"0.embeds": ONES.repeat(2, 1, 1), "0.negative_embeds": ONES.repeat(2, 1, 1)},
+    "batch size of 2": {"0.embeds": ONES.repeat(2, 1, 1), "0.negative_embeds": ONES.repeat(2, 1, 1)},
     "no tokens": {"0.embeds": ONES[:, :0], "0.negative_embeds": ONES[:, :0]},
     "no width": {"0.embeds": ONES[..., :0], "0.negative_embeds": ONES[..., :0]},
     "two dimensions": {"0.embeds": ONES[0], "0.negative_embeds": ONES[0]},
-    "a number": {"0.embeds": torch.tensor(1.0)},
-    "other lengths": {"0.negative_embeds": ONES[:, :5].clone()},
-    "other types": {"0.negative_embeds": ONES.half()},
+    "a scalar": {"0.embeds": torch.tensor(1.0)},
+    "different lengths": {"0.negative_embeds": ONES[:, :5].clone()},
+    "different dtypes": {"0.negative_embeds": ONES.half()},
     "integers": {"0.embeds": ONES.long(), "0.negative_embeds": ONES.long()},
     "bytes": {"0.embeds": ONES.byte(), "0.negative_embeds": ONES.byte()},
     "booleans": {"0.embeds": ONES.bool(), "0.negative_embeds": ONES.bool()},
     "complex": {"0.embeds": ONES.to(torch.complex64), "0.negative_embeds": ONES.to(torch.complex64)},
-    "8 bits": {"0.embeds": ONES.to(torch.float8_e4m3fn), "0.negative_embeds": ONES.to(torch.float8_e4m3fn)},
+    "float8": {"0.embeds": ONES.to(torch.float8_e4m3fn), "0.negative_embeds": ONES.to(torch.float8_e4m3fn)},
     "nan": {"0.embeds": ONES * torch.nan},
     "infinity": {"0.negative_embeds": ONES / 0},
     "too large for half precision": {"0.embeds": ONES * 1e6},
     "an unknown tensor": {"0.weights": ONES.clone()},
     "another subject": {"1.embeds": ONES.clone()},
     "counts of one branch": {"0.counts": torch.ones(1, 6)},
-    "counts of others": {"0.counts": torch.ones(1, 5), "0.negative_counts": torch.ones(1, 5)},
+    "counts of a different length": {"0.counts": torch.ones(1, 5), "0.negative_counts": torch.ones(1, 5)},
     "counts of 0": {"0.counts": torch.zeros(1, 6), "0.negative_counts": torch.ones(1, 6)},
     "counts below 0": {"0.counts": -torch.ones(1, 6), "0.negative_counts": torch.ones(1, 6)},
     "counts of nan": {"0.counts": torch.ones(1, 6) * torch.nan, "0.negative_counts": torch.ones(1, 6)},
-    "counts of too many": {"0.counts": torch.ones(1, 6) * 1e9, "0.negative_counts": torch.ones(1, 6)},
-    "whole counts": {"0.counts": torch.ones(1, 6).int(), "0.negative_counts": torch.ones(1, 6).int()},
-    "a region of a line": {"0.region": torch.ones(8)},
+    "too large counts": {"0.counts": torch.ones(1, 6) * 1e9, "0.negative_counts": torch.ones(1, 6)},
+    "integer counts": {"0.counts": torch.ones(1, 6).int(), "0.negative_counts": torch.ones(1, 6).int()},
+    "a region of one dimension": {"0.region": torch.ones(8)},
     "a region of four dimensions": {"0.region": torch.ones(1, 2, 8, 8)},
     "a region of one frame": {"0.region": torch.ones(1, 8, 8)},
-    "a region of nothing": {"0.region": torch.ones(0, 8)},
+    "a region without pixels": {"0.region": torch.ones(0, 8)},
     "an empty region": {"0.region": torch.zeros(8, 8)},
     "an empty region of frames": {"0.region": torch.zeros(3, 8, 8)},
     "a region below 0": {"0.region": torch.eye(8) - 0.5},
@@ -71,13 +72,13 @@ WRONG_TENSORS = {
     "a region of nan": {"0.region": torch.eye(8) * torch.nan},
     "a region of bytes": {"0.region": torch.eye(8).byte()},
     "a fingerprint of nan": {"fingerprint": torch.ones(4, 8) * torch.nan},
-    "a fingerprint of a line": {"fingerprint": torch.ones(8)},
+    "a fingerprint of one dimension": {"fingerprint": torch.ones(8)},
     "a fingerprint of integers": {"fingerprint": torch.ones(4, 8).long()},
 }
 WRONG_DESCRIPTIONS = {
     "no subjects": [],
     "too many subjects": DESCRIBED * 65,
-    "one more": DESCRIBED * 2,
+    "one subject too many": DESCRIBED * 2,
     "a dict": DESCRIBED[0],
     "null": None,
     "numbers": [1],
@@ -88,7 +89,7 @@ WRONG_DESCRIPTIONS = {
     **{f"scale {value!r}": [{"query": "cat", "scale": value}]
        for value in ("0.8", True, [1], {}, float("nan"), float("inf"), 1e30, 10**400)},
 }  # fmt: skip
-# What cannot be written by safetensors: headers of other sizes than the files.
+# Name, dtype and shape of huge tensors. The files are sparse, so they need no space on the disk.
 HUGE_TENSORS = {
     "a region of 20,000 x 20,000": {"0.region": ("F32", [20_000, 20_000])},
     "a region of many frames": {"0.region": ("F32", [10_000, 512, 512])},
@@ -96,7 +97,7 @@ HUGE_TENSORS = {
     "a width of a million": {"0.embeds": ("F16", [1, 462, 10**6]), "0.negative_embeds": ("F16", [1, 462, 10**6])},
     "16,000 tokens of width 16,000": {"0.embeds": ("F32", [1, 16_000, 16_000]), "0.negative_embeds": ("F32", [1, 16_000, 16_000])},
     "a fingerprint of gigabytes": {"fingerprint": ("F32", [10**8, 8])},
-    "an unknown one of gigabytes": {"other": ("U8", [4 * 10**9])},
+    "an unknown tensor of gigabytes": {"other": ("U8", [4 * 10**9])},
 }  # fmt: skip
 
 
@@ -107,7 +108,7 @@ def subject_file(file: Path, changes: dict, described=DESCRIBED, **metadata) -> 
 
 
 def raw_file(file: Path, header: bytes, length: int | None = None, size: int = 0) -> None:
-    """A header, whatever length it says it has, and `size` zeros, which take no room on the disk."""
+    """Writes a header, the length that is declared for it, and `size` zeros, which need no space on the disk."""
     with file.open("wb") as content:
         content.write((len(header) if length is None else length).to_bytes(8, "little") + header)
         content.truncate(8 + len(header) + size)
@@ -137,23 +138,23 @@ def subject_files(folder: Path) -> dict[str, Path]:
         subject_file(new(name), {}, described)
     for name, layout in HUGE_TENSORS.items():
         huge_file(new(name), layout)
-    subject_file(new("other widths"), {"1.embeds": ONES[..., :4], "1.negative_embeds": ONES[..., :4]}, DESCRIBED * 2)
+    subject_file(new("mixed widths"), {"1.embeds": ONES[..., :4], "1.negative_embeds": ONES[..., :4]}, DESCRIBED * 2)
     subject_file(new("another format"), {}, format="pt")
     subject_file(new("subjects that are not JSON"), {}, subjects="[{")
-    subject_file(new("subjects too deep"), {}, subjects="[" * 10**5)
+    subject_file(new("deeply nested subjects"), {}, subjects="[" * 10**5)
     save_file({"weight": ONES}, new("without metadata"))
-    subject_file(new("cut off"), {})
-    files["subject: cut off"].write_bytes(files["subject: cut off"].read_bytes()[:-7])
-    subject_file(new("longer than it says"), {})
-    with files["subject: longer than it says"].open("ab") as file:
-        file.truncate(GIGABYTES_20)
+    subject_file(new("truncated"), {})
+    files["subject: truncated"].write_bytes(files["subject: truncated"].read_bytes()[:-7])
+    subject_file(new("longer than declared"), {})
+    with files["subject: longer than declared"].open("ab") as file:
+        file.truncate(TWENTY_GIGABYTES)
     new("empty").write_bytes(b"")
-    new("text").write_bytes(b"this is no subject")
+    new("text").write_bytes(b"this is not a subject")
     new("pickle").write_bytes(b"\x80\x04cos\nsystem\n(S'true'\ntR.")
     raw_file(new("a header of gigabytes"), b"{", 2**33, 2**33)
     raw_file(new("a header of 90 MB"), b"{}", 90 * MEGABYTE, 90 * MEGABYTE)
-    for name, header in {"a list": b"[]", "half": b"{", "deep": b"[" * 10**5, "numbers": b'{"0.embeds": 3}',
-                         "no shape": b'{"0.embeds": {"dtype": "F32"}}', "null": b"null", "no text": b"\xff" * 9}.items():  # fmt: skip
+    for name, header in {"a list": b"[]", "incomplete": b"{", "deeply nested": b"[" * 10**5, "numbers": b'{"0.embeds": 3}',
+                         "no shape": b'{"0.embeds": {"dtype": "F32"}}', "null": b"null", "not UTF-8": b"\xff" * 9}.items():  # fmt: skip
         raw_file(new(f"header, {name}"), header, size=100)
     os.mkfifo(new("pipe"))
     new("folder").mkdir()
@@ -165,8 +166,8 @@ def released_files(folder: Path) -> dict[str, Path]:
     name = "aligner.to_q.weight"
     wrong = {
         **OTHER_FILES, "nan": {**aligner, name: aligner[name] * torch.nan}, "integers": {**aligner, name: aligner[name].long()},
-        "number": {**aligner, name: 3}, "huge": {**aligner, name: torch.zeros(()).expand(10**6, 10**6)},
-        "missing": {each: aligner[each] for each in aligner if each != name}, "list": [aligner], "numbered": {1: aligner[name]},
+        "a number": {**aligner, name: 3}, "huge": {**aligner, name: torch.zeros(()).expand(10**6, 10**6)},
+        "missing": {each: aligner[each] for each in aligner if each != name}, "list": [aligner], "integer keys": {1: aligner[name]},
     }  # fmt: skip
     files = {}
     for number, (kind, content) in enumerate(wrong.items()):
@@ -181,7 +182,7 @@ def released_files(folder: Path) -> dict[str, Path]:
 
 
 def huge_png(width: int, height: int) -> bytes:
-    """The header of a PNG of that size and a few of its pixels."""
+    """Returns a PNG with the header for this size and only some of the pixels."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
@@ -200,7 +201,7 @@ def pictures(folder: Path) -> dict[str, Path]:
         buffer = io.BytesIO()
         make_picture(size=(64, 64)).save(buffer, kind)
         for part in (0.02, 0.6):
-            contents[f"{kind}, cut off at {part}"] = buffer.getvalue()[: int(len(buffer.getvalue()) * part)]
+            contents[f"{kind}, truncated at {part}"] = buffer.getvalue()[: int(len(buffer.getvalue()) * part)]
     files = {}
     for number, (kind, content) in enumerate(contents.items()):
         files[f"picture: {kind}"] = folder / f"picture{number}"
@@ -211,8 +212,8 @@ def pictures(folder: Path) -> dict[str, Path]:
 
 
 def tables(folder: Path) -> dict[str, Path]:
-    contents = {"json": b"{half", "a list": b"[1]\n", "no text": b"\xff\xff", "a line without end": b"x" * 10**7, "empty": b"",
-                "deep": b"[" * 10**5, "no columns": b'{"a": 1}\n', "other columns": b'{"image": "", "prompt": "", "query": "", "x": 1}'}  # fmt: skip
+    contents = {"json": b"{half", "a list": b"[1]\n", "not UTF-8": b"\xff\xff", "an endless line": b"x" * 10**7, "empty": b"",
+                "deeply nested": b"[" * 10**5, "missing columns": b'{"a": 1}\n', "unknown columns": b'{"image": "", "prompt": "", "query": "", "x": 1}'}  # fmt: skip
     files = {}
     for number, (kind, content) in enumerate(contents.items()):
         files[f"table: {kind}"] = folder / f"table{number}.{'csv' if number % 2 else 'jsonl'}"
@@ -236,24 +237,24 @@ def configs(folder: Path) -> dict[str, Path]:
 
 
 def status(field: str) -> int:
-    """Of this process's memory, in bytes."""
+    """Returns a field of the memory status of this process, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 class Cost:
-    """Seconds and memory that a block takes at most."""
+    """Measures the CPU time and the peak memory of a block."""
 
     def __enter__(self) -> "Cost":
         self.known = os.access("/proc/self/clear_refs", os.W_OK)
         if self.known:
-            # memory that earlier tests have freed would be used again without being counted
+            # returns memory that earlier tests have freed, because its reuse would not be counted
             malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
             if malloc_trim:
                 malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
             self.before = status("VmRSS")
-        self.start = time.process_time()  # not the clock: others may run beside
+        self.start = time.process_time()  # CPU time, because other processes may run
         return self
 
     def __exit__(self, *error) -> None:
@@ -268,12 +269,12 @@ LOADERS = {
     "table": generate_batch.read_table,
     "config": SSREncoder.from_pretrained,
 }
-MAKERS = (subject_files, released_files, pictures, tables, configs)
+FILE_CREATORS = (subject_files, released_files, pictures, tables, configs)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning", "ignore:Detected pickle protocol")
-def test_broken_files_are_refused_by_name_quickly_and_without_memory(tmp_path, capsys):
-    """The good files pass, so that each of the others is refused for its own fault."""
+def test_broken_files_raise_an_error_with_little_time_and_memory(tmp_path, capsys):
+    """The valid files load without an error, so each broken file raises the error because of its own fault."""
     subject_file(
         tmp_path / "good",
         {"0.region": torch.eye(8), "0.counts": torch.ones(1, 6), "0.negative_counts": torch.ones(1, 6)},
@@ -283,7 +284,7 @@ def test_broken_files_are_refused_by_name_quickly_and_without_memory(tmp_path, c
         assert len(b"\1" * (100 * MEGABYTE))
     assert not cost.known or cost.memory > 90 * MEGABYTE
     files: dict[str, Path] = {}
-    for make in MAKERS:
+    for make in FILE_CREATORS:
         files |= make(tmp_path)
     assert len(files) >= 150
     wrong, most = [], (0.0, 0)
@@ -307,12 +308,12 @@ def test_broken_files_are_refused_by_name_quickly_and_without_memory(tmp_path, c
 
 
 @pytest.mark.parametrize("compress", [gzip.compress, bz2.compress], ids=["gzip", "bz2"])
-def test_a_shard_of_three_gigabytes_of_zeros_is_left_out(tmp_path, compress):
+def test_shard_with_three_gigabytes_of_zeros_is_skipped(tmp_path, compress):
     member = tarfile.TarInfo("bomb.png")
     member.size = 3 * 10**9
     block = b"\0" * 10**7
     head = GOOD + member.tobuf(tarfile.GNU_FORMAT) + block
-    if compress is bz2.compress:  # members of a bz2 file follow each other
+    if compress is bz2.compress:  # a bz2 file can consist of several streams
         content = bz2.compress(head) + bz2.compress(block) * 299
     else:
         content = gzip.compress(head) + gzip.compress(block) * 299
@@ -321,14 +322,14 @@ def test_a_shard_of_three_gigabytes_of_zeros_is_left_out(tmp_path, compress):
 
 
 @pytest.mark.parametrize("kind", BAD_SHARDS)
-def test_broken_shards_cost_little(tmp_path, kind):
+def test_broken_shards_need_little_time_and_memory(tmp_path, kind):
     (tmp_path / "0.tar").write_bytes(BAD_SHARDS[kind])
     (tmp_path / "1.tar").write_bytes(GOOD)
     check_samples(StreamedRows(load_rows(tmp_path), 0, 1), 2 if kind != "noise" else 1)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_broken_rows_cost_little(tmp_path):
+def test_broken_rows_need_little_time_and_memory(tmp_path):
     files = {**pictures(tmp_path), **tables(tmp_path)}
     rows = [{"file_name": file.name, **TEXTS} for file in files.values()]
     make_picture().save(tmp_path / "good.png")

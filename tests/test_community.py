@@ -1,4 +1,4 @@
-"""What people put under and around it: other checkpoints, single files, LoRA, textual inversion, schedulers, patches."""
+"""Tests with other checkpoints, single files, LoRA, textual inversion, schedulers and patches of the UNet."""
 
 import re
 
@@ -15,7 +15,7 @@ from test_chains import INPAINT
 from test_pipeline_ssr import stock_of, subject_args
 
 
-# The original layout of Stable Diffusion's single files, for UNets of one layer a block
+# Conversion to the original layout of Stable Diffusion's single files, for UNets with one layer per block
 
 
 def original_unet(unet) -> dict[str, torch.Tensor]:
@@ -99,8 +99,8 @@ def test_a_single_file_in_the_original_layout(pipe, tmp_path):
     np.testing.assert_allclose(again(**subject_args()).images, expected, atol=1e-5)
 
 
-def test_another_unet(pipe):
-    """`pipe.unet = other`: the same encoder serves it, and the first one again afterwards."""
+def test_replaced_unet(pipe):
+    """The encoder works with a UNet that is set with `pipe.unet = other`, and then with the first UNet again."""
     first, other = pipe.unet, make_unet(seed=21)
     expected = pipe(**subject_args()).images
     state = snapshot(other)
@@ -117,7 +117,7 @@ def test_another_unet(pipe):
 
 
 def test_one_encoder_for_many_unets(pipe):
-    """A subject that was encoded once is drawn by every checkpoint, and the encoder is held once."""
+    """Several checkpoints share one encoder and use the same encoded subject."""
     subject = pipe.encode_subject(make_picture(), "cat")
     shared = {name: getattr(pipe, name) for name in ("ssr_encoder", "ssr_image_encoder", "ssr_image_processor")}
     drawn = []
@@ -144,7 +144,7 @@ def write_lora(folder, seed: int, **config) -> None:
 
 
 def test_loras_from_files(pipe, tmp_path):
-    """One, then two with weights, fused into the UNet, and unloaded again; with a subject all along."""
+    """One LoRA, two weighted LoRAs, fused LoRAs and unloaded LoRAs, always with a subject."""
     for index in (0, 1):
         write_lora(tmp_path / str(index), seed=40 + index)
     plain = pipe(**subject_args()).images
@@ -164,8 +164,9 @@ def test_loras_from_files(pipe, tmp_path):
     np.testing.assert_allclose(pipe(**subject_args()).images, plain, atol=1e-4)
 
 
-def test_a_lora_of_another_family_is_refused(pipe, tmp_path):
-    """Stable Diffusion 2 reads text of another width: diffusers says so, and the next call draws as before."""
+def test_incompatible_lora_raises_an_error(pipe, tmp_path):
+    """A LoRA for another text width, as in Stable Diffusion 2, raises diffusers' error and does not affect the next
+    call."""
     before = pipe(**subject_args()).images
     write_lora(tmp_path, seed=40, cross_attention_dim=48)
     with pytest.raises((ValueError, RuntimeError), match="size mismatch"):
@@ -199,19 +200,19 @@ def test_textual_inversion_in_prompt_and_query(pipe):
 
 @pytest.mark.parametrize("windows", [2, 3])
 def test_long_prompts(pipe, windows):
-    """Embeddings of several text windows, as tools for long prompts make them; the subject's stay its own."""
+    """Prompt embeddings of several text windows, as tools for long prompts create them."""
     embeds, negative = (
         torch.cat([each] * windows, dim=1) for each in pipe.encode_prompt("a cat on the beach", "cpu", 1, True)
     )
     arguments = {"prompt": None, "prompt_embeds": embeds, "negative_prompt_embeds": negative}
     images = pipe(**subject_args(**arguments)).images
-    # the same keys several times over leave softmax attention to the text as it is
+    # repeated keys do not change the softmax attention to the text
     np.testing.assert_allclose(images, pipe(**subject_args()).images, atol=1e-5)
     assert np.abs(images - stock_of(pipe)(**call_args(**arguments)).images).max() > 1e-3
 
 
 def test_weighted_prompts(pipe):
-    compel = pytest.importorskip("compel", reason="compel is optional; test_long_prompts covers ready embeddings")
+    compel = pytest.importorskip("compel", reason="compel is optional; test_long_prompts covers prompt embeddings")
     weigh = compel.Compel(tokenizer=pipe.tokenizer, text_encoder=pipe.text_encoder)
     embeds = [weigh("a cat++ on the beach"), weigh("a cat on the beach")]
     negative = weigh("")
@@ -228,7 +229,7 @@ def test_clip_skip(pipe):
         expected = stock_of(pipe)(**call_args(clip_skip=1)).images
     except AttributeError as error:
         pytest.skip(
-            f"diffusers' own `clip_skip` fails with this transformers ({error}); test_long_prompts covers embeddings"
+            f"`clip_skip` of diffusers fails with this transformers ({error}); test_long_prompts covers embeddings"
         )
     assert np.abs(pipe(**subject_args(clip_skip=1)).images - expected).max() > 1e-3
 
@@ -250,13 +251,14 @@ def test_inpainting_unets(in_channels):
 
 SCHEDULERS = {scheduler.__name__: scheduler for scheduler in make_components()["scheduler"].compatibles}
 NEEDS = {"LMSDiscreteScheduler": "scipy", "DPMSolverSDEScheduler": "torchsde"}
-# this one's noise is not the call's generator's
+# the noise of this scheduler does not use the generator of the call
 SEEDS = {"DPMSolverSDEScheduler": {"noise_sampler_seed": 0}}
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULERS))
 def test_every_scheduler(pipe, name):
-    """The subject acts, also in half of the denoising, and without it the stock pipeline draws the same."""
+    """The subject has an effect, also with `subject_end=0.5`. Without a subject the result equals that of the stock
+    pipeline."""
     if name in NEEDS:
         pytest.importorskip(NEEDS[name], reason=f"{name} needs {NEEDS[name]}; the other schedulers cover the subject")
     pipe.scheduler = SCHEDULERS[name].from_config(pipe.scheduler.config, **SEEDS.get(name, {}))
@@ -269,7 +271,7 @@ def test_every_scheduler(pipe, name):
 
 
 class Patch:
-    """Something that changes how a pipeline's UNet runs: how to put it on and take it off."""
+    """Patches of the UNet. Each function applies a patch and returns a function that removes it."""
 
     @staticmethod
     def freeu(pipe):
@@ -293,7 +295,7 @@ class Patch:
 
 @pytest.mark.parametrize("patch", ["freeu", "tome", "deepcache"])
 def test_patches(pipe, patch):
-    """The subject acts under it, and without it the picture is what it was."""
+    """The subject has an effect with the patch, and the picture is the same as before after the patch is removed."""
     arguments = {"num_inference_steps": 4}
     expected = pipe(**subject_args(**arguments)).images
     remove = getattr(Patch, patch)(pipe)
@@ -304,8 +306,9 @@ def test_patches(pipe, patch):
     np.testing.assert_allclose(pipe(**subject_args(**arguments)).images, expected, atol=1e-6)
 
 
-def test_tome_may_merge_the_positions_of_cross_attention(pipe):
-    """A subject acts where positions are merged; a region, which needs the grid, is refused and leaves nothing behind."""
+def test_tome_with_merged_cross_attention(pipe):
+    """A subject has an effect with merged positions. A region needs the grid, so it raises an error, after which the
+    UNet is unchanged."""
     tomesd = pytest.importorskip(
         "tomesd", reason="tomesd is optional; test_attention_processors.py covers merged positions"
     )

@@ -1,5 +1,5 @@
-"""torch.compile: no graph break, and nothing compiled again for another subject, scale or seed. The "eager" backend shows
-that; what a backend makes of the graph is torch's own."""
+"""Tests with torch.compile: there are no graph breaks, and other subjects, scales or seeds cause no recompilation. The
+"eager" backend is sufficient for this."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def compile_in_place(pipe):
 
 def compile_blocks(pipe):
     if not hasattr(pipe.unet, "compile_repeated_blocks"):
-        pytest.skip("diffusers before 0.34 cannot do it")
+        pytest.skip("needs diffusers 0.34 or newer")
     pipe.unet.compile_repeated_blocks(fullgraph=True, backend="eager")
 
 
@@ -30,7 +30,7 @@ def fresh():
 
 
 @pytest.mark.parametrize("compiled", [compile_whole, compile_in_place, compile_blocks])
-def test_compiled_once_for_all_subjects(pipe, compiled):
+def test_unet_is_compiled_once_for_all_subjects(pipe, compiled):
     cat, dog = pipe.encode_subject(make_picture(), query=["cat", "dog"])
     calls = [
         {"subject": cat},
@@ -48,21 +48,21 @@ def test_compiled_once_for_all_subjects(pipe, compiled):
             np.testing.assert_allclose(pipe(**call_args(**each)).images, images, atol=1e-6)
 
 
-def test_with_and_without_a_subject_in_turn(pipe):
-    """Two compiled forms, both of them kept."""
+def test_alternating_calls_with_and_without_a_subject(pipe):
+    """The UNet is compiled once with and once without a subject."""
     subject = pipe.encode_subject(make_picture(), "cat")
     expected = [pipe(**call_args(subject=subject)).images, stock_of(pipe)(**call_args()).images]
     compile_whole(pipe)
     for _ in range(2):
         assert np.abs(pipe(**call_args(subject=subject)).images - expected[0]).max() < 1e-6
         assert np.abs(pipe(**call_args()).images - expected[1]).max() < 1e-6
-        # the first round compiles both
+        # both are compiled in the first iteration
         torch._dynamo.config.error_on_recompile = True
     torch._dynamo.config.error_on_recompile = False
 
 
-def test_one_compiled_block_serves_all_layers_of_a_width(pipe):
-    """Four layers of two widths: as many compiled forms as the stock UNet needs."""
+def test_layers_of_the_same_width_share_a_compiled_block(pipe):
+    """Four layers of two widths need as many compiled graphs as in the stock UNet."""
     subject = pipe.encode_subject(make_picture(), "cat")
     counts = []
     for extra in ({}, {"subject": subject}):

@@ -1,5 +1,5 @@
-"""Every way to draw, on a GPU in half precision, without having one: fake tensors know their device and shape, and raise where
-two devices or precisions meet that cannot."""
+"""Tests on a fake GPU in float16, without a real one. Fake tensors have a device, dtype and shape, and operations with
+incompatible devices or dtypes raise an error."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ MASK[8:24, 4:20] = 255
 
 
 def on_gpu(pipeline):
-    """All models' weights as fake CUDA tensors in half precision."""
+    """Replaces the weights of all models with fake CUDA tensors in float16."""
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             for module in part.modules():
@@ -39,7 +39,8 @@ def on_gpu(pipeline):
 
 
 def args(**overrides) -> dict:
-    """Latents are given, since no generator makes fake ones; pictures stay latents, since fake ones hold no values."""
+    """Passes latents, because generators cannot create fake ones, and does not decode, because fake latents have no
+    values."""
     batch = len(overrides.get("prompt", [])) if isinstance(overrides.get("prompt"), list) else 1
     shape = (batch, 4, 3, 8, 8) if "num_frames" in overrides else (batch, 4, 8, 8)
     latents = torch.empty(shape, dtype=torch.float16, device="cuda")
@@ -48,18 +49,19 @@ def args(**overrides) -> dict:
 
 @pytest.fixture
 def parts() -> dict:
-    """Made before the fake mode, in which weights have no values to look at."""
+    """Created before the fake mode, because weights have no values in the fake mode."""
     return {"controlnet": make_controlnet(), "motion_adapter": make_motion_adapter()}
 
 
 @pytest.fixture
 def fake_gpu(monkeypatch, parts):
-    """A pipeline on a fake GPU. Where values are compared (the cache, fingerprints) there are none."""
+    """A pipeline on a fake GPU. Functions that compare values (the cache, fingerprints) are patched, because fake
+    tensors have none."""
     pipe = StableDiffusionSSRPipeline(**make_components(), **make_ssr_components(), requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     monkeypatch.setattr(subject_cache, "digest", lambda tensor: object())
     monkeypatch.setattr(subject_embeds, "same_fingerprint", lambda first, second: True)
-    # the scheduler looks its factors up by the value of the timestep
+    # the scheduler uses the value of the timestep as an index
     monkeypatch.setattr(
         DDIMScheduler, "step", lambda self, output, t, sample, **_: DDIMSchedulerOutput(sample + output)
     )
@@ -98,7 +100,7 @@ def test_pictures(fake_gpu, how):
 
 
 def test_compact_subjects(fake_gpu):
-    """Tokens are merged by their values, on the CPU; here the result of that is made up."""
+    """Merging depends on the values of the tokens, so the merged tokens are replaced by some of the tokens here."""
     from dataclasses import replace
 
     (subject,) = fake_gpu.encode_subject(make_picture(), "cat").subjects
@@ -135,8 +137,8 @@ def test_video(fake_gpu, parts, how):
     check(pipe(**args(subject=subject, num_frames=3)).frames)
 
 
-def test_subjects_that_rest_on_the_cpu(fake_gpu):
-    """As from a file: they are moved where the pipeline runs."""
+def test_subjects_on_the_cpu_are_moved_to_the_gpu(fake_gpu):
+    """Subjects that were loaded from a file are on the CPU."""
     from dataclasses import replace
 
     cat = fake_gpu.encode_subject(make_picture(), "cat")
@@ -145,8 +147,8 @@ def test_subjects_that_rest_on_the_cpu(fake_gpu):
     check(fake_gpu(**args(subject=replace(cat, subjects=(replace(subject, **moved),)).inside(LEFT))).images)
 
 
-def test_a_tensor_on_the_wrong_device_would_be_seen(fake_gpu, monkeypatch):
-    """What these tests rest on: regions that stay on the CPU raise."""
+def test_tensor_on_the_wrong_device_raises_an_error(fake_gpu, monkeypatch):
+    """Checks the method of these tests: regions that stay on the CPU raise an error."""
     from diffusers_ssr.attention_processors import SubjectConditions
 
     original = SubjectConditions._fit_regions

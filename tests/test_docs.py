@@ -1,4 +1,4 @@
-"""README and docs: their Python runs as printed, their commands are known to the scripts, their links lead somewhere."""
+"""Tests of README and docs: the Python code runs, the commands are valid, and the links have targets."""
 
 import ast
 import json
@@ -23,14 +23,14 @@ PAGES = [
 ]
 REAL = "# with a real checkpoint"
 SHELL = ("bash", "sh", "powershell")
-# what a newcomer types that is no script of this repository
+# commands that are not part of this repository
 FAMILIAR = {"git", "cd", "conda", "sudo", "tensorboard", "deactivate", "source", "ruff", "pre-commit", "py"}
 
 page = pytest.mark.parametrize("page", PAGES, ids=lambda file: str(file.relative_to(ROOT)))
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
-    """(language, text) of every fenced block."""
+    """Returns the language and the text of every fenced code block."""
     found = re.findall(r"^```(\w*)[^\n]*\n(.*?)^```\s*$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     return [(language, text) for language, text in found]
 
@@ -41,7 +41,7 @@ def without_blocks(text: str) -> str:
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """A folder that looks like the repository's and can be written to."""
+    """A writable folder with links to the files of the repository."""
     for item in ROOT.iterdir():
         if not item.name.startswith(".") and item.name not in ("outputs", "build"):
             os.symlink(item, tmp_path / item.name)
@@ -51,7 +51,8 @@ def checkout(tmp_path, monkeypatch):
 
 @page
 def test_python_blocks_run_as_printed(page, checkout, capfd, one_thread):
-    """All in one namespace, in order. A block for a real checkpoint is compiled, and its imports are carried out."""
+    """The blocks of a page run in order in one namespace. Of a block that needs a real checkpoint, only the imports
+    run."""
     logging.disable_progress_bar()
     namespace = {"__name__": "__main__"}
     for number, (language, text) in enumerate(blocks(page)):
@@ -65,7 +66,7 @@ def test_python_blocks_run_as_printed(page, checkout, capfd, one_thread):
 
 
 def check_pip(words: list[str], name: str) -> None:
-    """`pip install` of this project names extras that there are."""
+    """Checks that the extras in a `pip install` command of this project exist."""
     section = (
         (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2].partition("\n\n[")[0]
     )
@@ -75,25 +76,25 @@ def check_pip(words: list[str], name: str) -> None:
 
 
 def check_command(line: str, monkeypatch) -> None:
-    """A line of a shell block is one that the project knows."""
+    """Checks that a line of a shell block is a valid command."""
     words = split_command(line.replace(".venv\\Scripts\\python", "python").replace("\\", "/"))
     if words[:2] == ["-m", "pip"]:
         words = words[1:]
     if words[0] == "make":
-        assert words[1] in make_targets(), f"there is no target {words[1]}"
+        assert words[1] in make_targets(), f"make target {words[1]} does not exist"
     elif words[0] == "pip":
         check_pip(words, "diffusers-ssr")
     elif words[0].startswith(("examples/", "tools/")):
         check_script(words, monkeypatch)
     elif words[0] == "-m" and words[1].startswith("tools."):
         module = ROOT / words[1].replace(".", "/")
-        assert module.with_suffix(".py").is_file() or (module / "__main__.py").is_file(), f"there is no {words[1]}"
+        assert module.with_suffix(".py").is_file() or (module / "__main__.py").is_file(), f"no module {words[1]}"
     else:
         assert words[0] in FAMILIAR or words[:2] == ["-m", "venv"] or words[0] == "-c", f"unknown command: {line}"
 
 
 @page
-def test_shell_commands_are_known(page, monkeypatch):
+def test_shell_commands_exist(page, monkeypatch):
     lines = [line for language, text in blocks(page) if language in SHELL for line in shell_lines(text)]
     text = without_blocks(page.read_text(encoding="utf-8"))
     spans = [re.sub(r"\s+", " ", span) for span in re.findall(r"`([^`]+)`", text)]
@@ -103,13 +104,13 @@ def test_shell_commands_are_known(page, monkeypatch):
 
 
 def slugs(page: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
+    """Returns the anchors that GitHub creates for the headings of a page."""
     headings = re.findall(r"^#+ (.+)$", without_blocks(page.read_text(encoding="utf-8")), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
 
 
 @page
-def test_links_lead_somewhere(page):
+def test_link_targets_exist(page):
     text = without_blocks(page.read_text(encoding="utf-8"))
     links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
     for link in links:
@@ -118,12 +119,12 @@ def test_links_lead_somewhere(page):
             assert re.fullmatch(r"https://[\w.-]+\.\w+(/\S*)?|mailto:\S+", link), link
             continue
         file = (page.parent / target).resolve() if target else page
-        assert file.exists(), f"{link}: there is no {file}"
-        assert not anchor or anchor in slugs(file), f"{link}: no such heading"
+        assert file.exists(), f"{link}: {file} does not exist"
+        assert not anchor or anchor in slugs(file), f"{link}: the heading does not exist"
 
 
 def strings_of(file: Path) -> list[str]:
-    """The strings in a Python file, with "..." for what an f-string inserts."""
+    """Returns the strings in a Python file, with "..." for the replacement fields of f-strings."""
     found = []
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -134,8 +135,8 @@ def strings_of(file: Path) -> list[str]:
     return found
 
 
-def test_troubleshooting_quotes_our_messages_as_they_are():
-    """Quotations that begin with an argument of ours; those of other libraries change with their versions."""
+def test_troubleshooting_quotes_messages_exactly():
+    """Only checks quoted messages of this project, because messages of other libraries change with their versions."""
     text = re.sub(r"\s+", " ", (ROOT / "docs" / "troubleshooting.md").read_text())
     quoted = [each for each in re.findall(r'\*\*"([^"]+)"', text) if each.startswith("`") or "SSR-Encoder in" in each]
     assert len(quoted) >= 5
@@ -146,16 +147,16 @@ def test_troubleshooting_quotes_our_messages_as_they_are():
         assert message in known, each
 
 
-def test_every_page_is_in_the_guides_index_and_navigation():
+def test_every_page_is_in_the_index_and_the_navigation():
     index = (ROOT / "docs" / "README.md").read_text()
     navigation = (ROOT / "mkdocs.yml").read_text()
     for file in (ROOT / "docs").glob("*.md"):
         if file.name != "README.md":
             assert f"({file.name})" in index, f"docs/README.md does not link {file.name}"
-        assert file.name in navigation, f"mkdocs.yml does not name {file.name}"
+        assert file.name in navigation, f"mkdocs.yml does not contain {file.name}"
 
 
-def test_tests_that_the_composition_table_names_exist():
+def test_tests_in_the_composition_table_exist():
     text = (ROOT / "docs" / "composition.md").read_text()
     named = re.findall(r"`(test_\w+\.py)((?:::\w+)?)`((?:, `::\w+`)*)", text)
     assert len(named) > 10
@@ -166,7 +167,7 @@ def test_tests_that_the_composition_table_names_exist():
 
 
 def test_the_site_is_built_without_warnings(tmp_path):
-    """Strict: a broken link, a missing page or a docstring that cannot be read ends the build."""
+    """The strict build fails for a broken link, a missing page or an invalid docstring."""
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -178,7 +179,8 @@ def test_the_site_is_built_without_warnings(tmp_path):
 
 
 def test_the_training_guide_with_two_steps(checkout, monkeypatch):
-    """The guide's own data and command, only shorter; what comes out loads, and draws."""
+    """Runs the data preparation and the training command of the guide with two steps. The result can be loaded and
+    used."""
     page = ROOT / "docs" / "training.md"
     python = [text for language, text in blocks(page) if language == "python"]
     exec(python[0], {})
@@ -196,7 +198,7 @@ def test_the_training_guide_with_two_steps(checkout, monkeypatch):
 
 
 def test_the_notebook_runs_from_top_to_bottom(checkout):
-    nbformat = pytest.importorskip("nbformat", reason="the docs' blocks cover the same calls")
+    nbformat = pytest.importorskip("nbformat", reason="nbformat is optional; the code blocks of the docs cover it")
     from nbclient import NotebookClient
 
     notebook = nbformat.read(ROOT / "examples" / "ssr_encoder.ipynb", as_version=4)

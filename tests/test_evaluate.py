@@ -1,4 +1,4 @@
-"""The evaluation's numbers, tables and charts, with small random models of the real classes."""
+"""Tests of the metrics, tables and charts of examples/evaluate.py with small random models of the real classes."""
 
 import csv
 import json
@@ -51,7 +51,7 @@ def table(tmp_path, name) -> dict[str, dict]:
         return {row.pop("subject"): row for row in csv.DictReader(file)}
 
 
-def test_subjects_get_a_row_each_and_a_mean(models, tmp_path, capsys):
+def test_table_has_a_row_for_each_subject_and_a_mean(models, tmp_path, capsys):
     real = [save(tmp_path / "real" / "dog6" / f"{i}.png", i) for i in range(2)]
     save(tmp_path / "real" / "vase" / "0.png", 5)
     save(tmp_path / "real" / "clock" / "0.png", 5)
@@ -68,7 +68,7 @@ def test_subjects_get_a_row_each_and_a_mean(models, tmp_path, capsys):
     assert "broken.png" in output and "left out clock" in output
     rows = table(tmp_path, "subjects")
     assert list(rows) == ["dog6", "vase", "mean"]
-    # the same picture, drawn and real
+    # the generated picture is equal to the real one
     assert float(rows["vase"]["DINO"]) == float(rows["vase"]["CLIP-I"]) == 1.0
     assert rows["vase"]["CLIP-T"] == "" and rows["mean"]["CLIP-T"] == rows["dog6"]["CLIP-T"]
     dino, clip = DinoFeatures.from_pretrained(models / "dino"), ClipFeatures.from_pretrained(models / "clip")
@@ -83,7 +83,7 @@ def test_subjects_get_a_row_each_and_a_mean(models, tmp_path, capsys):
     assert Image.open(tmp_path / "results" / "subjects.png").width > 500
 
 
-def test_features_are_the_models_own(models):
+def test_features_match_the_models(models):
     pictures = [make_picture(seed) for seed in range(3)]
     clip = ClipFeatures.from_pretrained(models / "clip")
     clip.batch_size = 2
@@ -106,7 +106,7 @@ def evaluate_pixels(picture):
     return preprocess(picture, make_image_processor(), "crop")
 
 
-def test_selection_counts_what_is_nearer_to_the_queried_subject():
+def test_selection_counts_pictures_nearer_to_the_queried_subject():
     cat, dog, car = torch.eye(3)
     drawn = torch.stack([cat, dog, (0.8 * cat + 0.6 * car)])
     found = selection(drawn, cat[None], torch.stack([dog, car]))
@@ -117,7 +117,7 @@ def test_selection_counts_what_is_nearer_to_the_queried_subject():
 
 @pytest.fixture
 def two_subjects(tmp_path):
-    """A reference whose left half is the cat and right half the dog."""
+    """A reference with a cat in the left half and a dog in the right half."""
     picture = make_picture(0, (64, 32))
     folder = tmp_path / "references" / "1"
     (folder / "masks").mkdir(parents=True)
@@ -132,7 +132,7 @@ def two_subjects(tmp_path):
 
 
 @pytest.mark.parametrize("route", ["clip", "clip_vision"])
-def test_selection_is_measured_against_the_references_other_subjects(models, tmp_path, two_subjects, route):
+def test_selection_is_measured_against_the_other_subjects_of_the_reference(models, tmp_path, two_subjects, route):
     options = {"selective_dir": tmp_path / "references"}
     if route == "clip_vision":
         options |= {"clip_vision": POCKET, "dino": "none"}
@@ -150,7 +150,7 @@ def test_selection_is_measured_against_the_references_other_subjects(models, tmp
     assert (tmp_path / "results" / "selection.png").exists() and (tmp_path / "results" / "selection.md").exists()
 
 
-def test_a_subject_is_cut_out_on_white():
+def test_cut_out_has_a_white_background():
     picture = Image.new("RGB", (20, 20), "red")
     mask = Image.new("L", (20, 20))
     mask.paste(255, (4, 6, 8, 12))
@@ -159,7 +159,7 @@ def test_a_subject_is_cut_out_on_white():
     assert cut.size == (4, 6) and cut.getpixel((0, 0)) == (255, 0, 0) and cut.getpixel((1, 1)) == (255, 255, 255)
 
 
-def test_pictures_are_drawn_first_if_asked_for(models, tmp_path):
+def test_pictures_are_generated_if_a_model_is_given(models, tmp_path):
     StableDiffusionPipeline(**make_components(), requires_safety_checker=False).save_pretrained(tmp_path / "base")
     for name, part in make_ssr_components().items():
         part.save_pretrained(tmp_path / "ssr" / name)
@@ -192,12 +192,12 @@ def test_pictures_are_drawn_first_if_asked_for(models, tmp_path):
         ({"subjects_dir": ".", "dino": "none", "clip": "none"}, "dino"),
     ],
 )
-def test_wrong_options_are_named(changes, message, tmp_path):
+def test_invalid_options_raise_an_error_with_the_option_name(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         evaluate.check_args(evaluate.parse_args(arguments(tmp_path, tmp_path, **changes)))
 
 
-def test_nothing_drawn_is_an_error(models, tmp_path):
+def test_empty_generated_dir_raises_an_error(models, tmp_path):
     save(tmp_path / "real" / "dog" / "0.png", 0)
     (tmp_path / "drawn").mkdir()
     with pytest.raises(ValueError, match="generated_dir"):

@@ -1,4 +1,4 @@
-"""The example scripts, as a user runs them."""
+"""Tests of the example scripts, run as by a user."""
 
 import argparse
 import importlib.util
@@ -25,7 +25,7 @@ POCKET_SCRIPTS = ROOT / "tools" / "pocket" / "train"
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capfd):
-    """Run a script with arguments in an empty folder, in this process, which has everything imported already."""
+    """Runs a script with arguments in an empty folder, in this process, because the libraries are already imported."""
 
     def run(script: str, *arguments) -> str:
         monkeypatch.chdir(tmp_path)
@@ -38,7 +38,7 @@ def run(tmp_path, monkeypatch, capfd):
 
 
 def test_demo_writes_its_contact_sheet(tmp_path):
-    """In a process of its own, as a user runs it."""
+    """Runs the script in a new process, as a user does."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
     command = [sys.executable, str(ROOT / "examples" / "demo.py"), "--num_inference_steps", "2"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -58,20 +58,20 @@ def test_attention_maps_are_drawn(run, tmp_path):
     assert sheet.width > 4 * 64
 
 
-def test_a_checkpoint_without_an_encoder_is_named(run, tmp_path):
+def test_checkpoint_without_an_encoder_raises_an_error(run, tmp_path):
     StableDiffusionSSRPipeline(**make_components(), requires_safety_checker=False).save_pretrained(tmp_path / "base")
     with pytest.raises(SystemExit, match="base contains no SSR-Encoder.*pipe.load_ssr"):
         run("attention_map.py", "--checkpoint", tmp_path / "base")
 
 
 @pytest.mark.parametrize("detector", ["canny", "lineart"])
-def test_a_photo_steers_the_picture(run, tmp_path, detector):
+def test_controlnet_example(run, tmp_path, detector):
     run("controlnet.py", "--detector", detector, "--num_inference_steps", 3)
     sheet = np.asarray(Image.open(tmp_path / "outputs" / "controlnet.png"))
     assert sheet.shape[1] > 6 * 128 and sheet[40:160, 40:-40].std() > 30
 
 
-def test_a_subject_is_animated(run, tmp_path):
+def test_animatediff_example(run, tmp_path):
     run("animatediff.py", "--num_inference_steps", 3, "--num_frames", 4)
     with Image.open(tmp_path / "outputs" / "animatediff.gif") as video:
         assert video.n_frames == 4
@@ -107,7 +107,7 @@ def test_benchmark_compares_the_methods(run, tmp_path, extra):
         assert all(each["peak_bytes"] > 2**27 for each in methods.values())
 
 
-def test_memory_is_measured_by_setting(run):
+def test_benchmark_memory_measures_every_setting(run):
     output = run("benchmark_memory.py", "--preset", "pocket", "--size", 64, "--steps", 1)
     cells = dict(re.findall(r"^\| (\w+) (\| .* s \|)$", output, re.MULTILINE))
     settings = {"none", "drop_ssr_encoders", "attention_slicing", "vae_slicing_and_tiling"}
@@ -121,7 +121,7 @@ def test_memory_is_measured_by_setting(run):
         assert re.fullmatch(r"(\| \d+\.\d\d GiB \| \d+\.\d{3} s ){2}\|", row), row
 
 
-def test_without_peft_the_demo_leaves_a_row_out(run, tmp_path, monkeypatch):
+def test_demo_skips_a_row_without_peft(run, tmp_path, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *args: None if name == "peft" else find_spec(name, *args)
@@ -131,7 +131,7 @@ def test_without_peft_the_demo_leaves_a_row_out(run, tmp_path, monkeypatch):
     assert (tmp_path / "outputs" / "demo.gif").exists()
 
 
-def test_progress_bars_of_libraries_stay_out(run, capfd):
+def test_library_progress_bars_are_hidden(run, capfd):
     run("controlnet.py", "--num_inference_steps", 2)
     run("attention_map.py")
     shown = capfd.readouterr().err
@@ -143,7 +143,7 @@ SCRIPTS = [file.name for file in example_scripts()]
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_shows_commands_and_defaults(script, run, monkeypatch, capfd):
-    """The help's commands can be copied, and each default is in it."""
+    """The commands in the help are valid, and the help contains each default."""
     parsers = []
     parse_args = argparse.ArgumentParser.parse_args
 
@@ -165,7 +165,7 @@ def test_help_shows_commands_and_defaults(script, run, monkeypatch, capfd):
             assert "default" in described and described in re.sub(r"\s+", " ", shown)
     indented = "\n".join(line[4:] for line in shown.splitlines() if re.match(r"    +\S", line) or line.endswith("\\"))
     commands = [line for line in shell_lines(indented) if f"examples/{script} " in f"{line} "]
-    assert commands, "the help prints no command"
+    assert commands, "the help contains no command"
     for command in commands:
         check_script(split_command(command), monkeypatch)
 
@@ -183,7 +183,7 @@ def test_help_shows_commands_and_defaults(script, run, monkeypatch, capfd):
         ("benchmark_training.py", "datasets", "train"),
     ],
 )
-def test_a_missing_package_is_named_with_the_extra_that_brings_it(script, package, extra, run, monkeypatch):
+def test_missing_package_raises_an_error_with_the_extra(script, package, extra, run, monkeypatch):
     for module in [name for name in sys.modules if name.partition(".")[0] in (package, "training_data", "train_ssr")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, package, None)
@@ -196,7 +196,7 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(script, packag
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_project_that_is_not_installed_is_named(script, run, monkeypatch):
+def test_missing_project_raises_an_error_with_the_install_command(script, run, monkeypatch):
     for module in [name for name in sys.modules if name.partition(".")[0] in ("extras", "drawing", "page")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "diffusers_ssr", None)
@@ -208,7 +208,8 @@ def test_a_project_that_is_not_installed_is_named(script, run, monkeypatch):
 @pytest.mark.parametrize("script", sorted(file.stem for file in POCKET_SCRIPTS.glob("[!_]*.py")))
 def test_pocket_scripts_show_their_options(script, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", [script, "--help"])
-    monkeypatch.delitem(sys.modules, f"tools.pocket.train.{script}", raising=False)  # runpy warns of a second copy
+    # runpy warns about a module that is already imported
+    monkeypatch.delitem(sys.modules, f"tools.pocket.train.{script}", raising=False)
     with pytest.raises(SystemExit, match="0"):
         runpy.run_module(f"tools.pocket.train.{script}", run_name="__main__")
     assert "--work_dir" in capfd.readouterr().out

@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all."""
+"""Tests of files and folders that are written completely or not at all."""
 
 import os
 import resource
@@ -21,7 +21,7 @@ def write_folder(folder, files: dict[str, str]) -> None:
         (folder / name).write_text(text)
 
 
-def test_a_file_is_replaced_when_it_is_whole(tmp_path):
+def test_file_is_replaced_when_it_is_complete(tmp_path):
     file = tmp_path / "a"
     for text in ("old", "new"):
         with atomic_file(file) as partial:
@@ -32,7 +32,7 @@ def test_a_file_is_replaced_when_it_is_whole(tmp_path):
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 @pytest.mark.parametrize("written", [True, False])
-def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path, error, written):
+def test_error_keeps_the_old_file_and_removes_the_partial_file(tmp_path, error, written):
     (tmp_path / "a").write_text("old")
     with pytest.raises(error), atomic_file(tmp_path / "a") as partial:
         if written:
@@ -41,7 +41,7 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path, error, written)
     assert contents(tmp_path) == {"a": b"old"}
 
 
-def test_the_file_behind_a_link_is_replaced(tmp_path):
+def test_target_of_a_symlink_is_replaced(tmp_path):
     (tmp_path / "a").write_text("old")
     (tmp_path / "link").symlink_to(tmp_path / "a")
     with atomic_file(tmp_path / "link") as partial:
@@ -55,7 +55,7 @@ def test_the_longest_possible_name_can_be_written(tmp_path):
     assert contents(tmp_path) == {"a" * 255: b"new"}
 
 
-def test_threads_that_write_one_file_do_not_mix(tmp_path):
+def test_threads_can_write_the_same_file(tmp_path):
     start = threading.Barrier(8)
 
     def write(number):
@@ -89,7 +89,7 @@ NEW = {"model_index.json": "new", "unet/config.json": "new", "unet/weights.safet
        "vae/config.json": "new", "vae/weights.safetensors": "new", "scheduler/config.json": "new"}  # fmt: skip
 
 
-def test_a_folder_gets_the_new_files_and_keeps_the_others(tmp_path):
+def test_folder_gets_the_new_files_and_keeps_other_files(tmp_path):
     folder = tmp_path / "pipeline"
     write_folder(folder, OLD)
     with atomic_folder(folder) as partial:
@@ -103,7 +103,7 @@ def test_a_folder_gets_the_new_files_and_keeps_the_others(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_an_error_leaves_the_old_folder(tmp_path, error):
+def test_error_keeps_the_old_folder(tmp_path, error):
     write_folder(tmp_path / "old", OLD)
     for folder in (tmp_path / "old", tmp_path / "new"):
         with pytest.raises(error), atomic_folder(folder) as partial:
@@ -114,15 +114,15 @@ def test_an_error_leaves_the_old_folder(tmp_path, error):
 
 
 @pytest.mark.parametrize("fails_at", range(1, 17))
-def test_an_error_in_moving_is_undone(tmp_path, monkeypatch, fails_at):
-    """Ten files are replaced or removed and seven moved."""
+def test_error_while_moving_files_is_rolled_back(tmp_path, monkeypatch, fails_at):
+    """Ten files are replaced or removed, and seven files are moved."""
     write_folder(tmp_path, OLD)
     replace, calls = os.replace, []
 
     def failing(*args):
         calls.append(args)
         if len(calls) == fails_at:
-            raise OSError("moved no further")
+            raise OSError("cannot move")
         replace(*args)
 
     monkeypatch.setattr(os, "replace", failing)
@@ -135,7 +135,7 @@ def test_an_error_in_moving_is_undone(tmp_path, monkeypatch, fails_at):
         assert len(calls) < fails_at
 
 
-def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
+def test_atomic_folder_raises_an_error_if_the_path_is_a_file(tmp_path):
     (tmp_path / "a").write_text("old")
     with pytest.raises(ValueError, match="is a file, not a folder"), atomic_folder(tmp_path / "a"):
         pass
@@ -143,14 +143,14 @@ def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
 
 @pytest.fixture
 def full_disk():
-    """Writing more than 2 KB to a file fails, as it does when the disk is full."""
+    """Writing more than 2 KB to a file fails, as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2048, limits[1]))
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_full_disk_leaves_the_old_pipeline(tmp_path, request):
+def test_full_disk_keeps_the_old_pipeline(tmp_path, request):
     pipe = StableDiffusionPipeline(**make_components(), requires_safety_checker=False)
     pipe.save_pretrained(tmp_path)
     before = contents(tmp_path)
@@ -161,7 +161,7 @@ def test_a_full_disk_leaves_the_old_pipeline(tmp_path, request):
     assert contents(tmp_path) == before
 
 
-def test_what_is_no_file_is_named(tmp_path):
+def test_irregular_files_raise_an_error(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for file in (tmp_path, tmp_path / "pipe", "/dev/zero"):
         with pytest.raises(ValueError, match="`table`: .* is not a regular file"):

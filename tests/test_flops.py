@@ -1,4 +1,4 @@
-"""What a subject costs a step, at SD 1.5's full size on the meta device: counted, not timed, so the same on every machine."""
+"""Tests of the FLOPs that a subject adds to a step of the full-size SD 1.5 UNet, counted on the meta device."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def step(unet, batch_size: int = 1, frames: int | None = None, conditions: Subje
 
 
 def conditions_of(encoder, batch_size: int, subjects: int, tokens: int | None = None) -> SubjectConditions:
-    """`tokens` is what `SubjectEmbeds.compact` leaves of each subject."""
+    """Creates conditions. `tokens` is the number of tokens of each subject after `SubjectEmbeds.compact`."""
     length = subjects * (tokens or TOKENS)
     counts = torch.empty(batch_size, length, device="meta") if tokens else None
     with torch.no_grad():
@@ -54,7 +54,7 @@ def test_flops_of_a_step(models, subjects, most, batch_size):
 
 
 @pytest.mark.parametrize("tokens,most", [(96, 1.006), (24, 1.002)])
-def test_fewer_tokens_cost_less(models, tokens, most):
+def test_fewer_tokens_need_fewer_flops(models, tokens, most):
     unet, encoder = models
     with subject_in_unet(unet, encoder.config.attention_layers):
         with_subject = step(unet, conditions=conditions_of(encoder, 1, 1, tokens))
@@ -62,7 +62,7 @@ def test_fewer_tokens_cost_less(models, tokens, most):
 
 
 def test_flops_of_a_video(models):
-    """Attention grows with the frames, as the picture does; nothing is projected in a step, for however many frames."""
+    """The added FLOPs are proportional to the number of frames, because no keys and values are projected in a step."""
     _, encoder = models
     with torch.device("meta"):
         unet = UNetMotionModel(sample_size=64, cross_attention_dim=768, motion_num_attention_heads=8).eval()
@@ -77,7 +77,7 @@ def test_flops_of_a_video(models):
 
 
 @pytest.mark.parametrize("moving", ["keyframes", "region"])
-def test_a_moving_subject_costs_a_frame_what_a_still_one_does(models, moving):
+def test_moving_subject_needs_the_same_flops_as_a_still_one(models, moving):
     _, encoder = models
     with torch.device("meta"):
         unet = UNetMotionModel(sample_size=64, cross_attention_dim=768, motion_num_attention_heads=8).eval()

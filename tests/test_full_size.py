@@ -1,4 +1,4 @@
-"""Chains and training at Stable Diffusion 1.5's full size, with random weights."""
+"""Tests of pipelines and training at the full size of Stable Diffusion 1.5, with random weights."""
 
 import json
 import os
@@ -15,13 +15,13 @@ from transformers import CLIPImageProcessor
 
 
 def state(pipe) -> dict:
-    """What a call must leave as it was: every weight, every processor, hook and setting."""
+    """Returns everything that a call must not change: weights, attention processors, hooks and the config."""
     found = {}
     for name, component in pipe.components.items():
         if not isinstance(component, torch.nn.Module):
             continue
         tensors = component.state_dict(keep_vars=True)
-        # a sample of each tensor's numbers, and how often PyTorch saw it changed
+        # the version of each tensor, its dtype, and the sum of some of its values
         found[name] = {k: (t._version, t.dtype, t.detach().flatten()[::997].sum().item()) for k, t in tensors.items()}
         found[f"{name} hooks"] = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in component.modules()]
         found[f"{name} modules"] = [(key, type(module)) for key, module in component.named_modules()]
@@ -31,7 +31,7 @@ def state(pipe) -> dict:
     return found
 
 
-def test_controlnet_and_animatediff_leave_every_component_as_it_was():
+def test_controlnet_and_animatediff_do_not_change_any_component():
     pipe = sd15_pipeline()
     pipe.set_progress_bar_config(disable=True)
     cat = pipe.encode_subject(make_picture(), query="cat")
@@ -61,9 +61,9 @@ def test_controlnet_and_animatediff_leave_every_component_as_it_was():
 
 @pytest.mark.skipif(
     "RUN_SLOW" not in os.environ,
-    reason="RUN_SLOW=1 runs it: minutes, and 5 GB on the disk; test_train_ssr.py trains small models in the same way",
+    reason="needs RUN_SLOW=1, minutes and 5 GB of disk space; test_train_ssr.py trains small models in the same way",
 )
-def test_three_steps_of_training_give_an_encoder_that_loads(tmp_path):
+def test_encoder_can_be_loaded_after_three_training_steps(tmp_path):
     pipe = sd15_pipeline()
     pipe.ssr_image_encoder.save_pretrained(tmp_path / "clip")
     CLIPImageProcessor().save_pretrained(tmp_path / "clip")

@@ -1,4 +1,4 @@
-"""Drawing tables of rows: each picture on its own, resumable, a bad row never fatal."""
+"""Tests of examples/generate_batch.py: tables of rows, resuming, and invalid rows."""
 
 import csv
 import json
@@ -75,7 +75,7 @@ def pictures(folder) -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def counted(monkeypatch):
-    """The prompts of all calls."""
+    """Records the prompts of all calls."""
     prompts = []
     call = StableDiffusionSSRPipeline.__call__
 
@@ -87,7 +87,7 @@ def counted(monkeypatch):
     return prompts
 
 
-def test_rows_become_pictures_and_bad_rows_say_why(models, table, tmp_path):
+def test_pictures_are_written_and_invalid_rows_have_an_error(models, table, tmp_path):
     out = tmp_path / "out"
     generate_batch.main(arguments(models, table, out))
     entries = manifest(out)
@@ -110,7 +110,7 @@ def test_rows_become_pictures_and_bad_rows_say_why(models, table, tmp_path):
     assert np.array_equal(pictures(out)["000001.png"], np.asarray(expected))
 
 
-def test_only_what_is_missing_is_drawn_again(models, table, tmp_path, counted):
+def test_only_missing_pictures_are_generated_again(models, table, tmp_path, counted):
     out = tmp_path / "out"
     generate_batch.main(arguments(models, table, out))
     first = pictures(out)
@@ -118,13 +118,13 @@ def test_only_what_is_missing_is_drawn_again(models, table, tmp_path, counted):
     (out / "000001.png").unlink()
     make_picture(5).save(tmp_path / "missing.png")
     generate_batch.main(arguments(models, table, out))
-    # the picture that was gone, and the row whose reference was missing; two rows fail before they are drawn
+    # the deleted picture and the row with the missing reference; two rows are invalid
     assert counted == ["a dog", "a dog"]
     assert np.array_equal(pictures(out)["000001.png"], first["000001.png"])
     assert [entry["status"] for entry in manifest(out)] == ["done"] * 4 + ["failed"] * 2
 
 
-def test_another_request_is_another_picture(models, table, tmp_path, counted):
+def test_changed_rows_are_generated_again(models, table, tmp_path, counted):
     out = tmp_path / "out"
     rows = [{**ROWS[0], "name": "a/first"}, {**ROWS[1], "name": "a/second"}]
     write(table, rows)
@@ -143,7 +143,7 @@ def test_another_request_is_another_picture(models, table, tmp_path, counted):
 
 @pytest.fixture
 def many_rows(tmp_path, table):
-    """Seven rows that can be drawn, one with a mask, one with the scale 0, and two that cannot."""
+    """Seven valid rows, including one with a mask and one with a scale of 0, and two invalid rows."""
     prompts = ["a cat", "a dog on the beach", "a car", "a fish", "a tulip"]
     rows = [
         {"image": f"{i % 2}.png", "query": "cat", "prompt": prompt, "seed": str(i)} for i, prompt in enumerate(prompts)
@@ -153,19 +153,19 @@ def many_rows(tmp_path, table):
 
 
 @pytest.mark.parametrize("batch_size", [2, 4, 100])
-def test_rows_drawn_together_are_the_pictures_drawn_alone(models, many_rows, tmp_path, batch_size):
+def test_batch_size_does_not_change_the_pictures(models, many_rows, tmp_path, batch_size):
     for name, size in (("alone", 1), ("together", batch_size)):
         assert generate_batch.main(arguments(models, many_rows, tmp_path / name, batch_size=size)) == 2
     alone, together = pictures(tmp_path / "alone"), pictures(tmp_path / "together")
     assert list(alone) == list(together) and len(alone) == 7
     for name in alone:
-        # rounding only: at most one step of 255
+        # rounding errors of at most 1 of 255
         assert np.abs(alone[name].astype(int) - together[name]).max() <= 1
     assert not np.array_equal(alone["000000.png"], alone["000002.png"])
     assert manifest(tmp_path / "alone") == manifest(tmp_path / "together")
 
 
-def test_a_row_that_fails_while_drawing_fails_alone(models, many_rows, tmp_path, monkeypatch):
+def test_error_in_one_row_does_not_affect_its_batch(models, many_rows, tmp_path, monkeypatch):
     draw = generate_batch.draw
 
     def failing(pipe, requests, args):
@@ -181,7 +181,7 @@ def test_a_row_that_fails_while_drawing_fails_alone(models, many_rows, tmp_path,
 
 
 @pytest.mark.parametrize("rows, status", [(ROWS[:2], 0), (ROWS[:3], 1)])
-def test_the_exit_status_says_whether_rows_failed(models, table, tmp_path, monkeypatch, rows, status):
+def test_exit_status_reports_failed_rows(models, table, tmp_path, monkeypatch, rows, status):
     write(table, rows)
     monkeypatch.setattr(sys, "argv", ["generate_batch.py", *arguments(models, table, tmp_path / "out", batch_size=2)])
     with pytest.raises(SystemExit) as ended:
@@ -189,7 +189,7 @@ def test_the_exit_status_says_whether_rows_failed(models, table, tmp_path, monke
     assert int(ended.value.code) == status
 
 
-def test_an_interrupted_run_goes_on(models, table, tmp_path, monkeypatch, counted):
+def test_interrupted_run_can_be_resumed(models, table, tmp_path, monkeypatch, counted):
     out = tmp_path / "out"
     read_row = generate_batch.read_row
 
@@ -211,13 +211,13 @@ def test_an_interrupted_run_goes_on(models, table, tmp_path, monkeypatch, counte
     assert not list(out.glob("manifest.*.jsonl"))
 
 
-def test_two_processes_draw_what_one_does(models, table, tmp_path):
+def test_two_processes_generate_the_same_pictures_as_one(models, table, tmp_path):
     generate_batch.main(arguments(models, table, tmp_path / "one"))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launch, str(ROOT / "examples" / "generate_batch.py"), *arguments(models, table, tmp_path / "two")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    # three of the rows fail
+    # three of the rows are invalid
     assert done.returncode == 1 and "3 of 6 pictures" in done.stdout, done.stderr[-3000:]
     one, two = pictures(tmp_path / "one"), pictures(tmp_path / "two")
     assert list(one) == list(two)
@@ -234,7 +234,7 @@ def test_two_processes_draw_what_one_does(models, table, tmp_path):
         ([{**ROWS[0], "colour": "red"}], "colour"),
     ],
 )
-def test_a_table_that_is_none_is_refused(rows, message, tmp_path):
+def test_invalid_table_raises_an_error(rows, message, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(ValueError, match=f"table.*{message}"):
@@ -249,7 +249,7 @@ def test_a_table_that_is_none_is_refused(rows, message, tmp_path):
 BAD_NAMES = ["n" * 300, "nul\0", "half\ud83d", "../a", "/a", "x/../../a", "é" * 130]
 
 
-def test_rows_whose_names_cannot_be_files_fail_and_the_others_are_drawn(models, table, tmp_path, capsys):
+def test_only_rows_with_invalid_file_names_fail(models, table, tmp_path, capsys):
     out = tmp_path / "out"
     names = ["a", *BAD_NAMES, "a", "a.png/b", "c.png/d", "c", "c.png/e", 7]
     file = tmp_path / "rows.jsonl"
@@ -267,7 +267,7 @@ def test_rows_whose_names_cannot_be_files_fail_and_the_others_are_drawn(models, 
     assert {file.suffix for file in out.rglob("*") if file.is_file()} == {".png", ".jsonl"}
 
 
-def test_a_scale_of_0_is_0_and_an_empty_one_the_options(models, table, tmp_path):
+def test_scale_of_0_is_used_and_empty_scale_is_replaced_by_the_option(models, table, tmp_path):
     out = tmp_path / "out"
     rows = [{**ROWS[0], "scale": scale} for scale in (0, "0", "0.0", "", None, 0.65, "nan", "much")]
     file = tmp_path / "rows.jsonl"
@@ -279,7 +279,7 @@ def test_a_scale_of_0_is_0_and_an_empty_one_the_options(models, table, tmp_path)
     assert all(np.array_equal(each, drawn[5]) for each in drawn[3:5]) and not np.array_equal(drawn[0], drawn[5])
 
 
-def test_foreign_lines_and_files_are_no_work_that_was_done(models, table, tmp_path, counted):
+def test_invalid_manifest_lines_and_pictures_are_ignored(models, table, tmp_path, counted):
     out = tmp_path / "out"
     write(table, ROWS[:1])
     generate_batch.main(arguments(models, table, out))
@@ -298,7 +298,7 @@ def test_foreign_lines_and_files_are_no_work_that_was_done(models, table, tmp_pa
         assert len(counted) == 1 and len(pictures(out)) == 1
 
 
-def test_pictures_that_are_none_fail_alone(models, table, tmp_path):
+def test_only_rows_with_invalid_pictures_fail(models, table, tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "half.png").write_bytes((tmp_path / "0.png").read_bytes()[:300])
     Image.new("1", (9000, 9000)).save(tmp_path / "huge.png")
@@ -317,7 +317,7 @@ def test_pictures_that_are_none_fail_alone(models, table, tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
-def test_tables_as_spreadsheets_save_them(table, tmp_path, encoding):
+def test_table_encodings_and_delimiters_of_spreadsheets(table, tmp_path, encoding):
     expected = generate_batch.read_table(table)
     for delimiter in ",;":
         text = table.read_text().replace(",", delimiter)

@@ -1,4 +1,4 @@
-"""docs/how_it_works.md names files and functions: they have to be there."""
+"""Tests that the files and functions that docs/how_it_works.md mentions exist."""
 
 import ast
 import re
@@ -12,7 +12,7 @@ FILES = {name: (ROOT / name).read_text() for name in re.findall(r"\b\w+\.py\b", 
 
 
 def defined_in(source: str) -> set[str]:
-    """Functions, classes and their methods (`Class.method`), and names that a module or a class assigns."""
+    """Returns the names of functions, classes, methods (`Class.method`) and assigned variables and attributes."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -33,7 +33,7 @@ def rows() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("file, functions", rows())
-def test_the_table_of_questions_names_functions_of_that_file(file, functions):
+def test_functions_in_the_table_exist_in_their_file(file, functions):
     named = re.findall(r"`([\w.]+)`", functions)
     others = re.findall(r"\b\w+\.py\b", functions)
     known = set().union(*(defined_in(FILES[each]) for each in (file, *others)))
@@ -48,7 +48,7 @@ def test_names_in_the_text_exist():
     assert len(named) > 20 and named <= everything, named - everything
 
 
-def test_every_module_is_named():
-    """Entry files with a pipeline class are named together."""
+def test_every_module_is_mentioned():
+    """The entry files with the pipeline classes are not checked, because they are mentioned together."""
     modules = {file.name for file in ROOT.glob("*.py")} - {"__init__.py", "setup.py", "conftest.py"}
     assert {name for name in modules if not name.startswith("pipeline_ssr")} <= set(FILES)

@@ -1,4 +1,4 @@
-"""Loading from and publishing to the Hub, with huggingface_hub's own client against a Hub on loopback."""
+"""Tests of loading from and publishing to the Hub, with the client of huggingface_hub and a local Hub server."""
 
 import os
 import subprocess
@@ -31,7 +31,8 @@ expected = np.load("expected.npy")
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """A Hub with a whole repository, one with other weights on a branch, and a private one; and what they draw."""
+    """A local Hub with a complete repository, a branch with other weights and a private repository. Also saves the
+    expected picture."""
     folder = tmp_path_factory.mktemp("hub")
     from conftest import make_components
 
@@ -60,7 +61,7 @@ def hub(tmp_path_factory):
     hub.close()
 
 
-def elsewhere(hub, code: str, home: str = "hf", **environment) -> str:
+def run_in_new_process(hub, code: str, home: str = "hf", **environment) -> str:
     hub.requests.clear()
     environment = {
         **{name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "HF_TOKEN")},
@@ -77,8 +78,8 @@ def elsewhere(hub, code: str, home: str = "hf", **environment) -> str:
     return done.stdout
 
 
-def test_code_and_encoder_from_the_hub_under_another_base(hub):
-    elsewhere(
+def test_code_and_encoder_from_the_hub_with_a_local_base_model(hub):
+    run_in_new_process(
         hub,
         """
 pipe = DiffusionPipeline.from_pretrained("base", custom_pipeline="owner/ssr", trust_remote_code=True)
@@ -89,8 +90,8 @@ assert np.abs(draw(pipe) - expected).max() < 0.05
 """,
     )
     assert any(name.endswith("diffusion_pytorch_model.fp16.safetensors") for name in hub.requests)
-    # the encoder is there now, so that it loads without the Hub; code comes from a folder
-    elsewhere(
+    # the encoder is in the cache now, so it can be loaded offline; the code is in a local folder
+    run_in_new_process(
         hub,
         f"""
 pipe = DiffusionPipeline.from_pretrained("base", custom_pipeline={str(ROOT)!r}, trust_remote_code=True)
@@ -110,17 +111,19 @@ assert np.array_equal(draw(pipe), expected)
     ],
     ids=["code", "whole"],
 )
-def test_how_many_requests_loading_takes(hub, load, cold, warm, request):
-    """diffusers asks for each relative import of each file, and for the commit each time: with entries alone that import
-    relatively, a small multiple of the number of files."""
+def test_number_of_requests_for_loading(hub, load, cold, warm, request):
+    """diffusers requests each relative import of each file and the commit each time. Only the entry files have
+    relative imports, so the number of requests is a small multiple of the number of files."""
     home, counts = f"hf-count-{request.node.callspec.id}", []
     for _ in range(2):
-        elsewhere(hub, f"pipe = {load}\npipe.load_ssr('owner/ssr')\nassert np.array_equal(draw(pipe), expected)", home)
+        run_in_new_process(
+            hub, f"pipe = {load}\npipe.load_ssr('owner/ssr')\nassert np.array_equal(draw(pipe), expected)", home
+        )
         counts.append(len(hub.requests))
     assert counts[0] <= cold and counts[1] <= warm, counts
 
 
-def test_a_whole_repository_also_offline(hub):
+def test_complete_repository_online_and_offline(hub):
     load = """
 from huggingface_hub import snapshot_download
 folder = snapshot_download("owner/ssr")
@@ -134,13 +137,13 @@ assert np.array_equal(draw(pipe), expected)
 pipe = DiffusionPipeline.from_pretrained("owner/ssr", trust_remote_code=True)
 assert np.array_equal(draw(pipe), expected)
 """
-    elsewhere(hub, by_name + load, home="hf-whole")
-    elsewhere(hub, load, home="hf-whole", HF_HUB_OFFLINE="1")
+    run_in_new_process(hub, by_name + load, home="hf-whole")
+    run_in_new_process(hub, load, home="hf-whole", HF_HUB_OFFLINE="1")
     assert not hub.requests
 
 
 def test_load_ssr_honours_revision_token_cache_dir_and_local_files_only(hub):
-    elsewhere(
+    run_in_new_process(
         hub,
         f"""
 import os
@@ -169,7 +172,7 @@ assert refused(pretrained_model_name_or_path="owner/ssr", revision="no-such-bran
     )
 
 
-def test_publish_uploads_a_repository_that_loads(hub):
+def test_published_repository_can_be_loaded(hub):
     environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(hub.folder / "hf-publish")}
     environment.pop("HF_HUB_OFFLINE", None)
     command = [sys.executable, str(ROOT / "examples" / "publish.py"), "--repo_id", "owner/published"]
@@ -188,7 +191,7 @@ def test_publish_uploads_a_repository_that_loads(hub):
     assert {"app.py", "README.md", "requirements.txt", "page/layout.py", "diffusers_ssr/mixin_ssr.py"} <= set(space)
     assert b"'owner/published'" in space["app.py"] and b"sdk: gradio" in space["README.md"]
     assert "POST api/spaces/owner/page/commit/main" in hub.requests
-    elsewhere(
+    run_in_new_process(
         hub,
         """
 pipe = DiffusionPipeline.from_pretrained("owner/published", trust_remote_code=True)

@@ -36,7 +36,7 @@ ARRAY = np.asarray(make_picture())
     ],
     ids=["uint8", "float32", "float64", "tensor", "batch of one", "PIL"],
 )
-def test_all_kinds_of_pictures_are_one(image):
+def test_to_pil_accepts_all_types_of_pictures(image):
     assert np.array_equal(np.asarray(to_pil(image)), ARRAY)
 
 
@@ -62,7 +62,7 @@ def in_mode(picture: Image.Image, mode: str) -> Image.Image:
 
 
 @pytest.mark.parametrize("mode", GREY_MODES + COLOUR_MODES)
-def test_every_mode_becomes_rgb(mode):
+def test_to_pil_converts_every_mode_to_rgb(mode):
     expected = COLOURS if mode in COLOUR_MODES else COLOURS.convert("1" if mode == "1" else "L").convert("RGB")
     given = in_mode(COLOURS, mode)
     assert given.mode == mode
@@ -71,7 +71,7 @@ def test_every_mode_becomes_rgb(mode):
     assert np.abs(np.asarray(found).astype(int) - np.asarray(expected)).max() <= 3
 
 
-def test_a_rotated_photo_stands_upright(tmp_path):
+def test_exif_orientation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     make_picture().save(tmp_path / "photo.jpg", exif=exif)
@@ -90,14 +90,14 @@ def test_a_rotated_photo_stands_upright(tmp_path):
         (b"picture", "bytes"),
     ],
 )
-def test_what_is_no_picture_is_named(image, message):
+def test_invalid_pictures_raise_an_error_that_names_the_argument(image, message):
     with pytest.raises(ValueError, match=f"`photo`.*{message}"):
         to_pil(image, "photo")
 
 
 @pytest.mark.parametrize("resize_mode", ["pad", "crop"])
 @pytest.mark.parametrize("size", [(32, 32), (64, 64), (100, 40), (41, 101), (8, 128)])
-def test_pixels_have_the_encoders_size(size, resize_mode):
+def test_preprocessed_pixels_have_the_size_of_the_encoder(size, resize_mode):
     assert preprocess(make_picture(size=size), make_image_processor(), resize_mode).shape == (1, 3, 32, 32)
 
 
@@ -106,8 +106,8 @@ def test_square_pictures_are_the_same_in_both_modes():
     assert torch.equal(*pixels)
 
 
-def test_padding_keeps_what_cropping_loses():
-    """A red edge of a wide picture."""
+def test_pad_keeps_the_edges_that_crop_removes():
+    """A wide picture with a red left edge."""
     picture = Image.new("RGB", (96, 32), "black")
     picture.paste("red", (0, 0, 16, 32))
     padded, cropped = (preprocess(picture, make_image_processor(), mode) for mode in ("pad", "crop"))
@@ -115,18 +115,18 @@ def test_padding_keeps_what_cropping_loses():
     assert not padded[0, :, 0].any() and not padded[0, :, -1].any()
 
 
-def test_another_mode_is_refused():
+def test_unknown_resize_mode_raises_an_error():
     with pytest.raises(ValueError, match="`resize_mode`.*'squash'"):
         preprocess(make_picture(), make_image_processor(), "squash")
 
 
 @pytest.mark.parametrize("size", [(1, 1), (20000, 10), (7, 50)])
-def test_pictures_that_hold_no_subject_are_refused(size):
+def test_too_small_or_too_narrow_pictures_raise_an_error(size):
     with pytest.raises(ValueError, match=f"`subject_image` is {size[0]} x {size[1]} pixels"):
         to_pil(Image.new("RGB", size))
 
 
-def test_transparent_parts_become_white():
+def test_transparent_pixels_become_white():
     picture = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
     picture.paste((255, 0, 0, 255), (0, 0, 8, 16))
     pixels = np.asarray(to_pil(picture))
@@ -145,24 +145,24 @@ def test_transparent_parts_become_white():
     ],
     ids=["16 bits", "8 bits in 16", "mode I", "above 16 bits", "floats to 1", "floats to 255"],
 )
-def test_deep_pictures_are_scaled_by_their_range(values, expected):
+def test_pictures_with_more_than_8_bits_are_scaled_by_their_range(values, expected):
     assert (np.asarray(to_pil(Image.fromarray(values)))[..., 0] == expected).all()
 
 
 @pytest.mark.parametrize("value", [-1, np.nan, np.inf])
-def test_values_that_are_no_brightness_are_refused(value):
+def test_invalid_pixel_values_raise_an_error(value):
     with pytest.raises(ValueError, match=f"`photo`.*{value}"):
         to_pil(Image.fromarray(np.full((16, 16), value, np.float32)), "photo")
 
 
-def test_arrays_and_tensors_of_integers():
+def test_integer_arrays_and_tensors():
     deep = ARRAY.astype(np.uint16) * 257
     for image in (deep, deep.astype(">u2"), torch.from_numpy(ARRAY.copy()).permute(2, 0, 1)):
         assert np.array_equal(np.asarray(to_pil(image)), ARRAY)
 
 
 @pytest.mark.parametrize("convert", [lambda image: image, np.asarray, lambda image: torch.zeros(3, 20, 20)])
-def test_too_many_pixels_are_refused_before_they_are_decoded(convert, monkeypatch):
+def test_too_many_pixels_raise_an_error(convert, monkeypatch):
     image = convert(Image.new("RGB", (20, 20)))
     with pytest.raises(ValueError, match="`photo` has 400 pixels, more than the 399"):
         to_pil(image, "photo", max_pixels=399)
@@ -179,8 +179,8 @@ def encoded(picture: Image.Image, kind: str = "png", **options) -> bytes:
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_huge_file_is_refused_undecoded(tmp_path):
-    """A file of 15 KB whose pixels would take 363 MB in RGB."""
+def test_huge_file_raises_an_error_before_it_is_decoded(tmp_path):
+    """A file of 15 KB whose pixels need 363 MB in RGB."""
     file = tmp_path / "huge.png"
     Image.new("1", (11_000, 11_000)).save(file)
     for image in (file, file.read_bytes()):
@@ -195,7 +195,7 @@ def test_a_huge_file_is_refused_undecoded(tmp_path):
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "webp", "tiff", "bmp"])
 @pytest.mark.parametrize("part", [0, 0.02, 0.5, 0.9])
-def test_a_file_that_is_cut_off_is_named(tmp_path, kind, part):
+def test_truncated_file_raises_an_error(tmp_path, kind, part):
     content = encoded(make_picture(size=(64, 64)), kind)
     content = content[: int(len(content) * part)]
     (tmp_path / "photo").write_bytes(content)
@@ -211,7 +211,7 @@ def test_a_file_that_is_cut_off_is_named(tmp_path, kind, part):
         to_pil(lazy, "photo")
 
 
-def test_what_is_no_file_of_a_picture_is_named(tmp_path):
+def test_invalid_picture_paths_raise_an_error(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for file in (tmp_path, tmp_path / "pipe"):
         with pytest.raises(ValueError, match="`photo`.*is not a regular file"):
@@ -226,7 +226,7 @@ def test_what_is_no_file_of_a_picture_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["gif", "webp", "png", "tiff"])
-def test_of_several_frames_the_first_is_taken_and_said_once(kind, caplog):
+def test_first_of_several_frames_is_used_with_one_warning(kind, caplog):
     frames = [Image.new("RGB", (32, 32), colour) for colour in ("white", "black", "white")]
     content = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
     image_processing_ssr._say_animated.cache_clear()
@@ -241,7 +241,7 @@ def test_of_several_frames_the_first_is_taken_and_said_once(kind, caplog):
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "webp", "tiff"])
-def test_threads_may_share_a_picture_that_is_not_decoded_yet(kind, tmp_path):
+def test_threads_can_share_a_picture_that_is_not_decoded_yet(kind, tmp_path):
     file = tmp_path / "photo"
     file.write_bytes(encoded(make_picture(size=(300, 200)), kind))
     expected = np.asarray(to_pil(open_image(file)))
@@ -257,7 +257,7 @@ def test_threads_may_share_a_picture_that_is_not_decoded_yet(kind, tmp_path):
         sys.setswitchinterval(interval)
 
 
-def test_the_result_is_a_picture_of_its_own():
+def test_to_pil_returns_a_copy():
     given = make_picture()
     found = to_pil(given)
     found.paste("red", (0, 0, *found.size))
@@ -269,17 +269,17 @@ MASK[:, :10] = 255
 
 
 def painted(colour, mode: str = "RGBA", opacity: int = 255) -> Image.Image:
-    """The mask, painted on a transparent layer."""
+    """Returns the mask, painted on a transparent layer."""
     layer = Image.new("RGBA", (40, 32), (0, 0, 0, 0))
     layer.paste(Image.new("RGBA", (10, 32), (*colour, opacity)), (0, 0))
     converted = layer.convert(mode)
     if mode == "PA":
-        converted.putalpha(layer.getchannel("A"))  # old versions of Pillow lose it in `convert`
+        converted.putalpha(layer.getchannel("A"))  # `convert` of old versions of Pillow drops it
     return converted
 
 
 def palette_mask(colour) -> Image.Image:
-    """The mask as an index, as segmentation data sets have it."""
+    """Returns the mask as palette indices, as in segmentation data sets."""
     mask = Image.fromarray(MASK // 255, "P")
     mask.putpalette([0, 0, 0, *colour])
     return mask
@@ -312,7 +312,7 @@ MASKS = {
     "bfloat16": torch.from_numpy(MASK / 255).bfloat16(),
     "bool tensor": torch.from_numpy(MASK > 0)[None],
     "uint8 tensor": torch.from_numpy(MASK)[None, None],
-    "tensor that learns": torch.from_numpy(MASK / 255).requires_grad_(),
+    "tensor with gradient": torch.from_numpy(MASK / 255).requires_grad_(),
     **{f"mode {mode}": in_mode(WHITE_ON_BLACK, mode) for mode in GREY_MODES + COLOUR_MODES},
     "mode L of 0 and 1": Image.fromarray(MASK // 255),
     "mode I": Image.fromarray(MASK.astype(np.int32)),
@@ -321,7 +321,7 @@ MASKS = {
     "painted in black": painted((0, 0, 0)),
     "painted in red": painted((255, 0, 0)),
     "painted in white": painted((255, 255, 255)),
-    "painted with half a brush": painted((255, 0, 0), opacity=100),
+    "painted, half transparent": painted((255, 0, 0), opacity=100),
     "painted, LA": painted((0, 0, 0), "LA"),
     "painted, RGBa": painted((0, 0, 0), "RGBa"),
     "painted, PA": painted((0, 0, 0), "PA"),
@@ -336,19 +336,19 @@ MASKS = {
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_all_kinds_of_masks_are_one(mask):
+def test_to_mask_accepts_all_types_of_masks(mask):
     assert np.array_equal(np.asarray(to_mask(mask, (40, 32))), MASK)
     assert np.abs(mask_values(mask) - MASK / 255).max() < 0.5
 
 
-def test_values_between_stay_between():
-    """A region may end softly."""
+def test_soft_masks_keep_their_values():
+    """A region can have soft edges."""
     soft = np.linspace(0, 1, 256).reshape(16, 16)
     for mask in (soft, Image.fromarray((soft * 255).round().astype(np.uint8)), torch.from_numpy(soft)[None]):
         assert np.abs(mask_values(mask) - soft).max() < 0.003
 
 
-def test_a_mask_of_several_frames():
+def test_mask_values_of_several_frames():
     frames = np.stack([MASK, MASK.T[:32].repeat(2, 1)[:, :40], np.zeros_like(MASK)])
     for mask in (frames, frames[:, None], frames[..., None], frames[None], torch.from_numpy(frames)):
         assert np.array_equal(mask_values(mask) * 255, frames)
@@ -384,15 +384,16 @@ def test_a_mask_of_several_frames():
         ("mask.png", "str"),
     ],
 )
-def test_what_is_no_mask_is_named(mask, message):
+def test_invalid_masks_raise_an_error_that_names_the_argument(mask, message):
     with pytest.raises(ValueError, match=f"`subject_mask`.*{message}"):
         to_mask(mask, (40, 32))
 
 
 @pytest.mark.parametrize("size", [(40, 32), (90, 30), (30, 90)])
 @pytest.mark.parametrize("resize_mode", ["pad", "crop"])
-def test_a_mask_marks_the_pixels_of_its_subject(size, resize_mode):
-    """A white thing on black and its mask go the same way; a map over the square comes back to where the thing is."""
+def test_mask_and_picture_are_preprocessed_in_the_same_way(size, resize_mode):
+    """A white thing and its mask are preprocessed in the same way, and `postprocess_map` restores the position of the
+    thing."""
     picture, mask = Image.new("RGB", size, "black"), Image.new("L", size)
     box = (size[0] // 3, size[1] // 3, size[0] // 2, size[1] // 2)
     picture.paste("white", box)
@@ -407,10 +408,10 @@ def test_a_mask_marks_the_pixels_of_its_subject(size, resize_mode):
     assert back[inside].mean() > 0.6 and back[~inside].mean() < 0.1
 
 
-def test_pixels_are_clips():
-    """Against transformers' own processor on PIL, on a picture that needs scaling, cropping and normalising."""
+def test_preprocess_matches_the_clip_processor():
+    """Compares with the PIL processor of transformers, on a picture that needs resizing, cropping and normalising."""
     module = pytest.importorskip(
-        "transformers.models.clip.image_processing_pil_clip", reason="transformers 4 has no processor of this name"
+        "transformers.models.clip.image_processing_pil_clip", reason="transformers 4 has no processor with this name"
     )
     processor = make_image_processor()
     picture = make_picture(size=(90, 60))

@@ -1,4 +1,5 @@
-"""Beside an IP-Adapter: both act in one call, in any order of loading and unloading."""
+"""Tests with an IP-Adapter: both have an effect in one call, and the order of loading and unloading does not
+matter."""
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ WIDTH, IP_TOKENS = 16, 4
 
 
 def ip_adapter_state(unet) -> dict:
-    """Random weights of an IP-Adapter for the tiny UNet, in the released layout."""
+    """Returns random weights of an IP-Adapter for the small UNet, in the released format."""
     generator = torch.Generator().manual_seed(4)
 
     def random(*shape):
@@ -60,7 +61,7 @@ def load(pipe, what):
 
 
 def drawings(pipe, subject) -> list[np.ndarray]:
-    """With neither, the adapter, and both."""
+    """Returns the results with only the IP-Adapter and with both."""
     return [pipe(**ip_args()).images, pipe(**ip_args(subject=subject, subject_scale=1.0)).images]
 
 
@@ -93,7 +94,7 @@ def test_the_order_of_loading_and_unloading_does_not_matter():
         assert np.array_equal(first, second)
 
 
-def test_an_adapter_without_its_picture_adds_nothing():
+def test_ip_adapter_without_an_image_has_no_effect():
     pipe = fresh_pipe()
     load(pipe, "ssr")
     subject = pipe.encode_subject(make_picture(), "cat")

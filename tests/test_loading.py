@@ -1,4 +1,4 @@
-"""The doors through which the pipeline is loaded, each in a process of its own."""
+"""Tests of all ways to load the pipeline, each in a new process."""
 
 import inspect
 import os
@@ -34,8 +34,8 @@ print(type(pipe).__module__, type(pipe).__name__)
 """
 
 
-def draw_elsewhere(load: str, folder, python=sys.executable) -> np.ndarray:
-    """Run `load` in a fresh process, with an empty cache for custom code, and draw there."""
+def draw_in_new_process(load: str, folder, python=sys.executable) -> np.ndarray:
+    """Runs `load` in a new process with an empty cache for custom code, and returns the picture that it generates."""
     environment = {
         **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         "HF_HOME": str(folder / "hf"),
@@ -51,7 +51,8 @@ def draw_elsewhere(load: str, folder, python=sys.executable) -> np.ndarray:
 
 @pytest.fixture
 def saved(tmp_path, pipe):
-    """A folder with a stock pipeline in `base`, the SSR parts in `ssr`, and what `pipe` draws."""
+    """A folder with a stock pipeline in `base` and the SSR components in `ssr`, and the picture that `pipe`
+    generates."""
     stock = {name: part for name, part in pipe.components.items() if not name.startswith("ssr_")}
     StableDiffusionPipeline(**stock, requires_safety_checker=False).save_pretrained(tmp_path / "base")
     for name, part in make_ssr_components().items():
@@ -69,11 +70,12 @@ from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained("base", custom_pipeline={str(ROOT / entry)!r}, trust_remote_code=True)
 pipe.load_ssr("ssr")
 """
-    assert np.array_equal(draw_elsewhere(load, folder), expected)
+    assert np.array_equal(draw_in_new_process(load, folder), expected)
 
 
-def test_custom_code_and_the_package_go_together(saved, monkeypatch):
-    """`custom_pipeline=` imports a copy of its own; its subjects are drawn by the package's pipelines, and the reverse."""
+def test_custom_code_and_package_are_compatible(saved, monkeypatch):
+    """`custom_pipeline=` imports a copy of the code. Its subjects work in the pipelines of the package, and vice
+    versa."""
     folder, expected = saved
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(folder / "modules"))
     monkeypatch.syspath_prepend(str(folder / "modules"))
@@ -91,17 +93,17 @@ def test_custom_code_and_the_package_go_together(saved, monkeypatch):
         each(**call_args(subject=cats[0] + cats[1]))
 
 
-def test_a_saved_pipeline_loads_whole(saved, pipe):
+def test_saved_pipeline_can_be_loaded(saved, pipe):
     folder, expected = saved
     pipe.save_pretrained(folder / "whole")
     load = """
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained("whole", trust_remote_code=True)
 """
-    assert np.array_equal(draw_elsewhere(load, folder), expected)
+    assert np.array_equal(draw_in_new_process(load, folder), expected)
 
 
-def test_a_pipeline_saved_after_custom_loading_loads_whole(saved):
+def test_pipeline_with_custom_code_can_be_saved_and_loaded(saved):
     folder, expected = saved
     load = f"""
 from diffusers import DiffusionPipeline
@@ -112,12 +114,12 @@ pipe = DiffusionPipeline.from_pretrained("whole", trust_remote_code=True)
 again = type(pipe).from_pipe(pipe)
 assert again.ssr_encoder is pipe.ssr_encoder
 """
-    assert np.array_equal(draw_elsewhere(load, folder), expected)
+    assert np.array_equal(draw_in_new_process(load, folder), expected)
 
 
 @pytest.mark.parametrize("chain", ["controlnet", "animatediff"])
-def test_chains_from_their_own_files(saved, chain):
-    """`custom_pipeline=<file>`, then saved whole and loaded again: the same pictures twice."""
+def test_controlnet_and_animatediff_custom_pipelines(saved, chain):
+    """Pipelines that are loaded with `custom_pipeline=<file>` generate the same pictures after saving and loading."""
     folder, _ = saved
     part, model = {
         "controlnet": ("controlnet", make_controlnet()),
@@ -153,15 +155,15 @@ class Both:
 
 pipe = Both()
 """
-    images = draw_elsewhere(load, folder)
+    images = draw_in_new_process(load, folder)
     assert np.isfinite(images).all() and images.std() > 0
 
 
-def test_remote_code_has_to_be_trusted(saved):
+def test_custom_code_requires_trust_remote_code(saved):
     from diffusers.utils import dynamic_modules_utils
 
     if "trust_remote_code" not in inspect.signature(dynamic_modules_utils.get_cached_module_file).parameters:
-        pytest.skip("older versions of diffusers run local code without asking")
+        pytest.skip("older versions of diffusers run local code without `trust_remote_code`")
     folder, _ = saved
     with pytest.raises(ValueError, match="trust_remote_code"):
         DiffusionPipeline.from_pretrained(folder / "base", custom_pipeline=str(ROOT))
@@ -170,12 +172,12 @@ def test_remote_code_has_to_be_trusted(saved):
 @pytest.mark.parametrize("editable", [False, True], ids=["wheel", "editable"])
 def test_installed_package(saved, tmp_path_factory, editable):
     if Version(version("setuptools")) < Version("77"):
-        pytest.skip("the packages are built with the installed setuptools, and pyproject.toml needs 77 or newer")
+        pytest.skip("the package is built with the installed setuptools, and pyproject.toml needs version 77 or newer")
     folder, expected = saved
     source = tmp_path_factory.mktemp("source")
     for file in [*ROOT.glob("*.py"), ROOT / "README.md", ROOT / "pyproject.toml"]:
         shutil.copy(file, source)
-    # an environment that sees this one's packages, but not this project
+    # an environment with the packages of the current one, but without this project
     environment = tmp_path_factory.mktemp("venv")
     venv.create(environment, with_pip=False)
     python = environment / "bin" / "python"
@@ -200,4 +202,4 @@ assert (SOURCE in diffusers_ssr.__file__) == EDITABLE, diffusers_ssr.__file__
 pipe = StableDiffusionSSRPipeline.from_pretrained("base")
 pipe.load_ssr("ssr")
 """.replace("SOURCE", repr(str(source))).replace("EDITABLE", str(editable))
-    assert np.array_equal(draw_elsewhere(load, folder, python), expected)
+    assert np.array_equal(draw_in_new_process(load, folder, python), expected)

@@ -1,4 +1,4 @@
-"""Components that are exchanged, absent, offloaded, pickled or loaded as another class."""
+"""Tests of components that are exchanged, missing, offloaded, pickled or loaded as another class."""
 
 import inspect
 import pickle
@@ -38,7 +38,7 @@ from test_chains import picture as control_picture
 from test_pipeline_ssr import subject_args
 
 
-def stock_with_room() -> StableDiffusionSSRPipeline:
+def make_pipe_without_ssr() -> StableDiffusionSSRPipeline:
     pipe = StableDiffusionSSRPipeline(**make_components(), requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -50,7 +50,7 @@ OFFLOADING = {"enable_model_cpu_offload": CpuOffload, "enable_sequential_cpu_off
 
 
 def exchanges(pipe, encoder, image_encoder):
-    """Every method that exchanges components, and which of ours are there afterwards."""
+    """Yields each method that exchanges components, and whether the encoder and the image encoder exist afterwards."""
     yield lambda: pipe.load_ssr(encoder, image_encoder=image_encoder), (True, True)
     yield lambda: pipe.drop_ssr_encoders(), (True, False)
     yield lambda: pipe.unload_ssr(), (False, False)
@@ -58,10 +58,10 @@ def exchanges(pipe, encoder, image_encoder):
 
 
 @pytest.mark.parametrize("method", OFFLOADING)
-def test_components_are_exchanged_under_offloading(method):
-    """Whatever is there is offloaded afterwards, what was taken out is not, and no weight is lost; another pipeline that
-    holds the encoder draws with it as before."""
-    pipe, other = stock_with_room(), stock_with_room()
+def test_components_can_be_exchanged_with_offloading(method):
+    """The components of the pipeline are offloaded after each exchange, removed components are not, and no weights are
+    lost. Another pipeline with the same encoder works as before."""
+    pipe, other = make_pipe_without_ssr(), make_pipe_without_ssr()
     encoder, image_encoder = make_ssr_encoder(), make_image_encoder()
     other.load_ssr(encoder, image_encoder=image_encoder)
     expected = other(**subject_args()).images
@@ -78,8 +78,8 @@ def test_components_are_exchanged_under_offloading(method):
     assert np.array_equal(pipe(**subject_args()).images, expected)
 
 
-def test_drawing_with_models_that_are_offloaded():
-    pipe = stock_with_room()
+def test_call_with_model_offloading():
+    pipe = make_pipe_without_ssr()
     pipe.load_ssr(make_ssr_encoder(), image_encoder=make_image_encoder())
     expected = pipe(**subject_args()).images
     pipe.unload_ssr()
@@ -88,8 +88,8 @@ def test_drawing_with_models_that_are_offloaded():
     assert np.array_equal(pipe(**subject_args()).images, expected)
 
 
-def test_an_encoder_whose_weights_lie_on_no_device_until_they_are_used(pipe, monkeypatch):
-    """As in sequential offloading; both encoding and drawing ask for its fingerprint."""
+def test_encoder_with_weights_on_the_meta_device(pipe, monkeypatch):
+    """As with sequential offloading. `encode_subject` and the call both compute the fingerprint of the encoder."""
     expected = pipe(**subject_args()).images
     cpu_offload(pipe.ssr_encoder, torch.device("cpu"))
     monkeypatch.setattr(StableDiffusionSSRPipeline, "_execution_device", torch.device("cpu"))
@@ -99,12 +99,10 @@ def test_an_encoder_whose_weights_lie_on_no_device_until_they_are_used(pipe, mon
     assert np.array_equal(pipe(**call_args(subject=subject)).images, expected)
 
 
-@pytest.mark.skipif(
-    not hasattr(DiffusionPipeline, "enable_group_offload"), reason="diffusers before 0.35 cannot do it"
-)
-def test_components_are_exchanged_under_group_offloading():
-    pipe = stock_with_room()
-    expected_pipe = stock_with_room()
+@pytest.mark.skipif(not hasattr(DiffusionPipeline, "enable_group_offload"), reason="needs diffusers 0.35 or newer")
+def test_components_can_be_exchanged_with_group_offloading():
+    pipe = make_pipe_without_ssr()
+    expected_pipe = make_pipe_without_ssr()
     expected_pipe.load_ssr(make_ssr_encoder(), image_encoder=make_image_encoder())
     pipe.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
     pipe.load_ssr(make_ssr_encoder(), image_encoder=make_image_encoder())
@@ -114,23 +112,26 @@ def test_components_are_exchanged_under_group_offloading():
     assert np.array_equal(pipe(**call_args()).images, expected_pipe(**call_args()).images)
 
 
-def test_an_encoder_in_memory_is_taken_as_it_is():
-    """Its precision and device are its owner's; in another precision than the UNet it draws as well."""
-    pipe, encoder, image_encoder = stock_with_room(), make_ssr_encoder().half(), make_image_encoder().bfloat16()
+def test_load_ssr_keeps_dtype_and_device_of_a_given_encoder():
+    """The dtype and device do not change, and the dtype may be different from that of the UNet."""
+    pipe, encoder, image_encoder = make_pipe_without_ssr(), make_ssr_encoder().half(), make_image_encoder().bfloat16()
     pipe.load_ssr(encoder, image_encoder=image_encoder)
     assert (encoder.dtype, image_encoder.dtype) == (torch.float16, torch.bfloat16)
     assert np.isfinite(pipe(**subject_args()).images).all()
 
 
 @pytest.mark.parametrize("training", ["ssr_encoder", "ssr_image_encoder"])
-def test_an_encoder_in_training_is_loaded_for_evaluation(training):
-    pipe, parts = stock_with_room(), {"ssr_encoder": make_ssr_encoder(), "ssr_image_encoder": make_image_encoder()}
+def test_load_ssr_sets_models_to_eval_mode(training):
+    pipe, parts = (
+        make_pipe_without_ssr(),
+        {"ssr_encoder": make_ssr_encoder(), "ssr_image_encoder": make_image_encoder()},
+    )
     parts[training].train()
     pipe.load_ssr(parts["ssr_encoder"], image_encoder=parts["ssr_image_encoder"])
     assert not any(module.training for part in parts.values() for module in part.modules())
 
 
-def test_unloading_forgets_the_scale(pipe):
+def test_unload_ssr_resets_the_scale(pipe):
     expected = pipe(**subject_args(subject_scale=None)).images
     pipe.set_ssr_scale(0.2)
     parts = pipe.ssr_encoder, pipe.ssr_image_encoder, pipe.ssr_image_processor
@@ -139,8 +140,8 @@ def test_unloading_forgets_the_scale(pipe):
     assert np.array_equal(pipe(**subject_args(subject_scale=None)).images, expected)
 
 
-def test_an_encoder_on_another_device_is_refused(monkeypatch):
-    pipe = stock_with_room()
+def test_encoder_on_another_device_raises_an_error(monkeypatch):
+    pipe = make_pipe_without_ssr()
     monkeypatch.setattr(StableDiffusionSSRPipeline, "_execution_device", torch.device("cuda"))
     with pytest.raises(ValueError, match="`SSREncoder` is on cpu, but the pipeline runs on cuda"):
         pipe.load_ssr(make_ssr_encoder(), image_encoder=make_image_encoder())
@@ -151,24 +152,24 @@ def test_an_encoder_on_another_device_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float16, torch.float32), (torch.float32, torch.bfloat16)])
-def test_a_checkpoint_in_mixed_precision_is_refused_by_name(pipe, dtypes):
+def test_mixed_dtypes_raise_an_error_that_names_the_components(pipe, dtypes):
     subject = pipe.encode_subject(make_picture(), "cat")
     pipe.text_encoder.to(dtypes[0]), pipe.unet.to(dtypes[1])
     with pytest.raises(ValueError, match="`text_encoder` is in torch.float.*, but `unet` in torch.*`dtype=`"):
         pipe(**call_args(subject=subject))
 
 
-def test_autocast_may_mix_precisions(pipe):
+def test_autocast_allows_mixed_dtypes(pipe):
     subject = pipe.encode_subject(make_picture(), "cat")
     pipe.text_encoder.bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         assert np.isfinite(pipe(**call_args(subject=subject)).images).all()
 
 
-# Parts that are absent
+# Missing components
 
 
-def test_without_a_text_encoder_encoded_subjects_are_drawn(pipe):
+def test_encoded_subjects_work_without_a_text_encoder(pipe):
     subject = pipe.encode_subject(make_picture(), "cat")
     embeds, negative = pipe.encode_prompt("a cat on the beach", "cpu", 1, True)
     text = {"prompt": None, "prompt_embeds": embeds, "negative_prompt_embeds": negative}
@@ -187,8 +188,8 @@ def test_without_a_text_encoder_encoded_subjects_are_drawn(pipe):
     assert np.array_equal(pipe(**call_args(**text, subject=subject)).images, expected)
 
 
-def test_no_image_encoder_is_loaded_if_none_is_wanted(tmp_path, pipe):
-    """As with `load_ip_adapter`: subjects that are encoded already are drawn."""
+def test_image_encoder_folder_none_loads_no_image_encoder(tmp_path, pipe):
+    """Encoded subjects still work, as with `load_ip_adapter`."""
     pipe.ssr_encoder.save_pretrained(tmp_path / "ssr_encoder")
     subject = pipe.encode_subject(make_picture(), "cat")
     expected = pipe(**call_args(subject=subject)).images
@@ -201,7 +202,7 @@ def test_no_image_encoder_is_loaded_if_none_is_wanted(tmp_path, pipe):
 
 
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
-def test_a_precision_for_the_encoder(tmp_path, pipe, name):
+def test_load_ssr_with_a_dtype(tmp_path, pipe, name):
     for part in ("ssr_encoder", "ssr_image_encoder"):
         getattr(pipe, part).save_pretrained(tmp_path / part)
     pipe.load_ssr(tmp_path, **{name: torch.float16})
@@ -211,11 +212,12 @@ def test_a_precision_for_the_encoder(tmp_path, pipe, name):
     assert pipe.ssr_encoder.dtype == torch.float32
 
 
-def test_a_checkpoint_of_a_training(tmp_path, pipe):
-    """It holds what is trained; the vision encoder lies beside it, or is missed by name."""
+def test_load_ssr_from_a_training_checkpoint(tmp_path, pipe):
+    """A training checkpoint has no vision encoder. It is loaded from the parent folder, or the error names the missing
+    folder."""
     pipe.ssr_encoder.save_pretrained(tmp_path / "out" / "checkpoint-4" / "ssr_encoder")
     checkpoint = tmp_path / "out" / "checkpoint-4"
-    fresh = stock_with_room()
+    fresh = make_pipe_without_ssr()
     with pytest.raises(ValueError, match="`image_encoder_folder`.*holds no folder 'ssr_image_encoder'"):
         fresh.load_ssr(checkpoint)
     assert fresh.ssr_encoder is None
@@ -229,7 +231,7 @@ def test_a_checkpoint_of_a_training(tmp_path, pipe):
 # Other processes, other classes
 
 
-def test_a_pipeline_is_pickled_after_encoding(pipe):
+def test_pipeline_can_be_pickled_after_encoding(pipe):
     expected = pipe(**subject_args()).images
     again = pickle.loads(pickle.dumps(pipe))
     again.set_progress_bar_config(disable=True)
@@ -237,7 +239,7 @@ def test_a_pipeline_is_pickled_after_encoding(pipe):
     assert np.array_equal(pipe(**subject_args()).images, expected)
 
 
-def test_auto_pipelines_find_ours(pipe):
+def test_auto_pipelines_return_ssr_pipelines(pipe):
     subject = pipe.encode_subject(make_picture(), "cat").scaled(1.0)
     found = AutoPipelineForImage2Image.from_pipe(pipe)
     assert type(found) is ssr_pipeline_class(diffusers.StableDiffusionImg2ImgPipeline)
@@ -249,7 +251,7 @@ def test_auto_pipelines_find_ours(pipe):
     assert type(inpaint) is ssr_pipeline_class(diffusers.StableDiffusionInpaintPipeline)
     control = AutoPipelineForText2Image.from_pipe(pipe, controlnet=make_controlnet())
     assert type(control) is StableDiffusionSSRControlNetPipeline
-    # and the stock ones what they found before
+    # the result for stock pipelines does not change
     stock = AutoPipelineForImage2Image.from_pipe(StableDiffusionPipeline.from_pipe(pipe))
     assert type(stock) is diffusers.StableDiffusionImg2ImgPipeline
 
@@ -257,15 +259,15 @@ def test_auto_pipelines_find_ours(pipe):
 @pytest.mark.parametrize(
     "pipeline_class", [StableDiffusionSSRPipeline, StableDiffusionSSRControlNetPipeline, AnimateDiffSSRPipeline]
 )
-def test_components_are_annotated_as_old_versions_of_diffusers_read_it(pipeline_class):
-    """diffusers 0.36 reads `Optional[X]` and not `X | None`, and could not load a pipeline with such a component."""
+def test_component_annotations_are_compatible_with_old_diffusers_versions(pipeline_class):
+    """diffusers 0.36 supports `Optional[X]` but not `X | None`, and cannot load a pipeline with such a component."""
     parameters = inspect.signature(pipeline_class.__init__).parameters
     for name in ("ssr_encoder", "ssr_image_encoder", "ssr_image_processor"):
         assert get_origin(parameters[name].annotation) is Union, name
 
 
-def test_a_whole_pipeline_loads_as_another_class(pipe, tmp_path):
-    """The class that is asked for is the class that comes, with its own components, and without remote code."""
+def test_complete_pipeline_can_be_loaded_as_another_class(pipe, tmp_path):
+    """`from_pretrained` returns the class that it is called on, with its components, without remote code."""
     subject = pipe.encode_subject(make_picture(), "cat")
     pipe.save_pretrained(tmp_path)
     controlnet = make_controlnet()
@@ -285,7 +287,7 @@ def test_a_whole_pipeline_loads_as_another_class(pipe, tmp_path):
     assert type(trusted).__name__ == "StableDiffusionSSRPipeline" and type(trusted) is not StableDiffusionSSRPipeline
 
 
-def test_a_stock_pipeline_loads_as_ours(components, tmp_path):
+def test_stock_pipeline_can_be_loaded_as_an_ssr_pipeline(components, tmp_path):
     StableDiffusionPipeline(**components, requires_safety_checker=False).save_pretrained(tmp_path)
     pipe = StableDiffusionSSRPipeline.from_pretrained(tmp_path)
     assert pipe.ssr_encoder is None
@@ -293,12 +295,13 @@ def test_a_stock_pipeline_loads_as_ours(components, tmp_path):
     assert pipe.ssr_image_processor is not None
 
 
-# Other defaults
+# Defaults of torch
 
 
 @pytest.mark.parametrize("default", ["device", "dtype"])
-def test_defaults_of_torch_do_not_reach_the_subject(pipe, default):
-    """All but the text's way, which is the stock pipeline's: pictures, masks, fingerprint, regions, keys and values."""
+def test_default_device_and_dtype_of_torch_do_not_affect_subjects(pipe, default):
+    """Checks pictures, masks, the fingerprint, regions, and keys and values. The text is encoded by the stock
+    pipeline."""
     from diffusers_ssr.checks_ssr import check_references
     from diffusers_ssr.image_processing_ssr import preprocess, preprocess_mask
     from diffusers_ssr.subject_request import SubjectRequest, SubjectRow
@@ -330,9 +333,10 @@ def test_defaults_of_torch_do_not_reach_the_subject(pipe, default):
         assert one.device == other.device and one.dtype == other.dtype and torch.equal(one, other)
 
 
-def test_the_entry_files_list_every_module():
-    """diffusers copies what the entry itself imports relatively, and nothing that those files import in turn; from the Hub it
-    asks for each relative import of each file again, so that only the entries may have any."""
+def test_entry_files_import_every_module():
+    """diffusers only copies the relative imports of the entry file, not the relative imports of these files. When it
+    loads from the Hub, it requests each relative import of each file again, so only the entry files may have relative
+    imports."""
     from conftest import ROOT
     from diffusers.utils.dynamic_modules_utils import get_relative_imports
 
@@ -345,7 +349,7 @@ def test_the_entry_files_list_every_module():
         assert not get_relative_imports(ROOT / f"{module}.py"), module
 
 
-def test_private_names_of_libraries_are_imported_in_one_place():
+def test_only_library_internals_imports_private_names_of_libraries():
     import ast
 
     from conftest import ROOT
@@ -358,7 +362,7 @@ def test_private_names_of_libraries_are_imported_in_one_place():
                 assert not private, f"{file.name} imports {private}"
 
 
-def test_importing_needs_no_optional_package():
+def test_import_works_without_optional_packages():
     import subprocess
 
     code = (
@@ -370,8 +374,8 @@ def test_importing_needs_no_optional_package():
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_the_scale_of_a_lora_reaches_the_query(pipe):
-    """A LoRA on the text encoder that is scaled to nothing is no LoRA, for the query as for the prompt."""
+def test_lora_scale_applies_to_the_query(pipe):
+    """A LoRA of the text encoder with a scale of 0 has no effect on the query and the prompt."""
     from peft import LoraConfig, inject_adapter_in_model
 
     expected = pipe(**subject_args()).images
@@ -396,7 +400,7 @@ def test_the_scale_of_a_lora_reaches_the_query(pipe):
     ],
 )
 @pytest.mark.parametrize("with_subject", [False, True])
-def test_an_unknown_argument_of_ours_is_refused_with_the_nearest_name(pipe, name, meant, with_subject):
+def test_misspelled_arguments_raise_an_error_with_a_suggestion(pipe, name, meant, with_subject):
     extra = {"subject": pipe.encode_subject(make_picture(), "cat")} if with_subject else {}
     with pytest.raises(ValueError, match=f"`{name}` is not an argument of this pipeline; did you mean `{meant}`"):
         pipe(**call_args(**extra, **{name: 0.5}))
@@ -410,8 +414,8 @@ def contents(folder) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("number", [1, 4, 8, 11])
-def test_a_full_disk_leaves_the_older_pipeline_whole(pipe, tmp_path, monkeypatch, number):
-    """The disk is full at one file after another; what was saved there before loads as before."""
+def test_full_disk_keeps_the_saved_pipeline(pipe, tmp_path, monkeypatch, number):
+    """The disk is full at different files. The pipeline that was saved before can still be loaded."""
     import errno
     import shutil
     from pathlib import Path
@@ -452,7 +456,7 @@ def test_a_full_disk_leaves_the_older_pipeline_whole(pipe, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     "library,version", [("torch", "2.3.1+cu121"), ("diffusers", "0.30.3"), ("transformers", "4.43.0")]
 )
-def test_versions_that_are_too_old_are_refused(library, version, monkeypatch):
+def test_old_versions_raise_an_error(library, version, monkeypatch):
     monkeypatch.setattr(getattr(library_internals, library), "__version__", version)
     oldest = library_internals.OLDEST[library]
     with pytest.raises(ImportError) as refused:
@@ -479,7 +483,7 @@ def test_versions_are_compared_as_numbers(version, monkeypatch):
 @pytest.mark.parametrize("given", [{"dtype": torch.float16}, {"torch_dtype": torch.float16}, {"dtype": None}, {}])
 @pytest.mark.parametrize("library", ["diffusers", "transformers"])
 @pytest.mark.parametrize("known", ["dtype", "torch_dtype"])
-def test_a_precision_has_the_name_that_the_library_knows(given, library, known, monkeypatch):
+def test_dtype_argument_has_the_name_that_the_library_expects(given, library, known, monkeypatch):
     monkeypatch.setattr(library_internals, f"_{library.upper()}_DTYPE", known)
     dtype = torch.float16 if any(given.values()) else torch.float32
     assert library_internals.precision_arguments({**given, "variant": "x"}, library, torch.float32) == {
@@ -489,8 +493,8 @@ def test_a_precision_has_the_name_that_the_library_knows(given, library, known, 
     assert library_internals.precision_arguments({}, library) == {}
 
 
-def test_our_own_calls_cause_no_deprecation_warning(pipe, tmp_path):
-    """Neither as a warning of Python's nor in the log, where transformers says it."""
+def test_no_deprecation_warnings(pipe, tmp_path):
+    """Checks Python warnings and the log, because transformers logs deprecations."""
     import logging
     import warnings
 
@@ -521,6 +525,6 @@ def test_our_own_calls_cause_no_deprecation_warning(pipe, tmp_path):
             logger.removeHandler(handler)
     deprecations = (DeprecationWarning, FutureWarning, PendingDeprecationWarning)
     assert [str(each.message) for each in caught if issubclass(each.category, deprecations)] == []
-    # diffusers before 0.40 itself uses names that transformers has deprecated
+    # diffusers before 0.40 uses deprecated names of transformers
     if library_internals._DIFFUSERS_DTYPE == "dtype":
         assert [text for text in said if "deprecat" in text] == []

@@ -1,12 +1,13 @@
-"""Small faults, put into a module one after another: which of them does no test notice?
+"""Mutation testing: make small faults in a module one at a time, and list those that no test detects.
 
     pip install cosmic-ray
     python -m tools.mutants modeling_ssr mixin_ssr --tests tests/test_modeling_ssr.py tests/test_selection.py
 
-cosmic-ray changes operators, numbers and conditions. This adds what it has not: a statement, a keyword argument, an element of a
-tuple, an operand or a conversion (`.to(...)`, `.eval()`) that is left out. Annotations, decorators, imports, docstrings and what is
-raised stay as they are. A first run with coverage says which tests reach which line, and each mutant meets those alone, the fastest
-first, in a process forked from one that has imported the libraries. Nothing is written to the module's file.
+cosmic-ray changes operators, numbers and conditions. This script adds mutants without a statement, a keyword argument,
+an element of a tuple, an operand or a conversion (`.to(...)`, `.eval()`). Annotations, decorators, imports, docstrings
+and raised errors are not changed. A first run with coverage determines which tests reach which line. Each mutant is
+only tested with these tests, the fastest ones first, in a process that is forked from a process with the imported
+libraries. The file of the module is not changed.
 """
 
 import argparse
@@ -52,7 +53,7 @@ class Mutant(NamedTuple):
 
 
 def cosmic_ray_mutants(code: str) -> Iterator[Mutant]:
-    """One of each kind at each place: of the many other operators that could stand somewhere, one is enough."""
+    """Yields one mutant of each kind at each place, because one of the many possible operators is enough."""
     import cosmic_ray.plugins
     from cosmic_ray.ast import ast_nodes, get_ast
     from cosmic_ray.mutating import mutate_code
@@ -72,9 +73,9 @@ def cosmic_ray_mutants(code: str) -> Iterator[Mutant]:
 
 
 def left_out(code: str) -> Iterator[Mutant]:
-    """Mutants that lack a part."""
+    """Yields mutants without a part of the code."""
     lines = code.splitlines(keepends=True)
-    # `ast` counts columns in bytes; the modules are written in ASCII
+    # `ast` counts columns in bytes, and the modules only contain ASCII
     starts = [0, *(sum(len(line) for line in lines[: index + 1]) for index in range(len(lines)))]
 
     def replaced(node: ast.AST, text: str, what: str) -> Mutant:
@@ -85,7 +86,7 @@ def left_out(code: str) -> Iterator[Mutant]:
         return Mutant(*place, what, code[:begin] + text + code[end:])
 
     def without(node: ast.AST, parent: ast.AST, name: str, index: int) -> str:
-        # unparsing the parent alone leaves all other lines as they are
+        # only the parent is unparsed, so the other lines do not change
         kept = list(getattr(parent, name))
         del kept[index]
         changed = type(parent)(**{**{field: getattr(parent, field) for field in parent._fields}, name: kept})
@@ -115,7 +116,7 @@ def left_out(code: str) -> Iterator[Mutant]:
 
 
 def untouched(code: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Places where a change says nothing about the tests."""
+    """Returns the places that are not mutated, because no test is expected to detect a change there."""
     nodes: list[ast.AST] = []
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, (ast.Raise, ast.Import, ast.ImportFrom)):
@@ -181,7 +182,7 @@ def durations_of(log: Path) -> dict[str, float]:
 
 
 class Reach:
-    """Which tests reach a line of a module."""
+    """Finds the tests that reach a line of a module."""
 
     def __init__(self, folder: Path, module: Path, seconds: float):
         from coverage import CoverageData
@@ -202,7 +203,7 @@ class Reach:
                 last = max(first, min(last, node.body[0].lineno - 1))
         found = {each for number in range(first, last + 1) for each in self.contexts.get(number, ())}
         tests = {each.rpartition("|")[0] for each in found if "|" in each}
-        if not tests or "" in found:  # run at import
+        if not tests or "" in found:  # the line runs at import
             tests |= {each.rpartition("|")[0] for known in self.contexts.values() for each in known if "|" in each}
         chosen, total = [], 0.0
         for test in sorted(tests, key=lambda test: (self.durations.get(test, 0.0), test)):
@@ -214,7 +215,7 @@ class Reach:
 
 
 def import_libraries(tests: list[str], folder: Path) -> None:
-    """All modules that the tests need, but for those of this project: a forked child finds out which they are."""
+    """Imports all libraries that the tests need. A forked process collects the tests to find them."""
     sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "examples")]
     os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=str(folder / "hf-home"))
     import diffusers  # noqa: F401
@@ -278,13 +279,13 @@ def survives(module: Path, code: str, tests: list[str], timeout: float, log: Pat
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("modules", nargs="+", help="of the root, without .py")
+    parser.add_argument("modules", nargs="+", help="modules in the root folder, without .py")
     parser.add_argument("--tests", nargs="+", required=True)
-    parser.add_argument("--sample", type=int, default=100, help="mutants of each module")
+    parser.add_argument("--sample", type=int, default=100, help="number of mutants of each module")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=20.0, help="of tests for one mutant")
-    parser.add_argument("--work_dir", type=Path, help="keeps the run with coverage for the next time")
-    parser.add_argument("--only", nargs="*", type=int, help="numbers of mutants, as an earlier run has printed them")
+    parser.add_argument("--seconds", type=float, default=20.0, help="maximum duration of the tests of one mutant")
+    parser.add_argument("--work_dir", type=Path, help="folder that keeps the coverage data for later runs")
+    parser.add_argument("--only", nargs="*", type=int, help="numbers of mutants from the output of an earlier run")
     args = parser.parse_args()
     folder = args.work_dir or Path(tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)

@@ -72,7 +72,8 @@ def soak(requests: list[Request], expected: list, minutes: float, num_threads: i
 
     growth = growth_of(0), growth_of(1)
     print(
-        f"{done} requests, {len(wrong)} wrong; memory {growth[0]:+.2%}, objects {growth[1]:+.2%} from the second quarter on"
+        f"{done} requests, {len(wrong)} wrong; memory {growth[0]:+.2%}, objects {growth[1]:+.2%}"
+        " from the second to the last quarter"
     )
     return not wrong and growth[0] < 0.05 and growth[1] < 0.01
 
@@ -90,19 +91,20 @@ def compare_throughput(requests: list[Request], rounds: int, num_threads: int, b
         print({threads: round(each[-1], 2) for threads, each in seconds.items()}, flush=True)
     ratios = [many / one for one, many in zip(seconds[1], seconds[num_threads], strict=True)]
     print(
-        f"{num_threads} threads take {statistics.median(ratios):.2f} of the time of one after the other (median of {rounds})"
+        f"{num_threads} threads take {statistics.median(ratios):.2f} of the time of one request at a time"
+        f" (median of {rounds})"
     )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default=str(POCKET), help="a folder like pocket/ (default: that one)")
-    parser.add_argument("--minutes", type=float, default=0, help="how long")
-    parser.add_argument("--rounds", type=int, default=0, help="rounds of the comparison with one after the other")
+    parser.add_argument("--checkpoint", default=str(POCKET), help="a folder like pocket/ (default: pocket/)")
+    parser.add_argument("--minutes", type=float, default=0, help="duration of the soak test")
+    parser.add_argument("--rounds", type=int, default=0, help="rounds of the comparison with one request at a time")
     parser.add_argument("--threads", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=64, help="requests between two looks at memory")
+    parser.add_argument("--batch", type=int, default=64, help="requests between two measurements of the memory")
     parser.add_argument("--size", type=int, default=64, help="height and width of the pictures")
-    parser.add_argument("--max_concurrent_calls", type=int, help="as `set_max_concurrent_calls`")
+    parser.add_argument("--max_concurrent_calls", type=int, help="passed to `set_max_concurrent_calls`")
     args = parser.parse_args()
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()

@@ -19,17 +19,19 @@ SYNC_STEPS = 20
 def options(description: str, **defaults) -> argparse.ArgumentParser:
     """Creates the options that all scripts have. Each entry of `defaults` sets the default of one option."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--work_dir", type=Path, default=Path("outputs/pocket-training"), help="scenes, checkpoints")
+    parser.add_argument(
+        "--work_dir", type=Path, default=Path("outputs/pocket-training"), help="for scenes and checkpoints"
+    )
     parser.add_argument("--max_train_steps", type=int, default=4000)
     parser.add_argument("--train_batch_size", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--lr_warmup_steps", type=int, default=100)
     parser.add_argument("--checkpointing_steps", type=int, default=250)
-    parser.add_argument("--sample_steps", type=int, default=500, help="a sample sheet every so many steps")
+    parser.add_argument("--sample_steps", type=int, default=500, help="number of steps between two sample sheets")
     parser.add_argument("--ema_decay", type=float, default=0.998)
-    parser.add_argument("--minutes", type=float, help="stop after so long, all runs together, if that comes first")
+    parser.add_argument("--minutes", type=float, help="maximum training time of all runs together, in minutes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--num_workers", type=int, default=0, help="processes that draw batches ahead")
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that prepare batches in advance")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--seed", type=int, default=0)
     parser.set_defaults(**defaults)

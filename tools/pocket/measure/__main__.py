@@ -1,7 +1,9 @@
-"""Measure the pocket checkpoint: selection, the comparison with other methods, chains, and what cheaper drawing costs in the picture.
+"""Measure the pocket checkpoint: selection, the comparison with other methods, other pipelines, and how cheaper
+inference changes the pictures.
 
-The judge (see judge.py) looks at the pictures. References hold two subjects; their instances were held out from everything
-that was trained, the judge apart. Needs the design sets, which are downloaded from the npm registry at the first call.
+The judge (see judge.py) classifies the pictures. Each reference shows two subjects. Their instances are held out from
+the training of all models except the judge. The required design sets are downloaded from the npm registry at the first
+call.
 """
 
 import argparse
@@ -46,26 +48,28 @@ def main():
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
     parser.add_argument("--checkpoint", default=str(ROOT / "pocket"))
-    parser.add_argument("--work_dir", type=Path, default=Path("outputs/pocket-training"), help="for the design sets")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help="for the sample sheet")
+    parser.add_argument(
+        "--work_dir", type=Path, default=Path("outputs/pocket-training"), help="folder with the design sets"
+    )
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help="folder for the sample sheet")
     parser.add_argument("--num_references", type=int, default=200)
     parser.add_argument(
-        "--seed", type=int, default=12345, help="of the references; settings are chosen on others than are reported"
+        "--seed", type=int, default=12345, help="seed of the references; settings and results need different seeds"
     )
     parser.add_argument("--num_inference_steps", type=int, default=15)
     parser.add_argument("--guidance_scale", type=float, default=3.0)
-    parser.add_argument("--eta", type=float, default=0.9, help="DDIM's noise: it corrects errors on the way")
+    parser.add_argument("--eta", type=float, default=0.9, help="noise of DDIM, which corrects errors of earlier steps")
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--mask_weight", type=float, default=3.0)
     parser.add_argument("--batch_size", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=2, help="how often the ways of drawing take turns (few_steps)")
+    parser.add_argument("--rounds", type=int, default=2, help="rounds of timing in few_steps")
     args = parser.parse_args()
     logging.set_verbosity_error()
     references = References(args)
     for part in args.parts:
         PARTS[part](references)
     if references.columns:
-        print(f"references, each with what was drawn for it in the order above: {references.save_sheet()}")
+        print(f"references, each with its pictures in the order above: {references.save_sheet()}")
 
 
 if __name__ == "__main__":

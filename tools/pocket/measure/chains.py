@@ -1,4 +1,4 @@
-"""Whether the queried subject is still that one with a ControlNet, in motion, and on another checkpoint."""
+"""Measures whether the queried subject is generated with ControlNet, in videos, and with another checkpoint."""
 
 import functools
 
@@ -14,14 +14,15 @@ from .references import References, share
 
 
 def edge_agreement(drawn: np.ndarray, control: np.ndarray) -> tuple[float, float]:
-    """Precision and recall of a picture's edges against the control's, a pixel's distance allowed."""
+    """Returns precision and recall of the edges of a picture compared with the control picture, with a tolerance of
+    one pixel."""
     found, wanted = edges(drawn)[..., 0] > 0, control[..., 0] > 0
     near = [cv2.dilate(mask.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0 for mask in (wanted, found)]
     return float(near[0][found].mean()) if found.any() else 0.0, float(near[1][wanted].mean())
 
 
 def rise(low: np.ndarray, high: np.ndarray) -> int:
-    """How many pixels further up the middle of one picture is found in another."""
+    """Returns by how many pixels the middle of the picture `low` is higher in the picture `high`."""
     reach = 20
     box = low[24:56, 12:52].astype(np.float32)
     errors = [np.abs(high[24 - up : 56 - up, 12:52] - box).mean() for up in range(reach + 1)]
@@ -29,7 +30,7 @@ def rise(low: np.ndarray, high: np.ndarray) -> int:
 
 
 def controlnet(refs: References) -> None:
-    """Edges of another instance of the queried category, somewhere else in the picture: who follows them?"""
+    """Measures which methods follow the edges of another instance of the queried category at another position."""
     controlnet = ControlNetModel.from_pretrained(refs.args.checkpoint, subfolder="controlnet", dtype=torch.float32)
     pipe = StableDiffusionSSRControlNetPipeline.from_pipe(refs.pipe, controlnet=controlnet)
     pipe.set_progress_bar_config(disable=True)
@@ -55,11 +56,11 @@ def controlnet(refs: References) -> None:
             print(f"edges of another instance, the prompt names {naming}, {method} ({len(pictures)} pictures):")
             refs.report_queried(refs.judge.look_at(pictures))
             print(f"  edges of the control found in it:      {100 * recall:.1f} %")
-            print(f"  its edges that the control holds:      {100 * precision:.1f} %")
+            print(f"  its edges that are in the control:     {100 * precision:.1f} %")
 
 
 def video(refs: References) -> None:
-    """The queried subject in motion: is it that one in the first and in the last frame, and does it move?"""
+    """Measures whether videos show the queried subject in the first and in the last frame, and whether it moves."""
     adapter = MotionAdapter.from_pretrained(refs.args.checkpoint, subfolder="motion_adapter", dtype=torch.float32)
     pipe = AnimateDiffSSRPipeline.from_pipe(refs.pipe, motion_adapter=adapter)
     pipe.set_progress_bar_config(disable=True)
@@ -77,7 +78,7 @@ def video(refs: References) -> None:
 
 
 def look(refs: References) -> None:
-    """Another checkpoint below the same SSR-Encoder: its look, and still the queried subject."""
+    """Measures whether another UNet with the same SSR-Encoder keeps its own look and shows the queried subject."""
     unet = UNet2DConditionModel.from_pretrained(refs.args.checkpoint, subfolder="unet", dtype=torch.float32)
     pipe = type(refs.pipe).from_pipe(refs.pipe, unet=unet)
     pipe.load_lora_weights(f"{refs.args.checkpoint}/look")

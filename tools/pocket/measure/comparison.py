@@ -1,4 +1,5 @@
-"""SSR-Encoder against an adapter of IP-Adapter-Plus's kind and its own ablations, all from the shipped weights."""
+"""Compares SSR-Encoder with an adapter in the style of IP-Adapter Plus and with its ablations, with the weights of the
+checkpoint."""
 
 from pathlib import Path
 
@@ -18,13 +19,14 @@ WITHOUT = "without a reference"
 
 
 def load_adapter(checkpoint: str | Path, name: str) -> SSREncoder:
-    """A method's encoder."""
+    """Loads the encoder of a method."""
     return METHODS[name].encoder_class.from_pretrained(Path(checkpoint) / PLACE[name], dtype=torch.float32).eval()
 
 
 def nearest_is_own(designs: np.ndarray, variants: np.ndarray, scenes: list, rng: np.random.Generator) -> np.ndarray:
-    """For each picture whether, out of 16 instances of the queried category, the queried one is nearest to it: the one whose
-    design and colour the judge finds likeliest. `designs` (n, designs) and `variants` (n, variants) are its logits."""
+    """Returns for each picture whether the queried instance is the nearest of 16 instances of its category. The
+    nearest instance is the one whose design and colour have the highest probability. `designs` of shape (n, designs)
+    and `variants` of shape (n, variants) are the logits of the judge."""
     designs, variants = (x - np.log(np.exp(x).sum(1, keepdims=True)) for x in (designs, variants))
     hits = []
     for scene, design, variant in zip(scenes, designs, variants, strict=True):
@@ -37,7 +39,7 @@ def nearest_is_own(designs: np.ndarray, variants: np.ndarray, scenes: list, rng:
 
 
 def comparison(refs: References) -> None:
-    """Every method on the same references, prompts and seeds; writes a figure with a row for each."""
+    """Measures every method with the same references, prompts and seeds, and writes a figure with a row for each."""
     processor, vision = refs.pipe.ssr_image_processor, refs.pipe.ssr_image_encoder
     queried, other = refs.wanted("category"), refs.wanted("category", 1)
     shipped = [name for name in METHODS if (Path(refs.args.checkpoint) / PLACE[name]).exists()]
@@ -68,7 +70,7 @@ def comparison(refs: References) -> None:
 
 
 def save_figure(refs: References, rows: dict[str, np.ndarray]) -> None:
-    """References with their queries, and below them a row of pictures for each method."""
+    """Saves a figure of references with their queries, and a row of pictures for each method."""
     some = range(min(FIGURE_COLUMNS, len(refs.scenes)))
     table = [[(f'"{refs.scenes[i].instances[0].name}"', Image.fromarray(refs.scenes[i].picture)) for i in some]]
     for label, pictures in rows.items():

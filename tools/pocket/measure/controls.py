@@ -1,4 +1,5 @@
-"""What stands beside the main figures and says what they mean: absent queries, masks, things alone, neighbours, people, pointing."""
+"""Control measurements for the main results: absent queries, masks, single things, neighbours, people, and the peak of
+the attention map."""
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -7,16 +8,17 @@ from ..world import CATEGORIES, CATEGORY_NAMES, Instance, draw_scene
 from .references import References, draw, hue_distance, hues, share
 
 
-NEAR = 30  # degrees: a colour's neighbours begin there
+NEAR = 30  # degrees; the distance between neighbouring colours
 
 
 def coloured(refs: References) -> tuple[Instance, ...]:
-    """The held-out instances that have a hue: all but people."""
+    """Returns the held-out instances that have a hue, which are all except people."""
     return tuple(instance for instance in refs.held_out if instance.hue is not None)
 
 
 def alone(refs: References) -> None:
-    """One thing in the reference and its category in the prompt: nothing is to be chosen, only to be kept."""
+    """Measures whether design and colour are kept if the reference shows one thing and the prompt names its
+    category."""
     for name, pool in (("held out", refs.held_out), ("seen", refs.seen)):
         single = refs.of(pool, 1)
         queried = single.wanted("category")
@@ -29,7 +31,7 @@ def alone(refs: References) -> None:
 
 
 def absent(refs: References) -> None:
-    """Queries for a thing that the reference does not show. What is drawn then comes from the query's word alone."""
+    """Measures queries for a thing that is not in the reference, so that only the word in the query describes it."""
     rng = np.random.default_rng(refs.args.seed + 1)
     first, second = refs.wanted("category"), refs.wanted("category", 1)
     missing = np.array(
@@ -51,7 +53,7 @@ def absent(refs: References) -> None:
 
 
 def masks(refs: References) -> None:
-    """One of two things, chosen by its name, by its mask, by both."""
+    """Measures the selection of one of two things by its name, by its mask, or by both."""
     refs = refs.of(coloured(refs), 2)
     queried = refs.wanted("category")
     wanted = np.array([scene.instances[0].hue for scene in refs.scenes])
@@ -67,7 +69,7 @@ def masks(refs: References) -> None:
 
 
 def three(refs: References) -> None:
-    """One of three things: is the picture's hue nearer to that of a neighbour than to the queried one's?"""
+    """Measures the selection of one of three things, and whether the hue is nearer to that of another thing."""
     refs = refs.of(coloured(refs), 3)
     wanted = np.array([[i.hue for i in scene.instances] for scene in refs.scenes])
     queried = refs.wanted("category")
@@ -85,7 +87,7 @@ def three(refs: References) -> None:
 
 
 def people(refs: References) -> None:
-    """Women beside another thing, held out and seen: is the look kept?"""
+    """Measures whether the look of women next to another thing is kept, for held-out and seen instances."""
     woman = CATEGORY_NAMES.index("woman")
     for name, pool in (("held out", refs.held_out), ("seen", refs.seen)):
         rng = np.random.default_rng(refs.args.seed)
@@ -103,7 +105,7 @@ def people(refs: References) -> None:
 
 
 def pointing(refs: References) -> None:
-    """Does the attention map's peak lie on the queried thing?"""
+    """Measures whether the peak of the attention map is on the queried thing."""
     for things in (2, 3):
         several = refs.of(refs.held_out, things)
         own, other = [], []

@@ -1,4 +1,5 @@
-"""What a linear probe reads from the vision encoder's patches: what they do not hold, no SSR-Encoder can draw."""
+"""Measures what linear probes can predict from the patches of the vision encoder. An SSR-Encoder can only use
+information that is in the patches."""
 
 import numpy as np
 import torch
@@ -9,16 +10,16 @@ from ..world import CATEGORY_NAMES, DESIGNS, Instance, Scene, arrange, draw_inst
 from .references import References, hue_distance, share
 
 
-NUM_SCENES = 600  # for fitting
+NUM_SCENES = 600  # number of scenes for the fit
 
 
 def features(refs: References) -> None:
-    """Category, design and hue of held-out instances from the patches that they cover, level by level; where they stand as in the
-    references, and anywhere, drawn as by another hand."""
+    """Measures how well category, design and hue of held-out instances can be predicted from the patches that they
+    cover, at each level, for things at the positions of the references and for restyled things at random positions."""
     known = _draw(refs, refs.seen, NUM_SCENES, 0, False) + _draw(refs, refs.seen, NUM_SCENES, 1, True)
     tests = {
         "held out": _draw(refs, refs.held_out, refs.args.num_references, 2, False),
-        "held out, by another hand": _draw(refs, refs.held_out, refs.args.num_references, 3, True),
+        "held out, restyled": _draw(refs, refs.held_out, refs.args.num_references, 3, True),
     }
     fitted, targets = _patches(refs, known)
     probes = [_fit(level, _wanted(targets)) for level in fitted]
@@ -50,7 +51,8 @@ def _draw(refs: References, pool: tuple[Instance, ...], count: int, seed: int, a
 
 @torch.no_grad()
 def _patches(refs: References, scenes: list[Scene]) -> tuple[list[torch.Tensor], list[Instance]]:
-    """States of the patches that a thing covers by more than half, for each level, and those things."""
+    """Returns the hidden states of the patches that are more than half covered by a thing, for each level, and the
+    things."""
     processor, encoder = refs.pipe.ssr_image_processor, refs.pipe.ssr_image_encoder
     mean, std = (torch.tensor(each).view(3, 1, 1) for each in (processor.image_mean, processor.image_std))
     pixels = (picture_tensor(np.stack([scene.picture for scene in scenes])) / 2 + 0.5 - mean) / std
@@ -71,7 +73,8 @@ def _patches(refs: References, scenes: list[Scene]) -> tuple[list[torch.Tensor],
 
 
 def _wanted(things: list[Instance]) -> torch.Tensor:
-    """What a probe is fitted to: category and design as ones among zeros, and the hue's direction (zeros for people)."""
+    """Returns the targets of a probe: category and design as one-hot vectors, and the hue as a direction (0 for
+    people)."""
     category = torch.nn.functional.one_hot(torch.tensor([t.category for t in things]), len(CATEGORY_NAMES))
     design = torch.nn.functional.one_hot(torch.tensor([t.design for t in things]), len(DESIGNS))
     turns = torch.tensor([[0.0] if t.hue is None else [2 * np.pi * t.hue] for t in things])
@@ -84,6 +87,6 @@ def _with_one(states: torch.Tensor) -> torch.Tensor:
 
 
 def _fit(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Ridge regression."""
+    """Fits a probe with ridge regression."""
     states = _with_one(states)
     return torch.linalg.solve(states.T @ states + 1e-2 * len(states) * torch.eye(states.shape[1]), states.T @ wanted)

@@ -1,4 +1,5 @@
-"""What every measurement of the pocket shares: held-out references, what draws, what judges, how shares are reported."""
+"""Shared by all measurements of the pocket checkpoint: held-out references, the pipeline, the judge, and the report of
+shares."""
 
 import argparse
 import copy
@@ -29,7 +30,7 @@ from ..world import (
 
 
 def share(hits: np.ndarray) -> str:
-    """A share in per cent with its 95 % Wilson interval."""
+    """Formats a share as a percentage with its 95 % Wilson interval."""
     count, rate, z = len(hits), float(np.mean(hits)), 1.96
     centre = (rate + z * z / (2 * count)) / (1 + z * z / count)
     half = z * math.sqrt(rate * (1 - rate) / count + z * z / (4 * count * count)) / (1 + z * z / count)
@@ -37,8 +38,8 @@ def share(hits: np.ndarray) -> str:
 
 
 def draw(pipe, args, prompts: list[str], subjects: list | None, label: str, **each) -> np.ndarray:
-    """Pictures (n, 64, 64, 3) uint8, the i-th always from the i-th seed; `each` holds further arguments, one a picture.
-    Of AnimateDiff the videos, (n, frames, 64, 64, 3)."""
+    """Generates uint8 pictures of shape (n, 64, 64, 3), or videos of shape (n, frames, 64, 64, 3) with AnimateDiff.
+    The seed of each picture is its index. `each` are additional arguments with one value for each picture."""
     pictures = []
     for start in tqdm(range(0, len(prompts), args.batch_size), desc=label):
         part = slice(start, start + args.batch_size)
@@ -59,7 +60,8 @@ def draw(pipe, args, prompts: list[str], subjects: list | None, label: str, **ea
 
 
 def hues(verdict: Verdict) -> np.ndarray:
-    """The hue of what each picture shows most clearly, in turns, as the judge sees it: the mean direction of its colours."""
+    """Returns the hue of the clearest category in each picture, from 0 to 1. It is the mean direction of the colours,
+    weighted by the probabilities of the judge."""
     rows = torch.arange(len(verdict.categories))
     colours = verdict.variants[rows, verdict.categories.argmax(1)].softmax(1).numpy()
     direction = (colours * np.exp(2j * np.pi * np.arange(NUM_VARIANTS) / NUM_VARIANTS)).sum(1)
@@ -67,12 +69,12 @@ def hues(verdict: Verdict) -> np.ndarray:
 
 
 def hue_distance(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """In degrees, 0 to 180."""
+    """Returns the distance in degrees, from 0 to 180."""
     return 360 * np.abs((first - second + 0.5) % 1.0 - 0.5)
 
 
 class References:
-    """References of two subjects, what draws and what judges."""
+    """References of two subjects, with the pipeline and the judge."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -94,15 +96,16 @@ class References:
         self.rows = np.arange(count)
 
     def of(self, pool: tuple[Instance, ...], things: int) -> "References":
-        """Other references, of instances of `pool` and with so many things; what draws and judges is the same, and nothing of them
-        goes into the sheet."""
+        """Returns other references with `things` instances of `pool` each. They use the same pipeline and judge, and
+        their pictures are not added to the sheet."""
         other = copy.copy(self)
         other.columns = []
         other._sample(pool, things)
         return other
 
     def wanted(self, part: str, slot: int = 0) -> np.ndarray:
-        """The category, design or variant of each reference's first or second subject; either may be left or right."""
+        """Returns the category, design or variant of the first or second subject of each reference. The order is not
+        related to the position in the picture."""
         return np.array([getattr(scene.instances[slot], part) for scene in self.scenes])
 
     def prompts(self, categories: np.ndarray | None) -> list[str]:
@@ -110,13 +113,13 @@ class References:
         return [describe([name], PLACE_NAMES[place]) for name, place in zip(names, self.places, strict=True)]
 
     def draw(self, prompts: list[str], subjects: list | None, label: str, pipe=None, **each) -> np.ndarray:
-        """As `draw`, by this pipeline or another; the pictures also go into the sheet."""
+        """Same as the function `draw`, with the pipeline of this object by default. Adds the pictures to the sheet."""
         pictures = draw(pipe or self.pipe, self.args, prompts, subjects, label, **each)
         self.columns += [pictures] if pictures.ndim == 4 else [pictures[:, frame] for frame in (0, 4, 7)]
         return pictures
 
     def encode(self, slot: int, by_mask: bool = False, by_name: bool | None = None) -> list:
-        """The subject of each reference in this slot, by its name or by its mask, or by both."""
+        """Encodes the subject with the index `slot` of each reference, by its name, by its mask, or by both."""
         by_name = not by_mask if by_name is None else by_name
         return [
             self.pipe.encode_subject(
@@ -129,7 +132,7 @@ class References:
         ]
 
     def report_queried(self, verdict: Verdict) -> None:
-        """Whether pictures show the first subject of their reference, and in its colour."""
+        """Prints how many pictures show the first subject of their reference, and how many show it in its colour."""
         queried, other = self.wanted("category"), self.wanted("category", 1)
         shown, present = verdict.categories.argmax(1).numpy(), verdict.categories.numpy() > 0
         variant = verdict.variants[self.rows, queried].argmax(1).numpy() == self.wanted("variant")

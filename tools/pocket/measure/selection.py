@@ -1,4 +1,4 @@
-"""What the base model draws from text, and whether SSR-Encoder draws the queried subject."""
+"""Measures text-to-image of the base model, and whether SSR-Encoder generates the queried subject."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ from .references import References, draw, share
 
 
 def from_text(refs: References) -> None:
-    """What the base model draws without any subject."""
+    """Measures the pictures of the base model without a subject."""
     pairs = [(c, p) for c in range(len(CATEGORY_NAMES)) for p in range(len(PLACE_NAMES))] * 3
     prompts = [describe([CATEGORY_NAMES[c]], PLACE_NAMES[p]) for c, p in pairs]
     verdict = refs.judge.look_at(draw(refs.pipe, refs.args, prompts, None, "text alone"))
@@ -19,7 +19,8 @@ def from_text(refs: References) -> None:
 
 
 def selection(refs: References) -> None:
-    """One query a reference, with SSR and without, the prompt naming the category or not."""
+    """Measures one query for each reference, with and without SSR-Encoder, and with and without the category in the
+    prompt."""
     queried, other = refs.wanted("category"), refs.wanted("category", 1)
     subjects = refs.encode(0)
     for naming, categories in (("a thing", None), ("its category", queried)):
@@ -38,7 +39,8 @@ def selection(refs: References) -> None:
 
 
 def seen(refs: References) -> None:
-    """The same for instances that were trained on, and with the nearest of 16 split up: what colour and design alone would say."""
+    """Compares held-out and seen instances. Also measures the nearest of 16 instances by only the colour and only the
+    design."""
     for name, pool in (("held out", refs.held_out), ("seen", refs.seen)):
         some = refs.of(pool, 2)
         queried = some.wanted("category")
@@ -60,7 +62,7 @@ def seen(refs: References) -> None:
 
 
 def both_subjects(refs: References) -> None:
-    """Both queries of each reference with the same seed, by text and by mask."""
+    """Measures both queries of each reference with the same seed, by text and by mask."""
     for by_mask in (False, True):
         own = []
         for slot in (0, 1):
@@ -76,7 +78,7 @@ def both_subjects(refs: References) -> None:
 
 
 def together(refs: References) -> None:
-    """The first subjects of two references in one picture, each kept to its half or not, at full and at lower scale."""
+    """Measures the first subjects of two references in one picture, with and without regions, at two scales."""
     first, partner = refs.encode(0), np.roll(refs.rows, 1)
     category = refs.wanted("category")
     use = category != category[partner]

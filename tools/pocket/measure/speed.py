@@ -1,4 +1,4 @@
-"""What drawing for less costs in the picture: fewer tokens, fewer steps, cached and merged features."""
+"""Measures how cheaper inference changes the pictures: fewer tokens, fewer steps, cached and merged features."""
 
 import argparse
 import functools
@@ -16,7 +16,7 @@ from .references import References, draw
 
 
 def tokens(refs: References) -> None:
-    """Fewer and fewer of the subject's tokens."""
+    """Measures subjects with fewer tokens."""
     subjects = refs.encode(0)
     whole = None
     length = subjects[0].subjects[0].embeds.shape[1]
@@ -37,7 +37,7 @@ def dpm_solver(pipe) -> Iterator[None]:
 
 @contextmanager
 def lcm(pipe) -> Iterator[None]:
-    """Its scheduler alone: the pocket has no LCM-LoRA, and does without one."""
+    """Only uses the scheduler, because the pocket checkpoint has no LCM-LoRA and does not need one."""
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
     yield
 
@@ -64,7 +64,7 @@ def tome(pipe) -> Iterator[None]:
 
 @dataclass
 class Way:
-    """A way of drawing for less: what is put on the pipeline for a while, and how it is called."""
+    """A variant of inference: a context manager that changes the pipeline, and the settings of the call."""
 
     apply: Callable[[DiffusionPipeline], AbstractContextManager] = nullcontext
     steps: int = 25
@@ -87,9 +87,10 @@ WAYS = {
 
 
 def few_steps(refs: References) -> None:
-    """Fewer steps, features that are kept from step to step, merged positions: time against change in the picture.
+    """Measures the time and the change of the pictures with fewer steps, cached features and merged positions.
 
-    The ways take turns in one run, so their times compare; the noise of DDIM is left out, so that one seed is one picture.
+    The variants run alternately, so their times are comparable. DDIM adds no noise, so the same seed gives the same
+    picture.
     """
     subjects, stock = refs.encode(0), refs.pipe.scheduler
     seconds: dict[str, list[float]] = {name: [] for name in WAYS}

@@ -1,4 +1,5 @@
-"""What the base model can draw when it is told everything in words: no subject can ask for more than that."""
+"""Measures the base model with complete descriptions in the prompt, which is the upper limit for pictures with a
+subject."""
 
 import numpy as np
 import torch
@@ -8,7 +9,7 @@ from .references import References, draw, share
 
 
 def words(refs: References) -> None:
-    """Instances in full words ("a red flat car on the beach"), seen ones and held-out ones."""
+    """Measures complete descriptions of instances ("a red flat car on the beach"), seen and held out."""
     for name, pool in (("held out", refs.held_out), ("seen", refs.seen)):
         rng = np.random.default_rng(refs.args.seed)
         asked = [pool[rng.integers(len(pool))] for _ in refs.rows]
@@ -22,7 +23,7 @@ def words(refs: References) -> None:
 
 
 def pairs(refs: References) -> None:
-    """Two named things in one picture."""
+    """Measures two named things in one picture."""
     rng = np.random.default_rng(refs.args.seed)
     asked = np.array([[i.category for i in draw_instances(rng, refs.held_out, 2)] for _ in refs.rows])
     prompts = [

@@ -1,1 +1,1 @@
-"""Trains the pocket checkpoint, part by part: `python -m tools.pocket.train.vae`."""
+"""Scripts that train the parts of the pocket checkpoint, such as `python -m tools.pocket.train.vae`."""

@@ -1,14 +1,16 @@
-"""Train the pocket's SSR-Encoder with examples/train_ssr.py, and what it is compared with: an adapter of IP-Adapter-Plus's
-kind and three ablations, on the same pairs, for the same steps and batches, with as many parameters within a tenth.
+"""Train the SSR-Encoder of the pocket checkpoint with examples/train_ssr.py, and the methods that it is compared with:
+an adapter in the style of IP-Adapter Plus and three ablations. All use the same pairs, steps and batches, and their
+numbers of parameters differ by at most a tenth.
 
     python -m tools.pocket.train.pairs
     python -m tools.pocket.train.adapters --methods ssr
 
-The base model is that of `--checkpoint`, and the vision encoder that of the work folder. Every method resumes.
+The base model is loaded from `--checkpoint` and the vision encoder from the work folder. Training of each method
+resumes automatically.
 
     python -m tools.pocket.train.adapters --methods ssr --continued --max_train_steps 1500
 
-trains the encoder of `--checkpoint` on instead, with its own vision encoder and at a lower rate.
+continues the training of the encoder of `--checkpoint`, with its own vision encoder and a lower learning rate.
 """
 
 import argparse
@@ -27,14 +29,14 @@ def main():
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/pocket-training"))
     parser.add_argument("--max_train_steps", type=int, default=4800)
     parser.add_argument("--train_batch_size", type=int, default=16)
-    parser.add_argument("--continued", action="store_true", help="train the checkpoint's SSR-Encoder on")
+    parser.add_argument("--continued", action="store_true", help="continue to train the checkpoint's SSR-Encoder")
     parser.add_argument("--cache", action=argparse.BooleanOptionalAction, default=True,
-        help="keep what the frozen models make of each row; without, they look at whole batches")  # fmt: skip
+        help="cache the outputs of the frozen models for each row; otherwise they run on each batch")  # fmt: skip
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()
     if args.continued and args.methods != ["ssr"]:
         parser.error(
-            "`--continued` is for `--methods ssr`: no other method's encoder can be read back by train_ssr.py."
+            "`--continued` requires `--methods ssr`, because train_ssr.py cannot load the encoders of other methods."
         )
     torch.set_num_threads(args.threads)
     for name in args.methods:

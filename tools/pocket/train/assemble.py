@@ -1,4 +1,4 @@
-"""Put what was trained together as `pocket/`: a diffusers folder in half precision, the judge, and reference pictures."""
+"""Assemble `pocket/` from the trained models: a diffusers folder in float16, the judge, and reference pictures."""
 
 import argparse
 import json
@@ -23,7 +23,7 @@ from ..world import CATEGORY_NAMES, PLACE_NAMES, SPLITS, Instance, World, draw_s
 
 
 LORA = "pytorch_lora_weights.safetensors"
-# What the references show; the instances are taken from the held-out ones.
+# The categories in each reference. The instances are held out.
 REFERENCES = (
     ("cat", "car"),
     ("woman", "umbrella"),
@@ -36,7 +36,7 @@ MASKED = REFERENCES[2:4]
 
 
 def draw_references(world: World, folder: Path, masks: Path, held_out: tuple[Instance, ...]) -> None:
-    """The references, what may be asked of them, and of some a mask of the last thing."""
+    """Saves the references, their queries, and masks of the last thing for some of them."""
     folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(7)
     queries = {}
@@ -54,7 +54,8 @@ def draw_references(world: World, folder: Path, masks: Path, held_out: tuple[Ins
 
 
 def draw_controls(world: World, folder: Path, held_out: tuple[Instance, ...]) -> None:
-    """Edges for the first references' first subjects: of other instances, elsewhere in the picture."""
+    """Saves edges for the first subjects of the first references. The edges show other instances at other
+    positions."""
     folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(11)
     for (name, *_), shift in zip(REFERENCES, ((-12, -10), (12, 4)), strict=False):
@@ -64,7 +65,8 @@ def draw_controls(world: World, folder: Path, held_out: tuple[Instance, ...]) ->
 
 
 def name_ssr_components(folder: Path) -> None:
-    """Name the SSR-Encoder and its vision encoder in the pipeline's index, so that the folder is a whole SSR pipeline."""
+    """Adds the SSR-Encoder and its vision encoder to `model_index.json`, so that the folder is a complete SSR
+    pipeline."""
     if not (folder / "ssr_encoder").is_dir():
         return
     index = json.loads((folder / "model_index.json").read_text())
@@ -77,7 +79,8 @@ def name_ssr_components(folder: Path) -> None:
 
 
 def split_tokenizer(folder: Path) -> None:
-    """Write `vocab.json` and `merges.txt` beside `tokenizer.json`: the tokenizers of transformers before 5 read those."""
+    """Writes `vocab.json` and `merges.txt` in addition to `tokenizer.json`, because transformers before 5 needs
+    them."""
     model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False) + "\n", encoding="utf-8")
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
@@ -88,7 +91,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/pocket-training"))
     parser.add_argument("--output_dir", type=Path, default=Path("pocket"))
-    parser.add_argument("--split", choices=SPLITS, default="wide", help="what it was trained with")
+    parser.add_argument("--split", choices=SPLITS, default="wide", help="the split that the models were trained with")
     args = parser.parse_args()
     trained, output = args.work_dir, args.output_dir
     pipe = StableDiffusionPipeline(
@@ -109,7 +112,7 @@ def main():
         getattr(pipe, name).save_pretrained(output / name)
     for name, method in METHODS.items():
         encoder = trained / "adapters" / name / "ssr_encoder"
-        if encoder.exists():  # the adapters are trained on what is put together without them
+        if encoder.exists():  # the adapters are trained on a folder that is assembled without them
             method.encoder_class.from_pretrained(encoder).half().save_pretrained(output / PLACE[name])
     CLIPVisionModel.from_pretrained(trained / "clip").half().save_pretrained(output / "ssr_image_encoder")
     CLIPImageProcessor.from_pretrained(trained / "clip").save_pretrained(output / "ssr_image_processor")
@@ -132,7 +135,7 @@ def main():
         described = json.loads(config.read_text())
         described.pop("_name_or_path", None)
         if "dtype" in described:
-            # transformers loads in the precision that is named here, diffusers in float32: without it the pipeline is mixed
+            # transformers uses this dtype and diffusers uses float32, so another value would lead to mixed dtypes
             described["dtype"] = "float32"
         config.write_text(json.dumps(described, indent=2) + "\n")
     name_ssr_components(output)

@@ -1,11 +1,13 @@
-"""Train the pocket's CLIP: tokenizer, text encoder and vision encoder, on rich captions (colour and design named).
+"""Train the CLIP of the pocket checkpoint: tokenizer, text encoder and vision encoder, on captions with colour and
+design.
 
-The real CLIP learned colours, styles and where things are from hundreds of millions of captions. Here a second loss stands
-in for that scale: small heads, thrown away afterwards, name at each patch the thing (of several hundred emoji), its design, its
-hue, and the look of people. Scenes hold one to four things of any size anywhere, many of them turned, outlined or in fewer colours,
-and come moved, faded and in other light, so that shapes are learned apart from colours and from the hand that drew them.
+The real CLIP learned colours, styles and positions from hundreds of millions of captions. Here a second loss replaces
+this amount of data: small heads, which are not saved, predict at each patch the thing (of several hundred emoji), its
+design, its hue, and the look of people. Scenes contain one to four things of random sizes and positions. Many things
+are rotated, outlined or have fewer colours, and the pictures are shifted, faded and have different brightness, so that
+shapes are learned independently of colours and drawing styles.
 
-`--part vision` trains the vision encoder alone, further or from nothing: models that were trained on the text encoder stay valid.
+`--part vision` only trains the vision encoder of the work folder. Models that use the text encoder remain valid.
 """
 
 import numpy as np
@@ -35,17 +37,17 @@ from ..world import (
 TEXT_WIDTH = 96
 VISION_WIDTH = 128
 NUM_LAYERS = 6
-MOVE = 4  # pixels; covers are by patches of 8, and stay as they are
-CHUNK = 512  # scenes; drawing them takes longer than looking at them
-USES = 4  # of each scene of a chunk
-NUM_TOKENS = 32  # the longest caption has 25; CLIP's 77 would only cost time here
+MOVE = 4  # pixels; the cover of the patches of 8 pixels is not adjusted
+CHUNK = 512  # number of scenes; drawing them takes longer than training on them
+USES = 4  # how often each scene of a chunk is used
+NUM_TOKENS = 32  # the longest caption has 25 tokens; 77 tokens, as in CLIP, would be slower
 WORDS = "a an and of picture with thing something " + " ".join(
     [*CATEGORY_NAMES, *COLOURS, *DESIGNS, *(look for _, look in LOOKS), *PLACES.values()]
 )
 
 
 def build_tokenizer(folder, world: World) -> CLIPTokenizer:
-    """A byte-pair tokenizer in CLIP's form in which every word of the world is one token."""
+    """Creates a byte-pair tokenizer in the format of CLIP, with one token for each word of the pocket world."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
     alphabet = list(pre_tokenizers.ByteLevel.alphabet())
@@ -85,8 +87,8 @@ def build(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 
 class PatchNamer(torch.nn.Module):
-    """Names what each patch shows: the thing (or background), its design, its hue as a direction, a person's look; and the place
-    from the class token."""
+    """Predicts the content of each patch: the thing (or background), its design, its hue as a direction, and the look
+    of a person. Predicts the place from the class token."""
 
     def __init__(self, num_things: int):
         super().__init__()
@@ -101,9 +103,13 @@ class PatchNamer(torch.nn.Module):
 
 
 class Lesson:
-    """`CHUNK` scenes and what is to be learned from them, each used for some steps and then drawn anew; which ones depends on
-    seed and chunk alone. Attributes: `pictures`, `places`, `cover` (n, 4, 8, 8) and, one for each thing of a scene, `things`, `designs`,
-    `hues` (in turns, NaN where there is none to name) and `looks` (-1 where it is no person), each (n, 4)."""
+    """`CHUNK` scenes and their training targets. A chunk is used for some steps, and then new scenes are drawn. They
+    depend only on the seed and the number of the chunk.
+
+    Attributes: `pictures`, `places`, `cover` of shape (n, 4, 8, 8), and for each thing of a scene, of shape (n, 4),
+    `things`, `designs`, `hues` (from 0 to 1, NaN for things without a known hue) and `looks` (-1 for things that are
+    not people).
+    """
 
     def __init__(self, stream: SceneStream, number: dict[str, int], seed: tuple[int, ...]):
         rng = np.random.default_rng(seed)
@@ -125,8 +131,9 @@ class Lesson:
 
 
 def vary(pictures: torch.Tensor, generator: torch.Generator):
-    """Pictures (n, 3, 64, 64) from 0 to 1 as a photographer could have taken them as well, and which of them kept enough colour
-    to name it, (n,). Hues never change: some of them are held out."""
+    """Returns randomly shifted and faded pictures of shape (n, 3, 64, 64) from 0 to 1 with other brightness and
+    contrast, and a mask of shape (n,) of the pictures with enough saturation to recognise colours. The hues do not
+    change, because some are held out."""
     count = len(pictures)
     padded = F.pad(pictures, (MOVE,) * 4, mode="replicate")
     down, right = torch.randint(2 * MOVE + 1, (2, count), generator=generator).tolist()
@@ -141,7 +148,8 @@ def vary(pictures: torch.Tensor, generator: torch.Generator):
 
 
 def name_things(scene: Scene, rng: np.random.Generator) -> str:
-    """A caption of a scene, rich in four of five cases. Of three and more things it names one or all."""
+    """Returns a caption of a scene, with colours or looks in four of five cases. For three or more things it names one
+    or all."""
     named = list(scene.instances)
     if len(named) > 2 and rng.random() < 0.5:
         named = [named[rng.integers(len(named))]]
@@ -156,7 +164,7 @@ def name_things(scene: Scene, rng: np.random.Generator) -> str:
 def main():
     parser = options(__doc__, max_train_steps=8000, train_batch_size=32, learning_rate=1e-3, ema_decay=0.995)
     parser.add_argument("--part", choices=("all", "vision"), default="all")
-    parser.add_argument("--split", choices=SPLITS, default="wide", help="which instances stay unseen")
+    parser.add_argument("--split", choices=SPLITS, default="wide", help="split whose held-out instances are not drawn")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -185,7 +193,7 @@ def main():
     mean, std = (
         torch.tensor(s, device=args.device).view(3, 1, 1) for s in (processor.image_mean, processor.image_std)
     )
-    # most patches show background
+    # lower weight for the background, which most patches show
     thing_weights = torch.tensor([1.0] * len(number) + [0.1], device=args.device)
     lessons = Ahead(lambda turn: Lesson(stream, number, (args.seed, turn)), args.num_workers)
     steps_a_chunk = max(USES * CHUNK // args.train_batch_size, 1)

@@ -1,7 +1,7 @@
-"""Train the pocket's ControlNet on the frozen base model: edges in, and the picture follows them.
+"""Train the ControlNet of the pocket checkpoint on the frozen base model, with edges as control pictures.
 
-Single subjects stand anywhere here, not only where the base model draws them: that is what a ControlNet is for. It goes on
-from one that the work folder has already.
+Single subjects have random positions, not only the positions that the base model knows. Training starts from the
+ControlNet in the work folder if it exists.
 """
 
 import numpy as np
@@ -28,7 +28,7 @@ from ..world import (
 
 
 def draw_anywhere(world: World, rng: np.random.Generator, pool: tuple[Instance, ...]) -> Scene:
-    """One subject somewhere in the picture, or sometimes two side by side."""
+    """Draws one subject at a random position, or sometimes two side by side."""
     count = 1 if rng.random() < 0.8 else 2
     shift = (int(rng.integers(-12, 13)), int(rng.integers(-18, 7))) if count == 1 else (0, 0)
     things = [varied(rng, instance) for instance in draw_instances(rng, pool, count)]
@@ -36,13 +36,13 @@ def draw_anywhere(world: World, rng: np.random.Generator, pool: tuple[Instance, 
 
 
 def control_tensor(pictures: list[np.ndarray] | np.ndarray) -> torch.Tensor:
-    """Control pictures as (n, 3, height, width) from 0 to 1."""
+    """Returns the edges of pictures, of shape (n, 3, height, width) from 0 to 1."""
     return torch.from_numpy(np.stack([edges(picture) for picture in pictures])).permute(0, 3, 1, 2).float() / 255
 
 
 def main():
     parser = options(__doc__, max_train_steps=5000, train_batch_size=10, learning_rate=7e-4, sample_steps=500)
-    parser.add_argument("--split", choices=SPLITS, default="wide", help="which instances stay unseen")
+    parser.add_argument("--split", choices=SPLITS, default="wide", help="split whose held-out instances are not drawn")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)

@@ -1,11 +1,11 @@
-"""Train the whole pocket checkpoint on one GPU, in five stages of at most nine minutes, 25 in all.
+"""Train the whole pocket checkpoint on one GPU, in five stages of at most nine minutes and 25 minutes in total.
 
     python -m tools.pocket.train.gpu
 
-trains what is not trained yet and puts it together in `--output_dir`. `--stage 2` runs that stage alone; a stage that was cut off
-goes on where it was when it is called again, and no longer than it was given. The jobs of a stage run side by side: such small
-models leave most of a GPU idle. `--dry_run` does all of it in two steps each, one job after the other and on a CPU too, to see that
-nothing is missing.
+trains the parts that are not trained yet and assembles them in `--output_dir`. `--stage 2` only runs this stage. A
+stage that was interrupted resumes when it is called again, and the time limit of each job applies to all calls
+together. The jobs of a stage run in parallel, because such small models use only a small part of a GPU. `--dry_run`
+runs every job with two steps, one after the other and also on a CPU, to check that nothing is missing.
 """
 
 import argparse
@@ -21,15 +21,16 @@ import torch
 from ..world import download_designs
 
 
-LONGEST = 9.0  # minutes a stage
+LONGEST = 9.0  # maximum minutes of a stage
 SPLIT = "--split wide"
-# Steps that no GPU reaches in its minutes: the schedule then follows the time.
+# More steps than any GPU reaches in the given minutes, so the learning rate schedule depends on the time.
 ENDLESS = "--max_train_steps 1000000 --num_workers 3 --threads 2 --checkpointing_steps 1000 --sample_steps 4000"
 
 
 @dataclass(frozen=True)
 class Job:
-    """A module of `tools.pocket.train`, its options, and how many minutes it trains; `None` for what takes its own time."""
+    """A module of `tools.pocket.train`, its options, and the minutes of training. `None` means that there is no time
+    limit."""
 
     name: str
     module: str
@@ -37,7 +38,7 @@ class Job:
     minutes: float | None = None
 
     def command(self, args: argparse.Namespace) -> list[str]:
-        """Its command line."""
+        """Returns the command line of the job."""
         line = [sys.executable, "-m", f"tools.pocket.train.{self.module}", *self.options.split()]
         line += ["--work_dir", str(args.work_dir)]
         if self.module in ("assemble", "pairs"):
@@ -60,7 +61,7 @@ def _adapter(name: str) -> Job:
     )
 
 
-# What a stage needs was made by the stages before it.
+# Each stage uses the results of the previous stages.
 STAGES = (
     (
         Job("clip", "clip", f"{SPLIT} {ENDLESS} --train_batch_size 192 --learning_rate 1.5e-3", 4.5),
@@ -84,10 +85,10 @@ STAGES = (
 
 
 def run(stage: int, args: argparse.Namespace) -> None:
-    """Run the jobs of a stage that are not done yet, side by side.
+    """Runs the jobs of a stage that are not done yet in parallel.
 
     Raises:
-        `SystemExit`: if one fails, or if the stage takes longer than `LONGEST` minutes. What was trained is kept.
+        `SystemExit`: if a job fails, or if the stage takes longer than `LONGEST` minutes. The checkpoints are kept.
     """
     notes = args.work_dir / "gpu_stages.json"
     done = json.loads(notes.read_text()) if notes.exists() else []
@@ -116,7 +117,7 @@ def run(stage: int, args: argparse.Namespace) -> None:
                 )
             if time.monotonic() - started > 60 * LONGEST:
                 raise SystemExit(
-                    f"Stage {stage} was cut off after {LONGEST:g} minutes. Call it again: it goes on from there."
+                    f"Stage {stage} was stopped after {LONGEST:g} minutes. Run it again; it goes on from there."
                 )
     finally:
         for process in running.values():
@@ -130,12 +131,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/pocket-gpu"))
     parser.add_argument("--output_dir", type=Path, default=Path("pocket"), help="the finished checkpoint")
-    parser.add_argument("--stage", type=int, choices=range(1, len(STAGES) + 1), help="this one alone")
+    parser.add_argument("--stage", type=int, choices=range(1, len(STAGES) + 1), help="run only this stage")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dry_run", action="store_true", help="a few steps of everything")
+    parser.add_argument("--dry_run", action="store_true", help="run every job with two steps")
     args = parser.parse_args()
     if args.device == "cpu" and not args.dry_run:
-        raise SystemExit("No GPU is to be seen here; `make pocket` trains on a CPU, in hours.")
+        raise SystemExit("No GPU is available. `make pocket` trains on a CPU, which takes hours.")
     download_designs(args.work_dir / "designs")
     for stage in [args.stage] if args.stage else range(1, len(STAGES) + 1):
         run(stage, args)

@@ -1,8 +1,8 @@
-"""Train the judge on scenes of all instances, the held-out ones too: it has to know what it judges.
+"""Train the judge on scenes of all instances, including the held-out ones, because it has to recognise them.
 
-Things stand where they stand in the measured pictures, or of any size anywhere; some are drawn as by another hand, and some are
-none of the twelve categories. Pictures are blurred, moved and recoloured a little, as generated ones are. Colours are told apart
-by twelfths of the circle, so that one between two of them is an error of the judge in half of the cases.
+Things have the positions of the measured pictures, or random sizes and positions. Some are restyled, and some are not
+of the twelve categories. Pictures are slightly blurred, shifted and recoloured, like generated pictures. Each colour
+is a twelfth of the colour circle, so for a hue between two colours, the judge is wrong in half of the cases.
 """
 
 import numpy as np
@@ -17,7 +17,8 @@ from ..world import CATEGORY_NAMES, Instance, Scene, World, download_designs
 
 
 def spoil(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Blur half of the pictures by a random amount, shift all, and change light and noise."""
+    """Blurs more than half of the pictures by a random amount, shifts all pictures, and changes their brightness and
+    adds noise."""
     blurred = F.interpolate(F.avg_pool2d(pixels, 2), scale_factor=2, mode="bilinear")
     amount = torch.rand(len(pixels), 1, 1, 1, generator=generator).mul(1.6).sub(0.6).clamp(min=0)
     pixels = pixels + (blurred - pixels) * amount
@@ -31,7 +32,8 @@ def spoil(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def targets(scenes: list[Scene]) -> tuple[torch.Tensor, ...]:
-    """Which categories each scene shows (n, categories); of every measured thing its row, category, design and variant; places."""
+    """Returns the targets: which categories each scene shows, of shape (n, categories); the row, category, design and
+    variant of every thing of a measured category; and the places."""
     found = [
         (row, CATEGORY_NAMES.index(thing.name), thing.design, thing.variant if isinstance(thing, Instance) else -100)
         for row, scene in enumerate(scenes)
@@ -69,7 +71,7 @@ def main():
         loss = 4 * F.binary_cross_entropy_with_logits(verdict.categories, present)
         loss = loss + 0.3 * F.cross_entropy(verdict.places, place)
         loss = loss + F.cross_entropy(verdict.designs[row, category], design)
-        # of other pictures of a category (-100) nothing is asked here
+        # other pictures of a category (-100) are ignored here
         loss = loss + F.cross_entropy(verdict.variants[row, category], variant)
         return loss, {"variant": (verdict.variants[row, category].argmax(1) == variant).float().mean().item()}
 

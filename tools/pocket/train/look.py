@@ -1,6 +1,7 @@
-"""Train the pocket's second look as a LoRA on the base model: faded instant photographs in a white frame.
+"""Train the second style of the pocket checkpoint as a LoRA of the base model: faded instant photographs in a white
+frame.
 
-Fused into the UNet it is the pocket's "community checkpoint": another UNet of the same layout that draws everything its way.
+Fused into the UNet, it replaces a community checkpoint: another UNet with the same architecture and another style.
 """
 
 from pathlib import Path
@@ -19,7 +20,7 @@ from ..world import CATEGORY_NAMES, PLACE_NAMES, SPLITS, World, describe, sheet
 
 
 def add_lora(unet: UNet2DConditionModel, rank: int) -> UNet2DConditionModel:
-    """Put a trainable LoRA into the attention and convolution layers of a frozen UNet."""
+    """Adds a trainable LoRA to the attention and convolution layers of a frozen UNet."""
     layers = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.2", "conv1", "conv2", "conv_out"]
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers))
     print(f"LoRA: {sum(p.numel() for p in unet.parameters() if p.requires_grad) / 1e6:.2f} M parameters")
@@ -33,7 +34,7 @@ def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
 def main():
     parser = options(__doc__, max_train_steps=3000, train_batch_size=10, learning_rate=1e-3, sample_steps=500)
     parser.add_argument("--rank", type=int, default=4)
-    parser.add_argument("--split", choices=SPLITS, default="wide", help="which instances stay unseen")
+    parser.add_argument("--split", choices=SPLITS, default="wide", help="split whose held-out instances are not drawn")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)

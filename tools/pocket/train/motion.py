@@ -1,6 +1,7 @@
-"""Train the pocket's motion adapter on the frozen base model: in eight frames the subject hops once, and can go on for ever.
+"""Train the motion adapter of the pocket checkpoint on the frozen base model. The subject hops once in eight frames,
+and the video can be repeated in a loop.
 
-It goes on from one that the work folder has already.
+Training starts from the adapter in the work folder if it exists.
 """
 
 import math
@@ -32,14 +33,14 @@ HEIGHT = 14
 
 
 def draw_hop(world: World, rng: np.random.Generator, instance: Instance, place: int) -> np.ndarray:
-    """A video (frames, 64, 64, 3) uint8 of a subject that hops on a place."""
+    """Returns a uint8 video of shape (frames, 64, 64, 3) of a subject that hops in a place."""
     canvas = paint_place(place, rng)
     shifts = [(0, -round(HEIGHT * math.sin(math.pi * frame / FRAMES))) for frame in range(FRAMES)]
     return np.stack([draw_scene(world, rng, [instance], place, shift=s, canvas=canvas).picture for s in shifts])
 
 
 def build(unet: UNet2DConditionModel) -> MotionAdapter:
-    """A new adapter of the UNet's sizes."""
+    """Creates a new adapter for the UNet."""
     config = unet.config
     return MotionAdapter(
         block_out_channels=tuple(config.block_out_channels),
@@ -53,7 +54,7 @@ def build(unet: UNet2DConditionModel) -> MotionAdapter:
 
 def main():
     parser = options(__doc__, max_train_steps=4000, train_batch_size=2, learning_rate=1e-3, sample_steps=500)
-    parser.add_argument("--split", choices=SPLITS, default="wide", help="which instances stay unseen")
+    parser.add_argument("--split", choices=SPLITS, default="wide", help="split whose held-out instances are not drawn")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)

@@ -1,12 +1,14 @@
-"""Draw the pocket's training set for examples/train_ssr.py: a Parquet file of rows.
+"""Draw the training set of the pocket checkpoint for examples/train_ssr.py as a Parquet file.
 
-A reference shows one to four things, of any size and place in half of the rows, with other emoji among them; the target shows
-the very thing that was queried on a place of its own. Captions name place and category, or only "a thing", so that colour and
-design have to come from the reference. Three kinds of rows:
+A reference shows one to four things, with other emoji among them. In half of the rows they have random sizes and
+positions. The target shows exactly the queried thing in another place. Captions name the place and either the category
+or only "a thing", so that colour and design have to be taken from the reference. There are three kinds of rows:
 
-- one subject. In half of these rows a mask marks it, with its name as query, with a caption of the whole reference, or without any;
-- two subjects together in the target, of two references or of one;
-- a query that names nothing in the reference. The target shows what the caption says, so that the encoder learns to stay silent.
+- One subject. In half of these rows it is marked by a mask. The query is its name, a caption of the whole reference,
+  or nothing.
+- Two subjects in the target, from two references or from one.
+- A query that names nothing in the reference. The target shows the content of the caption, so that the encoder learns
+  to add nothing.
 """
 
 import argparse
@@ -51,9 +53,9 @@ class Rows:
 
     Args:
         designs (`str`): the folder of the design sets.
-        split (`str`): which instances stay unseen.
-        free_share (`float`): of references with things of any size at any place; in the others they are arranged by `LAYOUTS`.
-        others_share (`float`): of neighbours that are other emoji than the measured categories.
+        split (`str`): the split of instances. Its held-out instances are not drawn.
+        free_share (`float`): the share of references with random sizes and positions; the others use `LAYOUTS`.
+        others_share (`float`): the share of neighbours that are not of a measured category.
     """
 
     def __init__(self, designs: str, split: str, free_share: float = 0.5, others_share: float = 0.4):
@@ -63,7 +65,7 @@ class Rows:
         self.others_share = others_share
 
     def draw(self, rng: np.random.Generator) -> dict:
-        """A row of a kind drawn by `SHARES`."""
+        """Draws a row of a random kind, with the probabilities in `SHARES`."""
         kind = rng.choice(list(SHARES), p=list(SHARES.values()))
         return {"one": self.one, "two": self.two, "absent": self.absent}[kind](rng)
 
@@ -92,7 +94,7 @@ class Rows:
         return [varied(rng, each) for each in draw_instances(rng, self.seen, count)]
 
     def _reference(self, rng: np.random.Generator, subjects: list[Instance], but: str = "") -> Scene:
-        """A scene with the subjects first, and up to four things in all; none of the category `but`."""
+        """Draws a scene with the subjects first and up to four things in total, none of them of the category `but`."""
         count = max(len(subjects), 1 + int(rng.choice(4, p=(0.1, 0.45, 0.3, 0.15)))) if subjects else 0
         things: list = list(subjects)
         while len(things) < count:
@@ -110,10 +112,10 @@ class Rows:
         )
 
     def _asked(self, rng: np.random.Generator, reference: Scene, slot: int) -> dict:
-        """How the thing in this slot of a reference is asked for."""
+        """Returns the reference, query and mask for the thing with the index `slot` in a reference."""
         name, mask = reference.instances[slot].name, reference.masks[slot]
         row = {"reference": _png(reference.picture), "query": _name(rng, name), "mask": None}
-        # what is hidden behind something else cannot be marked
+        # a thing that is hidden behind another one cannot be marked
         if rng.random() < 0.5 and mask.sum() > 20:
             row["mask"] = _png((mask * 255).astype(np.uint8))
             caption = reference.caption(rng) if len(reference.instances) < 4 else None
@@ -134,8 +136,8 @@ def _name(rng: np.random.Generator, name: str) -> str:
 
 
 def rows(designs: str, numbers: list[int], seed: int, split: str = "wide", **shares: float) -> Iterator[dict]:
-    """The rows of these numbers, each cell of reference, query and mask a list; each depends on its number, the seed and the
-    arguments of [`Rows`] alone."""
+    """Yields the rows with these numbers. Reference, query and mask are lists. Each row depends only on its number,
+    the seed and the arguments of [`Rows`]."""
     drawing = Rows(designs, split, **shares)
     for number in numbers:
         row = drawing.draw(np.random.default_rng([seed, number]))
@@ -144,14 +146,16 @@ def rows(designs: str, numbers: list[int], seed: int, split: str = "wide", **sha
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work_dir", type=Path, default=Path("outputs/pocket-training"), help="for the design sets")
-    parser.add_argument("--output_dir", type=Path, help="default: pairs, in the work folder")
-    parser.add_argument("--num_rows", type=int, default=24_000)
-    parser.add_argument("--split", choices=SPLITS, default="wide", help="which instances stay unseen")
     parser.add_argument(
-        "--free_share", type=float, default=0.5, help="of references with things of any size at any place"
+        "--work_dir", type=Path, default=Path("outputs/pocket-training"), help="folder with the design sets"
     )
-    parser.add_argument("--others_share", type=float, default=0.4, help="of neighbours that are other emoji")
+    parser.add_argument("--output_dir", type=Path, help="default: `pairs` in the work folder")
+    parser.add_argument("--num_rows", type=int, default=24_000)
+    parser.add_argument("--split", choices=SPLITS, default="wide", help="split whose held-out instances are not drawn")
+    parser.add_argument(
+        "--free_share", type=float, default=0.5, help="share of references with random sizes and positions"
+    )
+    parser.add_argument("--others_share", type=float, default=0.4, help="share of neighbours that are other emoji")
     parser.add_argument("--num_proc", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -171,7 +175,7 @@ def main():
         num_proc=args.num_proc,
     )  # fmt: skip
     drawn.to_parquet(output / "pairs.parquet")
-    print(f"{output} holds {len(drawn)} pairs")
+    print(f"{output} contains {len(drawn)} pairs")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Train the pocket's UNet, in SD 1.5's layout, from captions alone; on linear codes with a frozen text encoder.
+"""Train the UNet of the pocket checkpoint, with the architecture of SD 1.5, on captions, linear codes and a frozen
+text encoder.
 
-Captions name category and place; nearly half also name colour and design, as captions in the world do: a base model that never
-saw a colour asked for could not be asked for one by a subject either.
+Captions name category and place. Nearly half of them also name colour and design, as real captions do. A base model
+that was trained without colours in captions would not be able to use the colour of a subject.
 """
 
 from pathlib import Path
@@ -19,7 +20,7 @@ from ..world import CATEGORY_NAMES, PLACE_NAMES, SPLITS, World, describe, sheet
 
 
 def build(trained: Path, channels: tuple[int, ...], layers: int) -> UNet2DConditionModel:
-    """The UNet that was trained already, if there is one, or a new one."""
+    """Loads the UNet from `trained` if it exists, or creates a new one."""
     if trained.exists():
         return UNet2DConditionModel.from_pretrained(trained)
     return UNet2DConditionModel(
@@ -37,7 +38,8 @@ def build(trained: Path, channels: tuple[int, ...], layers: int) -> UNet2DCondit
 
 
 def build_scheduler() -> DDIMScheduler:
-    """SD's noise schedule, stretched to end in pure noise: otherwise the initial noise would decide the colours."""
+    """Creates a scheduler with the noise schedule of SD, rescaled to end in pure noise. Otherwise the colours would
+    depend on the initial noise."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -53,12 +55,14 @@ def build_scheduler() -> DDIMScheduler:
 
 def main():
     parser = options(__doc__, max_train_steps=17000, train_batch_size=10, learning_rate=1.3e-3, sample_steps=1000)
-    parser.add_argument("--split", choices=SPLITS, default="wide", help="which instances stay unseen")
+    parser.add_argument("--split", choices=SPLITS, default="wide", help="split whose held-out instances are not drawn")
     parser.add_argument(
-        "--varied_share", type=float, default=0.5, help="of scenes with any sizes, places and mirroring"
+        "--varied_share", type=float, default=0.5, help="share of scenes with random sizes, positions and mirroring"
     )
-    parser.add_argument("--channels", type=int, nargs="+", default=[96, 128, 128, 128], help="of a new UNet's levels")
-    parser.add_argument("--layers", type=int, default=1, help="of each block of a new UNet")
+    parser.add_argument(
+        "--channels", type=int, nargs="+", default=[96, 128, 128, 128], help="channels of a new UNet's levels"
+    )
+    parser.add_argument("--layers", type=int, default=1, help="layers of each block of a new UNet")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -86,7 +90,7 @@ def main():
 
     def sample_fn(file):
         if not (args.work_dir / "vae").exists():
-            return  # train_vae.py has not finished yet
+            return  # the VAE is not trained yet
         vae = AutoencoderKL.from_pretrained(args.work_dir / "vae").eval().to(args.device)
         pipe = StableDiffusionPipeline(
             vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False

@@ -1,4 +1,5 @@
-"""Fill a work folder from the shipped checkpoint, so that a part can be trained on, or a new one on top of it."""
+"""Create a work folder from the checkpoint in pocket/, to continue the training of a part or to train a new part on
+it."""
 
 import argparse
 from pathlib import Path
@@ -16,7 +17,7 @@ from ..world import World, download_designs
 
 
 def _inner(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """State of a text or vision model without the name that some versions of transformers put in front."""
+    """Returns the state dict of a text or vision model without the prefix that some versions of transformers add."""
     return {name.split("_model.", 1)[-1]: tensor for name, tensor in model.state_dict().items()}
 
 
@@ -42,7 +43,7 @@ def main():
     text = CLIPTextModel.from_pretrained(shipped, subfolder="text_encoder", dtype=torch.float32)
     vision = CLIPVisionModel.from_pretrained(shipped, subfolder="ssr_image_encoder", dtype=torch.float32)
     both = CLIPModel(CLIPConfig(text_config=text.config.to_dict(), vision_config=vision.config.to_dict()))
-    # the projections that matched pictures with captions are not shipped: nothing uses them any more
+    # the checkpoint does not contain the projections for matching pictures with captions, because they are not used
     both.load_state_dict({f"text_model.{n}": t for n, t in _inner(text).items()}, strict=False)
     both.load_state_dict({f"vision_model.{n}": t for n, t in _inner(vision).items()}, strict=False)
     both.save_pretrained(clip)
@@ -52,7 +53,7 @@ def main():
     (output / "judge").mkdir(exist_ok=True)
     save_file(judge, output / "judge" / "model.safetensors")
 
-    # the shipped autoencoder knows which codes it was trained on: the linear ones that are nearest to its latents
+    # the codes that the autoencoder was trained on are the linear codes that are nearest to its latents
     download_designs(output / "designs")
     stream = SceneStream(World(output / "designs"), "all", varied_share=0.0)
     pictures, vae = draw_pictures(stream, 3000, (0,)), AutoencoderKL.from_pretrained(output / "vae")
@@ -62,9 +63,7 @@ def main():
     codes = Codes.from_latents(pictures, latents)
     codes.save(output / "codes.safetensors")
     error = (codes.encode(pictures) - latents).square().mean() / latents.var()
-    print(
-        f"{output} holds the shipped checkpoint; its latents are linear codes but for {100 * error:.1f} % of variance"
-    )
+    print(f"{output} contains the checkpoint; linear codes miss {100 * error:.1f} % of the variance of its latents")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""Train the pocket's AutoencoderKL on the linear codes: 64 x 64 pictures, 8 x 8 latents of 24 channels.
+"""Train the AutoencoderKL of the pocket checkpoint on the linear codes: 64 x 64 pictures, 8 x 8 latents with 24
+channels.
 
-`--part decoder` learns to draw pictures from the codes, `--part encoder` to produce them. They do not depend on each other.
+`--part decoder` learns to reconstruct pictures from the codes, `--part encoder` learns to produce the codes. The two
+parts can be trained independently.
 """
 
 import torch
@@ -23,7 +25,7 @@ def build() -> AutoencoderKL:
         block_out_channels=(24, 48, 64, 128),
         layers_per_block=1,
         latent_channels=CHANNELS,
-        # one group: with two channels a group, colours would be normalised away
+        # one group, because the normalisation of groups of two channels would remove colours
         norm_num_groups=1,
         sample_size=64,
         mid_block_add_attention=False,
@@ -39,9 +41,9 @@ def edges(picture: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def main():
     parser = options(__doc__, max_train_steps=6000, train_batch_size=8, learning_rate=1.5e-3, ema_decay=0.998)
     parser.add_argument("--part", choices=("decoder", "encoder"), required=True)
-    parser.add_argument("--split", choices=SPLITS, default="wide", help="which instances stay unseen")
+    parser.add_argument("--split", choices=SPLITS, default="wide", help="split whose held-out instances are not drawn")
     parser.add_argument(
-        "--varied_share", type=float, default=0.5, help="of scenes with any sizes, places and mirroring"
+        "--varied_share", type=float, default=0.5, help="share of scenes with random sizes, positions and mirroring"
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -62,7 +64,7 @@ def main():
 
     def decoder_loss(generator):
         pixels, latents = pixels_and_codes(generator)
-        # a UNet's latents are never exact
+        # noise, because the latents of a UNet are not exact
         amount, noise = (
             torch.rand(len(latents), 1, 1, 1, generator=generator),
             torch.randn(latents.shape, generator=generator),
