@@ -249,12 +249,17 @@ class SubjectConditions:
         return torch.stack(rows)
 
     def _fit(self, region: torch.Tensor, grid: tuple[int, int], device) -> torch.Tensor:
-        fitted = F.adaptive_avg_pool2d(region.to(device)[None], grid)[0] > 0.5
-        return fitted.expand(self.frames, -1, -1).flatten()
+        return fit_region(region.to(device), grid).expand(self.frames, -1, -1).flatten()
 
     @property
     def _dtype(self) -> torch.dtype:
         return next(iter(self.pairs.values()))[0].dtype
+
+
+def fit_region(region: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Returns the positions of a grid that a region covers by more than half, as booleans of shape `(..., *grid)`, for a
+    region of shape `(..., height, width)`."""
+    return F.adaptive_avg_pool2d(region[None], grid)[0] > 0.5
 
 
 def _between_keyframes(states: torch.Tensor, keyframes: torch.Tensor) -> torch.Tensor:

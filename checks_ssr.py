@@ -1,6 +1,7 @@
 """Checks the arguments of a call, and whether an SSR-Encoder fits a pipeline, before any computation starts."""
 
 import difflib
+from numbers import Integral
 
 import torch
 from PIL import Image
@@ -54,6 +55,15 @@ def check_window(start, end) -> tuple[float, float] | None:
     return None if (start, end) == (0.0, 1.0) else (start, end)
 
 
+def check_window_has_steps(start: float, end: float, num_steps: int) -> None:
+    """Raises a `ValueError` if the window is between two steps, so that the subject would never be used."""
+    if not any(start * num_steps <= step < end * num_steps for step in range(num_steps)):
+        raise ValueError(
+            f"`subject_start` = {start} and `subject_end` = {end} contain none of the {num_steps} steps, which begin at"
+            f" multiples of {1 / num_steps:.3g}."
+        )
+
+
 # names that other pipelines use for arguments that have different names here
 _OTHER_NAMES = {"subject_embeds": "subject", "subjects": "subject", "subject_images": "subject_image"}
 
@@ -68,6 +78,13 @@ def check_unknown_arguments(given, stock, own) -> None:
         near = difflib.get_close_matches(name, own, n=1, cutoff=0.0 if name.startswith("subject") else 0.8)
         if name not in stock and near:
             raise ValueError(f"`{name}` is not an argument of this pipeline; did you mean `{near[0]}`?")
+
+
+def check_unused(given: dict, defaults: dict, reason: str) -> None:
+    """Raises a `ValueError` for an argument that has no effect in this call but not its default value."""
+    for name, value in given.items():
+        if value != defaults[name]:
+            raise ValueError(f"`{name}` is {value!r}, but {reason}.")
 
 
 def one_for_each(names: str, subjects: list, num_prompts: int) -> list:
@@ -90,12 +107,22 @@ def check_subjects(subject, num_prompts: int, check_encoder) -> list[subject_req
         check_encoder(each)
     if not embeds:
         raise ValueError("`subject` holds only None: leave it out to draw without a subject.")
-    moving = {row.frames for row in rows if row.frames != (0,)}
-    if moving and len({row.frames for row in rows}) > 1:
+    moving = {row.frames for row in rows if len(row.frames) > 1}
+    if len(moving) > 1:
         raise ValueError(
             f"`subject` has to have the same keyframes for all prompts, but they differ: {sorted(moving)}."
         )
+    if moving:
+        # a prompt without keyframes has the same subject, or none, at all of them
+        rows = [_at_keyframes(row, *moving) for row in rows]
     return one_for_each("`subject`", rows, num_prompts)
+
+
+def _at_keyframes(row: subject_request.SubjectRow, frames: tuple[int, ...]) -> subject_request.SubjectRow:
+    if row.frames == frames:
+        return row
+    _check_not_compact(row.keyframes)
+    return subject_request.SubjectRow(row.keyframes * len(frames), frames)
 
 
 def _row(subject, none_is_allowed: bool) -> subject_request.SubjectRow:
@@ -110,9 +137,11 @@ def _row(subject, none_is_allowed: bool) -> subject_request.SubjectRow:
 
 
 def _row_of_keyframes(keyframes: dict) -> subject_request.SubjectRow:
-    frames = sorted(keyframes) if all(type(frame) is int and frame >= 0 for frame in keyframes) else []
-    if not frames:
+    # numpy integers too, but not booleans
+    is_frame = [isinstance(frame, Integral) and not isinstance(frame, bool) and frame >= 0 for frame in keyframes]
+    if not is_frame or not all(is_frame):
         raise ValueError(f"`subject` as a dict has to hold subjects by frame, 0 the first, but has {list(keyframes)}.")
+    frames = sorted(keyframes)
     for each in keyframes.values():
         if each is not None and not subject_embeds.is_subject_embeds(each):
             raise ValueError(
@@ -125,11 +154,14 @@ def _row_of_keyframes(keyframes: dict) -> subject_request.SubjectRow:
             f"`subject` has to have the same numbers of subjects and tokens at all keyframes, but has"
             f" {sorted(shapes)}."
         )
-    if len(frames) > 1 and any(s.counts is not None for each in subjects for s in each.subjects):
+    if len(frames) > 1:
+        _check_not_compact(subjects)
+    return subject_request.SubjectRow(tuple(keyframes[frame] for frame in frames), tuple(map(int, frames)))
+
+
+def _check_not_compact(keyframes) -> None:
+    if any(s.counts is not None for each in keyframes if each is not None for s in each.subjects):
         raise ValueError("`subject` cannot be compact with keyframes: the tokens of two keyframes do not correspond.")
-    return subject_request.SubjectRow(
-        tuple(keyframes[frame] for frame in frames), tuple(frames) if len(frames) > 1 else (0,)
-    )
 
 
 def check_fits(unet, encoder, image_encoder, text_encoder) -> None:

@@ -271,7 +271,8 @@ class SSRLoaderMixin(SSRComponents):
     @classmethod
     def from_pipe(cls, pipeline, **kwargs):
         r"""
-        Create this pipeline from the components of another pipeline, including its SSR-Encoder. The arguments are
+        Create this pipeline from the components of another pipeline, including its SSR-Encoder and the scale that was
+        set with `set_ssr_scale`. The arguments are
         those of `DiffusionPipeline.from_pipe`. Only the default of `dtype` is different: `DiffusionPipeline.from_pipe`
         casts the shared components to float32, and this method keeps their dtype if all of them have the same one.
 
@@ -295,9 +296,11 @@ class SSRLoaderMixin(SSRComponents):
         models = (each for each in pipeline.components.values() if isinstance(each, nn.Module))
         dtypes = {getattr(each, "dtype", None) for each in models} - {None}
         default = dtypes.pop() if len(dtypes) == 1 else None
-        return super().from_pipe(
+        made = super().from_pipe(
             pipeline, **{**ours, **library_internals.precision_arguments(kwargs, default=default)}
         )
+        made._ssr_scale = getattr(pipeline, "_ssr_scale", DEFAULT_SCALE)
+        return made
 
 
 def _load_image_encoder(source, folder: str, kwargs: dict) -> CLIPVisionModel:

@@ -8,6 +8,7 @@ from typing import Any, Optional
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.models.modeling_utils import ModelMixin
+from PIL import Image
 from transformers import CLIPImageProcessor, PreTrainedModel
 
 from . import (
@@ -123,7 +124,8 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
                 How strongly the subject affects the result. 0 disables it, and usual values are 0.5 to 0.8. A higher
                 value follows the subject more closely and the prompt less closely. A dict sets the scale per block, in
                 the format of `set_ip_adapter_scale`. Defaults to the scale set with `set_ssr_scale`, which is 0.65
-                initially.
+                initially. A number is not used for subjects that have their own scale (`SubjectEmbeds.scaled`), and a
+                dict is multiplied with it.
             subject ([`SubjectEmbeds`], `dict` or `list`, *optional*):
                 Subjects returned by `encode_subject`, instead of the arguments above. Pass one for all prompts, or a
                 list with one for each prompt, with `None` for a prompt without a subject. For a video, a dict maps
@@ -155,9 +157,15 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
         stock_parameters = inspect.signature(stock_call).parameters
         checks_ssr.check_unknown_arguments(kwargs, stock_parameters, _OWN_ARGUMENTS)
         references = {"subject_image": subject_image, "subject_query": subject_query, "subject_mask": subject_mask}
+        of_references = {"mask_weight": mask_weight, "subject_resize_mode": subject_resize_mode}
+        of_subjects = {
+            "subject_scale": subject_scale,
+            "subject_start": subject_start,
+            "subject_end": subject_end,
+            "subject_in_controlnet": subject_in_controlnet,
+        }
         if subject is None and all(value is None for value in references.values()):
-            if subject_scale is not None:
-                raise ValueError(f"`subject_scale` is {subject_scale!r}, but there is no subject to scale.")
+            checks_ssr.check_unused({**of_subjects, **of_references}, _OWN_ARGUMENTS, "there is no subject")
             return stock_call(*args, **kwargs)
 
         arguments = inspect.signature(stock_call).bind_partial(*args, **kwargs).arguments
@@ -185,7 +193,11 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
             given = [name for name, value in references.items() if value is not None]
             if given:
                 raise ValueError(f"Pass either `subject` or `{given[0]}`, but not both.")
+            checks_ssr.check_unused(
+                of_references, _OWN_ARGUMENTS, "`subject` is encoded already: pass it to `encode_subject`"
+            )
             rows = checks_ssr.check_subjects(subject, num_prompts, self._check_encoded_here())
+        rows = [subject_request.without_disabled_subjects(row, scale) for row in rows]
         if subject_in_controlnet:
             has_controlnet = getattr(self, "controlnet", None) is not None
             checks_ssr.check_in_controlnet(rows, has_controlnet, type(self).__name__)
@@ -220,6 +232,9 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
         finally:
             # a second time, in case Ctrl-C interrupted `stop` at the end of the `with` block
             passes.stop()
+            # otherwise the pipeline would keep the encoder and the keys and values in memory until its next call
+            if (getattr(self, "_cross_attention_kwargs", None) or {}).get(unet_hooks.SUBJECT) is passes:
+                self._cross_attention_kwargs = attention_kwargs or None
         if passes.count == 0:
             raise ValueError(
                 f"{type(self).__name__} drew without its subject: no forward pass of the UNet was given"
@@ -229,7 +244,8 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
 
     def set_ssr_scale(self, scale: float | dict) -> None:
         r"""
-        Sets the scale of subjects in calls without `subject_scale`.
+        Sets the scale of subjects in calls without `subject_scale`. Subjects that have their own scale
+        (`SubjectEmbeds.scaled`) keep it.
 
         Args:
             scale (`float` or `dict`):
@@ -292,12 +308,12 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
         return check
 
 
-# the names of the arguments that this class adds to those of the stock call
-_OWN_ARGUMENTS = tuple(
-    name
+# the names and default values of the arguments that this class adds to those of the stock call
+_OWN_ARGUMENTS = {
+    name: parameter.default
     for name, parameter in inspect.signature(SSRPipelineMixin.__call__).parameters.items()
     if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-)
+}
 
 
 def _num_prompts(arguments: dict) -> int:
@@ -307,10 +323,21 @@ def _num_prompts(arguments: dict) -> int:
 
 def _num_frames(parameters, arguments: dict) -> int:
     """Returns the number of frames that a call generates. It is 1 for pictures."""
-    for name in ("video", "conditioning_frames"):
-        if isinstance(arguments.get(name), list) and "num_frames" not in parameters:
-            return len(arguments[name])
-    return arguments.get("num_frames", parameters["num_frames"].default) if "num_frames" in parameters else 1
+    if "num_frames" in parameters:
+        return arguments.get("num_frames", parameters["num_frames"].default)
+    return next((_length(arguments[name]) for name in ("video", "conditioning_frames") if name in arguments), 1)
+
+
+def _length(video) -> int:
+    """Returns the number of frames of a video in one of the formats of `VideoProcessor.preprocess_video`: frames, or a
+    batch of videos."""
+    if isinstance(video, list) and video:
+        first = video[0]
+        is_frame = isinstance(first, Image.Image) or getattr(first, "ndim", 0) in (2, 3)
+        return len(video) if is_frame else _length(first)
+    if getattr(video, "ndim", 0) == 5:
+        return video.shape[1]
+    return len(video) if getattr(video, "ndim", 0) == 4 else 1
 
 
 def _text_arguments(arguments: dict) -> dict:
@@ -319,21 +346,16 @@ def _text_arguments(arguments: dict) -> dict:
     return {"lora_scale": lora_scale, "clip_skip": arguments.get("clip_skip")}
 
 
-def _branches(pipeline, count: int) -> tuple[bool, ...]:
-    """Returns the branches of guidance in the order of the UNet's batch, `True` for a conditional branch. Their number
-    `count` comes from the batch size, because a callback may have switched guidance off or on."""
+def _branches(pipeline) -> list[tuple[bool, ...]]:
+    """Returns the possible branches of guidance in the order of the UNet's batch, `True` for a conditional branch. The
+    list has one element if the pipeline says whether guidance is on. A callback may switch it off or on."""
+    guided, unguided = (False, True), (True,)
     if isinstance(pipeline, StableDiffusionInstructPix2PixPipeline):
-        known = {1: (True,), 3: (True, False, False)}
+        guided = (True, False, False)
     elif getattr(pipeline, "do_perturbed_attention_guidance", False):
-        known = {1: (True,), 2: (True, True), 3: (False, True, True)}
-    else:
-        known = {1: (True,), 2: (False, True)}
-    if count not in known:
-        raise ValueError(
-            f"{type(pipeline).__name__} passes each picture {count} times to its UNet, so it is not known which of them are"
-            " conditional."
-        )
-    return known[count]
+        guided, unguided = (False, True, True), (True, True)
+    is_guided = getattr(pipeline, "do_classifier_free_guidance", None)
+    return [unguided, guided] if is_guided is None else [guided if is_guided else unguided]
 
 
 def _callbacks(
@@ -351,6 +373,8 @@ def _callbacks(
     request.active = start == 0
 
     def on_step_end(pipeline, step, timestep, callback_kwargs):
+        if step == 0:
+            checks_ssr.check_window_has_steps(start, end, pipeline.num_timesteps)
         if callback is not None:
             callback_kwargs = _while_paused(passes, callback)(pipeline, step, timestep, callback_kwargs)
             _follow(pipeline, passes)

@@ -1,7 +1,7 @@
 """Computes the keys and values of a call's subjects for the UNet's layers (section 3.3 of the paper)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -42,8 +42,9 @@ class SubjectRequest:
             The scale for all layers, or a dict with one scale for each layer. A number is only used for subjects that
             do not have their own scale. A dict is multiplied with the subjects' own scales.
         branches (`Callable`):
-            A function that takes the number of times that each picture occurs in the UNet's batch, and returns the
-            branches of guidance in their order, `True` for a conditional branch.
+            A function that returns the branches of guidance in the order of the UNet's batch, `True` for a conditional
+            branch. It is called for each forward pass, because a callback may switch guidance off or on. It returns a
+            list of the possible cases, which has one element if the pipeline says whether guidance is on.
         num_frames (`int`, *optional*, defaults to 1):
             The number of frames of each video; 1 for pictures.
     """
@@ -53,11 +54,13 @@ class SubjectRequest:
     encoder: modeling_ssr.SSREncoder
     dtype: torch.dtype
     scale: float | dict[str, float]
-    branches: Callable[[int], tuple[bool, ...]]
+    branches: Callable[[], list[tuple[bool, ...]]]
     num_frames: int = 1
     # whether the next step is inside the call's window
     active: bool = True
     _prepared: dict = field(default_factory=dict, repr=False)
+    # whether a forward pass had all branches of all pictures
+    _whole_batch_seen: bool = False
 
     def conditions(self, sample: torch.Tensor) -> attention_processors.SubjectConditions | None:
         r"""
@@ -74,27 +77,40 @@ class SubjectRequest:
         if not self.active:
             return None
         frames = sample.shape[2] if sample.ndim == 5 else 1
-        branches = self._branches_of(sample.shape[0], "latents")
+        branches = self._branches_of(sample.shape[0], "latents", self.branches())
         key = branches, frames, sample.device
         if key not in self._prepared:
+            for row in self.rows:
+                check_regions(row, tuple(sample.shape[-2:]))
             self._prepared[key] = self._prepare(branches, frames, sample.device)
         return self._prepared[key]
 
     def tokens(self, batch_size: int, device: torch.device) -> torch.Tensor:
         """Returns the subject embeddings for a ControlNet's batch, of shape
         `(batch_size, num_subject_tokens, cross_attention_dim)`."""
-        branches = self._branches_of(batch_size // self.num_frames, "text")
+        # in guess mode, a ControlNet only gets the conditional branch
+        branches = self._branches_of(batch_size // self.num_frames, "text", [*self.branches(), (True,)])
         embeds, _ = self._embeds(self._entries(branches), device)
         return embeds.repeat_interleave(batch_size // len(embeds), dim=0)
 
-    def _branches_of(self, batch_size: int, what: str) -> tuple[bool, ...]:
-        count, rest = divmod(batch_size, self.num_pictures)
-        if rest or not count:
-            raise ValueError(
-                f"The pipeline passes a batch of {batch_size} {what} for {self.num_pictures} pictures, so it is not known"
-                " which of them have the subject."
-            )
-        return self.branches(count)
+    def _branches_of(self, batch_size: int, what: str, possible: list[tuple[bool, ...]]) -> tuple[bool, ...]:
+        """Returns the branches of guidance in a batch. A part of a batch (a wrapper of the UNet may split it) raises an
+        error, because each row needs to be found in it."""
+        for branches in possible:
+            if batch_size == len(branches) * self.num_pictures:
+                self._whole_batch_seen = True
+                return branches
+        if self._whole_batch_seen and len(possible) == 1 and len(self.rows) == 1 and not self._has_keyframes:
+            # a callback removed some of the pictures, and all pictures have the same subject
+            (branches,) = possible
+            if batch_size and batch_size % len(branches) == 0 and batch_size < len(branches) * self.num_pictures:
+                return branches
+        counts = " or ".join(str(len(branches)) for branches in possible)
+        raise ValueError(
+            f"The UNet gets a batch of {batch_size} {what} for {self.num_pictures} pictures with {counts} branches of"
+            " guidance each, so it is not known which of them have the subject. The batch of a call must not be split,"
+            " and a callback may only remove pictures if all of them have the same subject."
+        )
 
     @property
     def _has_keyframes(self) -> bool:
@@ -187,17 +203,48 @@ class SubjectRequest:
         return self._scale(subjects.subjects[0]) if len(subjects.subjects) == 1 else 1.0
 
 
+def without_disabled_subjects(row: SubjectRow, scale: float | dict[str, float]) -> SubjectRow:
+    """Returns the row without the subjects that have scale 0 at all keyframes. Multiplied by 0, their tokens would still
+    take a part of the attention from the other subjects of the row."""
+    default = 1.0 if isinstance(scale, dict) else scale
+    given = [each for each in row.keyframes if each is not None]
+    scales = [[default if s.scale is None else s.scale for s in each.subjects] for each in given]
+    kept = [index for index, each in enumerate(zip(*scales, strict=True)) if any(each)]
+    if not given or len(kept) == len(scales[0]):
+        return row
+    if not kept:
+        return replace(row, keyframes=tuple(None for _ in row.keyframes))
+    return replace(
+        row,
+        keyframes=tuple(
+            None if each is None else replace(each, subjects=tuple(each.subjects[index] for index in kept))
+            for each in row.keyframes
+        ),
+    )
+
+
 def check_frames(row: SubjectRow, frames: int) -> None:
     """Raises a `ValueError` if a row's keyframes or moving regions do not fit a video with `frames` frames (1 for a
     picture)."""
-    what = "a picture has none" if frames == 1 else f"the video has {frames} frames"
-    if len(row.frames) > 1 and row.frames[-1] >= frames:
-        raise ValueError(f"`subject` has keyframes at {list(row.frames)}, but {what}, the last one {frames - 1}.")
+    what = "a picture has only frame 0" if frames == 1 else f"the video has {frames} frames, 0 to {frames - 1}"
+    if row.frames[-1] >= frames:
+        raise ValueError(f"`subject` has keyframes at {list(row.frames)}, but {what}.")
     for subjects in row.keyframes:
         for subject in subjects.subjects if subjects is not None else ():
             masks = 1 if subject.region is None or subject.region.ndim == 2 else subject.region.shape[0]
             if masks not in (1, frames):
                 raise ValueError(f"`subject` has a region of {masks} masks, one for each frame, but {what}.")
+
+
+def check_regions(row: SubjectRow, grid: tuple[int, int]) -> None:
+    """Raises a `ValueError` if a region covers no position of the latents, so that its subject would not be drawn."""
+    for subject in (s for each in row.keyframes if each is not None for s in each.subjects):
+        if subject.region is not None and not attention_processors.fit_region(subject.region, grid).any():
+            height, width = grid
+            raise ValueError(
+                f"`subject` has a region that covers no position of the latents ({height} x {width}) by more than half, so"
+                " that the subject would not be drawn: use a larger region."
+            )
 
 
 def _places_between(keyframes: tuple[int, ...], frames: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import replace
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -23,6 +24,7 @@ from diffusers_ssr import (
     AnimateDiffSSRPipeline,
     StableDiffusionSSRControlNetPipeline,
     StableDiffusionSSRPipeline,
+    mixin_ssr,
     ssr_pipeline_class,
 )
 from diffusers_ssr.pipeline_classes import _UNSUITABLE
@@ -680,7 +682,9 @@ def test_keyframes_for_each_prompt(pipe):
 @pytest.mark.parametrize(
     "subject,message",
     [
-        (lambda cat: {0: cat, 3: cat}, r"keyframes at \[0, 3\], but the video has 3 frames, the last one 2"),
+        (lambda cat: {0: cat, 3: cat}, r"keyframes at \[0, 3\], but the video has 3 frames, 0 to 2"),
+        (lambda cat: {5: cat}, r"keyframes at \[5\], but the video has 3 frames"),
+        (lambda cat: {True: cat}, "subjects by frame"),
         (lambda cat: {-1: cat}, "subjects by frame, 0 the first"),
         (lambda cat: {"0": cat}, "subjects by frame"),
         (lambda cat: {}, "subjects by frame"),
@@ -702,8 +706,36 @@ def test_invalid_moving_subjects_raise_an_error_before_the_first_step(video_pipe
 def test_picture_pipeline_does_not_accept_moving_subjects(pipe):
     cat = pipe.encode_subject(make_picture(), "cat")
     for subject in ({0: cat, 2: cat}, cat.inside(np.ones((2, 8, 8)))):
-        with pytest.raises(ValueError, match="a picture has none"):
+        with pytest.raises(ValueError, match="a picture has only frame 0"):
             pipe(**call_args(subject=subject))
+
+
+def test_keyframes_for_one_prompt_and_none_for_another(pipe):
+    """`None` and a subject without keyframes stay the same in all frames. Keyframes can be numpy integers."""
+    cat, dog = (s.scaled(0.9) for s in pipe.encode_subject(make_picture(), query=["cat", "dog"]))
+    video = AnimateDiffSSRPipeline.from_pipe(pipe, motion_adapter=make_motion_adapter())
+    video.set_progress_bar_config(disable=True)
+    latents = torch.randn(3, 4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    subjects = [dict(zip(np.array([0, 2]), (cat, dog), strict=True)), None, dog]
+    together = video(**video_args(prompt=["a", "b", "c"], subject=subjects, latents=latents)).frames
+    for index, prompt in enumerate("abc"):
+        one = {"prompt": prompt, "latents": latents[index : index + 1], "subject": subjects[index]}
+        np.testing.assert_allclose(together[index], video(**video_args(**one)).frames[0], atol=5e-5)
+    with pytest.raises(ValueError, match="compact"):
+        video(**video_args(prompt=["a", "b"], subject=[{0: cat, 2: dog}, dog.compact(4)]))
+
+
+@pytest.mark.parametrize("kind", ["list", "array", "tensor", "batch of arrays", "batch of tensors", "list of lists"])
+def test_moving_subjects_with_each_kind_of_input_video(kind):
+    frames = [make_picture(seed, (64, 64)) for seed in range(3)]
+    array = np.stack([np.asarray(frame) for frame in frames]).astype(np.float32) / 255
+    tensor = torch.from_numpy(array).permute(0, 3, 1, 2)
+    given = {
+        "list": frames, "array": array, "tensor": tensor, "batch of arrays": array[None],
+        "batch of tensors": tensor[None], "list of lists": [frames],
+    }  # fmt: skip
+    assert mixin_ssr._num_frames({"video": None}, {"video": given[kind]}) == 3
+    assert mixin_ssr._num_frames({"num_frames": SimpleNamespace(default=16)}, {"video": given[kind]}) == 16
 
 
 def test_all_prompts_need_the_same_keyframes(video_pipe):

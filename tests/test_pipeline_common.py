@@ -3,7 +3,6 @@
 import ast
 import inspect
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -76,28 +75,23 @@ def test_defaults_agree_with_the_documentation(what):
     assert found == {name: ast.literal_eval(value) for name, value in documented.items()}
 
 
+PAG_ON = {"do_perturbed_attention_guidance": True}
 BRANCHES = {
-    "stock": (SimpleNamespace(), {1: (True,), 2: (False, True)}),
-    "PAG": (
-        SimpleNamespace(do_perturbed_attention_guidance=True), {1: (True,), 2: (True, True), 3: (False, True, True)}
-    ),
-    "PAG, switched off": (SimpleNamespace(do_perturbed_attention_guidance=False), {1: (True,), 2: (False, True)}),
-    "InstructPix2Pix": (
-        StableDiffusionInstructPix2PixPipeline.__new__(StableDiffusionInstructPix2PixPipeline),
-        {1: (True,), 3: (True, False, False)},
-    ),
-}  # fmt: skip
+    "stock": ({}, (False, True), (True,)),
+    "PAG": (PAG_ON, (False, True, True), (True, True)),
+    "PAG, switched off": ({"do_perturbed_attention_guidance": False}, (False, True), (True,)),
+    "InstructPix2Pix": ({"base": StableDiffusionInstructPix2PixPipeline}, (True, False, False), (True,)),
+}
 
 
 @pytest.mark.parametrize("kind", BRANCHES)
 def test_branches_of_guidance(kind):
-    pipeline, known = BRANCHES[kind]
-    for count in range(5):
-        if count in known:
-            assert mixin_ssr._branches(pipeline, count) == known[count]
-        else:
-            with pytest.raises(ValueError, match=f"each picture {count} times"):
-                mixin_ssr._branches(pipeline, count)
+    state, guided, unguided = BRANCHES[kind]
+    base = state.get("base", object)
+    state = {name: value for name, value in state.items() if name != "base"}
+    for is_guided, expected in ((True, [guided]), (False, [unguided]), (None, [unguided, guided])):
+        pipeline_class = type("InCall", (base,), {**state, "do_classifier_free_guidance": is_guided})
+        assert mixin_ssr._branches(object.__new__(pipeline_class)) == expected
 
 
 def test_a_user_defined_class_keeps_its_own_methods():

@@ -1,4 +1,6 @@
+import gc
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -210,6 +212,57 @@ def test_from_pipe_both_ways(pipe):
     assert StableDiffusionSSRPipeline.from_pipe(stock).ssr_encoder is None
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.9, {"mid": 0.5}])
+def test_from_pipe_keeps_the_scale(pipe, scale):
+    pipe.set_ssr_scale(scale)
+    again = StableDiffusionSSRPipeline.from_pipe(pipe)
+    again.set_progress_bar_config(disable=True)
+    own = {"subject_scale": None}
+    assert np.array_equal(again(**subject_args(**own)).images, pipe(**subject_args(**own)).images)
+
+
+def test_a_subject_with_scale_0_has_no_effect_on_the_others(pipe):
+    """Alone, together with other subjects, and with a region."""
+    cat, dog = pipe.encode_subject(make_picture(), query=["cat", "dog"])
+    left = np.zeros((8, 8))
+    left[:, :4] = 1
+    for with_off, without in (
+        (dog.scaled(0.6) + cat.scaled(0.0), dog.scaled(0.6)),
+        (cat.scaled(0.0) + dog.scaled(0.6) + cat.scaled(0.3), dog.scaled(0.6) + cat.scaled(0.3)),
+        (cat.scaled(0.0).inside(left) + dog.inside(1 - left), dog.inside(1 - left)),
+    ):
+        drawn = pipe(**call_args(subject=with_off)).images
+        assert np.array_equal(drawn, pipe(**call_args(subject=without)).images)
+    rows = pipe(**call_args(prompt=["a", "b"], subject=[cat.scaled(0.0), dog.scaled(0.6)], latents=None)).images
+    expected = pipe(**call_args(prompt=["a", "b"], subject=[None, dog.scaled(0.6)], latents=None)).images
+    assert np.array_equal(rows, expected)
+
+
+@pytest.mark.parametrize("window", [(0.3, 0.45), (0.95, 1.0), (0.01, 0.2)])
+def test_a_window_that_contains_no_step_raises_an_error(pipe, window):
+    subject, state = pipe.encode_subject(make_picture(), "cat"), snapshot(pipe.unet)
+    arguments = call_args(subject=subject, num_inference_steps=4, subject_start=window[0], subject_end=window[1])
+    with pytest.raises(ValueError, match="`subject_start` = .* contain none of the 4 steps"):
+        pipe(**arguments)
+    assert snapshot(pipe.unet) == state
+
+
+@pytest.mark.parametrize("attention_kwargs", [None, {"scale": 0.5}])
+def test_a_finished_call_keeps_no_models_and_no_tensors_in_memory(pipe, attention_kwargs):
+    """The pipeline's attributes after the call are those of a stock call, so that `drop_ssr_encoders` frees the
+    encoder."""
+    subject = pipe.encode_subject(make_picture(), "cat")
+    pipe(**call_args(subject=subject, cross_attention_kwargs=attention_kwargs))
+    assert pipe.cross_attention_kwargs == attention_kwargs
+    with pytest.raises(ZeroDivisionError):
+        pipe(**call_args(subject=subject, callback_on_step_end=lambda *_: 1 / 0))
+    assert pipe.cross_attention_kwargs is None
+    encoder = weakref.ref(pipe.ssr_encoder)
+    pipe.drop_ssr_encoders()
+    gc.collect()
+    assert encoder() is None
+
+
 def test_threads_that_share_a_unet(pipe):
     subjects = [pipe.encode_subject(make_picture(seed), "cat").scaled(1.0) for seed in range(3)]
     expected = [pipe(**call_args(subject=subject)).images for subject in subjects]
@@ -254,7 +307,14 @@ SUBJECT = SubjectEmbeds((Subject(torch.zeros(1, 6, 32), torch.zeros(1, 6, 32)),)
         ({"subject_image": np.zeros((4, 4)), "subject_query": "cat"}, r"`subject_image`.*\(4, 4\)"),
         ({"subject_image": np.full((4, 4, 3), 7.0), "subject_query": "cat"}, "`subject_image`.*7"),
         ({"subject_image": torch.zeros(2, 4, 4), "subject_query": "cat"}, r"`subject_image`.*\(2, 4, 4\)"),
-        ({"subject_scale": 1.0}, "`subject_scale`.*no subject"),
+        ({"subject_scale": 1.0}, "`subject_scale` is 1.0, but there is no subject"),
+        ({"subject_start": 0.5}, "`subject_start` is 0.5, but there is no subject"),
+        ({"subject_end": 0.5}, "`subject_end` is 0.5, but there is no subject"),
+        ({"subject_in_controlnet": True}, "`subject_in_controlnet` is True, but there is no subject"),
+        ({"mask_weight": 3.0}, "`mask_weight` is 3.0, but there is no subject"),
+        ({"subject_resize_mode": "crop"}, "`subject_resize_mode` is 'crop', but there is no subject"),
+        ({"subject": SUBJECT, "mask_weight": 3.0}, "`mask_weight` is 3.0, but `subject` is encoded already"),
+        ({"subject": SUBJECT, "subject_resize_mode": "a"}, "`subject_resize_mode` is 'a', but `subject` is encoded"),
         ({"subject": SUBJECT, "subject_scale": "strong"}, "`subject_scale` has to be a number.*'strong'"),
         ({"subject": SUBJECT, "subject_scale": float("nan")}, "`subject_scale` has to be a number"),
         ({"subject": SUBJECT, "subject_scale": True}, "`subject_scale` has to be a number"),

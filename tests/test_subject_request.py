@@ -5,7 +5,7 @@ import torch
 from conftest import UNET_LAYERS, make_ssr_encoder
 from diffusers_ssr import SubjectEmbeds
 from diffusers_ssr.subject_embeds import Subject
-from diffusers_ssr.subject_request import SubjectRequest, SubjectRow
+from diffusers_ssr.subject_request import SubjectRequest, SubjectRow, without_disabled_subjects
 
 
 LEFT = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
@@ -18,9 +18,14 @@ def embeds_of(seed: int = 0, num_tokens: int = 3, **more) -> SubjectEmbeds:
 
 
 def request_of(*rows: SubjectRow, num_pictures: int = 1, scale=1.0, num_frames: int = 1) -> SubjectRequest:
-    known = {1: (True,), 2: (False, True)}
     return SubjectRequest(
-        list(rows), num_pictures, make_ssr_encoder(), torch.float32, scale, known.__getitem__, num_frames
+        list(rows),
+        num_pictures,
+        make_ssr_encoder(),
+        torch.float32,
+        scale,
+        lambda: [(True,), (False, True)],
+        num_frames,
     )
 
 
@@ -72,7 +77,7 @@ def test_keyframes_of_each_branch_and_picture():
 
 def test_keyframes_after_the_last_frame_are_rejected():
     request = request_of(SubjectRow((embeds_of(1), embeds_of(2)), (0, 3)), num_frames=4)
-    with pytest.raises(ValueError, match="keyframes at .*0, 3.*, but the video has 3 frames, the last one 2"):
+    with pytest.raises(ValueError, match="keyframes at .*0, 3.*, but the video has 3 frames, 0 to 2"):
         request.conditions(torch.zeros(2, 4, 3, 8, 8))
 
 
@@ -81,6 +86,63 @@ def test_a_batch_that_does_not_fit_the_number_of_pictures_is_rejected(batch_size
     request = request_of(SubjectRow((embeds_of(),)), num_pictures=2)
     with pytest.raises(ValueError, match=f"a batch of {batch_size} latents for 2 pictures"):
         request.conditions(torch.zeros(batch_size, 4, 8, 8))
+
+
+def test_a_part_of_a_batch_is_rejected():
+    """If guidance is on, half of a batch is not taken for the conditional branch."""
+    request = request_of(SubjectRow((embeds_of(),)), num_pictures=2)
+    request.branches = lambda: [(False, True)]
+    for batch_size in (1, 2, 3):
+        with pytest.raises(ValueError, match=f"a batch of {batch_size} latents for 2 pictures with 2 branches"):
+            request.conditions(torch.zeros(batch_size, 4, 8, 8))
+
+
+def test_a_callback_may_remove_pictures_that_have_the_same_subject():
+    """After a forward pass with all pictures, a smaller batch contains both branches of fewer pictures."""
+    same = request_of(SubjectRow((embeds_of(),)), num_pictures=3)
+    different = request_of(*[SubjectRow((embeds_of(seed),)) for seed in range(3)], num_pictures=3)
+    for request in (same, different):
+        request.branches = lambda: [(False, True)]
+        request.conditions(torch.zeros(6, 4, 8, 8))
+    assert same.conditions(torch.zeros(4, 4, 8, 8)) is same.conditions(torch.zeros(6, 4, 8, 8))
+    with pytest.raises(ValueError, match="only remove pictures if all of them have the same subject"):
+        different.conditions(torch.zeros(4, 4, 8, 8))
+
+
+@pytest.mark.parametrize("scale", [0.7, dict.fromkeys(UNET_LAYERS, 0.7)])
+@pytest.mark.parametrize("own", [(0.5, 0.0), (0.0, 0.5), (None, 0.0), (0.5, 0.0, 0.4)])
+def test_subjects_with_scale_0_are_removed(scale, own):
+    parts = [embeds_of(index, scale=each) for index, each in enumerate(own)]
+    kept = [part for part, each in zip(parts, own, strict=True) if each != 0]
+    row = without_disabled_subjects(SubjectRow((sum(parts[1:], parts[0]),)), scale)
+    assert row.keyframes[0].subjects == sum(kept[1:], kept[0]).subjects
+
+
+def test_subjects_with_scale_0_at_some_keyframes_are_kept():
+    cat, dog = embeds_of(0, scale=0.5), embeds_of(1, scale=0.5)
+    row = SubjectRow((cat + dog.scaled(0.0), cat.scaled(0.0) + dog), (0, 2))
+    assert without_disabled_subjects(row, 1.0) is row
+    off = SubjectRow((cat + dog.scaled(0.0), None, cat.scaled(0.0) + dog.scaled(0.0)), (0, 1, 2))
+    first, second, third = without_disabled_subjects(off, 1.0).keyframes
+    assert first.subjects == cat.subjects and second is None and len(third.subjects) == 1
+    all_off = SubjectRow((cat.scaled(0.0), dog.scaled(0.0)), (0, 2))
+    assert without_disabled_subjects(all_off, 1.0).keyframes == (None, None)
+
+
+@pytest.mark.parametrize("region", ["a small square", "stripes"])
+@pytest.mark.parametrize("num_frames", [1, 2])
+def test_a_region_without_any_position_of_the_latents_is_rejected(region, num_frames):
+    mask = torch.zeros(num_frames, 64, 64)
+    if region == "stripes":
+        mask[:, ::3] = 1
+    else:
+        mask[:, 30:34, 30:34] = 1
+    latents = torch.zeros(2, 4, num_frames, 8, 8) if num_frames > 1 else torch.zeros(2, 4, 8, 8)
+    request = request_of(SubjectRow((embeds_of(region=mask),)), num_frames=num_frames)
+    with pytest.raises(ValueError, match="`subject` has a region that covers no position of the latents .8 x 8."):
+        request.conditions(latents)
+    mask[-1, 24:32, 24:32] = 1
+    assert request.conditions(latents) is not None
 
 
 def test_conditions_are_created_once_for_a_batch_and_not_outside_the_window():

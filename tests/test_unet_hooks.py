@@ -167,6 +167,27 @@ def test_a_call_whose_unet_does_not_get_the_subject_raises_an_error(pipe, subjec
         pipe(**call_args(subject=subject))
 
 
+@pytest.mark.parametrize("subjects", ["one", "one for each prompt"])
+def test_a_wrapper_that_splits_the_batch_raises_an_error(pipe, subject, subjects):
+    """The half without text guidance would otherwise get the subject of the conditional branch."""
+
+    class Split(Passing):
+        def forward(self, sample, timestep, encoder_hidden_states=None, return_dict=True, **kwargs):
+            halves = zip(sample.chunk(2), encoder_hidden_states.chunk(2), strict=True)
+            parts = [self.inner(each, timestep, text, return_dict=False, **kwargs)[0] for each, text in halves]
+            return (torch.cat(parts),)
+
+    extra = {"prompt": ["a", "b"], "latents": None, "generator": torch.Generator().manual_seed(0)}
+    given = {"subject": subject} if subjects == "one" else {"subject": [None, subject], **extra}
+    stock_arguments = {name: value for name, value in given.items() if name != "subject"}
+    state, unet = snapshot(pipe.unet), pipe.unet
+    pipe.unet = Split(unet)
+    pipe(**call_args(**stock_arguments))
+    with pytest.raises(ValueError, match="The batch of a call must not be split"):
+        pipe(**call_args(**given))
+    assert snapshot(unet) == state
+
+
 # Wrappers around the UNet
 
 
@@ -380,7 +401,7 @@ def test_an_unknown_batch_layout_is_rejected(pipe, subject):
     pipe.unet.register_forward_pre_hook(
         lambda module, args, kwargs: ((args[0].repeat(3, 1, 1, 1), *args[1:]), kwargs), with_kwargs=True
     )
-    with pytest.raises(ValueError, match="each picture 6 times"):
+    with pytest.raises(ValueError, match="a batch of 6 latents for 1 pictures"):
         pipe(**call_args(subject=subject))
 
 
