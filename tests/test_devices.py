@@ -13,6 +13,7 @@ from diffusers_ssr import (
     StableDiffusionSSRPipeline,
     subject_cache,
     subject_embeds,
+    subject_request,
 )
 from test_chains import make_controlnet, make_motion_adapter
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -55,12 +56,13 @@ def parts() -> dict:
 
 @pytest.fixture
 def fake_gpu(monkeypatch, parts):
-    """A pipeline on a fake GPU. Functions that compare values (the cache, fingerprints) are patched, because fake
-    tensors have none."""
+    """A pipeline on a fake GPU. Functions that compare values (the cache, fingerprints, regions) are patched, because
+    fake tensors have none."""
     pipe = StableDiffusionSSRPipeline(**make_components(), **make_ssr_components(), requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     monkeypatch.setattr(subject_cache, "digest", lambda tensor: object())
     monkeypatch.setattr(subject_embeds, "same_fingerprint", lambda first, second: True)
+    monkeypatch.setattr(subject_request, "check_regions", lambda row, grid: None)
     # the scheduler uses the value of the timestep as an index
     monkeypatch.setattr(
         DDIMScheduler, "step", lambda self, output, t, sample, **_: DDIMSchedulerOutput(sample + output)

@@ -313,7 +313,7 @@ def test_default_device_and_dtype_of_torch_do_not_affect_subjects(pipe, default)
     def everything():
         ((_, picture, _, mask),) = check_references(make_picture(), "cat", left)
         row = SubjectRow((subject.inside(left) + subject.compact(9),))
-        request = SubjectRequest([row], 1, pipe.ssr_encoder, torch.float32, 0.5, lambda count: (False, True))
+        request = SubjectRequest([row], 1, pipe.ssr_encoder, torch.float32, 0.5, lambda: [(False, True)])
         conditions = request.conditions(torch.zeros(2, 4, 8, 8, device="cpu", dtype=torch.float32))
         layer = conditions.for_layer(next(iter(conditions.pairs)), 2, (8, 8))
         pixels = preprocess(picture, pipe.ssr_image_processor), preprocess_mask(mask, pipe.ssr_image_processor)
