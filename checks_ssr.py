@@ -9,10 +9,12 @@ from torch import nn
 from . import image_processing_ssr, library_internals, subject_embeds, subject_request, unet_hooks
 
 
-def check_references(image, query, mask) -> list[tuple[object, Image.Image, str, Image.Image | None]]:
+def check_references(
+    image, query, mask, prefix: str = "subject_"
+) -> list[tuple[object, Image.Image, str, Image.Image | None]]:
     """Returns (the picture as given, the picture as PIL, query, mask) for each reference. An argument that is not a
-    list is used for all references."""
-    given = {"subject_image": image, "subject_query": query, "subject_mask": mask}
+    list is used for all references. In error messages, the names of the arguments begin with `prefix`."""
+    given = {f"{prefix}image": image, f"{prefix}query": query, f"{prefix}mask": mask}
     lengths = {name: len(value) for name, value in given.items() if isinstance(value, list)}
     if len(set(lengths.values())) > 1 or 0 in lengths.values():
         raise ValueError(f"Lists of subjects have to be of one length, and not empty, but got {lengths}.")
@@ -21,27 +23,29 @@ def check_references(image, query, mask) -> list[tuple[object, Image.Image, str,
     pictures: dict[int, Image.Image] = {}
     references = []
     for image, query, mask in zip(*columns, strict=True):
-        _check_reference(image, query, mask)
+        _check_reference(image, query, mask, prefix)
         if id(image) not in pictures:
-            pictures[id(image)] = image_processing_ssr.to_pil(image)
+            pictures[id(image)] = image_processing_ssr.to_pil(image, f"{prefix}image")
         picture = pictures[id(image)]
-        references.append(
-            (image, picture, query or "", None if mask is None else image_processing_ssr.to_mask(mask, picture.size))
-        )
+        if mask is not None:
+            mask = image_processing_ssr.to_mask(mask, picture.size, f"{prefix}mask")
+        references.append((image, picture, query or "", mask))
     return references
 
 
-def _check_reference(image, query, mask) -> None:
+def _check_reference(image, query, mask, prefix: str) -> None:
+    if image is None and query is None and mask is None:
+        raise ValueError(f"`{prefix}image` is missing: pass the picture of the subject.")
     if image is None:
-        what = f"`subject_query` is {query!r}" if mask is None else "`subject_mask` is given"
-        raise ValueError(f"{what}, but `subject_image` is missing: pass the picture of the subject.")
+        what = f"`{prefix}query` is {query!r}" if mask is None else f"`{prefix}mask` is given"
+        raise ValueError(f"{what}, but `{prefix}image` is missing: pass the picture of the subject.")
     if query is None and mask is None:
         raise ValueError(
-            "`subject_image` is given, but `subject_query` is missing: pass the name of the subject, or a mask of it in"
-            " `subject_mask`."
+            f"`{prefix}image` is given, but `{prefix}query` is missing: pass the name of the subject, or a mask of it"
+            f" in `{prefix}mask`."
         )
     if query is not None and (not isinstance(query, str) or not query.strip() and mask is None):
-        raise ValueError(f"`subject_query` has to be a text that names the subject, but is {query!r}.")
+        raise ValueError(f"`{prefix}query` has to be a text that names the subject, but is {query!r}.")
 
 
 def check_window(start, end) -> tuple[float, float] | None:

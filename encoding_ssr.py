@@ -71,19 +71,27 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
         ```
         """
         text = {"lora_scale": lora_scale, "clip_skip": clip_skip}
-        encoded = self._encode_subjects(image, query, mask, mask_weight, resize_mode, text)
+        encoded = self._encode_subjects(image, query, mask, mask_weight, resize_mode, text, prefix="")
         return encoded if isinstance(query, list) or isinstance(image, list) or isinstance(mask, list) else encoded[0]
 
     @torch.no_grad()
     def _encode_subjects(
-        self, subject_image, subject_query, subject_mask, mask_weight: float, resize_mode: str, text: dict
+        self,
+        subject_image,
+        subject_query,
+        subject_mask,
+        mask_weight: float,
+        resize_mode: str,
+        text: dict,
+        prefix: str = "subject_",
     ) -> list[subject_embeds.SubjectEmbeds]:
         """Encodes each (picture, query, mask) that is not in the cache. The vision encoder encodes each picture once.
-        `text` has further arguments of `encode_prompt`."""
+        `text` has further arguments of `encode_prompt`. `prefix` begins the names of the arguments in error
+        messages."""
         self._check_can_encode()
-        references = checks_ssr.check_references(subject_image, subject_query, subject_mask)
+        references = checks_ssr.check_references(subject_image, subject_query, subject_mask, prefix)
         mask_weight = subject_embeds.check_scale("mask_weight", mask_weight)
-        image_processing_ssr.check_resize_mode(resize_mode)
+        image_processing_ssr.check_resize_mode(resize_mode, f"{prefix}resize_mode")
         processor, vision, encoder = self.ssr_image_processor, self.ssr_image_encoder, self.ssr_encoder
         device = self._execution_device
         query_states = self._encode_queries(["", *(query for *_, query, _ in references)], device, text)
@@ -179,7 +187,7 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
         ```
         """
         self._check_can_encode()
-        ((_, picture, query, mask),) = checks_ssr.check_references(image, query, mask)
+        ((_, picture, query, mask),) = checks_ssr.check_references(image, query, mask, prefix="")
         mask_weight = subject_embeds.check_scale("mask_weight", mask_weight)
         image_processing_ssr.check_resize_mode(resize_mode)
         if tokens not in ("all", "own"):

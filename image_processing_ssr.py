@@ -265,10 +265,11 @@ def postprocess_map(attention_map: torch.Tensor, size: tuple[int, int], resize_m
     return F.pad(resized, (left, width - edge - left, top, height - edge - top))
 
 
-def check_resize_mode(resize_mode: Any) -> None:
-    """Raises a `ValueError` if `resize_mode` is not one of `RESIZE_MODES`."""
+def check_resize_mode(resize_mode: Any, name: str = "resize_mode") -> None:
+    """Raises a `ValueError` if `resize_mode` is not one of `RESIZE_MODES`. `name` is the name of the argument in the
+    message."""
     if resize_mode not in RESIZE_MODES:
-        raise ValueError(f"`resize_mode` has to be one of {RESIZE_MODES}, but is {resize_mode!r}.")
+        raise ValueError(f"`{name}` has to be one of {RESIZE_MODES}, but is {resize_mode!r}.")
 
 
 def _check_pixels(count: int, name: str, max_pixels: int | None) -> None:

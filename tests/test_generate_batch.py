@@ -95,7 +95,7 @@ def test_pictures_are_written_and_invalid_rows_have_an_error(models, table, tmp_
     assert [entry["status"] for entry in entries] == ["done", "done", "failed", "done", "failed", "failed"]
     assert (
         "missing.png" in entries[2]["error"]
-        and "subject_query" in entries[4]["error"]
+        and "`query` is missing" in entries[4]["error"]
         and "seed" in entries[5]["error"]
     )
     assert [entry.get("file") for entry in entries if "file" in entry] == list(pictures(out))

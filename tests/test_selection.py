@@ -347,7 +347,7 @@ PAIR = [make_picture(1), make_picture(2)]
         ({"subject_image": PAIR, "subject_query": ["cat"]}, "one length.*'subject_image': 2, 'subject_query': 1"),
         ({"subject_image": [], "subject_query": "cat"}, "not empty"),
         ({"subject_image": PAIR, "subject_query": "cat", "prompt": ["a", "b", "c"]}, "holds 2 for 3"),
-        ({"subject_image": make_picture(), "subject_query": "cat", "subject_resize_mode": "fill"}, "`resize_mode`"),
+        ({"subject_image": make_picture(), "subject_query": "cat", "subject_resize_mode": "fill"}, "`subject_resize_mode`"),
         ({"subject_image": make_picture(), "subject_query": "cat", "subject_start": 0.5, "subject_end": 0.5}, "`subject_start`"),
         ({"subject_image": make_picture(), "subject_query": "cat", "subject_end": 1.5}, "`subject_end`"),
         ({"subject_image": make_picture(), "subject_query": "cat", "subject_scale": {"down": "all"}}, "`subject_scale`.*'all'"),
@@ -361,6 +361,33 @@ def test_invalid_arguments_are_rejected_before_any_step(pipe, arguments, message
     with pytest.raises(ValueError, match=message):
         pipe(**call_args(**arguments))
     assert not calls and snapshot(pipe.unet) == state
+
+
+@pytest.mark.parametrize("method", ["encode_subject", "subject_attention_map"])
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ({"image": None}, "`image` is missing"),
+        ({"image": None, "query": "cat"}, "`query` is 'cat', but `image` is missing"),
+        ({"image": None, "mask": MASK}, "`mask` is given, but `image` is missing"),
+        ({}, "`image` is given, but `query` is missing: .* in `mask`"),
+        ({"query": ""}, "`query` has to be a text that names the subject, but is ''"),
+        ({"query": ("cat", "dog")}, r"`query` has to be a text .*\('cat', 'dog'\)"),
+        ({"query": 3, "mask": MASK}, "`query` has to be a text .* is 3"),
+        ({"image": "cat.png", "query": "cat"}, "`image` has to be a PIL image"),
+        ({"image": (make_picture(),), "query": "cat"}, "`image` has to be a PIL image"),
+        ({"image": make_picture(size=(4, 4)), "query": "cat"}, "`image` is 4 x 4 pixels"),
+        ({"mask": MASK[1:]}, "`mask` has to be as large"),
+        ({"mask": np.zeros_like(MASK)}, "`mask` is empty"),
+        ({"mask": "mask.png"}, "`mask` has to be a PIL image"),
+        ({"mask": MASK, "mask_weight": "5"}, "`mask_weight` has to be a number"),
+        ({"query": "cat", "resize_mode": "fill"}, "`resize_mode` has to be one of"),
+    ],
+)
+def test_errors_name_the_arguments_of_the_method(pipe, method, arguments, message):
+    with pytest.raises(ValueError, match=f"^{message}") as raised:
+        getattr(pipe, method)(**{"image": make_picture(), **arguments})
+    assert "subject_" not in str(raised.value)
 
 
 def test_a_subject_of_another_encoder_is_rejected(pipe):
