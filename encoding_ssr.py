@@ -187,6 +187,12 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
         ```
         """
         self._check_can_encode()
+        for name, value in {"image": image, "query": query, "mask": mask}.items():
+            if isinstance(value, list):
+                raise ValueError(
+                    f"`{name}` is a list of {len(value)}, but an attention map is of one query in one picture: call"
+                    " `subject_attention_map` for each."
+                )
         ((_, picture, query, mask),) = checks_ssr.check_references(image, query, mask, prefix="")
         mask_weight = subject_embeds.check_scale("mask_weight", mask_weight)
         image_processing_ssr.check_resize_mode(resize_mode)

@@ -390,6 +390,16 @@ def test_errors_name_the_arguments_of_the_method(pipe, method, arguments, messag
     assert "subject_" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    "name,value", [("query", ["cat", "dog"]), ("query", ["cat"]), ("image", PAIR), ("image", []), ("mask", [MASK] * 3)]
+)
+def test_an_attention_map_of_a_list_is_rejected(pipe, name, value):
+    calls = count_forwards(pipe.ssr_image_encoder)
+    with pytest.raises(ValueError, match=f"`{name}` is a list of {len(value)}, but .* one query in one picture"):
+        pipe.subject_attention_map(**{"image": make_picture(), "query": "cat", name: value})
+    assert not calls
+
+
 def test_a_subject_of_another_encoder_is_rejected(pipe):
     subject = pipe.encode_subject(make_picture(), "cat")
     pipe.register_modules(ssr_encoder=make_ssr_encoder(seed=9))
