@@ -61,7 +61,8 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
 
         Raises:
             `ValueError`: if no SSR-Encoder or text encoder is loaded, `image` is not a picture, `query` is not a text
-            or is empty, or `mask` does not have the size of the picture.
+            or is empty, or `mask` does not have the size of the picture or marks nothing in the part that
+            `resize_mode` keeps.
 
         Example:
 
@@ -93,19 +94,19 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
         mask_weight = subject_embeds.check_scale("mask_weight", mask_weight)
         image_processing_ssr.check_resize_mode(resize_mode, f"{prefix}resize_mode")
         processor, vision, encoder = self.ssr_image_processor, self.ssr_image_encoder, self.ssr_encoder
-        device = self._execution_device
-        query_states = self._encode_queries(["", *(query for *_, query, _ in references)], device, text)
-        fingerprint = encoder.fingerprint(device)
-        weights = subject_cache.version(vision), subject_cache.digest(fingerprint), encoder.dtype
         pixels = {
             id(image): image_processing_ssr.preprocess(picture, processor, resize_mode)
             for image, picture, _, _ in references
         }
-        digests = {key: subject_cache.digest(each) for key, each in pixels.items()}
         masks = [
-            None if m is None else image_processing_ssr.preprocess_mask(m, processor, resize_mode)
+            None if m is None else image_processing_ssr.preprocess_mask(m, processor, resize_mode, f"{prefix}mask")
             for *_, m in references
         ]
+        device = self._execution_device
+        query_states = self._encode_queries(["", *(query for *_, query, _ in references)], device, text)
+        fingerprint = encoder.fingerprint(device)
+        weights = subject_cache.version(vision), subject_cache.digest(fingerprint), encoder.dtype
+        digests = {key: subject_cache.digest(each) for key, each in pixels.items()}
         keys = [
             (
                 digests[id(image)],
@@ -198,13 +199,11 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
         image_processing_ssr.check_resize_mode(resize_mode)
         if tokens not in ("all", "own"):
             raise ValueError(f'`tokens` has to be "all" or "own", but is {tokens!r}.')
-        device = self._execution_device
-        levels = self._vision_levels(
-            image_processing_ssr.preprocess(picture, self.ssr_image_processor, resize_mode), device
-        )
-        query_states = self._encode_queries(["", query], device, {})
+        device, processor = self._execution_device, self.ssr_image_processor
         if mask is not None:
-            mask = image_processing_ssr.preprocess_mask(mask, self.ssr_image_processor, resize_mode).to(device)
+            mask = image_processing_ssr.preprocess_mask(mask, processor, resize_mode, "mask").to(device)
+        levels = self._vision_levels(image_processing_ssr.preprocess(picture, processor, resize_mode), device)
+        query_states = self._encode_queries(["", query], device, {})
         # The empty query attends to the picture without the mask, so that the map also shows the effect of the mask.
         probs, empty_probs = (
             self.ssr_encoder.attention_probs(states, levels[-1], each, mask_weight)[0].float().mean(0).cpu()

@@ -390,6 +390,18 @@ def test_errors_name_the_arguments_of_the_method(pipe, method, arguments, messag
     assert "subject_" not in str(raised.value)
 
 
+@pytest.mark.parametrize("method", ["__call__", "encode_subject", "subject_attention_map"])
+def test_a_mask_outside_the_cropped_square_is_rejected(pipe, method):
+    prefix = "subject_" if method == "__call__" else ""
+    mask = np.zeros((32, 80))
+    mask[:, :20] = 1
+    given = {"image": make_picture(size=(80, 32)), "mask": mask, "resize_mode": "crop"}
+    calls = [count_forwards(part) for part in (pipe.unet, pipe.text_encoder, pipe.ssr_image_encoder)]
+    with pytest.raises(ValueError, match=f"`{prefix}mask` is empty"):
+        getattr(pipe, method)(**{f"{prefix}{name}": value for name, value in given.items()})
+    assert not any(calls)
+
+
 @pytest.mark.parametrize(
     "name,value", [("query", ["cat", "dog"]), ("query", ["cat"]), ("image", PAIR), ("image", []), ("mask", [MASK] * 3)]
 )
