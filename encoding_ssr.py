@@ -3,6 +3,7 @@
 from weakref import WeakKeyDictionary
 
 import torch
+from diffusers.loaders import TextualInversionLoaderMixin
 
 from . import (
     attention_map,
@@ -215,9 +216,15 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
 
     def _own_tokens(self, query: str) -> dict[int, str]:
         """Returns the tokens of a query's words by position, without the start, end and padding tokens."""
-        ids = shared_components.with_own_tokenizer(
-            self, lambda pipeline: pipeline.tokenizer(query, truncation=True).input_ids
-        )
+
+        def tokenize(pipeline) -> list[int]:
+            text, tokenizer = query, pipeline.tokenizer
+            if isinstance(pipeline, TextualInversionLoaderMixin):
+                # like `encode_prompt`: a textual inversion with several vectors has one token for each
+                text = pipeline.maybe_convert_prompt(query, tokenizer)
+            return tokenizer(text, truncation=True).input_ids
+
+        ids = shared_components.with_own_tokenizer(self, tokenize)
         own = [i for i, token in enumerate(ids) if token not in self.tokenizer.all_special_ids]
         return dict(zip(own, self.tokenizer.convert_ids_to_tokens([ids[i] for i in own]), strict=True))
 

@@ -318,6 +318,25 @@ def test_attention_map_of_the_papers_figure(pipe):
         pipe.subject_attention_map(picture, "a cat", tokens="none")
 
 
+@pytest.mark.parametrize("num_vectors", [1, 3])
+def test_an_attention_map_has_the_tokens_of_a_textual_inversion(pipe, num_vectors):
+    torch.manual_seed(0)
+    vectors = torch.randn(num_vectors, pipe.text_encoder.config.hidden_size)
+    pipe.load_textual_inversion({"<thing>": vectors}, token="<thing>")
+    picture = make_picture(size=(32, 32))
+    attention = pipe.subject_attention_map(picture, "<thing> cat", tokens="own")
+    names = ["<thing>", *(f"<thing>_{index}" for index in range(1, num_vectors))]
+    assert [name for name, _ in attention.tokens] == [*names, "cat</w>"]
+    with torch.no_grad():
+        pixels = preprocess(picture, pipe.ssr_image_processor)
+        level = pipe.ssr_image_encoder(pixels, output_hidden_states=True).hidden_states[3]
+        query, _ = pipe.encode_prompt("<thing> cat", "cpu", 1, False)
+        probs = pipe.ssr_encoder.attention_probs(query, level)[0, :, 1 : num_vectors + 2, 1:].mean(0)
+    expected = torch.nn.functional.interpolate(probs.unflatten(1, (4, 4))[None], (32, 32), mode="bilinear")[0]
+    for (_, heat), own in zip(attention.tokens, expected, strict=True):
+        np.testing.assert_allclose(heat, own / own.max(), atol=1e-5)
+
+
 def test_the_attention_map_of_an_empty_query_is_zero():
     """The attention of the query is the same as the attention of the empty query."""
     probs = torch.rand(5, 17).softmax(-1)
