@@ -1,5 +1,6 @@
 """Encodes reference pictures and queries into subject embeddings (section 3.2 of the paper)."""
 
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,6 +19,18 @@ from . import (
 
 # the cache of each SSR-Encoder, which several pipelines may share
 _caches: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def _copied_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a copy that autograd can use, even in `torch.inference_mode`."""
+    with torch.inference_mode(False):
+        return tensor.detach().clone()
+
+
+def _copied(subject: subject_embeds.Subject) -> subject_embeds.Subject:
+    return replace(
+        subject, embeds=_copied_tensor(subject.embeds), negative_embeds=_copied_tensor(subject.negative_embeds)
+    )
 
 
 class SubjectEncodingMixin(loading_ssr.SSRComponents):
@@ -132,8 +145,9 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
                 mask = None if mask is None else mask.to(device).expand(2, -1, -1, -1)
                 embeds = encoder(query_states[[0, index + 1]], levels[:, [0, place[id(image)]]], mask, mask_weight)
                 subjects[key] = subject_embeds.Subject(embeds[1:], embeds[:1], query)
-                cache.keep(key, subjects[key])
-        return [subject_embeds.SubjectEmbeds((subjects[key],), fingerprint) for key in keys]
+                cache.keep(key, _copied(subjects[key]))
+        # copies, so that a change in place of a returned tensor changes neither the cache nor another subject
+        return [subject_embeds.SubjectEmbeds((_copied(subjects[key]),), _copied_tensor(fingerprint)) for key in keys]
 
     def _vision_levels(self, pixels: torch.Tensor, device) -> list[torch.Tensor]:
         """Returns the hidden states of the vision encoder at the levels that the SSR-Encoder uses, lowest level

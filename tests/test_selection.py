@@ -460,6 +460,40 @@ def test_a_subject_is_encoded_once(pipe):
         assert len(seen) == before + 1 and (embeds - first).abs().max() > 1e-4, changed
 
 
+@pytest.mark.parametrize("name", ["embeds", "negative_embeds", "fingerprint"])
+@pytest.mark.parametrize("queries", [["cat"], ["cat", "cat"]], ids=["alone", "twice"])
+def test_a_change_in_place_affects_no_other_subject(pipe, name, queries):
+    """Also for the first subject, which was not in the cache, and for equal subjects of one call."""
+
+    def tensor(subject):
+        return subject.fingerprint if name == "fingerprint" else getattr(subject.subjects[0], name)
+
+    expected = None
+    for _ in range(3):
+        encoded = pipe.encode_subject(make_picture(), queries)
+        for subject in encoded:
+            expected = tensor(subject).clone() if expected is None else expected
+            assert torch.equal(tensor(subject), expected)
+            tensor(subject).mul_(0)
+
+
+@pytest.mark.parametrize("first", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("later", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_autograd_can_use_subjects_that_were_encoded_in_any_mode(pipe, first, later):
+    subjects = []
+    for mode in (first, later):
+        with mode():
+            subjects.append(pipe.encode_subject(make_picture(), "cat"))
+    for subject in subjects:
+        (each,) = subject.subjects
+        tensors = each.embeds, each.negative_embeds, subject.fingerprint
+        assert not any(tensor.is_inference() or tensor.requires_grad for tensor in tensors)
+        weight = torch.ones(each.embeds.shape[-1], requires_grad=True)
+        (each.embeds * weight).sum().backward()
+        torch.testing.assert_close(weight.grad, each.embeds.sum((0, 1)))
+    assert torch.equal(subjects[0].subjects[0].embeds, subjects[1].subjects[0].embeds)
+
+
 @pytest.mark.parametrize("part", ["text_encoder", "ssr_image_encoder", "ssr_encoder"])
 def test_changed_weights_encode_the_subject_again(pipe, part):
     before = pipe.encode_subject(make_picture(), "cat").subjects[0].embeds
