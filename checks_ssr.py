@@ -58,20 +58,45 @@ def check_window(start, end) -> tuple[float, float] | None:
     return None if (start, end) == (0.0, 1.0) else (start, end)
 
 
-# names that other pipelines use for arguments that have different names here
-_OTHER_NAMES = {"subject_embeds": "subject", "subjects": "subject", "subject_images": "subject_image"}
+# names that other pipelines, `encode_subject` and `set_ssr_scale` use for arguments that have different names in a call
+_OTHER_NAMES = {
+    "subject_embeds": "subject",
+    "subjects": "subject",
+    "subject_images": "subject_image",
+    "image": "subject_image",
+    "reference": "subject_image",
+    "reference_image": "subject_image",
+    "query": "subject_query",
+    "queries": "subject_query",
+    "mask": "subject_mask",
+    "reference_mask": "subject_mask",
+    "scale": "subject_scale",
+    "ssr_scale": "subject_scale",
+    "start": "subject_start",
+    "end": "subject_end",
+    "resize_mode": "subject_resize_mode",
+    "in_controlnet": "subject_in_controlnet",
+    "lora_scale": 'cross_attention_kwargs={"scale": ...}',
+}
 
 
 def check_unknown_arguments(given, stock, own) -> None:
     """Raises a `ValueError` for an argument that neither the stock call nor ours accepts and that is similar to one of
-    ours (for example `subject_scal`). Stock calls with `**kwargs` would ignore it silently."""
-    for name in given:
-        if name in _OTHER_NAMES:
-            raise ValueError(f"`{name}` is not an argument of this pipeline; did you mean `{_OTHER_NAMES[name]}`?")
+    ours (for example `subject_scal` or `query`). Stock calls with `**kwargs` would ignore it silently. Other unknown
+    arguments are left to the stock call, and so is `None`, which is the default of most arguments."""
+    # A call that does not name `num_inference_steps` passes its arguments on to another call, whose names are not
+    # known here. It can have an `image` or `mask`.
+    passes_on = "num_inference_steps" not in stock
+    others = {name: meant for name, meant in _OTHER_NAMES.items() if name.startswith("subject") or not passes_on}
+    meanings = {**{name: name for name in own}, **others}
+    candidates = [name for name in meanings if name not in stock]
+    for name, value in given.items():
+        if name in stock or value is None:
+            continue
         # an unknown argument that begins with "subject" is always treated as one of ours
-        near = difflib.get_close_matches(name, own, n=1, cutoff=0.0 if name.startswith("subject") else 0.8)
-        if name not in stock and near:
-            raise ValueError(f"`{name}` is not an argument of this pipeline; did you mean `{near[0]}`?")
+        near = difflib.get_close_matches(name, candidates, n=1, cutoff=0.0 if name.startswith("subject") else 0.8)
+        if near:
+            raise ValueError(f"`{name}` is not an argument of this pipeline; did you mean `{meanings[near[0]]}`?")
 
 
 def one_for_each(names: str, subjects: list, num_prompts: int) -> list:
