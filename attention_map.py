@@ -24,7 +24,8 @@ class SubjectAttentionMap:
             With `tokens="own"`, it shows the attention of the tokens of the query's words instead, as in figure 5 of
             the paper. This map is scaled to a maximum of 1, and the attention of an empty query is not subtracted.
         tokens (`list[tuple[str, np.ndarray]]`):
-            The text and the map of each token of the query's words.
+            The text and the map of each token of the query's words. A textual inversion with several vectors has one
+            token for each vector.
         picture (`PIL.Image.Image`):
             The picture, upright and in RGB.
         gathered (`float`):

@@ -10,10 +10,12 @@ from torch import nn
 from . import image_processing_ssr, library_internals, subject_embeds, subject_request, unet_hooks
 
 
-def check_references(image, query, mask) -> list[tuple[object, Image.Image, str, Image.Image | None]]:
+def check_references(
+    image, query, mask, prefix: str = "subject_"
+) -> list[tuple[object, Image.Image, str, Image.Image | None]]:
     """Returns (the picture as given, the picture as PIL, query, mask) for each reference. An argument that is not a
-    list is used for all references."""
-    given = {"subject_image": image, "subject_query": query, "subject_mask": mask}
+    list is used for all references. In error messages, the names of the arguments begin with `prefix`."""
+    given = {f"{prefix}image": image, f"{prefix}query": query, f"{prefix}mask": mask}
     lengths = {name: len(value) for name, value in given.items() if isinstance(value, list)}
     if len(set(lengths.values())) > 1 or 0 in lengths.values():
         raise ValueError(f"Lists of subjects have to be of one length, and not empty, but got {lengths}.")
@@ -22,27 +24,29 @@ def check_references(image, query, mask) -> list[tuple[object, Image.Image, str,
     pictures: dict[int, Image.Image] = {}
     references = []
     for image, query, mask in zip(*columns, strict=True):
-        _check_reference(image, query, mask)
+        _check_reference(image, query, mask, prefix)
         if id(image) not in pictures:
-            pictures[id(image)] = image_processing_ssr.to_pil(image)
+            pictures[id(image)] = image_processing_ssr.to_pil(image, f"{prefix}image")
         picture = pictures[id(image)]
-        references.append(
-            (image, picture, query or "", None if mask is None else image_processing_ssr.to_mask(mask, picture.size))
-        )
+        if mask is not None:
+            mask = image_processing_ssr.to_mask(mask, picture.size, f"{prefix}mask")
+        references.append((image, picture, query or "", mask))
     return references
 
 
-def _check_reference(image, query, mask) -> None:
+def _check_reference(image, query, mask, prefix: str) -> None:
+    if image is None and query is None and mask is None:
+        raise ValueError(f"`{prefix}image` is missing: pass the picture of the subject.")
     if image is None:
-        what = f"`subject_query` is {query!r}" if mask is None else "`subject_mask` is given"
-        raise ValueError(f"{what}, but `subject_image` is missing: pass the picture of the subject.")
+        what = f"`{prefix}query` is {query!r}" if mask is None else f"`{prefix}mask` is given"
+        raise ValueError(f"{what}, but `{prefix}image` is missing: pass the picture of the subject.")
     if query is None and mask is None:
         raise ValueError(
-            "`subject_image` is given, but `subject_query` is missing: pass the name of the subject, or a mask of it in"
-            " `subject_mask`."
+            f"`{prefix}image` is given, but `{prefix}query` is missing: pass the name of the subject, or a mask of it"
+            f" in `{prefix}mask`."
         )
     if query is not None and (not isinstance(query, str) or not query.strip() and mask is None):
-        raise ValueError(f"`subject_query` has to be a text that names the subject, but is {query!r}.")
+        raise ValueError(f"`{prefix}query` has to be a text that names the subject, but is {query!r}.")
 
 
 def check_window(start, end) -> tuple[float, float] | None:
@@ -64,20 +68,45 @@ def check_window_has_steps(start: float, end: float, num_steps: int) -> None:
         )
 
 
-# names that other pipelines use for arguments that have different names here
-_OTHER_NAMES = {"subject_embeds": "subject", "subjects": "subject", "subject_images": "subject_image"}
+# names that other pipelines, `encode_subject` and `set_ssr_scale` use for arguments that have different names in a call
+_OTHER_NAMES = {
+    "subject_embeds": "subject",
+    "subjects": "subject",
+    "subject_images": "subject_image",
+    "image": "subject_image",
+    "reference": "subject_image",
+    "reference_image": "subject_image",
+    "query": "subject_query",
+    "queries": "subject_query",
+    "mask": "subject_mask",
+    "reference_mask": "subject_mask",
+    "scale": "subject_scale",
+    "ssr_scale": "subject_scale",
+    "start": "subject_start",
+    "end": "subject_end",
+    "resize_mode": "subject_resize_mode",
+    "in_controlnet": "subject_in_controlnet",
+    "lora_scale": 'cross_attention_kwargs={"scale": ...}',
+}
 
 
 def check_unknown_arguments(given, stock, own) -> None:
     """Raises a `ValueError` for an argument that neither the stock call nor ours accepts and that is similar to one of
-    ours (for example `subject_scal`). Stock calls with `**kwargs` would ignore it silently."""
-    for name in given:
-        if name in _OTHER_NAMES:
-            raise ValueError(f"`{name}` is not an argument of this pipeline; did you mean `{_OTHER_NAMES[name]}`?")
+    ours (for example `subject_scal` or `query`). Stock calls with `**kwargs` would ignore it silently. Other unknown
+    arguments are left to the stock call, and so is `None`, which is the default of most arguments."""
+    # A call that does not name `num_inference_steps` passes its arguments on to another call, whose names are not
+    # known here. It can have an `image` or `mask`.
+    passes_on = "num_inference_steps" not in stock
+    others = {name: meant for name, meant in _OTHER_NAMES.items() if name.startswith("subject") or not passes_on}
+    meanings = {**{name: name for name in own}, **others}
+    candidates = [name for name in meanings if name not in stock]
+    for name, value in given.items():
+        if name in stock or value is None:
+            continue
         # an unknown argument that begins with "subject" is always treated as one of ours
-        near = difflib.get_close_matches(name, own, n=1, cutoff=0.0 if name.startswith("subject") else 0.8)
-        if name not in stock and near:
-            raise ValueError(f"`{name}` is not an argument of this pipeline; did you mean `{near[0]}`?")
+        near = difflib.get_close_matches(name, candidates, n=1, cutoff=0.0 if name.startswith("subject") else 0.8)
+        if near:
+            raise ValueError(f"`{name}` is not an argument of this pipeline; did you mean `{meanings[near[0]]}`?")
 
 
 def check_unused(given: dict, defaults: dict, reason: str) -> None:

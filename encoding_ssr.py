@@ -1,8 +1,10 @@
 """Encodes reference pictures and queries into subject embeddings (section 3.2 of the paper)."""
 
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import torch
+from diffusers.loaders import TextualInversionLoaderMixin
 
 from . import (
     attention_map,
@@ -17,6 +19,18 @@ from . import (
 
 # the cache of each SSR-Encoder, which several pipelines may share
 _caches: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def _copied_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a copy that autograd can use, even in `torch.inference_mode`."""
+    with torch.inference_mode(False):
+        return tensor.detach().clone()
+
+
+def _copied(subject: subject_embeds.Subject) -> subject_embeds.Subject:
+    return replace(
+        subject, embeds=_copied_tensor(subject.embeds), negative_embeds=_copied_tensor(subject.negative_embeds)
+    )
 
 
 class SubjectEncodingMixin(loading_ssr.SSRComponents):
@@ -61,7 +75,8 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
 
         Raises:
             `ValueError`: if no SSR-Encoder or text encoder is loaded, `image` is not a picture, `query` is not a text
-            or is empty, or `mask` does not have the size of the picture.
+            or is empty, or `mask` does not have the size of the picture or marks nothing in the part that
+            `resize_mode` keeps.
 
         Example:
 
@@ -71,33 +86,41 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
         ```
         """
         text = {"lora_scale": lora_scale, "clip_skip": clip_skip}
-        encoded = self._encode_subjects(image, query, mask, mask_weight, resize_mode, text)
+        encoded = self._encode_subjects(image, query, mask, mask_weight, resize_mode, text, prefix="")
         return encoded if isinstance(query, list) or isinstance(image, list) or isinstance(mask, list) else encoded[0]
 
     @torch.no_grad()
     def _encode_subjects(
-        self, subject_image, subject_query, subject_mask, mask_weight: float, resize_mode: str, text: dict
+        self,
+        subject_image,
+        subject_query,
+        subject_mask,
+        mask_weight: float,
+        resize_mode: str,
+        text: dict,
+        prefix: str = "subject_",
     ) -> list[subject_embeds.SubjectEmbeds]:
         """Encodes each (picture, query, mask) that is not in the cache. The vision encoder encodes each picture once.
-        `text` has further arguments of `encode_prompt`."""
+        `text` has further arguments of `encode_prompt`. `prefix` begins the names of the arguments in error
+        messages."""
         self._check_can_encode()
-        references = checks_ssr.check_references(subject_image, subject_query, subject_mask)
+        references = checks_ssr.check_references(subject_image, subject_query, subject_mask, prefix)
         mask_weight = subject_embeds.check_scale("mask_weight", mask_weight)
-        image_processing_ssr.check_resize_mode(resize_mode)
+        image_processing_ssr.check_resize_mode(resize_mode, f"{prefix}resize_mode")
         processor, vision, encoder = self.ssr_image_processor, self.ssr_image_encoder, self.ssr_encoder
-        device = self._execution_device
-        query_states = self._encode_queries(["", *(query for *_, query, _ in references)], device, text)
-        fingerprint = encoder.fingerprint(device)
-        weights = subject_cache.version(vision), subject_cache.digest(fingerprint), encoder.dtype
         pixels = {
             id(image): image_processing_ssr.preprocess(picture, processor, resize_mode)
             for image, picture, _, _ in references
         }
-        digests = {key: subject_cache.digest(each) for key, each in pixels.items()}
         masks = [
-            None if m is None else image_processing_ssr.preprocess_mask(m, processor, resize_mode)
+            None if m is None else image_processing_ssr.preprocess_mask(m, processor, resize_mode, f"{prefix}mask")
             for *_, m in references
         ]
+        device = self._execution_device
+        query_states = self._encode_queries(["", *(query for *_, query, _ in references)], device, text)
+        fingerprint = encoder.fingerprint(device)
+        weights = subject_cache.version(vision), subject_cache.digest(fingerprint), encoder.dtype
+        digests = {key: subject_cache.digest(each) for key, each in pixels.items()}
         keys = [
             (
                 digests[id(image)],
@@ -122,8 +145,9 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
                 mask = None if mask is None else mask.to(device).expand(2, -1, -1, -1)
                 embeds = encoder(query_states[[0, index + 1]], levels[:, [0, place[id(image)]]], mask, mask_weight)
                 subjects[key] = subject_embeds.Subject(embeds[1:], embeds[:1], query)
-                cache.keep(key, subjects[key])
-        return [subject_embeds.SubjectEmbeds((subjects[key],), fingerprint) for key in keys]
+                cache.keep(key, _copied(subjects[key]))
+        # copies, so that a change in place of a returned tensor changes neither the cache nor another subject
+        return [subject_embeds.SubjectEmbeds((_copied(subjects[key]),), _copied_tensor(fingerprint)) for key in keys]
 
     def _vision_levels(self, pixels: torch.Tensor, device) -> list[torch.Tensor]:
         """Returns the hidden states of the vision encoder at the levels that the SSR-Encoder uses, lowest level
@@ -179,18 +203,22 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
         ```
         """
         self._check_can_encode()
-        ((_, picture, query, mask),) = checks_ssr.check_references(image, query, mask)
+        for name, value in {"image": image, "query": query, "mask": mask}.items():
+            if isinstance(value, list):
+                raise ValueError(
+                    f"`{name}` is a list of {len(value)}, but an attention map is of one query in one picture: call"
+                    " `subject_attention_map` for each."
+                )
+        ((_, picture, query, mask),) = checks_ssr.check_references(image, query, mask, prefix="")
         mask_weight = subject_embeds.check_scale("mask_weight", mask_weight)
         image_processing_ssr.check_resize_mode(resize_mode)
         if tokens not in ("all", "own"):
             raise ValueError(f'`tokens` has to be "all" or "own", but is {tokens!r}.')
-        device = self._execution_device
-        levels = self._vision_levels(
-            image_processing_ssr.preprocess(picture, self.ssr_image_processor, resize_mode), device
-        )
-        query_states = self._encode_queries(["", query], device, {})
+        device, processor = self._execution_device, self.ssr_image_processor
         if mask is not None:
-            mask = image_processing_ssr.preprocess_mask(mask, self.ssr_image_processor, resize_mode).to(device)
+            mask = image_processing_ssr.preprocess_mask(mask, processor, resize_mode, "mask").to(device)
+        levels = self._vision_levels(image_processing_ssr.preprocess(picture, processor, resize_mode), device)
+        query_states = self._encode_queries(["", query], device, {})
         # The empty query attends to the picture without the mask, so that the map also shows the effect of the mask.
         probs, empty_probs = (
             self.ssr_encoder.attention_probs(states, levels[-1], each, mask_weight)[0].float().mean(0).cpu()
@@ -202,9 +230,15 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
 
     def _own_tokens(self, query: str) -> dict[int, str]:
         """Returns the tokens of a query's words by position, without the start, end and padding tokens."""
-        ids = shared_components.with_own_tokenizer(
-            self, lambda pipeline: pipeline.tokenizer(query, truncation=True).input_ids
-        )
+
+        def tokenize(pipeline) -> list[int]:
+            text, tokenizer = query, pipeline.tokenizer
+            if isinstance(pipeline, TextualInversionLoaderMixin):
+                # like `encode_prompt`: a textual inversion with several vectors has one token for each
+                text = pipeline.maybe_convert_prompt(query, tokenizer)
+            return tokenizer(text, truncation=True).input_ids
+
+        ids = shared_components.with_own_tokenizer(self, tokenize)
         own = [i for i, token in enumerate(ids) if token not in self.tokenizer.all_special_ids]
         return dict(zip(own, self.tokenizer.convert_ids_to_tokens([ids[i] for i in own]), strict=True))
 

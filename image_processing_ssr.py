@@ -235,10 +235,37 @@ def preprocess(image: Image.Image, processor: CLIPImageProcessor, resize_mode: s
     return _crop_or_fill((_resized(image, processor, resize_mode) - mean) / std, processor)
 
 
-def preprocess_mask(mask: Image.Image, processor: CLIPImageProcessor, resize_mode: str = "pad") -> torch.Tensor:
-    """Resizes a mask in the same way as [`preprocess`] resizes its picture, so that it marks the same patches. Returns
-    shape `(1, 1, height, width)`, from 0 to 1."""
-    return _crop_or_fill(_resized(mask, processor, resize_mode), processor)
+def preprocess_mask(
+    mask: Image.Image, processor: CLIPImageProcessor, resize_mode: str = "pad", name: str = "subject_mask"
+) -> torch.Tensor:
+    r"""
+    Resize a mask in the same way as [`preprocess`] resizes its picture, so that it marks the same patches.
+
+    Args:
+        mask (`PIL.Image.Image`):
+            A mask in mode L, see [`to_mask`].
+        processor (`CLIPImageProcessor`):
+            The image processor with the vision encoder's input size.
+        resize_mode (`str`, defaults to `"pad"`):
+            The `resize_mode` that is passed to [`preprocess`].
+        name (`str`, defaults to `"subject_mask"`):
+            The name of the argument in error messages.
+
+    Returns:
+        `torch.Tensor` of shape `(1, 1, height, width)`, from 0 to 1.
+
+    Raises:
+        `ValueError`: if the mask marks nothing in the input of the vision encoder: it is outside the central square
+            that "crop" keeps, or too small.
+    """
+    values = _crop_or_fill(_resized(mask, processor, resize_mode), processor)
+    if not values.any():
+        height, width = values.shape[2:]
+        raise ValueError(
+            f"`{name}` is empty at the input of the vision encoder: with the resize mode {resize_mode!r}, nothing of it"
+            f" remains in {width} x {height} pixels."
+        )
+    return values
 
 
 def postprocess_map(attention_map: torch.Tensor, size: tuple[int, int], resize_mode: str) -> torch.Tensor:
@@ -265,10 +292,11 @@ def postprocess_map(attention_map: torch.Tensor, size: tuple[int, int], resize_m
     return F.pad(resized, (left, width - edge - left, top, height - edge - top))
 
 
-def check_resize_mode(resize_mode: Any) -> None:
-    """Raises a `ValueError` if `resize_mode` is not one of `RESIZE_MODES`."""
+def check_resize_mode(resize_mode: Any, name: str = "resize_mode") -> None:
+    """Raises a `ValueError` if `resize_mode` is not one of `RESIZE_MODES`. `name` is the name of the argument in the
+    message."""
     if resize_mode not in RESIZE_MODES:
-        raise ValueError(f"`resize_mode` has to be one of {RESIZE_MODES}, but is {resize_mode!r}.")
+        raise ValueError(f"`{name}` has to be one of {RESIZE_MODES}, but is {resize_mode!r}.")
 
 
 def _check_pixels(count: int, name: str, max_pixels: int | None) -> None:

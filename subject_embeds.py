@@ -62,8 +62,8 @@ class Subject:
 class SubjectEmbeds:
     r"""
     One or several encoded subjects. They can be drawn any number of times without encoding them again.
-    `encode_subject` returns them, `+` combines several subjects for one picture, and `save` and `load` store them in a
-    safetensors file.
+    `encode_subject` returns them, `+` and `sum` combine several subjects for one picture, and `save` and `load` store
+    them in a safetensors file.
 
     Args:
         subjects (`tuple[Subject]`):
@@ -179,6 +179,10 @@ class SubjectEmbeds:
             raise ValueError("The subjects come from different SSR-Encoders and cannot be drawn together.")
         fingerprint = other.fingerprint if self.fingerprint is None else self.fingerprint
         return SubjectEmbeds(self.subjects + other.subjects, fingerprint)
+
+    def __radd__(self, other: int) -> "SubjectEmbeds":
+        """Returns the same subjects for `0 + subject`, with which `sum([cat, dog])` begins."""
+        return self if type(other) is int and other == 0 else NotImplemented
 
     def save(self, path: str | os.PathLike) -> None:
         r"""

@@ -27,6 +27,14 @@ def main():
     parser.add_argument("--num_frames", type=int, default=8, help="number of frames of the video")
     parser.add_argument("--fps", type=int, default=8, help="frames per second")
     args = parser.parse_args()
+    for name in ("num_frames", "fps"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"`{name}` has to be at least 1, but is {getattr(args, name)}.")
+    longest = MotionAdapter.load_config(args.motion_adapter)["motion_max_seq_length"]
+    if args.num_frames > longest:
+        raise ValueError(
+            f"`num_frames` has to be at most {longest} for this motion adapter, but is {args.num_frames}."
+        )
 
     pipe = load_pipeline(args.checkpoint)
     adapter = MotionAdapter.from_pretrained(args.motion_adapter, dtype=pipe.unet.dtype)

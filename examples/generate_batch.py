@@ -183,14 +183,25 @@ def read_row(pipe: StableDiffusionSSRPipeline, row: dict, folder: Path, args: ar
     return Request(row["prompt"], subject.scaled(scale), seed)
 
 
+def resolution(pipe: StableDiffusionSSRPipeline, height: int | None, width: int | None) -> tuple[int, int]:
+    """Returns the height and the width, each from the base model if it is `None`. The stock call would ignore the
+    given one if the other is `None`."""
+    size = pipe.unet.config.sample_size
+    default_height, default_width = (
+        side * pipe.vae_scale_factor for side in ((size, size) if isinstance(size, int) else size)
+    )
+    return default_height if height is None else height, default_width if width is None else width
+
+
 def draw(pipe: StableDiffusionSSRPipeline, requests: list[Request], args: argparse.Namespace) -> list[Image.Image]:
     """Draws one picture for each request in a single pipeline call, with a separate generator for each request."""
+    height, width = resolution(pipe, args.height, args.width)
     return pipe(
         [request.prompt for request in requests],
         negative_prompt=None if args.negative_prompt is None else [args.negative_prompt] * len(requests),
         subject=[request.subject for request in requests],
-        height=args.height,
-        width=args.width,
+        height=height,
+        width=width,
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
         eta=args.eta,
@@ -248,8 +259,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=1, help="number of rows per batch")
     parser.add_argument("--scale", type=float, default=0.65, help="scale of rows without their own")
     parser.add_argument("--negative_prompt", help="negative prompt")
-    parser.add_argument("--height", type=int, help="resolution in pixels; default: that of the base model")
-    parser.add_argument("--width", type=int, help="resolution in pixels; default: that of the base model")
+    parser.add_argument("--height", type=int, help="height in pixels, a multiple of 8; default: the base model's")
+    parser.add_argument("--width", type=int, help="width in pixels, a multiple of 8; default: the base model's")
     parser.add_argument("--num_inference_steps", type=int, default=30, help="denoising steps")
     parser.add_argument("--guidance_scale", type=float, default=5.0, help="scale of classifier-free guidance")
     parser.add_argument(
@@ -265,6 +276,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     faults = check_names(rows)
     if args.num_inference_steps < 1:
         raise ValueError(f"`num_inference_steps` has to be at least 1, but is {args.num_inference_steps}.")
+    for name in ("height", "width"):
+        side = getattr(args, name)
+        if side is not None and (side < 8 or side % 8):
+            raise ValueError(f"`{name}` has to be a multiple of 8, but is {side}.")
     if args.batch_size < 1:
         raise ValueError(f"`batch_size` has to be at least 1, but is {args.batch_size}.")
     state = PartialState()

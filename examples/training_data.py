@@ -513,7 +513,7 @@ class Preparation:
             try:
                 mask = to_mask(_decode(mask, columns.mask), whole.size, columns.mask)
                 mask = mask if own else crop_square(mask, edge)
-                mask = preprocess_mask(mask, self.processor)[0]
+                mask = preprocess_mask(mask, self.processor, name=columns.mask)[0]
             except ValueError as error:
                 raise BadSample(str(error)) from error
         return preprocess(whole if own else crop_square(whole, edge), self.processor)[0], mask

@@ -78,6 +78,13 @@ def test_animatediff_example(run, tmp_path):
     assert (tmp_path / "outputs" / "animatediff.mp4").read_bytes()[4:8] == b"ftyp"
 
 
+@pytest.mark.parametrize("option, value", [("num_frames", 0), ("num_frames", -1), ("num_frames", 33), ("fps", 0)])
+def test_invalid_options_of_the_animatediff_example_are_rejected(run, tmp_path, option, value):
+    with pytest.raises(ValueError, match=f"`{option}` has to be at .*, but is {value}"):
+        run("animatediff.py", f"--{option}", value)
+    assert not (tmp_path / "outputs").exists()
+
+
 def test_released_files_are_converted(run, tmp_path):
     torch.save(random_released(ALIGNER), tmp_path / "pytorch_model.bin")
     torch.save(random_released(LAYERS), tmp_path / "pytorch_model_1.bin")

@@ -95,7 +95,7 @@ def test_pictures_are_written_and_invalid_rows_have_an_error(models, table, tmp_
     assert [entry["status"] for entry in entries] == ["done", "done", "failed", "done", "failed", "failed"]
     assert (
         "missing.png" in entries[2]["error"]
-        and "subject_query" in entries[4]["error"]
+        and "`query` is missing" in entries[4]["error"]
         and "seed" in entries[5]["error"]
     )
     assert [entry.get("file") for entry in entries if "file" in entry] == list(pictures(out))
@@ -223,6 +223,36 @@ def test_two_processes_generate_the_same_pictures_as_one(models, table, tmp_path
     assert list(one) == list(two)
     assert all(np.array_equal(one[name], two[name]) for name in one)
     assert manifest(tmp_path / "one") == manifest(tmp_path / "two")
+
+
+@pytest.mark.parametrize("given", [{}, {"height": 24}, {"width": 24}, {"height": 24, "width": 8}], ids=str)
+def test_height_and_width_each_default_to_the_base_model(models, table, tmp_path, given):
+    write(table, ROWS[:2])
+    options = {"table": table, "output_dir": tmp_path / "out", "pretrained_model_name_or_path": models / "base",
+               "ssr": models / "ssr", "num_inference_steps": 1, "batch_size": 2, **given}  # fmt: skip
+    assert generate_batch.main([str(part) for name, value in options.items() for part in (f"--{name}", value)]) == 0
+    shapes = [each.shape[:2] for each in pictures(tmp_path / "out").values()]
+    assert shapes == [(given.get("height", 16), given.get("width", 16))] * 2
+
+
+def test_resolution_of_a_base_model_that_is_not_square(pipe):
+    pipe.unet.register_to_config(sample_size=[8, 12])
+    sizes = [generate_batch.resolution(pipe, *given) for given in ((None, None), (32, None), (None, 32), (8, 40))]
+    assert sizes == [(16, 24), (32, 24), (16, 32), (8, 40)]
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("height", 65), ("width", 65), ("height", 0), ("width", -8), ("height", 4), ("batch_size", 0),
+        ("num_inference_steps", 0),
+    ],
+)  # fmt: skip
+def test_invalid_options_are_rejected_before_a_model_is_loaded(models, table, tmp_path, monkeypatch, option, value):
+    monkeypatch.setattr(StableDiffusionSSRPipeline, "from_pretrained", None)
+    with pytest.raises(ValueError, match=f"`{option}` has to be .*but is {value}"):
+        generate_batch.main(arguments(models, table, tmp_path / "out", **{option: value}))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

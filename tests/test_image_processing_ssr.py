@@ -408,6 +408,29 @@ def test_mask_and_picture_are_preprocessed_in_the_same_way(size, resize_mode):
     assert back[inside].mean() > 0.6 and back[~inside].mean() < 0.1
 
 
+@pytest.mark.parametrize(
+    "size,box,resize_mode,is_empty",
+    [
+        ((96, 32), (0, 0, 32, 32), "crop", True),
+        ((96, 32), (64, 0, 96, 32), "crop", True),
+        ((32, 96), (0, 70, 32, 90), "crop", True),
+        ((96, 32), (0, 0, 40, 32), "crop", False),
+        ((96, 32), (0, 0, 32, 32), "pad", False),
+        ((2048, 2048), (9, 9, 10, 10), "pad", True),
+        ((2048, 2048), (9, 9, 10, 10), "crop", True),
+        ((2048, 2048), (0, 0, 64, 64), "pad", False),
+    ],
+)
+def test_a_mask_of_which_nothing_remains_is_rejected(size, box, resize_mode, is_empty):
+    mask = Image.new("L", size)
+    mask.paste(255, box)
+    if is_empty:
+        with pytest.raises(ValueError, match=f"`mask` is empty .*'{resize_mode}', nothing .* in 32 x 32 pixels"):
+            preprocess_mask(mask, make_image_processor(), resize_mode, "mask")
+    else:
+        assert preprocess_mask(mask, make_image_processor(), resize_mode).max() > 0.5
+
+
 def test_preprocess_matches_the_clip_processor():
     """Compares with the PIL processor of transformers, on a picture that needs resizing, cropping and normalising."""
     module = pytest.importorskip(

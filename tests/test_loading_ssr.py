@@ -20,10 +20,16 @@ from conftest import (
     make_unet,
 )
 from diffusers import (
+    AnimateDiffPipeline,
+    AnimateDiffVideoToVideoPipeline,
     AutoPipelineForImage2Image,
     AutoPipelineForInpainting,
     AutoPipelineForText2Image,
     DiffusionPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
 )
 from diffusers_ssr import (
@@ -397,13 +403,64 @@ def test_lora_scale_applies_to_the_query(pipe):
         ("subjects", "subject"),
         ("subject_begin", "subject_end"),
         ("mask_wieght", "mask_weight"),
+        ("image", "subject_image"),
+        ("images", "subject_image"),
+        ("reference", "subject_image"),
+        ("reference_images", "subject_image"),
+        ("query", "subject_query"),
+        ("queries", "subject_query"),
+        ("querry", "subject_query"),
+        ("mask", "subject_mask"),
+        ("masks", "subject_mask"),
+        ("scale", "subject_scale"),
+        ("ssr_scale", "subject_scale"),
+        ("start", "subject_start"),
+        ("end", "subject_end"),
+        ("resize_mode", "subject_resize_mode"),
+        ("lora_scale", "cross_attention_kwargs="),
     ],
 )
 @pytest.mark.parametrize("with_subject", [False, True])
 def test_misspelled_arguments_raise_an_error_with_a_suggestion(pipe, name, meant, with_subject):
     extra = {"subject": pipe.encode_subject(make_picture(), "cat")} if with_subject else {}
-    with pytest.raises(ValueError, match=f"`{name}` is not an argument of this pipeline; did you mean `{meant}`"):
+    with pytest.raises(ValueError, match=f"`{name}` is not an argument of this pipeline; did you mean `{meant}"):
         pipe(**call_args(**extra, **{name: 0.5}))
+
+
+STOCK = [
+    StableDiffusionPipeline, StableDiffusionControlNetPipeline, AnimateDiffPipeline, StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline, StableDiffusionInstructPix2PixPipeline, AnimateDiffVideoToVideoPipeline,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("stock", STOCK, ids=lambda stock: stock.__name__)
+def test_arguments_of_stock_pipelines_are_not_misspelled(stock):
+    """Includes the deprecated arguments, and the arguments of other classes, which a stock call ignores. Only `image`
+    is an error in a call that takes none."""
+    from diffusers_ssr.checks_ssr import check_unknown_arguments
+    from diffusers_ssr.mixin_ssr import _OWN_ARGUMENTS
+
+    parameters = inspect.signature(stock.__call__).parameters
+    given = {name: 1 for other in STOCK for name in inspect.signature(other.__call__).parameters}
+    given |= {"callback": 1, "callback_steps": 1, "image": None, "subject_scal": None}
+    if "image" in parameters:
+        given["image"] = 1
+    check_unknown_arguments(given, parameters, _OWN_ARGUMENTS)
+
+
+@pytest.mark.parametrize("with_subject", [False, True])
+def test_a_call_that_passes_its_arguments_on_accepts_the_names_of_that_call(pipe, with_subject):
+    class Mine(StableDiffusionImg2ImgPipeline):
+        def __call__(self, prompt, **kwargs):
+            return super().__call__(prompt, **kwargs)
+
+    extra = {"subject": pipe.encode_subject(make_picture(), "cat")} if with_subject else {}
+    arguments = call_args(image=make_picture(size=(16, 16)), num_inference_steps=4, **extra)
+    images = ssr_pipeline_class(Mine).from_pipe(pipe)(**arguments).images
+    assert images.shape == (1, 16, 16, 3)
+    for name in ("subject_scal", "subject_images"):
+        with pytest.raises(ValueError, match=f"`{name}` is not an argument"):
+            ssr_pipeline_class(Mine).from_pipe(pipe)(**arguments, **{name: 1})
 
 
 # Saving

@@ -318,6 +318,25 @@ def test_attention_map_of_the_papers_figure(pipe):
         pipe.subject_attention_map(picture, "a cat", tokens="none")
 
 
+@pytest.mark.parametrize("num_vectors", [1, 3])
+def test_an_attention_map_has_the_tokens_of_a_textual_inversion(pipe, num_vectors):
+    torch.manual_seed(0)
+    vectors = torch.randn(num_vectors, pipe.text_encoder.config.hidden_size)
+    pipe.load_textual_inversion({"<thing>": vectors}, token="<thing>")
+    picture = make_picture(size=(32, 32))
+    attention = pipe.subject_attention_map(picture, "<thing> cat", tokens="own")
+    names = ["<thing>", *(f"<thing>_{index}" for index in range(1, num_vectors))]
+    assert [name for name, _ in attention.tokens] == [*names, "cat</w>"]
+    with torch.no_grad():
+        pixels = preprocess(picture, pipe.ssr_image_processor)
+        level = pipe.ssr_image_encoder(pixels, output_hidden_states=True).hidden_states[3]
+        query, _ = pipe.encode_prompt("<thing> cat", "cpu", 1, False)
+        probs = pipe.ssr_encoder.attention_probs(query, level)[0, :, 1 : num_vectors + 2, 1:].mean(0)
+    expected = torch.nn.functional.interpolate(probs.unflatten(1, (4, 4))[None], (32, 32), mode="bilinear")[0]
+    for (_, heat), own in zip(attention.tokens, expected, strict=True):
+        np.testing.assert_allclose(heat, own / own.max(), atol=1e-5)
+
+
 def test_the_attention_map_of_an_empty_query_is_zero():
     """The attention of the query is the same as the attention of the empty query."""
     probs = torch.rand(5, 17).softmax(-1)
@@ -347,7 +366,7 @@ PAIR = [make_picture(1), make_picture(2)]
         ({"subject_image": PAIR, "subject_query": ["cat"]}, "one length.*'subject_image': 2, 'subject_query': 1"),
         ({"subject_image": [], "subject_query": "cat"}, "not empty"),
         ({"subject_image": PAIR, "subject_query": "cat", "prompt": ["a", "b", "c"]}, "holds 2 for 3"),
-        ({"subject_image": make_picture(), "subject_query": "cat", "subject_resize_mode": "fill"}, "`resize_mode`"),
+        ({"subject_image": make_picture(), "subject_query": "cat", "subject_resize_mode": "fill"}, "`subject_resize_mode`"),
         ({"subject_image": make_picture(), "subject_query": "cat", "subject_start": 0.5, "subject_end": 0.5}, "`subject_start`"),
         ({"subject_image": make_picture(), "subject_query": "cat", "subject_end": 1.5}, "`subject_end`"),
         ({"subject_image": make_picture(), "subject_query": "cat", "subject_scale": {"down": "all"}}, "`subject_scale`.*'all'"),
@@ -361,6 +380,55 @@ def test_invalid_arguments_are_rejected_before_any_step(pipe, arguments, message
     with pytest.raises(ValueError, match=message):
         pipe(**call_args(**arguments))
     assert not calls and snapshot(pipe.unet) == state
+
+
+@pytest.mark.parametrize("method", ["encode_subject", "subject_attention_map"])
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ({"image": None}, "`image` is missing"),
+        ({"image": None, "query": "cat"}, "`query` is 'cat', but `image` is missing"),
+        ({"image": None, "mask": MASK}, "`mask` is given, but `image` is missing"),
+        ({}, "`image` is given, but `query` is missing: .* in `mask`"),
+        ({"query": ""}, "`query` has to be a text that names the subject, but is ''"),
+        ({"query": ("cat", "dog")}, r"`query` has to be a text .*\('cat', 'dog'\)"),
+        ({"query": 3, "mask": MASK}, "`query` has to be a text .* is 3"),
+        ({"image": "cat.png", "query": "cat"}, "`image` has to be a PIL image"),
+        ({"image": (make_picture(),), "query": "cat"}, "`image` has to be a PIL image"),
+        ({"image": make_picture(size=(4, 4)), "query": "cat"}, "`image` is 4 x 4 pixels"),
+        ({"mask": MASK[1:]}, "`mask` has to be as large"),
+        ({"mask": np.zeros_like(MASK)}, "`mask` is empty"),
+        ({"mask": "mask.png"}, "`mask` has to be a PIL image"),
+        ({"mask": MASK, "mask_weight": "5"}, "`mask_weight` has to be a number"),
+        ({"query": "cat", "resize_mode": "fill"}, "`resize_mode` has to be one of"),
+    ],
+)
+def test_errors_name_the_arguments_of_the_method(pipe, method, arguments, message):
+    with pytest.raises(ValueError, match=f"^{message}") as raised:
+        getattr(pipe, method)(**{"image": make_picture(), **arguments})
+    assert "subject_" not in str(raised.value)
+
+
+@pytest.mark.parametrize("method", ["__call__", "encode_subject", "subject_attention_map"])
+def test_a_mask_outside_the_cropped_square_is_rejected(pipe, method):
+    prefix = "subject_" if method == "__call__" else ""
+    mask = np.zeros((32, 80))
+    mask[:, :20] = 1
+    given = {"image": make_picture(size=(80, 32)), "mask": mask, "resize_mode": "crop"}
+    calls = [count_forwards(part) for part in (pipe.unet, pipe.text_encoder, pipe.ssr_image_encoder)]
+    with pytest.raises(ValueError, match=f"`{prefix}mask` is empty"):
+        getattr(pipe, method)(**{f"{prefix}{name}": value for name, value in given.items()})
+    assert not any(calls)
+
+
+@pytest.mark.parametrize(
+    "name,value", [("query", ["cat", "dog"]), ("query", ["cat"]), ("image", PAIR), ("image", []), ("mask", [MASK] * 3)]
+)
+def test_an_attention_map_of_a_list_is_rejected(pipe, name, value):
+    calls = count_forwards(pipe.ssr_image_encoder)
+    with pytest.raises(ValueError, match=f"`{name}` is a list of {len(value)}, but .* one query in one picture"):
+        pipe.subject_attention_map(**{"image": make_picture(), "query": "cat", name: value})
+    assert not calls
 
 
 def test_a_subject_of_another_encoder_is_rejected(pipe):
@@ -390,6 +458,40 @@ def test_a_subject_is_encoded_once(pipe):
         before = len(seen)
         embeds = pipe.encode_subject(**{"image": make_picture(), "query": "cat", **changed}).subjects[0].embeds
         assert len(seen) == before + 1 and (embeds - first).abs().max() > 1e-4, changed
+
+
+@pytest.mark.parametrize("name", ["embeds", "negative_embeds", "fingerprint"])
+@pytest.mark.parametrize("queries", [["cat"], ["cat", "cat"]], ids=["alone", "twice"])
+def test_a_change_in_place_affects_no_other_subject(pipe, name, queries):
+    """Also for the first subject, which was not in the cache, and for equal subjects of one call."""
+
+    def tensor(subject):
+        return subject.fingerprint if name == "fingerprint" else getattr(subject.subjects[0], name)
+
+    expected = None
+    for _ in range(3):
+        encoded = pipe.encode_subject(make_picture(), queries)
+        for subject in encoded:
+            expected = tensor(subject).clone() if expected is None else expected
+            assert torch.equal(tensor(subject), expected)
+            tensor(subject).mul_(0)
+
+
+@pytest.mark.parametrize("first", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("later", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_autograd_can_use_subjects_that_were_encoded_in_any_mode(pipe, first, later):
+    subjects = []
+    for mode in (first, later):
+        with mode():
+            subjects.append(pipe.encode_subject(make_picture(), "cat"))
+    for subject in subjects:
+        (each,) = subject.subjects
+        tensors = each.embeds, each.negative_embeds, subject.fingerprint
+        assert not any(tensor.is_inference() or tensor.requires_grad for tensor in tensors)
+        weight = torch.ones(each.embeds.shape[-1], requires_grad=True)
+        (each.embeds * weight).sum().backward()
+        torch.testing.assert_close(weight.grad, each.embeds.sum((0, 1)))
+    assert torch.equal(subjects[0].subjects[0].embeds, subjects[1].subjects[0].embeds)
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "ssr_image_encoder", "ssr_encoder"])

@@ -47,6 +47,21 @@ def test_compact_subjects_can_be_saved_and_compacted_again(pair, tmp_path):
     assert pair.subjects[0].embeds.shape[1] == length and pair.compact(length).subjects == pair.subjects
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_sum_combines_subjects(pipe, count):
+    given = pipe.encode_subject(make_picture(), query=["cat", "dog", "car"][:count])
+    total = sum(given)
+    assert total.subjects == tuple(subject for each in given for subject in each.subjects)
+    assert torch.equal(total.fingerprint, given[0].fingerprint)
+
+
+@pytest.mark.parametrize("other", [1, 0.0, False, None, "cat", []])
+def test_other_values_cannot_be_added_to_a_subject(pair, other):
+    for add in (lambda: other + pair, lambda: pair + other):
+        with pytest.raises(TypeError, match="SubjectEmbeds"):
+            add()
+
+
 @pytest.mark.parametrize(
     "num_tokens", [0, -1, 2.5, True, "few", None, np.float64(3), np.bool_(True), torch.tensor([3])]
 )

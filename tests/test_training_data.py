@@ -481,7 +481,9 @@ def test_invalid_lists_are_a_bad_sample(changed):
 
 def test_a_mask_that_does_not_fit_is_a_bad_sample():
     prepare = Preparation(Columns(mask="mask"), make_image_processor(), 16)
-    for mask in (Image.new("L", (5, 5), 255), Image.new("L", (40, 32))):
+    outside = Image.new("L", (40, 32))
+    outside.paste(255, (0, 0, 3, 32))  # not in the central square
+    for mask in (Image.new("L", (5, 5), 255), Image.new("L", (40, 32)), outside):
         with pytest.raises(BadSample, match="mask"):
             prepare({"image": PICTURE, "mask": encoded(mask), "text": "a", "query": "b"})
 
