@@ -167,8 +167,8 @@ def _row(subject, none_is_allowed: bool) -> subject_request.SubjectRow:
 
 def _row_of_keyframes(keyframes: dict) -> subject_request.SubjectRow:
     # numpy integers too, but not booleans
-    is_frame = [isinstance(frame, Integral) and not isinstance(frame, bool) and frame >= 0 for frame in keyframes]
-    if not is_frame or not all(is_frame):
+    integers = all(isinstance(frame, Integral) and not isinstance(frame, bool) for frame in keyframes)
+    if not keyframes or not integers or min(keyframes) < 0:
         raise ValueError(f"`subject` as a dict has to hold subjects by frame, 0 the first, but has {list(keyframes)}.")
     frames = sorted(keyframes)
     for each in keyframes.values():

@@ -349,7 +349,8 @@ def _text_arguments(arguments: dict) -> dict:
 def _branches(pipeline) -> list[tuple[bool, ...]]:
     """Returns the possible branches of guidance in the order of the UNet's batch, `True` for a conditional branch. The
     list has one element if the pipeline says whether guidance is on. A callback may switch it off or on."""
-    guided, unguided = (False, True), (True,)
+    guided: tuple[bool, ...] = (False, True)
+    unguided: tuple[bool, ...] = (True,)
     if isinstance(pipeline, StableDiffusionInstructPix2PixPipeline):
         guided = (True, False, False)
     elif getattr(pipeline, "do_perturbed_attention_guidance", False):

@@ -81,7 +81,7 @@ class SubjectRequest:
         key = branches, frames, sample.device
         if key not in self._prepared:
             for row in self.rows:
-                check_regions(row, tuple(sample.shape[-2:]))
+                check_regions(row, (sample.shape[-2], sample.shape[-1]))
             self._prepared[key] = self._prepare(branches, frames, sample.device)
         return self._prepared[key]
 
