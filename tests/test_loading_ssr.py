@@ -1,5 +1,6 @@
 """Tests of components that are exchanged, missing, offloaded, pickled or loaded as another class."""
 
+import copy
 import inspect
 import pickle
 import sys
@@ -199,6 +200,34 @@ def test_image_encoder_folder_none_loads_no_image_encoder(tmp_path, pipe):
         assert np.array_equal(pipe(**call_args(subject=subject)).images, expected)
         with pytest.raises(ValueError, match="not loaded, or were dropped"):
             pipe.encode_subject(make_picture(), "cat")
+
+
+@pytest.mark.parametrize("way", ["class", "custom code", "load_ssr", "pickle", "deepcopy", "saved again"])
+def test_pipeline_without_its_encoders_can_be_saved_and_loaded(tmp_path, pipe, way):
+    """The loaded pipeline draws encoded subjects, and refuses those of another encoder."""
+    subject = pipe.encode_subject(make_picture(), "cat")
+    expected = pipe(**call_args(subject=subject)).images
+    pipe.drop_ssr_encoders()
+    pipe.save_pretrained(tmp_path / "saved")
+    if way == "load_ssr":
+        again = make_pipe_without_ssr()
+        again.load_ssr(tmp_path / "saved", image_encoder_folder=None)
+    elif way == "custom code":
+        again = DiffusionPipeline.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    else:
+        again = StableDiffusionSSRPipeline.from_pretrained(tmp_path / "saved")
+    if way == "saved again":
+        again.save_pretrained(tmp_path / "again")
+        again = StableDiffusionSSRPipeline.from_pretrained(tmp_path / "again")
+    elif way in ("pickle", "deepcopy"):
+        again = pickle.loads(pickle.dumps(again)) if way == "pickle" else copy.deepcopy(again)
+    again.set_progress_bar_config(disable=True)
+    assert np.array_equal(again(**call_args(subject=subject)).images, expected)
+    with pytest.raises(ValueError, match="not loaded, or were dropped"):
+        again.encode_subject(make_picture(), "cat")
+    pipe.load_ssr(make_ssr_encoder(seed=9), image_encoder=make_image_encoder())
+    with pytest.raises(ValueError, match="`subject` was encoded by another SSR-Encoder"):
+        again(**call_args(subject=pipe.encode_subject(make_picture(), "cat")))
 
 
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
