@@ -71,6 +71,8 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
+        if any(issubclass(base, SSRPipelineMixin) for base in cls.__bases__ if base is not SSRPipelineMixin):
+            return  # the class inherits all of this
         # diffusers reads a class's components and arguments from its signatures. With only `*args, **kwargs`,
         # `from_pretrained` and `from_pipe` would load no component, so each class gets a signature with all names.
         for name in ("__init__", "__call__"):

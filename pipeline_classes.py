@@ -1,7 +1,9 @@
 """Creates SSR versions of diffusers' pipeline classes on demand."""
 
+import copyreg
 import functools
 import inspect
+from typing import Any
 
 from diffusers import (
     DiffusionPipeline,
@@ -29,6 +31,19 @@ _UNSUITABLE = {
 }
 
 
+class _MadeClass(type):
+    """The metaclass of the classes that `ssr_pipeline_class` makes. pickle looks for a class by its name in a module,
+    where these classes are not. Their metaclass makes pickle call `ssr_pipeline_class` instead."""
+
+
+def _reduce_class(made: type) -> Any:
+    # a class that a user derives from a made one has the same metaclass, but is in a module
+    return (ssr_pipeline_class, (made._stock_class,)) if "_stock_class" in vars(made) else made.__qualname__
+
+
+copyreg.pickle(_MadeClass, _reduce_class)
+
+
 @functools.cache
 def ssr_pipeline_class(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
     r"""
@@ -41,7 +56,8 @@ def ssr_pipeline_class(pipeline_class: type[DiffusionPipeline]) -> type[Diffusio
 
     Returns:
         `type`: a subclass of [`SSRPipelineMixin`] and `pipeline_class`. Every call with the same class returns the
-        same subclass. Its name is "SSR" followed by the name of `pipeline_class`.
+        same subclass. Its name is "SSR" followed by the name of `pipeline_class`. It can be pickled if
+        `pipeline_class` can.
 
     Raises:
         `ValueError`: if `pipeline_class` is not a Stable Diffusion 1.5 pipeline, or does not work with a subject.
@@ -68,7 +84,9 @@ def ssr_pipeline_class(pipeline_class: type[DiffusionPipeline]) -> type[Diffusio
         )
     doc = f"[`{name}`] that also takes a subject; see [`SSRPipelineMixin`]."
     namespace = {"__doc__": doc, "__module__": __name__, "_stock_class": pipeline_class}
-    return type(f"SSR{name}", (mixin_ssr.SSRPipelineMixin, pipeline_class), namespace)
+    # a class with a metaclass of its own needs that one
+    metaclass = _MadeClass if type(pipeline_class) is type else type(pipeline_class)
+    return metaclass(f"SSR{name}", (mixin_ssr.SSRPipelineMixin, pipeline_class), namespace)
 
 
 # creating these classes registers them for `AutoPipelineForImage2Image.from_pipe` and similar methods

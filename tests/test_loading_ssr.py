@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import subprocess
 import sys
 from typing import Union, get_origin
 
@@ -268,6 +269,76 @@ def test_pipeline_can_be_pickled_after_encoding(pipe):
     assert np.array_equal(pipe(**subject_args()).images, expected)
 
 
+class OwnPipeline(StableDiffusionPipeline):
+    """A user's stock pipeline."""
+
+
+class OwnSSRPipeline(StableDiffusionSSRPipeline):
+    """A user's subclass of a class of the package."""
+
+
+class OwnSSRInpaintPipeline(ssr_pipeline_class(diffusers.StableDiffusionInpaintPipeline)):
+    """A user's subclass of a class that `ssr_pipeline_class` made."""
+
+
+PICKLED = [
+    StableDiffusionSSRPipeline,
+    ssr_pipeline_class(diffusers.StableDiffusionImg2ImgPipeline),
+    ssr_pipeline_class(diffusers.StableDiffusionInpaintPipeline),
+    ssr_pipeline_class(OwnPipeline),
+    OwnSSRPipeline,
+    OwnSSRInpaintPipeline,
+]
+
+
+@pytest.mark.parametrize("made", PICKLED, ids=lambda made: made.__name__)
+def test_pipelines_of_every_class_can_be_pickled_and_copied(pipe, made):
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+        assert pickle.loads(pickle.dumps(made, protocol)) is made
+    assert copy.deepcopy(made) is made
+    other = made.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    pictures = dict.fromkeys(("image", "mask_image"), control_picture())
+    taken = inspect.signature(made.__call__).parameters
+    arguments = {name: value for name, value in {**pictures, "height": 16, "width": 16}.items() if name in taken}
+    expected = other(**subject_args(**arguments)).images
+    for again in (pickle.loads(pickle.dumps(other)), copy.deepcopy(other)):
+        again.set_progress_bar_config(disable=True)
+        assert type(again) is made
+        assert np.array_equal(again(**subject_args(**arguments)).images, expected)
+
+
+def test_pickled_pipelines_can_be_loaded_in_a_new_process(pipe, tmp_path):
+    (tmp_path / "pipes").write_bytes(pickle.dumps([made.from_pipe(pipe) for made in PICKLED[:3]]))
+    code = (
+        f"import pickle\npipes = pickle.load(open({str(tmp_path / 'pipes')!r}, 'rb'))\n"
+        "for pipe in pipes: print(type(pipe).__name__, pickle.loads(pickle.dumps(type(pipe))) is type(pipe))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines() == [f"{made.__name__} True" for made in PICKLED[:3]], done.stderr[-2000:]
+
+
+def test_pipelines_of_custom_code_can_be_pickled(pipe, tmp_path):
+    """Loading a saved pipeline imports a copy of the code. A pickle contains the names of its modules."""
+    pipe.save_pretrained(tmp_path)
+    theirs = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    make = sys.modules[type(theirs).__module__].ssr_pipeline_class
+    assert make is not ssr_pipeline_class
+    for made in (type(theirs), make(diffusers.StableDiffusionImg2ImgPipeline)):
+        assert pickle.loads(pickle.dumps(made)) is made
+        assert type(pickle.loads(pickle.dumps(made.from_pipe(theirs)))) is made
+
+
+@pytest.mark.parametrize("parent", PICKLED, ids=lambda made: made.__name__)
+def test_a_subclass_has_the_arguments_and_components_of_its_parent(parent):
+    own = type("Own", (parent,), {})
+    for name in ("__init__", "__call__"):
+        assert inspect.signature(getattr(own, name)) == inspect.signature(getattr(parent, name))
+    assert own._optional_components == parent._optional_components
+    assert own.model_cpu_offload_seq == parent.model_cpu_offload_seq
+    assert own.model_cpu_offload_seq.count("ssr_encoder") == 1
+
+
 def test_auto_pipelines_return_ssr_pipelines(pipe):
     subject = pipe.encode_subject(make_picture(), "cat").scaled(1.0)
     found = AutoPipelineForImage2Image.from_pipe(pipe)
@@ -392,8 +463,6 @@ def test_only_library_internals_imports_private_names_of_libraries():
 
 
 def test_import_works_without_optional_packages():
-    import subprocess
-
     code = (
         "import sys\n"
         "for name in ('peft', 'accelerate', 'datasets', 'gradio', 'tqdm.notebook'): sys.modules[name] = None\n"
@@ -494,8 +563,6 @@ def test_old_versions_raise_an_error(library, version, monkeypatch):
 
 
 def test_versions_are_checked_at_import():
-    import subprocess
-
     code = "import diffusers\ndiffusers.__version__ = '0.30.3'\nimport diffusers_ssr\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stderr.splitlines()[-1] == (
