@@ -5,15 +5,9 @@ import functools
 import inspect
 from typing import Any
 
-from diffusers import (
-    DiffusionPipeline,
-    StableDiffusionControlNetImg2ImgPipeline,
-    StableDiffusionControlNetInpaintPipeline,
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionInpaintPipeline,
-)
+from diffusers import DiffusionPipeline
 
-from . import mixin_ssr
+from . import library_internals, mixin_ssr
 
 
 _OWN_PROCESSORS = "it replaces the UNet's attention processors itself"
@@ -36,7 +30,7 @@ class _MadeClass(type):
     where these classes are not. Their metaclass makes pickle call `ssr_pipeline_class` instead."""
 
 
-def _reduce_class(made: type) -> Any:
+def _reduce_class(made: Any) -> Any:
     # a class that a user derives from a made one has the same metaclass, but is in a module
     return (ssr_pipeline_class, (made._stock_class,)) if "_stock_class" in vars(made) else made.__qualname__
 
@@ -85,15 +79,10 @@ def ssr_pipeline_class(pipeline_class: type[DiffusionPipeline]) -> type[Diffusio
     doc = f"[`{name}`] that also takes a subject; see [`SSRPipelineMixin`]."
     namespace = {"__doc__": doc, "__module__": __name__, "_stock_class": pipeline_class}
     # a class with a metaclass of its own needs that one
-    metaclass = _MadeClass if type(pipeline_class) is type else type(pipeline_class)
+    metaclass: Any = _MadeClass if type(pipeline_class) is type else type(pipeline_class)
     return metaclass(f"SSR{name}", (mixin_ssr.SSRPipelineMixin, pipeline_class), namespace)
 
 
 # creating these classes registers them for `AutoPipelineForImage2Image.from_pipe` and similar methods
-for _stock in (
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionInpaintPipeline,
-    StableDiffusionControlNetImg2ImgPipeline,
-    StableDiffusionControlNetInpaintPipeline,
-):
+for _stock in library_internals.auto_pipeline_classes():
     ssr_pipeline_class(_stock)

@@ -33,6 +33,7 @@ from diffusers_ssr import (
     StableDiffusionSSRControlNetPipeline,
     StableDiffusionSSRPipeline,
     library_internals,
+    mixin_ssr,
     ssr_pipeline_class,
 )
 from test_chains import make_controlnet
@@ -354,6 +355,50 @@ def test_auto_pipelines_return_ssr_pipelines(pipe):
     # the result for stock pipelines does not change
     stock = AutoPipelineForImage2Image.from_pipe(StableDiffusionPipeline.from_pipe(pipe))
     assert type(stock) is diffusers.StableDiffusionImg2ImgPipeline
+
+
+AUTO_CLASSES = (AutoPipelineForText2Image, AutoPipelineForImage2Image, AutoPipelineForInpainting)
+SWITCHES = [
+    {**pag, **control} for pag in ({}, {"enable_pag": True}, {"enable_pag": False})
+    for control in ({}, {"controlnet": make_controlnet()}, {"controlnet": None})
+]  # fmt: skip
+
+
+def auto_class(auto, pipe, switches: dict) -> type | None:
+    """Returns the class that an auto class converts a pipeline to, or `None` if it cannot convert it."""
+    try:
+        return type(auto.from_pipe(pipe, **switches))
+    except ValueError:
+        return None
+
+
+@pytest.mark.parametrize("stock_class", library_internals.auto_pipeline_classes(), ids=lambda each: each.__name__)
+@pytest.mark.parametrize("auto", AUTO_CLASSES, ids=lambda each: each.__name__)
+def test_auto_pipelines_convert_like_those_of_stock_pipelines(components, stock_class, auto):
+    """With every combination of `enable_pag` and `controlnet`, from the SSR version of every class."""
+    parts = {**components, "requires_safety_checker": False, "controlnet": make_controlnet()}
+    taken = inspect.signature(stock_class.__init__).parameters
+    parts = {name: part for name, part in parts.items() if name in taken}
+    stock = stock_class(**parts)
+    sources = [ssr_pipeline_class(stock_class)]
+    sources += [each for each in (StableDiffusionSSRPipeline, StableDiffusionSSRControlNetPipeline)
+                if mixin_ssr._stock_class_of(each) is stock_class]  # fmt: skip
+    encoder = make_ssr_encoder()
+    for switches in SWITCHES:
+        expected = auto_class(auto, stock, switches)
+        for source in sources:
+            made = auto_class(auto, source(**parts, ssr_encoder=encoder), switches)
+            assert (made and mixin_ssr._stock_class_of(made)) is expected, (source, switches)
+
+
+def test_auto_pipelines_with_pag_draw_subjects(pipe):
+    subject = pipe.encode_subject(make_picture(), "cat").scaled(1.0)
+    pag = AutoPipelineForText2Image.from_pipe(pipe, enable_pag=True)
+    assert type(pag) is ssr_pipeline_class(diffusers.StableDiffusionPAGPipeline)
+    pag.set_progress_bar_config(disable=True)
+    drawn = [pag(**call_args(pag_scale=2.0, **extra)).images for extra in ({"subject": subject}, {})]
+    assert np.abs(drawn[0] - drawn[1]).max() > 1e-4
+    assert type(AutoPipelineForText2Image.from_pipe(pag, enable_pag=False)) is StableDiffusionSSRPipeline
 
 
 @pytest.mark.parametrize(
