@@ -84,7 +84,9 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
                 setattr(cls, name, _with_own_tokenizer(getattr(stock, name)))
         library_internals.register_auto_pipeline(cls, _stock_class_of(cls))
         cls._optional_components = [*stock._optional_components, *loading_ssr.COMPONENTS]
-        cls.model_cpu_offload_seq = stock.model_cpu_offload_seq.replace("unet", "ssr_image_encoder->ssr_encoder->unet")
+        if stock.model_cpu_offload_seq is not None:  # a user's own pipeline may not support offloading
+            order = stock.model_cpu_offload_seq.replace("unet", "ssr_image_encoder->ssr_encoder->unet")
+            cls.model_cpu_offload_seq = order
 
     @_in_own_pipeline
     def __call__(

@@ -14,6 +14,7 @@ import torch
 from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook, CpuOffload
 from conftest import (
+    ROOT,
     call_args,
     make_components,
     make_image_encoder,
@@ -482,7 +483,6 @@ def test_entry_files_import_every_module():
     """diffusers only copies the relative imports of the entry file, not the relative imports of these files. When it
     loads from the Hub, it requests each relative import of each file again, so only the entry files may have relative
     imports."""
-    from conftest import ROOT
     from diffusers.utils.dynamic_modules_utils import get_relative_imports
 
     entries = {"pipeline_ssr", "pipeline_ssr_animatediff", "pipeline_ssr_controlnet"}
@@ -496,8 +496,6 @@ def test_entry_files_import_every_module():
 
 def test_only_library_internals_imports_private_names_of_libraries():
     import ast
-
-    from conftest import ROOT
 
     for file in ROOT.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
@@ -591,6 +589,84 @@ def test_full_disk_keeps_the_saved_pipeline(pipe, tmp_path, monkeypatch, number)
     assert np.array_equal(again(**subject_args()).images, expected)
     changed.save_pretrained(folder)
     assert contents(folder).keys() == before.keys() and contents(folder) != before
+
+
+CLASSES_WITHOUT_CODE = """
+from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers_ssr import SSREncoder, SSRPipelineMixin, StableDiffusionSSRPipeline, ssr_pipeline_class
+
+class Mixed(SSRPipelineMixin, StableDiffusionPipeline): ...
+class Derived(StableDiffusionSSRPipeline): ...
+class OfMade(ssr_pipeline_class(StableDiffusionImg2ImgPipeline)): ...
+class Stock(StableDiffusionPipeline): ...
+class Whole(DiffusionPipeline):
+    def __init__(self, unet, text_encoder, tokenizer):
+        super().__init__()
+        self.register_modules(unet=unet, text_encoder=text_encoder, tokenizer=tokenizer)
+
+    def __call__(self, prompt=None, cross_attention_kwargs=None): ...
+class Encoder(SSREncoder): ...
+
+Made = ssr_pipeline_class(Stock)
+OfWhole = ssr_pipeline_class(Whole)
+def nested():
+    class Nested(StableDiffusionSSRPipeline): ...
+    return Nested
+Nested = nested()
+"""
+SAVED_AS = {
+    "Mixed": "SSRStableDiffusionPipeline",
+    "Made": "SSRStableDiffusionPipeline",
+    "Derived": "StableDiffusionSSRPipeline",
+    "Nested": "StableDiffusionSSRPipeline",
+    "OfMade": "SSRStableDiffusionImg2ImgPipeline",
+}
+
+
+def class_without_code(name: str, module: str = "__main__") -> type:
+    """Returns a class as it is defined in a notebook or script (`__main__`), or in a module without a file."""
+    namespace = {"__name__": module}
+    exec(compile(CLASSES_WITHOUT_CODE, "<stdin>", "exec"), namespace)
+    return namespace[name]
+
+
+@pytest.mark.parametrize(
+    "name,module",
+    [*((name, module) for name in SAVED_AS for module in ("__main__", "no_file")), ("Nested", "test_loading_ssr")],
+)
+def test_a_class_without_code_is_saved_as_its_nearest_parent(pipe, tmp_path, caplog, name, module):
+    """No file of the program is copied, and the saved pipeline draws the same picture."""
+    own = class_without_code(name, module).from_pipe(pipe)
+    own.set_progress_bar_config(disable=True)
+    own.save_pretrained(tmp_path)
+    assert f"it is saved as {SAVED_AS[name]}" in caplog.text
+    assert {file.name for file in tmp_path.glob("*.py")} <= {
+        *(file.name for file in ROOT.glob("*.py")), f"pipeline_{SAVED_AS[name].lower()}.py",
+    }  # fmt: skip
+    again = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    again.set_progress_bar_config(disable=True)
+    assert type(again).__name__ == SAVED_AS[name]
+    extra = {"image": control_picture()} if name == "OfMade" else {}
+    assert np.array_equal(again(**subject_args(**extra)).images, own(**subject_args(**extra)).images)
+    assert type(type(own).from_pretrained(tmp_path)) is type(own)
+
+
+def test_a_class_without_code_or_a_stock_parent_raises_an_error_before_it_is_saved(pipe, tmp_path):
+    own = class_without_code("OfWhole")(pipe.unet, pipe.text_encoder, pipe.tokenizer, ssr_encoder=pipe.ssr_encoder)
+    with pytest.raises(ValueError, match="SSRWhole cannot be saved.*move it to a module"):
+        own.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_an_encoder_without_code_is_saved_as_an_ssr_encoder(pipe, tmp_path):
+    expected = pipe(**subject_args()).images
+    encoder = class_without_code("Encoder").from_config(pipe.ssr_encoder.config)
+    encoder.load_state_dict(pipe.ssr_encoder.state_dict())
+    pipe.load_ssr(encoder, image_encoder=pipe.ssr_image_encoder)
+    pipe.save_pretrained(tmp_path)
+    again = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    again.set_progress_bar_config(disable=True)
+    assert np.array_equal(again(**subject_args()).images, expected)
 
 
 # Versions
