@@ -5,6 +5,7 @@ the libraries, start with this file.
 """
 
 import copy
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 
 
 __all__ = [
+    "auto_pipeline_classes",
     "check_versions",
     "precision_arguments",
     "clear_forward_hooks",
@@ -106,16 +108,53 @@ def reapply_group_offloading(module: nn.Module) -> None:
     _maybe_remove_and_reapply_group_offloading(module)
 
 
-def register_auto_pipeline(pipeline_class: type[Any], stock_class: type[Any]) -> None:
-    """Registers a class for `AutoPipelineFor...from_pipe` of diffusers, for the same tasks as the stock class.
-    `from_pipe` only finds classes in these mappings."""
+# the names that diffusers' mappings give to the families of pipelines for Stable Diffusion 1.5
+_FAMILIES = (
+    "stable-diffusion",
+    "stable-diffusion-controlnet",
+    "stable-diffusion-pag",
+    "stable-diffusion-controlnet-pag",
+    "lcm",
+)
+
+
+def _auto_mappings() -> list[dict[str, type[Any]]]:
     from diffusers.pipelines import auto_pipeline
 
-    for kind in ("TEXT2IMAGE", "IMAGE2IMAGE", "INPAINT"):
-        mapping = getattr(auto_pipeline, f"AUTO_{kind}_PIPELINES_MAPPING")
-        for name, known in list(mapping.items()):
+    return [
+        getattr(auto_pipeline, f"AUTO_{kind}_PIPELINES_MAPPING") for kind in ("TEXT2IMAGE", "IMAGE2IMAGE", "INPAINT")
+    ]
+
+
+def auto_pipeline_classes() -> list[Any]:
+    """Returns the stock classes for Stable Diffusion 1.5 that `AutoPipelineFor...from_pipe` of diffusers can return."""
+    return [mapping[family] for mapping in _auto_mappings() for family in _FAMILIES if family in mapping]
+
+
+def register_auto_pipeline(pipeline_class: type[Any], stock_class: type[Any]) -> None:
+    """Registers a class for `AutoPipelineFor...from_pipe` of diffusers, for the same tasks as the stock class.
+    `from_pipe` only finds classes in these mappings. The first class of a stock class is kept, but
+    `StableDiffusionSSRPipeline` has priority over a class that `ssr_pipeline_class` made of the same stock class."""
+    made, own = f"SSR{stock_class.__name__}", stock_class.__name__.replace("StableDiffusion", "StableDiffusionSSR", 1)
+    for mapping in _auto_mappings():
+        for family, known in list(mapping.items()):
             if known is stock_class:
-                mapping.setdefault(f"{name}-ssr", pipeline_class)
+                present = mapping.setdefault(f"{family}-ssr", pipeline_class)
+                if present.__name__ != own == pipeline_class.__name__:
+                    mapping[f"{family}-ssr"] = pipeline_class
+                for name in (made, own):
+                    _add_auto_name(name, f"{family}-ssr")
+
+
+def _add_auto_name(name: str, family: str) -> None:
+    """Makes `AutoPipelineFor...from_pipe` find a family of pipelines by a further name. To switch PAG or a ControlNet
+    on or off, diffusers adds "PAG" or "ControlNet" to the name of a class or removes it. The result is not always the
+    name of a class: "StableDiffusionSSRPAGPipeline" means `ssr_pipeline_class(StableDiffusionPAGPipeline)`."""
+    from diffusers.pipelines import auto_pipeline
+
+    mappings: Any = auto_pipeline.SUPPORTED_TASKS_MAPPINGS
+    if not any(known.__name__ == name for mapping in mappings for known in mapping.values()):
+        mappings.append({family: types.SimpleNamespace(__name__=name)})
 
 
 def uses_split_inference(unet: nn.Module) -> bool:

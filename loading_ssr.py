@@ -200,38 +200,72 @@ class SSRLoaderMixin(SSRComponents):
         Save the whole pipeline with its code. `DiffusionPipeline.from_pretrained(save_directory,
         trust_remote_code=True)` can load it without this package. The arguments are those of
         `DiffusionPipeline.save_pretrained`. If an error occurs, the folder is not changed.
+
+        A class that is defined in a notebook, in an interactive session, or in the script that is running, is not in a
+        module that can be saved. In this case the pipeline is saved as the nearest class that it is derived from, and a
+        warning names this class. To load it as the first class, call `from_pretrained` of that class.
+
+        Raises:
+            `ValueError`: if a class is not in a module that can be saved, and is not derived from a Stable Diffusion
+                1.5 pipeline of one.
         """
+        saved = self._saved_class()
+        if saved is not type(self):
+            logger.warning(
+                f"{type(self).__name__} is not defined in a module that can be saved with the pipeline: it is saved as"
+                f" {saved.__name__}. `{type(self).__name__}.from_pretrained` loads it as {type(self).__name__}."
+            )
         with file_utils.atomic_folder(save_directory) as folder:
             super().save_pretrained(os.fspath(folder), *args, **kwargs)
-            self._save_index_and_code(folder)
+            self._save_index_and_code(folder, saved)
 
-    def _save_index_and_code(self, folder: Path) -> None:
+    def _saved_class(self) -> Any:
+        """Returns the class that `model_index.json` names: the pipeline's class, or the nearest class that it is derived
+        from and whose code can be saved."""
+        from . import pipeline_classes  # imported here, because that module imports this one
+
+        pipelines = [each for each in type(self).__mro__ if issubclass(each, DiffusionPipeline)]
+        for each in pipelines:
+            if issubclass(each, SSRLoaderMixin) and _has_code(vars(each).get("_stock_class", each)):
+                return each
+        stock: Any = next(each for each in pipelines if not issubclass(each, SSRLoaderMixin) and _has_code(each))
+        try:
+            return pipeline_classes.ssr_pipeline_class(stock)
+        except ValueError as error:
+            raise ValueError(
+                f"{type(self).__name__} cannot be saved, because it is not defined in a module whose code can be saved"
+                f" with it: move it to a module and import it. ({error})"
+            ) from error
+
+    def _save_index_and_code(self, folder: Path, saved: Any) -> None:
         """Copies the pipeline's modules to the folder and writes their names to `model_index.json`."""
-        entry = self._save_code(folder)
+        entry = self._save_code(folder, saved)
         model_index = folder / self.config_name
         config = json.loads(model_index.read_text())
-        config["_class_name"] = [entry.stem, type(self).__name__]
+        config["_class_name"] = [entry.stem, saved.__name__]
         if self.ssr_encoder is not None:
-            code = Path(inspect.getfile(type(self.ssr_encoder)))
+            encoder = next(each for each in type(self.ssr_encoder).__mro__ if _has_code(each))
+            code = Path(inspect.getfile(encoder))
             _copy_code(code, folder / "ssr_encoder")
-            config["ssr_encoder"] = [code.stem, type(self.ssr_encoder).__name__]
+            config["ssr_encoder"] = [code.stem, encoder.__name__]
         model_index.write_text(json.dumps(config, indent=2) + "\n")
 
-    def _save_code(self, folder: Path) -> Path:
-        """Copy the modules that the pipeline needs, and return the one in which diffusers looks for the class."""
-        entry = Path(inspect.getfile(type(self)))
+    def _save_code(self, folder: Path, saved: Any) -> Path:
+        """Copy the modules that the class needs, and return the one in which diffusers looks for the class."""
         # Any pipeline file that imports all modules will do. A folder of custom code contains only one of them, the
         # one that was requested.
         files = sorted(Path(__file__).parent.glob("pipeline*.py"), reverse=True)
         listing = next(file for file in files if "from .mixin_ssr import" in file.read_text())
-        if hasattr(self, "_stock_class"):  # a class made by `ssr_pipeline_class` is not defined in a file
-            entry = folder / f"pipeline_{type(self).__name__.lower()}.py"
-            stock, lines = self._stock_class, _import_lines(listing)
+        if "_stock_class" in vars(saved):  # a class made by `ssr_pipeline_class` is not defined in a file
+            entry = folder / f"pipeline_{saved.__name__.lower()}.py"
+            stock, lines = saved._stock_class, _import_lines(listing)
             entry.write_text(
-                f'"""{type(self).__name__}, as `ssr_pipeline_class` makes it."""\n\n'
+                f'"""{saved.__name__}, as `ssr_pipeline_class` makes it."""\n\n'
                 f"from {stock.__module__} import {stock.__name__}\n\n{lines}\n\n"
-                f"{type(self).__name__} = ssr_pipeline_class({stock.__name__})\n"
+                f"{saved.__name__} = ssr_pipeline_class({stock.__name__})\n"
             )
+        else:
+            entry = Path(inspect.getfile(saved))
         for file in {entry, *map(Path, get_relative_import_files(listing))}:
             _copy_code(file, folder)
         return entry
@@ -335,6 +369,17 @@ def _load_image_processor(path, subfolder: str, kwargs) -> CLIPImageProcessor | 
     except (EntryNotFoundError, OSError):
         logger.info(f"{path} has no {subfolder}: the image processor is created from the vision encoder's config.")
         return None
+
+
+def _has_code(defined: type) -> bool:
+    """Returns whether a class is at the top of a module with a file, so that other programs can import it. A class in
+    `__main__` is defined in a notebook, in an interactive session, or in a script that runs when it is imported."""
+    if defined.__module__ == "__main__" or defined.__qualname__ != defined.__name__:
+        return False
+    try:
+        return Path(inspect.getfile(defined)).is_file()
+    except (OSError, TypeError):  # the module does not exist, or has no file
+        return False
 
 
 def _import_lines(entry: Path) -> str:

@@ -72,6 +72,8 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
+        if any(issubclass(base, SSRPipelineMixin) for base in cls.__bases__ if base is not SSRPipelineMixin):
+            return  # the class inherits all of this
         # diffusers reads a class's components and arguments from its signatures. With only `*args, **kwargs`,
         # `from_pretrained` and `from_pipe` would load no component, so each class gets a signature with all names.
         for name in ("__init__", "__call__"):
@@ -83,7 +85,9 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
                 setattr(cls, name, _with_own_tokenizer(getattr(stock, name)))
         library_internals.register_auto_pipeline(cls, _stock_class_of(cls))
         cls._optional_components = [*stock._optional_components, *loading_ssr.COMPONENTS]
-        cls.model_cpu_offload_seq = stock.model_cpu_offload_seq.replace("unet", "ssr_image_encoder->ssr_encoder->unet")
+        if stock.model_cpu_offload_seq is not None:  # a user's own pipeline may not support offloading
+            order = stock.model_cpu_offload_seq.replace("unet", "ssr_image_encoder->ssr_encoder->unet")
+            cls.model_cpu_offload_seq = order
 
     @_in_own_pipeline
     def __call__(

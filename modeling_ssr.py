@@ -38,6 +38,8 @@ MAX_LEVELS = 64
 MAX_LAYERS = 1024
 MAX_PARAMETERS = 2**30
 
+_LARGEST_FLOAT = torch.finfo(torch.float32).max
+
 
 class _Layers(nn.ModuleDict):
     """Projects subject embeddings to the keys and values of the layers. It is a module with its own `forward`, because
@@ -72,9 +74,13 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
         attention_layers (`dict[str, int]`, *optional*):
             Name and width of each cross-attention layer that receives the subject's keys and values. Defaults to the
             sixteen cross-attention layers of SD 1.5.
+        known_fingerprint (`list[list[float]]`, *optional*):
+            The [`~SSREncoder.fingerprint`] of the encoder that [`~SSREncoder.layers_alone`] was called on. It is only
+            for encoders without image levels, which cannot compute it.
 
     Raises:
-        `ValueError`: if a size is not a positive whole number, or exceeds the limits of this module.
+        `ValueError`: if a size is not a positive whole number, or exceeds the limits of this module, or if
+            `known_fingerprint` is not a fingerprint or `image_levels` is not empty.
 
     Example:
 
@@ -102,6 +108,7 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
         num_attention_heads: int = 8,
         image_levels: tuple[int, ...] = (4, 8, 12, 16, 20, 24),
         attention_layers: dict[str, int] | None = None,
+        known_fingerprint: list[list[float]] | None = None,
     ):
         super().__init__()
         if attention_layers is None:
@@ -111,6 +118,7 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
         _check_levels(image_levels)
         _check_layers(attention_layers)
         _check_parameters(cross_attention_dim, vision_hidden_size, inner_dim, len(image_levels), attention_layers)
+        _check_fingerprint(known_fingerprint, cross_attention_dim, len(image_levels))
 
         self.to_q = nn.Linear(cross_attention_dim, inner_dim, bias=False)
         self.to_k = nn.Linear(vision_hidden_size, inner_dim, bias=False)
@@ -118,8 +126,6 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
         self.to_out = nn.ModuleList(nn.Linear(inner_dim, cross_attention_dim, bias=False) for _ in image_levels)
         self.norm = nn.LayerNorm(cross_attention_dim)
 
-        # set by `layers_alone`: the fingerprint of the whole encoder, which its layers alone cannot compute
-        self.known_fingerprint: torch.Tensor | None = None
         # keyed by name, because a saved config sorts its keys alphabetically and loses the order of the layers
         self.layers = _Layers(
             {
@@ -155,7 +161,11 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
         Returns:
             `torch.Tensor` of shape `(batch_size, num_attention_heads, num_tokens, 1 + num_patches)`. Each row sums
             to 1.
+
+        Raises:
+            `ValueError`: if the encoder has no image levels.
         """
+        self._check_has_levels()
         heads = self.config.num_attention_heads
         query = self.to_q(query_hidden_states).unflatten(-1, (heads, -1)).transpose(1, 2)
         key = self.to_k(image_hidden_states).unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -199,8 +209,10 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
             attention.
 
         Raises:
-            `ValueError`: if `image_hidden_states` and `config.image_levels` differ in length.
+            `ValueError`: if `image_hidden_states` and `config.image_levels` differ in length, or if the encoder has no
+                image levels.
         """
+        self._check_has_levels()
         if len(image_hidden_states) != len(self.to_v):
             raise ValueError(
                 f"`image_hidden_states` has to hold {len(self.to_v)} levels, one for each of `config.image_levels`, but"
@@ -214,6 +226,13 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
             levels.append(to_out((probs @ value).transpose(1, 2).flatten(2)))
         subject_embeds = self.norm(torch.cat(levels, dim=1))
         return (subject_embeds, probs) if output_attentions else subject_embeds
+
+    def _check_has_levels(self) -> None:
+        if not self.config.image_levels:
+            raise ValueError(
+                "`image_levels` of this SSREncoder is empty, so it only projects subjects that are encoded already:"
+                " load the whole encoder to encode a picture."
+            )
 
     @apply_forward_hook
     def project(self, subject_embeds: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -236,7 +255,8 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
         Returns an encoder that only projects subject embeddings to keys and values. It cannot encode pictures.
 
         Returns:
-            [`SSREncoder`] that shares the key and value weights with this encoder and has no image levels.
+            [`SSREncoder`] that shares the key and value weights with this encoder and has no image levels. It has the
+            same [`~SSREncoder.fingerprint`], also after it is saved and loaded.
 
         Example:
 
@@ -245,18 +265,19 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
         ```
         """
         config = self.config
-        alone = type(self)(config.cross_attention_dim, config.vision_hidden_size, 1, 1, (), {})
+        fingerprint = self.fingerprint()
+        known = None if fingerprint is None else fingerprint.tolist()
+        alone = type(self)(config.cross_attention_dim, config.vision_hidden_size, 1, 1, (), {}, known)
         # with sequential offloading, the weights are on the meta device, from which nothing can be copied
         device = torch.device("cpu") if self.device.type == "meta" else self.device
         for module in (alone.to_q, alone.to_k, alone.norm):
             module.to(device, self.dtype)
         alone.layers = self.layers
         alone.register_to_config(attention_layers=dict(config.attention_layers))
-        alone.known_fingerprint = self.fingerprint()
         return alone.eval()
 
     @torch.no_grad()
-    def fingerprint(self, device: torch.device | None = None) -> torch.Tensor:
+    def fingerprint(self, device: torch.device | None = None) -> torch.Tensor | None:
         r"""
         Returns the output of the encoder for a fixed input, which identifies the encoder. Different encoders have
         different fingerprints. The same encoder has nearly the same fingerprint in any precision and on any device.
@@ -267,11 +288,13 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
                 offloading, it defaults to the CPU, and accelerate moves the input and the output.
 
         Returns:
-            `torch.Tensor` of shape `(num_levels + 1, 8)`, float32 on the CPU.
+            `torch.Tensor` of shape `(num_levels + 1, 8)`, float32 on the CPU. It is `None` for an encoder without image
+            levels whose config has no `known_fingerprint`.
         """
-        if self.known_fingerprint is not None:
-            return self.known_fingerprint
         config = self.config
+        if not config.image_levels:
+            known = config.known_fingerprint
+            return None if known is None else torch.tensor(known, dtype=torch.float32, device="cpu")
         if device is None:
             # accelerate's hooks move the input to the execution device, but nothing can be copied from the meta device
             device = torch.device("cpu") if self.device.type == "meta" else self.device
@@ -457,6 +480,27 @@ def _check_layers(attention_layers: Any) -> None:
         _check_number(f"attention_layers[{name!r:.80}]", width, MAX_WIDTH)
     if len({_module_name(name) for name in attention_layers}) < len(attention_layers):
         raise ValueError("`attention_layers` names two layers that differ only in '.' and '_'.")
+
+
+def _check_fingerprint(fingerprint: Any, cross_attention_dim: int, num_levels: int) -> None:
+    if fingerprint is None:
+        return
+    if num_levels:
+        raise ValueError(
+            f"`known_fingerprint` is only for an encoder without image levels, but this one has {num_levels}."
+        )
+    width = min(8, cross_attention_dim)
+    rows = fingerprint if isinstance(fingerprint, (list, tuple)) and len(fingerprint) <= MAX_LEVELS + 1 else []
+    if not rows or not all(isinstance(row, (list, tuple)) and len(row) == width for row in rows):
+        raise ValueError(
+            f"`known_fingerprint` has to be a list of 1 to {MAX_LEVELS + 1} lists of {width} numbers, but is"
+            f" {fingerprint!r:.80}."
+        )
+    for value in (value for row in rows for value in row):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        # NaN fails the comparison
+        if not number or not abs(value) <= _LARGEST_FLOAT:
+            raise ValueError(f"`known_fingerprint` has to hold finite float32 numbers, but holds {value!r:.80}.")
 
 
 def _check_parameters(

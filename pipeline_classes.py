@@ -1,32 +1,51 @@
 """Creates SSR versions of diffusers' pipeline classes on demand."""
 
+import copyreg
 import functools
 import inspect
+import typing
+from typing import Any
 
-from diffusers import (
-    DiffusionPipeline,
-    StableDiffusionControlNetImg2ImgPipeline,
-    StableDiffusionControlNetInpaintPipeline,
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionInpaintPipeline,
-)
+from diffusers import DiffusionPipeline, UNet2DConditionModel, UNetMotionModel
+from transformers import CLIPTextModel
 
-from . import mixin_ssr
+from . import library_internals, mixin_ssr
 
 
 _OWN_PROCESSORS = "it replaces the UNet's attention processors itself"
+_STABLE_DIFFUSION_2 = "it is for Stable Diffusion 2"
 _UNSUITABLE = {
     "CycleDiffusionPipeline": "it draws a source prompt in the same batch",
     "SemanticStableDiffusionPipeline": "its guidance uses its own editing prompts",
     "StableDiffusionAttendAndExcitePipeline": _OWN_PROCESSORS,
     "StableDiffusionControlNetXSPipeline": "its UNet has other layers",
+    "StableDiffusionDepth2ImgPipeline": _STABLE_DIFFUSION_2,
     "StableDiffusionDiffEditPipeline": "it runs the UNet outside its call as well",
     "StableDiffusionPanoramaPipeline": "the order of its views in the batch is not that of its prompts",
     "StableDiffusionParadigmsPipeline": "it runs several steps in one batch",
     "StableDiffusionPix2PixZeroPipeline": _OWN_PROCESSORS,
     "StableDiffusionSAGPipeline": "it passes image embeddings only to half of its batch",
+    "StableDiffusionUpscalePipeline": _STABLE_DIFFUSION_2,
+    "StableUnCLIPImg2ImgPipeline": _STABLE_DIFFUSION_2,
+    "StableUnCLIPPipeline": _STABLE_DIFFUSION_2,
     "TextToVideoZeroPipeline": _OWN_PROCESSORS,
 }
+
+# the models of Stable Diffusion 1.5 pipelines, with which their constructors are annotated
+_MODELS = {"unet": (UNet2DConditionModel, UNetMotionModel), "text_encoder": (CLIPTextModel,)}
+
+
+class _MadeClass(type):
+    """The metaclass of the classes that `ssr_pipeline_class` makes. pickle looks for a class by its name in a module,
+    where these classes are not. Their metaclass makes pickle call `ssr_pipeline_class` instead."""
+
+
+def _reduce_class(made: Any) -> Any:
+    # a class that a user derives from a made one has the same metaclass, but is in a module
+    return (ssr_pipeline_class, (made._stock_class,)) if "_stock_class" in vars(made) else made.__qualname__
+
+
+copyreg.pickle(_MadeClass, _reduce_class)
 
 
 @functools.cache
@@ -41,7 +60,8 @@ def ssr_pipeline_class(pipeline_class: type[DiffusionPipeline]) -> type[Diffusio
 
     Returns:
         `type`: a subclass of [`SSRPipelineMixin`] and `pipeline_class`. Every call with the same class returns the
-        same subclass. Its name is "SSR" followed by the name of `pipeline_class`.
+        same subclass. Its name is "SSR" followed by the name of `pipeline_class`. It can be pickled if
+        `pipeline_class` can.
 
     Raises:
         `ValueError`: if `pipeline_class` is not a Stable Diffusion 1.5 pipeline, or does not work with a subject.
@@ -66,16 +86,33 @@ def ssr_pipeline_class(pipeline_class: type[DiffusionPipeline]) -> type[Diffusio
             f"`pipeline_class` has to be a pipeline of Stable Diffusion 1.5, but {name} has the components"
             f" {sorted(set(components) - {'self'})}."
         )
+    for component, models in _MODELS.items():
+        annotated = _annotated_classes(components[component].annotation)
+        if annotated and not any(issubclass(each, models) for each in annotated):
+            raise ValueError(
+                f"`pipeline_class` has to be a pipeline of Stable Diffusion 1.5, whose `{component}` is a"
+                f" {models[0].__name__}, but that of {name} is a {annotated[0].__name__}."
+            )
+    taken = inspect.signature(pipeline_class.__call__).parameters
+    passed_on = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in taken.values())
+    if "cross_attention_kwargs" not in taken and not passed_on:
+        raise ValueError(
+            f"`pipeline_class` has to be a pipeline whose call takes `cross_attention_kwargs`, in which a subject is passed"
+            f" to the UNet, but the call of {name} does not."
+        )
     doc = f"[`{name}`] that also takes a subject; see [`SSRPipelineMixin`]."
     namespace = {"__doc__": doc, "__module__": __name__, "_stock_class": pipeline_class}
-    return type(f"SSR{name}", (mixin_ssr.SSRPipelineMixin, pipeline_class), namespace)
+    # a class with a metaclass of its own needs that one
+    metaclass: Any = _MadeClass if type(pipeline_class) is type else type(pipeline_class)
+    return metaclass(f"SSR{name}", (mixin_ssr.SSRPipelineMixin, pipeline_class), namespace)
+
+
+def _annotated_classes(annotation: Any) -> list[type]:
+    """Returns the classes of an annotation, without `None`. The list is empty if there is no annotation, or a text."""
+    parts = typing.get_args(annotation) or (annotation,)
+    return [each for each in parts if isinstance(each, type) and each not in (type(None), inspect.Parameter.empty)]
 
 
 # creating these classes registers them for `AutoPipelineForImage2Image.from_pipe` and similar methods
-for _stock in (
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionInpaintPipeline,
-    StableDiffusionControlNetImg2ImgPipeline,
-    StableDiffusionControlNetInpaintPipeline,
-):
+for _stock in library_internals.auto_pipeline_classes():
     ssr_pipeline_class(_stock)

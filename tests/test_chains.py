@@ -17,7 +17,15 @@ from conftest import (
     make_unet,
     snapshot,
 )
-from diffusers import ControlNetModel, DiffusionPipeline, LCMScheduler, MotionAdapter, T2IAdapter
+from diffusers import (
+    ControlNetModel,
+    DiffusionPipeline,
+    LCMScheduler,
+    MotionAdapter,
+    StableDiffusionPipeline,
+    T2IAdapter,
+    UNetMotionModel,
+)
 from diffusers.models import SparseControlNetModel
 from diffusers.pipelines.stable_diffusion import CLIPImageProjection
 from diffusers_ssr import (
@@ -30,7 +38,7 @@ from diffusers_ssr import (
 from diffusers_ssr.pipeline_classes import _UNSUITABLE
 from packaging import version
 from PIL import Image
-from transformers import CLIPProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPProcessor, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 
 SIZE = 16
@@ -271,14 +279,51 @@ def test_subject_end_requires_a_pipeline_with_callbacks():
         draw(pipe, "StableDiffusionGLIGENPipeline", subject=subject, subject_end=0.5)
 
 
+def diffusers_pipelines() -> dict[str, type]:
+    """Returns every pipeline class of diffusers with a UNet, a text encoder and a tokenizer."""
+    found = {name: getattr(diffusers, name) for name in dir(diffusers) if name.endswith("Pipeline")}
+    pipelines = {
+        n: each for n, each in found.items() if isinstance(each, type) and issubclass(each, DiffusionPipeline)
+    }
+    parts = {name: set(inspect.signature(each.__init__).parameters) for name, each in pipelines.items()}
+    return {name: each for name, each in pipelines.items() if {"unet", "text_encoder", "tokenizer"} <= parts[name]}
+
+
 def test_every_diffusers_pipeline_is_listed():
-    for name in dir(diffusers):
-        found = getattr(diffusers, name) if name.endswith("Pipeline") else None
-        if not (isinstance(found, type) and issubclass(found, DiffusionPipeline)):
-            continue
-        parts = set(inspect.signature(found.__init__).parameters)
-        if {"unet", "text_encoder", "tokenizer"} <= parts and "text_encoder_2" not in parts:
+    for name, found in diffusers_pipelines().items():
+        if "text_encoder_2" not in inspect.signature(found.__init__).parameters:
             assert name in CHAINS or name in _UNSUITABLE or name.startswith(OTHER_MODELS), name
+
+
+@pytest.mark.parametrize("name", [name for name in diffusers_pipelines() if name not in CHAINS])
+def test_pipelines_of_other_models_raise_an_error(name):
+    with pytest.raises(ValueError, match=f"`pipeline_class`.*{name}"):
+        ssr_pipeline_class(getattr(diffusers, name))
+
+
+class ByKeywords(StableDiffusionPipeline):
+    def __call__(self, prompt, **kwargs):
+        return super().__call__(prompt, **kwargs)
+
+
+class WithoutAnnotations(StableDiffusionPipeline):
+    def __init__(self, vae, text_encoder, tokenizer, unet, scheduler):
+        super().__init__(vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False)
+
+
+class WithTexts(StableDiffusionPipeline):
+    def __init__(self, vae, text_encoder: "CLIPTextModel", tokenizer, unet: "UNet2DConditionModel", scheduler):  # noqa: F821
+        super().__init__(vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False)
+
+
+class OptionalModels(StableDiffusionPipeline):
+    def __init__(self, vae, text_encoder: CLIPTextModel | None, tokenizer, unet: int | UNetMotionModel, scheduler):
+        super().__init__(vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False)
+
+
+@pytest.mark.parametrize("own", [ByKeywords, WithoutAnnotations, WithTexts, OptionalModels])
+def test_pipelines_of_users_are_accepted(own):
+    assert issubclass(ssr_pipeline_class(own), own)
 
 
 @pytest.mark.parametrize("name", CHAINS)

@@ -1,7 +1,9 @@
 """Tests of components that are exchanged, missing, offloaded, pickled or loaded as another class."""
 
+import copy
 import inspect
 import pickle
+import subprocess
 import sys
 from typing import Union, get_origin
 
@@ -12,6 +14,7 @@ import torch
 from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook, CpuOffload
 from conftest import (
+    ROOT,
     call_args,
     make_components,
     make_image_encoder,
@@ -37,6 +40,7 @@ from diffusers_ssr import (
     StableDiffusionSSRControlNetPipeline,
     StableDiffusionSSRPipeline,
     library_internals,
+    mixin_ssr,
     ssr_pipeline_class,
 )
 from test_chains import make_controlnet
@@ -207,6 +211,34 @@ def test_image_encoder_folder_none_loads_no_image_encoder(tmp_path, pipe):
             pipe.encode_subject(make_picture(), "cat")
 
 
+@pytest.mark.parametrize("way", ["class", "custom code", "load_ssr", "pickle", "deepcopy", "saved again"])
+def test_pipeline_without_its_encoders_can_be_saved_and_loaded(tmp_path, pipe, way):
+    """The loaded pipeline draws encoded subjects, and refuses those of another encoder."""
+    subject = pipe.encode_subject(make_picture(), "cat")
+    expected = pipe(**call_args(subject=subject)).images
+    pipe.drop_ssr_encoders()
+    pipe.save_pretrained(tmp_path / "saved")
+    if way == "load_ssr":
+        again = make_pipe_without_ssr()
+        again.load_ssr(tmp_path / "saved", image_encoder_folder=None)
+    elif way == "custom code":
+        again = DiffusionPipeline.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    else:
+        again = StableDiffusionSSRPipeline.from_pretrained(tmp_path / "saved")
+    if way == "saved again":
+        again.save_pretrained(tmp_path / "again")
+        again = StableDiffusionSSRPipeline.from_pretrained(tmp_path / "again")
+    elif way in ("pickle", "deepcopy"):
+        again = pickle.loads(pickle.dumps(again)) if way == "pickle" else copy.deepcopy(again)
+    again.set_progress_bar_config(disable=True)
+    assert np.array_equal(again(**call_args(subject=subject)).images, expected)
+    with pytest.raises(ValueError, match="not loaded, or were dropped"):
+        again.encode_subject(make_picture(), "cat")
+    pipe.load_ssr(make_ssr_encoder(seed=9), image_encoder=make_image_encoder())
+    with pytest.raises(ValueError, match="`subject` was encoded by another SSR-Encoder"):
+        again(**call_args(subject=pipe.encode_subject(make_picture(), "cat")))
+
+
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
 def test_load_ssr_with_a_dtype(tmp_path, pipe, name):
     for part in ("ssr_encoder", "ssr_image_encoder"):
@@ -245,6 +277,76 @@ def test_pipeline_can_be_pickled_after_encoding(pipe):
     assert np.array_equal(pipe(**subject_args()).images, expected)
 
 
+class OwnPipeline(StableDiffusionPipeline):
+    """A user's stock pipeline."""
+
+
+class OwnSSRPipeline(StableDiffusionSSRPipeline):
+    """A user's subclass of a class of the package."""
+
+
+class OwnSSRInpaintPipeline(ssr_pipeline_class(diffusers.StableDiffusionInpaintPipeline)):
+    """A user's subclass of a class that `ssr_pipeline_class` made."""
+
+
+PICKLED = [
+    StableDiffusionSSRPipeline,
+    ssr_pipeline_class(diffusers.StableDiffusionImg2ImgPipeline),
+    ssr_pipeline_class(diffusers.StableDiffusionInpaintPipeline),
+    ssr_pipeline_class(OwnPipeline),
+    OwnSSRPipeline,
+    OwnSSRInpaintPipeline,
+]
+
+
+@pytest.mark.parametrize("made", PICKLED, ids=lambda made: made.__name__)
+def test_pipelines_of_every_class_can_be_pickled_and_copied(pipe, made):
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+        assert pickle.loads(pickle.dumps(made, protocol)) is made
+    assert copy.deepcopy(made) is made
+    other = made.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    pictures = dict.fromkeys(("image", "mask_image"), control_picture())
+    taken = inspect.signature(made.__call__).parameters
+    arguments = {name: value for name, value in {**pictures, "height": 16, "width": 16}.items() if name in taken}
+    expected = other(**subject_args(**arguments)).images
+    for again in (pickle.loads(pickle.dumps(other)), copy.deepcopy(other)):
+        again.set_progress_bar_config(disable=True)
+        assert type(again) is made
+        assert np.array_equal(again(**subject_args(**arguments)).images, expected)
+
+
+def test_pickled_pipelines_can_be_loaded_in_a_new_process(pipe, tmp_path):
+    (tmp_path / "pipes").write_bytes(pickle.dumps([made.from_pipe(pipe) for made in PICKLED[:3]]))
+    code = (
+        f"import pickle\npipes = pickle.load(open({str(tmp_path / 'pipes')!r}, 'rb'))\n"
+        "for pipe in pipes: print(type(pipe).__name__, pickle.loads(pickle.dumps(type(pipe))) is type(pipe))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines() == [f"{made.__name__} True" for made in PICKLED[:3]], done.stderr[-2000:]
+
+
+def test_pipelines_of_custom_code_can_be_pickled(pipe, tmp_path):
+    """Loading a saved pipeline imports a copy of the code. A pickle contains the names of its modules."""
+    pipe.save_pretrained(tmp_path)
+    theirs = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    make = sys.modules[type(theirs).__module__].ssr_pipeline_class
+    assert make is not ssr_pipeline_class
+    for made in (type(theirs), make(diffusers.StableDiffusionImg2ImgPipeline)):
+        assert pickle.loads(pickle.dumps(made)) is made
+        assert type(pickle.loads(pickle.dumps(made.from_pipe(theirs)))) is made
+
+
+@pytest.mark.parametrize("parent", PICKLED, ids=lambda made: made.__name__)
+def test_a_subclass_has_the_arguments_and_components_of_its_parent(parent):
+    own = type("Own", (parent,), {})
+    for name in ("__init__", "__call__"):
+        assert inspect.signature(getattr(own, name)) == inspect.signature(getattr(parent, name))
+    assert own._optional_components == parent._optional_components
+    assert own.model_cpu_offload_seq == parent.model_cpu_offload_seq
+    assert own.model_cpu_offload_seq.count("ssr_encoder") == 1
+
+
 def test_auto_pipelines_return_ssr_pipelines(pipe):
     subject = pipe.encode_subject(make_picture(), "cat").scaled(1.0)
     found = AutoPipelineForImage2Image.from_pipe(pipe)
@@ -260,6 +362,50 @@ def test_auto_pipelines_return_ssr_pipelines(pipe):
     # the result for stock pipelines does not change
     stock = AutoPipelineForImage2Image.from_pipe(StableDiffusionPipeline.from_pipe(pipe))
     assert type(stock) is diffusers.StableDiffusionImg2ImgPipeline
+
+
+AUTO_CLASSES = (AutoPipelineForText2Image, AutoPipelineForImage2Image, AutoPipelineForInpainting)
+SWITCHES = [
+    {**pag, **control} for pag in ({}, {"enable_pag": True}, {"enable_pag": False})
+    for control in ({}, {"controlnet": make_controlnet()}, {"controlnet": None})
+]  # fmt: skip
+
+
+def auto_class(auto, pipe, switches: dict) -> type | None:
+    """Returns the class that an auto class converts a pipeline to, or `None` if it cannot convert it."""
+    try:
+        return type(auto.from_pipe(pipe, **switches))
+    except ValueError:
+        return None
+
+
+@pytest.mark.parametrize("stock_class", library_internals.auto_pipeline_classes(), ids=lambda each: each.__name__)
+@pytest.mark.parametrize("auto", AUTO_CLASSES, ids=lambda each: each.__name__)
+def test_auto_pipelines_convert_like_those_of_stock_pipelines(components, stock_class, auto):
+    """With every combination of `enable_pag` and `controlnet`, from the SSR version of every class."""
+    parts = {**components, "requires_safety_checker": False, "controlnet": make_controlnet()}
+    taken = inspect.signature(stock_class.__init__).parameters
+    parts = {name: part for name, part in parts.items() if name in taken}
+    stock = stock_class(**parts)
+    sources = [ssr_pipeline_class(stock_class)]
+    sources += [each for each in (StableDiffusionSSRPipeline, StableDiffusionSSRControlNetPipeline)
+                if mixin_ssr._stock_class_of(each) is stock_class]  # fmt: skip
+    encoder = make_ssr_encoder()
+    for switches in SWITCHES:
+        expected = auto_class(auto, stock, switches)
+        for source in sources:
+            made = auto_class(auto, source(**parts, ssr_encoder=encoder), switches)
+            assert (made and mixin_ssr._stock_class_of(made)) is expected, (source, switches)
+
+
+def test_auto_pipelines_with_pag_draw_subjects(pipe):
+    subject = pipe.encode_subject(make_picture(), "cat").scaled(1.0)
+    pag = AutoPipelineForText2Image.from_pipe(pipe, enable_pag=True)
+    assert type(pag) is ssr_pipeline_class(diffusers.StableDiffusionPAGPipeline)
+    pag.set_progress_bar_config(disable=True)
+    drawn = [pag(**call_args(pag_scale=2.0, **extra)).images for extra in ({"subject": subject}, {})]
+    assert np.abs(drawn[0] - drawn[1]).max() > 1e-4
+    assert type(AutoPipelineForText2Image.from_pipe(pag, enable_pag=False)) is StableDiffusionSSRPipeline
 
 
 @pytest.mark.parametrize(
@@ -343,7 +489,6 @@ def test_entry_files_import_every_module():
     """diffusers only copies the relative imports of the entry file, not the relative imports of these files. When it
     loads from the Hub, it requests each relative import of each file again, so only the entry files may have relative
     imports."""
-    from conftest import ROOT
     from diffusers.utils.dynamic_modules_utils import get_relative_imports
 
     entries = {"pipeline_ssr", "pipeline_ssr_animatediff", "pipeline_ssr_controlnet"}
@@ -358,8 +503,6 @@ def test_entry_files_import_every_module():
 def test_only_library_internals_imports_private_names_of_libraries():
     import ast
 
-    from conftest import ROOT
-
     for file in ROOT.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and node.level == 0 and file.stem != "library_internals":
@@ -369,8 +512,6 @@ def test_only_library_internals_imports_private_names_of_libraries():
 
 
 def test_import_works_without_optional_packages():
-    import subprocess
-
     code = (
         "import sys\n"
         "for name in ('peft', 'accelerate', 'datasets', 'gradio', 'tqdm.notebook'): sys.modules[name] = None\n"
@@ -507,6 +648,84 @@ def test_full_disk_keeps_the_saved_pipeline(pipe, tmp_path, monkeypatch, number)
     assert contents(folder).keys() == before.keys() and contents(folder) != before
 
 
+CLASSES_WITHOUT_CODE = """
+from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers_ssr import SSREncoder, SSRPipelineMixin, StableDiffusionSSRPipeline, ssr_pipeline_class
+
+class Mixed(SSRPipelineMixin, StableDiffusionPipeline): ...
+class Derived(StableDiffusionSSRPipeline): ...
+class OfMade(ssr_pipeline_class(StableDiffusionImg2ImgPipeline)): ...
+class Stock(StableDiffusionPipeline): ...
+class Whole(DiffusionPipeline):
+    def __init__(self, unet, text_encoder, tokenizer):
+        super().__init__()
+        self.register_modules(unet=unet, text_encoder=text_encoder, tokenizer=tokenizer)
+
+    def __call__(self, prompt=None, cross_attention_kwargs=None): ...
+class Encoder(SSREncoder): ...
+
+Made = ssr_pipeline_class(Stock)
+OfWhole = ssr_pipeline_class(Whole)
+def nested():
+    class Nested(StableDiffusionSSRPipeline): ...
+    return Nested
+Nested = nested()
+"""
+SAVED_AS = {
+    "Mixed": "SSRStableDiffusionPipeline",
+    "Made": "SSRStableDiffusionPipeline",
+    "Derived": "StableDiffusionSSRPipeline",
+    "Nested": "StableDiffusionSSRPipeline",
+    "OfMade": "SSRStableDiffusionImg2ImgPipeline",
+}
+
+
+def class_without_code(name: str, module: str = "__main__") -> type:
+    """Returns a class as it is defined in a notebook or script (`__main__`), or in a module without a file."""
+    namespace = {"__name__": module}
+    exec(compile(CLASSES_WITHOUT_CODE, "<stdin>", "exec"), namespace)
+    return namespace[name]
+
+
+@pytest.mark.parametrize(
+    "name,module",
+    [*((name, module) for name in SAVED_AS for module in ("__main__", "no_file")), ("Nested", "test_loading_ssr")],
+)
+def test_a_class_without_code_is_saved_as_its_nearest_parent(pipe, tmp_path, caplog, name, module):
+    """No file of the program is copied, and the saved pipeline draws the same picture."""
+    own = class_without_code(name, module).from_pipe(pipe)
+    own.set_progress_bar_config(disable=True)
+    own.save_pretrained(tmp_path)
+    assert f"it is saved as {SAVED_AS[name]}" in caplog.text
+    assert {file.name for file in tmp_path.glob("*.py")} <= {
+        *(file.name for file in ROOT.glob("*.py")), f"pipeline_{SAVED_AS[name].lower()}.py",
+    }  # fmt: skip
+    again = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    again.set_progress_bar_config(disable=True)
+    assert type(again).__name__ == SAVED_AS[name]
+    extra = {"image": control_picture()} if name == "OfMade" else {}
+    assert np.array_equal(again(**subject_args(**extra)).images, own(**subject_args(**extra)).images)
+    assert type(type(own).from_pretrained(tmp_path)) is type(own)
+
+
+def test_a_class_without_code_or_a_stock_parent_raises_an_error_before_it_is_saved(pipe, tmp_path):
+    own = class_without_code("OfWhole")(pipe.unet, pipe.text_encoder, pipe.tokenizer, ssr_encoder=pipe.ssr_encoder)
+    with pytest.raises(ValueError, match="SSRWhole cannot be saved.*move it to a module"):
+        own.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_an_encoder_without_code_is_saved_as_an_ssr_encoder(pipe, tmp_path):
+    expected = pipe(**subject_args()).images
+    encoder = class_without_code("Encoder").from_config(pipe.ssr_encoder.config)
+    encoder.load_state_dict(pipe.ssr_encoder.state_dict())
+    pipe.load_ssr(encoder, image_encoder=pipe.ssr_image_encoder)
+    pipe.save_pretrained(tmp_path)
+    again = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    again.set_progress_bar_config(disable=True)
+    assert np.array_equal(again(**subject_args()).images, expected)
+
+
 # Versions
 
 
@@ -522,8 +741,6 @@ def test_old_versions_raise_an_error(library, version, monkeypatch):
 
 
 def test_versions_are_checked_at_import():
-    import subprocess
-
     code = "import diffusers\ndiffusers.__version__ = '0.30.3'\nimport diffusers_ssr\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stderr.splitlines()[-1] == (

@@ -1,5 +1,7 @@
+import copy
 import json
 import os
+import pickle
 import zipfile
 from pathlib import Path
 
@@ -282,6 +284,47 @@ def test_layers_alone_projects_like_the_whole_encoder(dtype):
         assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
 
 
+SAVED_AND_LOADED = {
+    "file": lambda encoder, folder: (encoder.save_pretrained(folder), SSREncoder.from_pretrained(folder))[1],
+    "pickle": lambda encoder, folder: pickle.loads(pickle.dumps(encoder)),
+    "deepcopy": lambda encoder, folder: copy.deepcopy(encoder),
+    "layers_alone": lambda encoder, folder: encoder.layers_alone(),
+}
+
+
+@pytest.mark.parametrize("way", SAVED_AND_LOADED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_layers_alone_keeps_its_fingerprint(tmp_path, way, dtype):
+    encoder = make_ssr_encoder().to(dtype)
+    again = SAVED_AND_LOADED[way](encoder.layers_alone(), tmp_path)
+    assert torch.equal(again.fingerprint(), encoder.fingerprint())
+    assert torch.equal(copy.deepcopy(again).bfloat16().fingerprint(), encoder.fingerprint())
+    subject = torch.randn(1, 5, 32, dtype=dtype)
+    # a saved config sorts the layers by name
+    ours, theirs = (
+        dict(zip(e.config.attention_layers, e.project(subject), strict=True)) for e in (again.to(dtype), encoder)
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name][part], theirs[name][part]) for name in ours for part in (0, 1))
+
+
+def test_layers_alone_that_were_saved_without_a_fingerprint_can_be_loaded(tmp_path):
+    """As earlier versions saved them."""
+    make_ssr_encoder().layers_alone().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    del config["known_fingerprint"]
+    file.write_text(json.dumps(config))
+    assert SSREncoder.from_pretrained(tmp_path).fingerprint() is None
+
+
+@pytest.mark.parametrize("method", ["attention_probs", "forward"])
+@pytest.mark.parametrize("levels", [torch.zeros(0, 1, 17, 24), []], ids=["tensor", "list"])
+def test_an_encoder_without_levels_cannot_encode(method, levels):
+    with pytest.raises(ValueError, match="`image_levels` of this SSREncoder is empty.*load the whole encoder"):
+        getattr(make_ssr_encoder().layers_alone(), method)(torch.zeros(1, 5, 32), levels)
+
+
 def test_output_attentions():
     encoder = make_ssr_encoder()
     states = torch.randn(1, 5, 32), torch.randn(3, 1, 17, 24)
@@ -342,12 +385,17 @@ BAD_CONFIGS = [
     *({"attention_layers": value} for value in (
         [8], "a", {"a": "8"}, {"a": 0}, {"a": -8}, {"a": 10**9}, {"a": None}, {"a": {"b": 8}}, {"": 8},
         {f"a{index}": 8 for index in range(1025)}, {"a.b": 8, "a_b": 8})),
+    *({"known_fingerprint": value, "image_levels": []} for value in (
+        "12345678", 3, True, {"0": [0.0] * 8}, [], [1.0] * 8, [[]], [[0.0] * 7], [[0.0] * 9], [[0.0] * 8, [0.0] * 7],
+        [[0.0] * 8] * 66, [["0"] * 8], [[None] * 8], [[True] * 8], [[[0.0]] * 8], [[float("nan")] * 8],
+        [[float("inf")] * 8], [[1e39] * 8], [[-(10**400)] * 8])),
+    {"known_fingerprint": [[0.0] * 8] * 4},
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("config", BAD_CONFIGS, ids=lambda config: str(config)[:60])
 def test_an_invalid_config_is_rejected(tmp_path, config):
-    (name,) = config
+    name = next(iter(config))
     with pytest.raises(ValueError, match=f"`{name}"):
         make_ssr_encoder(**config)
     make_ssr_encoder().save_pretrained(tmp_path)
@@ -362,6 +410,7 @@ LARGEST = {
     **dict.fromkeys(("cross_attention_dim", "vision_hidden_size", "inner_dim"), 2 ** 15),
     "num_attention_heads": 2**15, "image_levels": [1] * 64, "image_levels[0]": [1024], "attention_layers['a']": {"a": 2**15},
     "attention_layers": {f"a{index}": 1 for index in range(1024)},
+    "known_fingerprint": [[3e38] * 8] * 65,
 }  # fmt: skip
 
 
@@ -375,8 +424,8 @@ def test_the_largest_sizes_are_accepted_and_larger_ones_are_rejected(name):
     elif name == "attention_layers['a']":
         larger = {"a": 2**15 + 1}
     else:
-        larger = [*largest, 1] if isinstance(largest, list) else {**largest, "b": 1}
-    sizes = {"inner_dim": 2**15} if name == "num_attention_heads" else {}
+        larger = [*largest, largest[0]] if isinstance(largest, list) else {**largest, "b": 1}
+    sizes = {"num_attention_heads": {"inner_dim": 2**15}, "known_fingerprint": {"image_levels": ()}}.get(name, {})
     with torch.device("meta"):
         assert make_ssr_encoder(**{**sizes, argument: largest}).config[argument] == largest
         with pytest.raises(ValueError, match=f"`{argument}"):
