@@ -3,6 +3,8 @@
 from dataclasses import replace
 from weakref import WeakKeyDictionary
 
+from typing import Any
+
 import torch
 from diffusers.loaders import TextualInversionLoaderMixin
 
@@ -118,7 +120,8 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
         ]
         device = self._execution_device
         query_states = self._encode_queries(["", *(query for *_, query, _ in references)], device, text)
-        fingerprint = encoder.fingerprint(device)
+        # never `None`, because the encoder has image levels
+        fingerprint: Any = encoder.fingerprint(device)
         weights = subject_cache.version(vision), subject_cache.digest(fingerprint), encoder.dtype
         digests = {key: subject_cache.digest(each) for key, each in pixels.items()}
         keys = [
