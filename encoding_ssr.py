@@ -1,9 +1,8 @@
 """Encodes reference pictures and queries into subject embeddings (section 3.2 of the paper)."""
 
 from dataclasses import replace
-from weakref import WeakKeyDictionary
-
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers.loaders import TextualInversionLoaderMixin
