@@ -1,5 +1,6 @@
 """Checks which files are safe to open, and writes files and folders atomically."""
 
+import errno
 import os
 import re
 import shutil
@@ -50,6 +51,10 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
         `Path`: the path of a temporary file in the same folder. The temporary file replaces `path` when the block
         ends, and is deleted if the block raises an error.
 
+    Raises:
+        `OSError`: before the block runs, if `path` is a folder, or if no file can be written to its folder
+        (`FileNotFoundError` if that does not exist).
+
     Example:
 
     ```py
@@ -61,6 +66,17 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     # A unique name for each writer. It does not contain the name of `path`, which can already have the maximum length.
     partial = target.parent / f".{uuid.uuid4().hex}.part"
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "`path` is a folder, but has to be a file", os.fspath(path))
+    try:
+        # libraries that write the file would name the temporary file in their errors
+        partial.touch()
+        partial.unlink()
+    except OSError as error:
+        reason = (
+            f"{error.strerror}: `path` has to be in a folder to which files can be written, but is in {target.parent}"
+        )
+        raise type(error)(error.errno, reason, os.fspath(path)) from None
     try:
         yield partial
         os.replace(partial, target)

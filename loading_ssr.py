@@ -98,8 +98,9 @@ class SSRLoaderMixin(SSRComponents):
                 `use_safetensors` and `variant`.
 
         Raises:
-            `ValueError`: if the encoder does not fit the UNet, the text encoder or the vision encoder, or if an
-            encoder in memory and the pipeline are on different devices.
+            `ValueError`: if `pretrained_model_name_or_path` or `image_encoder` is something else, if an argument is
+            unknown, if the encoder does not fit the UNet, the text encoder or the vision encoder, or if an encoder in
+            memory and the pipeline are on different devices.
 
         Example:
 
@@ -108,6 +109,7 @@ class SSRLoaderMixin(SSRComponents):
         ```
         """
         source = pretrained_model_name_or_path
+        _check_load_arguments(source, image_encoder, kwargs)
         kwargs = library_internals.precision_arguments(kwargs, default=unet_hooks.find_unet(self.unet).dtype)
         loaded = []
         if isinstance(source, ModelMixin):
@@ -335,6 +337,42 @@ class SSRLoaderMixin(SSRComponents):
         )
         made._ssr_scale = getattr(pipeline, "_ssr_scale", DEFAULT_SCALE)
         return made
+
+
+# the arguments of `from_pretrained` that `load_ssr` accepts
+_FROM_PRETRAINED = (
+    "cache_dir",
+    "dtype",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "token",
+    "torch_dtype",
+    "use_safetensors",
+    "variant",
+)
+
+
+def _check_load_arguments(source: Any, image_encoder: Any, kwargs: dict) -> None:
+    # `custom_pipeline=` imports its own copy of the class, which is recognised by its name
+    names = [each.__name__ for each in type(source).__mro__]
+    if not isinstance(source, (str, os.PathLike)) and modeling_ssr.SSREncoder.__name__ not in names:
+        raise ValueError(
+            "`pretrained_model_name_or_path` has to be a folder, the name of a repository, or an SSREncoder, but is"
+            f" of type {type(source).__name__}."
+        )
+    if image_encoder is not None and not hasattr(getattr(image_encoder, "config", None), "hidden_size"):
+        raise ValueError(
+            "`image_encoder` has to be a CLIPVisionModel or CLIPVisionModelWithProjection, but is a"
+            f" {type(image_encoder).__name__}."
+        )
+    for name in kwargs:
+        if name not in _FROM_PRETRAINED:
+            raise ValueError(
+                f"`{name}` is not an argument of `load_ssr`, which passes only {', '.join(_FROM_PRETRAINED)} on to"
+                " `from_pretrained`."
+            )
 
 
 def _load_image_encoder(source, folder: str, kwargs: dict) -> CLIPVisionModel:

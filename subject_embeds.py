@@ -196,6 +196,7 @@ class SubjectEmbeds:
         Raises:
             `ValueError`: if there are more than 64 subjects, or if their tensors have more than 268 MB (for example
                 with regions of many frames).
+            `FileNotFoundError`: if the folder of the file does not exist.
 
         Example:
 

@@ -11,6 +11,7 @@ import transformers
 from command_line import HelpFormatter
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
@@ -63,19 +64,38 @@ def hide_library_output() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
+def check_source(option: str, source: str | None) -> None:
+    """Exits with a message if the value of an option is neither a folder nor the name of a repository."""
+    try:
+        if source is not None and not Path(source).is_dir():
+            validate_repo_id(source)
+    except HFValidationError:
+        raise SystemExit(
+            f"{option}: {source} is neither a folder nor the name of a repository on the Hub (<owner>/<repo>)."
+        ) from None
+
+
 def load_pipeline(checkpoint: str, ssr: str | None = None) -> DiffusionPipeline:
     """Loads the SSR pipeline of a checkpoint. The SSR-Encoder is that of the checkpoint, or the one in `ssr` if it is
     given. On a GPU, the pipeline uses half precision."""
+    check_source("--checkpoint", checkpoint)
+    check_source("--ssr", ssr)
     hide_library_output()
     on_gpu = torch.cuda.is_available()
-    pipe = DiffusionPipeline.from_pretrained(
-        checkpoint,
-        custom_pipeline=str(CODE),
-        trust_remote_code=True,
-        dtype=torch.float16 if on_gpu else torch.float32,
-    )
+    try:
+        pipe = DiffusionPipeline.from_pretrained(
+            checkpoint,
+            custom_pipeline=str(CODE),
+            trust_remote_code=True,
+            dtype=torch.float16 if on_gpu else torch.float32,
+        )
+    except OSError as error:
+        raise SystemExit(f"--checkpoint: {checkpoint} cannot be loaded: {error}") from None
     if ssr is not None:
-        pipe.load_ssr(ssr)
+        try:
+            pipe.load_ssr(ssr)
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"--ssr: {ssr} cannot be loaded: {error}") from None
     elif pipe.ssr_encoder is None:
         raise SystemExit(
             f"{checkpoint} contains no SSR-Encoder. Load one with `pipe.load_ssr`, save the whole pipeline with"

@@ -49,6 +49,15 @@ def is_whole(weights: Path) -> bool:
     return (weights / "model_index.json").exists()
 
 
+def check_weights(weights: Path) -> None:
+    """Exits with a message if the folder does not contain an encoder and its vision encoder."""
+    missing = [name for name in ("ssr_encoder", "ssr_image_encoder") if not (weights / name).is_dir()]
+    if not weights.is_dir():
+        raise SystemExit(f"--weights: the folder {weights} does not exist.")
+    if missing:
+        raise SystemExit(f"--weights: the folder {weights} has to contain {' and '.join(missing)}, but does not.")
+
+
 def write_weights(weights: Path, folder: Path, variants: list[str]) -> None:
     """Saves the pipeline, or the encoder if there is no pipeline, in full precision and as each of `variants`."""
     whole = is_whole(weights)
@@ -141,6 +150,7 @@ def finish(args: argparse.Namespace, folder: Path, repo_id: str, **kind: str) ->
 
 def main():
     args = parse_args()
+    check_weights(args.weights)
     folder = args.output_dir / args.repo_id.replace("/", "--")
     folder.mkdir(parents=True, exist_ok=True)
     copy_code(folder)

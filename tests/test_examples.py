@@ -64,6 +64,34 @@ def test_checkpoint_without_an_encoder_raises_an_error(run, tmp_path):
         run("attention_map.py", "--checkpoint", tmp_path / "base")
 
 
+@pytest.mark.parametrize("script", ["app.py", "attention_map.py", "demo.py", "controlnet.py", "animatediff.py"])
+@pytest.mark.parametrize("source,said", [("/nope", "is neither a folder nor"), ("owner/nope", "cannot be loaded")])
+def test_missing_checkpoint_raises_an_error_that_names_it(run, script, source, said):
+    if script == "app.py":
+        pytest.importorskip("gradio", reason="the page needs Gradio")
+    with pytest.raises(SystemExit, match=f"--checkpoint: {source} {said}"):
+        run(script, "--checkpoint", source)
+
+
+@pytest.mark.parametrize("option", ["--ssr", "--controlnet", "--motion_adapter"])
+def test_missing_models_of_the_page_raise_an_error_that_names_the_option(run, option):
+    pytest.importorskip("gradio", reason="the page needs Gradio")
+    with pytest.raises(SystemExit, match=f"{option}: /nope is neither a folder nor"):
+        run("app.py", option, "/nope")
+
+
+@pytest.mark.parametrize("kind", ["missing", "file", "no encoder"])
+def test_publishing_without_weights_raises_an_error_before_anything_is_written(run, tmp_path, kind):
+    weights = tmp_path / "weights"
+    if kind == "file":
+        weights.write_text("")
+    elif kind == "no encoder":
+        (weights / "ssr_image_encoder").mkdir(parents=True)
+    with pytest.raises(SystemExit, match=f"--weights: the folder {weights} "):
+        run("publish.py", "--repo_id", "owner/name", "--weights", weights)
+    assert not (tmp_path / "outputs").exists()
+
+
 @pytest.mark.parametrize("detector", ["canny", "lineart"])
 def test_controlnet_example(run, tmp_path, detector):
     run("controlnet.py", "--detector", detector, "--num_inference_steps", 3)

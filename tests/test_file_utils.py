@@ -41,6 +41,19 @@ def test_error_keeps_the_old_file_and_removes_the_partial_file(tmp_path, error, 
     assert contents(tmp_path) == {"a": b"old"}
 
 
+@pytest.mark.parametrize(
+    "place,error", [("missing/a", FileNotFoundError), ("file/a", NotADirectoryError), ("folder", IsADirectoryError)]
+)
+def test_a_place_without_a_folder_raises_an_error_before_anything_is_written(tmp_path, place, error):
+    """The error names the path and the folder, and not the temporary file."""
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(error, match=f"`path`.*{tmp_path / place}") as caught, atomic_file(tmp_path / place):
+        pytest.fail("the block must not run")
+    assert ".part" not in str(caught.value)
+    assert contents(tmp_path) == {"file": b"old"}
+
+
 def test_target_of_a_symlink_is_replaced(tmp_path):
     (tmp_path / "a").write_text("old")
     (tmp_path / "link").symlink_to(tmp_path / "a")

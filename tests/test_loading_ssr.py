@@ -250,6 +250,48 @@ def test_load_ssr_with_a_dtype(tmp_path, pipe, name):
     assert pipe.ssr_encoder.dtype == torch.float32
 
 
+WRONG_LOADS = {
+    "a UNet": (lambda pipe: {"image_encoder_folder": None}, lambda pipe: pipe.unet, "name_or_path`.*UNet2DCondition"),
+    "a pipeline": (lambda pipe: {}, lambda pipe: pipe, "`pretrained_model_name_or_path`.*StableDiffusionSSRPipeline"),
+    "None": (lambda pipe: {}, lambda pipe: None, "`pretrained_model_name_or_path`.*NoneType"),
+    "a number": (lambda pipe: {}, lambda pipe: 5, "`pretrained_model_name_or_path`.*int"),
+    "UNet as vision encoder": (lambda pipe: {"image_encoder": pipe.unet}, lambda pipe: "x", "`image_encoder`.*UNet2D"),
+    "name of a vision encoder": (
+        lambda pipe: {"image_encoder": "openai/clip"},
+        lambda pipe: "x",
+        "`image_encoder`.*str",
+    ),
+    "unknown argument": (
+        lambda pipe: {"foo": 1},
+        lambda pipe: "x",
+        "`foo` is not an argument of `load_ssr`.*revision",
+    ),
+    "misspelled argument": (
+        lambda pipe: {"varient": "fp16"},
+        lambda pipe: pipe.ssr_encoder,
+        "`varient` is not an arg",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_LOADS)
+def test_wrong_arguments_of_load_ssr_are_named(pipe, wrong):
+    arguments, source, message = WRONG_LOADS[wrong]
+    parts = pipe.ssr_encoder, pipe.ssr_image_encoder
+    with pytest.raises(ValueError, match=message):
+        pipe.load_ssr(source(pipe), **arguments(pipe))
+    assert (pipe.ssr_encoder, pipe.ssr_image_encoder) == parts
+
+
+def test_load_ssr_accepts_an_encoder_of_custom_code(pipe, tmp_path):
+    """Loading a saved pipeline imports a copy of the class."""
+    expected = pipe(**subject_args()).images
+    pipe.save_pretrained(tmp_path)
+    theirs = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    pipe.load_ssr(theirs.ssr_encoder, image_encoder=theirs.ssr_image_encoder)
+    assert np.array_equal(pipe(**subject_args()).images, expected)
+
+
 def test_load_ssr_from_a_training_checkpoint(tmp_path, pipe):
     """A training checkpoint has no vision encoder. It is loaded from the parent folder, or the error names the missing
     folder."""

@@ -285,3 +285,8 @@ def test_a_fingerprint_depends_on_the_encoder_but_not_on_its_dtype(dtype):
     changed = make_ssr_encoder()
     next(iter(changed.layers.values()))["to_v"].weight.data *= 2
     assert not same_fingerprint(fingerprint, changed.fingerprint())
+
+
+def test_saving_to_a_missing_folder_raises_an_error_that_names_it(pair, tmp_path):
+    with pytest.raises(FileNotFoundError, match=str(tmp_path / "missing" / "pair.safetensors")):
+        pair.save(tmp_path / "missing" / "pair.safetensors")

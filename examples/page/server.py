@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 
 from command_line import HelpFormatter
-from drawing import call_options
+from drawing import call_options, check_source
 
 
 LARGEST_FILE = "32mb"
@@ -53,6 +53,8 @@ def start(args: argparse.Namespace, wait: bool = True) -> "Page":  # noqa: F821
     """Loads the models and serves the page. With `wait=False`, the function returns while the server is running."""
     for setting in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_RUN_HISTORY"):
         os.environ.setdefault(setting, "False")
+    for option in ("checkpoint", "ssr", "controlnet", "motion_adapter"):
+        check_source(f"--{option}", getattr(args, option))
     from .checkpoints import Checkpoints
     from .layout import Page
     from .studio import Studio
