@@ -11,12 +11,13 @@ from diffusers_ssr import (
     AnimateDiffSSRPipeline,
     StableDiffusionSSRControlNetPipeline,
     StableDiffusionSSRPipeline,
+    image_processing_ssr,
     subject_cache,
     subject_embeds,
     subject_request,
 )
 from test_chains import make_controlnet, make_motion_adapter
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
 
 LEFT = np.zeros((16, 16), np.float32)
@@ -48,6 +49,16 @@ def args(**overrides) -> dict:
     return call_args(**{"generator": None, "latents": latents, "output_type": "latent", **overrides})
 
 
+def with_values(function):
+    """Returns the function outside the fake mode, because it checks values."""
+
+    def called(*args, **kwargs):
+        with unset_fake_temporarily():
+            return function(*args, **kwargs)
+
+    return called
+
+
 @pytest.fixture
 def parts() -> dict:
     """Created before the fake mode, because weights have no values in the fake mode."""
@@ -63,6 +74,7 @@ def fake_gpu(monkeypatch, parts):
     monkeypatch.setattr(subject_cache, "digest", lambda tensor: object())
     monkeypatch.setattr(subject_embeds, "same_fingerprint", lambda first, second: True)
     monkeypatch.setattr(subject_request, "check_regions", lambda row, grid: None)
+    monkeypatch.setattr(image_processing_ssr, "preprocess_mask", with_values(image_processing_ssr.preprocess_mask))
     # the scheduler uses the value of the timestep as an index
     monkeypatch.setattr(
         DDIMScheduler, "step", lambda self, output, t, sample, **_: DDIMSchedulerOutput(sample + output)
