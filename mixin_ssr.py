@@ -148,8 +148,9 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
             The output of the stock pipeline.
 
         Raises:
-            `ValueError`: before the first step, if the subject's arguments are invalid or do not fit together; in the
-                first step, if the UNet has an attention processor that does not work with a subject.
+            `ValueError`: before the first step, if the subject's arguments are invalid, have no effect, or do not fit
+                together; in the first step, if the UNet has an attention processor that does not work with a subject,
+                if a region covers no position of the latents, or if `subject_start` and `subject_end` contain no step.
 
         Example:
 

@@ -59,7 +59,8 @@ class SubjectRequest:
     # whether the next step is inside the call's window
     active: bool = True
     _prepared: dict = field(default_factory=dict, repr=False)
-    # whether a forward pass had all branches of all pictures
+    # whether a forward pass of the UNet had all branches of all pictures; the batch of a ControlNet does not show this,
+    # because in guess mode it is half of it also without a wrapper that splits it
     _whole_batch_seen: bool = False
 
     def conditions(self, sample: torch.Tensor) -> attention_processors.SubjectConditions | None:
@@ -78,6 +79,8 @@ class SubjectRequest:
             return None
         frames = sample.shape[2] if sample.ndim == 5 else 1
         branches = self._branches_of(sample.shape[0], "latents", self.branches())
+        if sample.shape[0] == len(branches) * self.num_pictures:
+            self._whole_batch_seen = True
         key = branches, frames, sample.device
         if key not in self._prepared:
             for row in self.rows:
@@ -98,7 +101,6 @@ class SubjectRequest:
         error, because each row needs to be found in it."""
         for branches in possible:
             if batch_size == len(branches) * self.num_pictures:
-                self._whole_batch_seen = True
                 return branches
         if self._whole_batch_seen and len(possible) == 1 and len(self.rows) == 1 and not self._has_keyframes:
             # a callback removed some of the pictures, and all pictures have the same subject

@@ -97,6 +97,15 @@ def test_a_part_of_a_batch_is_rejected():
             request.conditions(torch.zeros(batch_size, 4, 8, 8))
 
 
+def test_a_part_of_a_batch_is_rejected_after_a_controlnet_in_guess_mode():
+    """The ControlNet gets the conditional branch only, and then a wrapper of the UNet splits the batch."""
+    request = request_of(SubjectRow((embeds_of(),)), num_pictures=2)
+    request.branches = lambda: [(False, True)]
+    assert len(request.tokens(2, torch.device("cpu"))) == 2
+    with pytest.raises(ValueError, match="a batch of 2 latents for 2 pictures"):
+        request.conditions(torch.zeros(2, 4, 8, 8))
+
+
 def test_a_callback_may_remove_pictures_that_have_the_same_subject():
     """After a forward pass with all pictures, a smaller batch contains both branches of fewer pictures."""
     same = request_of(SubjectRow((embeds_of(),)), num_pictures=3)
