@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 
 HERE = Path(__file__).resolve().parent
 # parts of the pocket checkpoint that the page does not use
-LEFT_OUT = ("comparison", "judge", "look")
+LEFT_OUT = ("judge", "look")
 
 APP = '''"""Starts the page, with these options."""
 

@@ -145,7 +145,7 @@ def test_kinds_of_pairs_and_no_colours_in_texts(designs):
         (first, *_), (mask, *_) = pair["query"], pair["mask"]
         kinds["absent"] += not mask and "a thing" not in pair["text"] and first.split()[-1] not in pair["text"]
     assert all(count >= 5 for count in kinds.values()), kinds
-    assert 20 <= kinds["two"] <= 45 and kinds["absent"] <= 20
+    assert 12 <= kinds["two"] <= 40 and kinds["absent"] <= 20
 
 
 def test_a_target_shows_the_queried_things_and_no_held_out_instance(designs):
@@ -191,7 +191,7 @@ def test_the_wide_split_has_no_link_between_colour_and_design():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_shipped(name):
-    encoder = comparison.load_adapter(POCKET, name)
+    encoder = comparison.load_adapter(name)
     assert type(encoder) is METHODS[name].encoder_class
     assert encoder.dtype == torch.float32
     assert all(parameter.isfinite().all() and parameter.std() > 0 for parameter in encoder.parameters())

@@ -49,8 +49,9 @@ METHODS = {
 }
 # The options that are different when the training of an SSR-Encoder is continued on other data.
 CONTINUED = "--learning_rate 7e-4 --lr_warmup_steps 50 --ema_decay 0.995"
-# The folder of each method in a checkpoint.
-PLACE = {name: "ssr_encoder" if name == "ssr" else f"comparison/{name}" for name in METHODS}
+# The encoder of each method, all trained alike, and the vision encoder that they were trained with. The checkpoint may
+# contain an SSR-Encoder that was trained for longer and with another vision encoder.
+COMPARISON = Path(__file__).parent / "comparison"
 COMMON = (
     "--reference_column reference --mask_column mask --mask_weight 3 --resolution 64 --min_image_size 64 --latents mode"
     " --learning_rate 1.5e-3 --lr_scheduler cosine --lr_warmup_steps 100 --adam_weight_decay 1e-3 --use_ema --ema_decay 0.998"

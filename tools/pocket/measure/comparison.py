@@ -1,14 +1,14 @@
-"""Compares SSR-Encoder with an adapter in the style of IP-Adapter Plus and with its ablations, with the weights of the
-checkpoint."""
+"""Compares SSR-Encoder with an adapter in the style of IP-Adapter Plus and with its ablations, on the base model of the
+checkpoint. All methods were trained alike, so the SSR-Encoder is not the one of the checkpoint."""
 
-from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers_ssr import SSREncoder
 from PIL import Image
+from transformers import CLIPVisionModel
 
-from ..methods import METHODS, PLACE, write_contact_sheet
+from ..methods import COMPARISON, METHODS, write_contact_sheet
 from ..world import INSTANCES
 from .references import References, draw, share
 
@@ -18,9 +18,9 @@ FIGURE_COLUMNS = 8
 WITHOUT = "without a reference"
 
 
-def load_adapter(checkpoint: str | Path, name: str) -> SSREncoder:
+def load_adapter(name: str) -> SSREncoder:
     """Loads the encoder of a method."""
-    return METHODS[name].encoder_class.from_pretrained(Path(checkpoint) / PLACE[name], dtype=torch.float32).eval()
+    return METHODS[name].encoder_class.from_pretrained(COMPARISON / name, dtype=torch.float32).eval()
 
 
 def nearest_is_own(designs: np.ndarray, variants: np.ndarray, scenes: list, rng: np.random.Generator) -> np.ndarray:
@@ -40,19 +40,18 @@ def nearest_is_own(designs: np.ndarray, variants: np.ndarray, scenes: list, rng:
 
 def comparison(refs: References) -> None:
     """Measures every method with the same references, prompts and seeds, and writes a figure with a row for each."""
-    processor, vision = refs.pipe.ssr_image_processor, refs.pipe.ssr_image_encoder
+    pipe = refs.pipe
+    processor, own = pipe.ssr_image_processor, (pipe.ssr_encoder, pipe.ssr_image_encoder)
+    vision = CLIPVisionModel.from_pretrained(COMPARISON, subfolder="ssr_image_encoder", dtype=torch.float32).eval()
     queried, other = refs.wanted("category"), refs.wanted("category", 1)
-    shipped = [name for name in METHODS if (Path(refs.args.checkpoint) / PLACE[name]).exists()]
     rows = {}
     for naming, categories in (("a thing", None), ("its category", queried)):
-        for name in (*shipped, None):
+        for name in (*METHODS, None):
             label = METHODS[name].label if name else WITHOUT
             if name:
-                refs.pipe.load_ssr(
-                    load_adapter(refs.args.checkpoint, name), image_encoder=vision, image_processor=processor
-                )
+                pipe.load_ssr(load_adapter(name), image_encoder=vision, image_processor=processor)
             subjects = refs.encode(0) if name else None
-            pictures = draw(refs.pipe, refs.args, refs.prompts(categories), subjects, f"{naming}, {label}")
+            pictures = draw(pipe, refs.args, refs.prompts(categories), subjects, f"{naming}, {label}")
             rows.setdefault(label, pictures)
             verdict = refs.judge.look_at(pictures)
             scores = verdict.categories.numpy()
@@ -65,7 +64,7 @@ def comparison(refs: References) -> None:
             print(f"  both:                                  {share(shown & instance)}")
             print(f"  the wrong subject is there:            {share(scores[refs.rows, other] > 0)}")
             print(f"  the place asked for:                   {share(verdict.places.argmax(1).numpy() == refs.places)}")
-    refs.pipe.load_ssr(load_adapter(refs.args.checkpoint, "ssr"), image_encoder=vision, image_processor=processor)
+    pipe.load_ssr(own[0], image_encoder=own[1], image_processor=processor)
     save_figure(refs, rows)
 
 

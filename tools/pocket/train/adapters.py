@@ -3,10 +3,15 @@ an adapter in the style of IP-Adapter Plus and three ablations. All use the same
 numbers of parameters differ by at most a tenth.
 
     python -m tools.pocket.train.pairs
-    python -m tools.pocket.train.adapters --methods ssr
+    python -m tools.pocket.train.adapters
 
 The base model is loaded from `--checkpoint` and the vision encoder from the work folder. Training of each method
 resumes automatically.
+
+    python -m tools.pocket.train.adapters --methods ssr --max_train_steps 20000 --output_dir outputs/pocket-training/shipped
+
+trains an SSR-Encoder for longer. `train.assemble` puts it into the checkpoint, and the methods that are compared beside
+it.
 
     python -m tools.pocket.train.adapters --methods ssr --continued --max_train_steps 1500
 
@@ -27,6 +32,7 @@ def main():
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--checkpoint", default=str(ROOT / "pocket"), help="the base model")
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/pocket-training"))
+    parser.add_argument("--output_dir", type=Path, help="default: `adapters` in the work folder")
     parser.add_argument("--max_train_steps", type=int, default=4800)
     parser.add_argument("--train_batch_size", type=int, default=16)
     parser.add_argument("--continued", action="store_true", help="continue to train the checkpoint's SSR-Encoder")
@@ -44,7 +50,7 @@ def main():
         own = {
             "pretrained_model_name_or_path": args.checkpoint,
             "train_data_dir": args.work_dir / "pairs",
-            "output_dir": args.work_dir / "adapters" / name,
+            "output_dir": (args.output_dir or args.work_dir / "adapters") / name,
             "max_train_steps": args.max_train_steps,
             "train_batch_size": args.train_batch_size,
         }

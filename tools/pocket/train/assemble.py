@@ -1,4 +1,8 @@
-"""Assemble `pocket/` from the trained models: a diffusers folder in float16, the judge, and reference pictures."""
+"""Assemble `pocket/` from the trained models: a diffusers folder in float16, the judge, and reference pictures.
+
+The SSR-Encoder is the one in `shipped/ssr` of the work folder if there is one, and otherwise the one in `adapters/ssr`.
+If all methods were trained (`train.adapters`), they are written to `--comparison_dir` with their vision encoder.
+"""
 
 import argparse
 import json
@@ -13,11 +17,12 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from diffusers_ssr import SSREncoder
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModel
 
-from ..methods import METHODS, PLACE
+from ..methods import COMPARISON, METHODS
 from ..pictures import edges
 from ..world import CATEGORY_NAMES, PLACE_NAMES, SPLITS, Instance, World, draw_scene
 
@@ -87,10 +92,42 @@ def split_tokenizer(folder: Path) -> None:
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
 
 
+def save_vision(trained: Path, folder: Path) -> None:
+    """Saves the vision encoder of the work folder in half precision."""
+    CLIPVisionModel.from_pretrained(trained / "clip").half().save_pretrained(folder / "ssr_image_encoder")
+
+
+def save_encoders(trained: Path, output: Path, comparison: Path) -> None:
+    """Saves the SSR-Encoder in the checkpoint, and the methods that are compared if all of them were trained."""
+    found = {name: trained / "adapters" / name / "ssr_encoder" for name in METHODS}
+    found = {name: encoder for name, encoder in found.items() if encoder.exists()}
+    shipped = trained / "shipped" / "ssr" / "ssr_encoder"
+    if not shipped.exists():
+        shipped = found.get("ssr")
+    if shipped is not None:  # the adapters are trained on a folder that is assembled without them
+        SSREncoder.from_pretrained(shipped).half().save_pretrained(output / "ssr_encoder")
+    if len(found) == len(METHODS):
+        for name, method in METHODS.items():
+            method.encoder_class.from_pretrained(found[name]).half().save_pretrained(comparison / name)
+        save_vision(trained, comparison)
+
+
+def name_dtypes(folder: Path) -> None:
+    """Sets the dtype in all configs to float32, because transformers uses this entry and diffusers uses float32, so
+    another value would lead to mixed dtypes. Removes the paths of the work folder."""
+    for config in folder.rglob("config.json"):
+        described = json.loads(config.read_text())
+        described.pop("_name_or_path", None)
+        if "dtype" in described:
+            described["dtype"] = "float32"
+        config.write_text(json.dumps(described, indent=2) + "\n")
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/pocket-training"))
     parser.add_argument("--output_dir", type=Path, default=Path("pocket"))
+    parser.add_argument("--comparison_dir", type=Path, default=COMPARISON, help="the methods that are compared")
     parser.add_argument("--split", choices=SPLITS, default="wide", help="the split that the models were trained with")
     args = parser.parse_args()
     trained, output = args.work_dir, args.output_dir
@@ -110,11 +147,8 @@ def main():
         part.half()
     for name in ("vae", "text_encoder", "unet"):
         getattr(pipe, name).save_pretrained(output / name)
-    for name, method in METHODS.items():
-        encoder = trained / "adapters" / name / "ssr_encoder"
-        if encoder.exists():  # the adapters are trained on a folder that is assembled without them
-            method.encoder_class.from_pretrained(encoder).half().save_pretrained(output / PLACE[name])
-    CLIPVisionModel.from_pretrained(trained / "clip").half().save_pretrained(output / "ssr_image_encoder")
+    save_encoders(trained, output, args.comparison_dir)
+    save_vision(trained, output)
     CLIPImageProcessor.from_pretrained(trained / "clip").save_pretrained(output / "ssr_image_processor")
     judge = load_file(trained / "judge" / "model.safetensors")
     judge = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in judge.items()}
@@ -131,13 +165,8 @@ def main():
     draw_references(world, output / "references", output / "masks", SPLITS[args.split][1])
     draw_controls(world, output / "controls", SPLITS[args.split][1])
     (output / "world.json").write_text(json.dumps({"split": args.split}) + "\n")
-    for config in output.rglob("config.json"):
-        described = json.loads(config.read_text())
-        described.pop("_name_or_path", None)
-        if "dtype" in described:
-            # transformers uses this dtype and diffusers uses float32, so another value would lead to mixed dtypes
-            described["dtype"] = "float32"
-        config.write_text(json.dumps(described, indent=2) + "\n")
+    for folder in (output, args.comparison_dir):
+        name_dtypes(folder)
     name_ssr_components(output)
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     print(f"{output} holds {size / 1e6:.1f} MB")

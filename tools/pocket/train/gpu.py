@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from ..methods import COMPARISON
 from ..world import download_designs
 
 
@@ -131,6 +132,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/pocket-gpu"))
     parser.add_argument("--output_dir", type=Path, default=Path("pocket"), help="the finished checkpoint")
+    parser.add_argument("--comparison_dir", type=Path, default=COMPARISON, help="the methods that are compared")
     parser.add_argument("--stage", type=int, choices=range(1, len(STAGES) + 1), help="run only this stage")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dry_run", action="store_true", help="run every job with two steps")
@@ -142,7 +144,8 @@ def main():
         run(stage, args)
     if args.stage in (None, len(STAGES)):
         finish = [sys.executable, "-m", "tools.pocket.train.assemble", *SPLIT.split()]
-        subprocess.run([*finish, "--work_dir", args.work_dir, "--output_dir", args.output_dir], check=True)
+        finish += ["--work_dir", str(args.work_dir), "--comparison_dir", str(args.comparison_dir)]
+        subprocess.run([*finish, "--output_dir", str(args.output_dir)], check=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ A reference shows one to four things, with other emoji among them. In half of th
 positions. The target shows exactly the queried thing in another place. Captions name the place and either the category
 or only "a thing", so that colour and design have to be taken from the reference. There are three kinds of rows:
 
-- One subject. In half of these rows it is marked by a mask. The query is its name, a caption of the whole reference,
+- One subject. In four of ten rows it is marked by a mask. The query is its name, a caption of the whole reference,
   or nothing.
 - Two subjects in the target, from two references or from one.
 - A query that names nothing in the reference. The target shows the content of the caption, so that the encoder learns
@@ -37,7 +37,8 @@ from ..world import (
 )
 
 
-SHARES = {"one": 0.6, "two": 0.25, "absent": 0.15}
+SHARES = {"one": 0.65, "two": 0.2, "absent": 0.15}
+MASKED = 0.4  # the share of things that are marked by a mask
 LISTS = ("reference", "query", "mask")
 
 
@@ -116,7 +117,7 @@ class Rows:
         name, mask = reference.instances[slot].name, reference.masks[slot]
         row = {"reference": _png(reference.picture), "query": _name(rng, name), "mask": None}
         # a thing that is hidden behind another one cannot be marked
-        if rng.random() < 0.5 and mask.sum() > 20:
+        if rng.random() < MASKED and mask.sum() > 20:
             row["mask"] = _png((mask * 255).astype(np.uint8))
             caption = reference.caption(rng) if len(reference.instances) < 4 else None
             row["query"] = (row["query"], caption, None)[rng.integers(3)]

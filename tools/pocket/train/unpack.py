@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, MotionAdapter, UNet2DConditionModel
+from diffusers_ssr import SSREncoder
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionModel
 
 from ..codes import Codes
-from ..methods import METHODS, PLACE, ROOT
+from ..methods import ROOT
 from ..scenes import SceneStream, draw_pictures
 from ..training import picture_tensor
 from ..world import World, download_designs
@@ -33,11 +34,8 @@ def main():
     }  # fmt: skip
     for name, model in models.items():
         model.from_pretrained(shipped, subfolder=name, dtype=torch.float32).save_pretrained(output / name)
-    for name, method in METHODS.items():
-        encoder = shipped / PLACE[name]
-        if encoder.exists():
-            loaded = method.encoder_class.from_pretrained(encoder, dtype=torch.float32)
-            loaded.save_pretrained(output / "adapters" / name / "ssr_encoder")
+    encoder = SSREncoder.from_pretrained(shipped, subfolder="ssr_encoder", dtype=torch.float32)
+    encoder.save_pretrained(output / "shipped" / "ssr" / "ssr_encoder")
     DDIMScheduler.from_pretrained(shipped, subfolder="scheduler").save_pretrained(output / "scheduler")
     clip = output / "clip"
     text = CLIPTextModel.from_pretrained(shipped, subfolder="text_encoder", dtype=torch.float32)
