@@ -46,6 +46,11 @@ class _Visit:
 
     def problem(self) -> str | None:
         """Returns why the subject was not added as in equation 5, or `None` if it was."""
+        if self.num_queries == self.num_outputs == 0:
+            return (
+                "it uses neither `to_q` nor `to_out[0]`, or a cache of cross-attention outputs skipped the layer (Pyramid"
+                " Attention Broadcast can be used with other layers than cross-attention)"
+            )
         if self.num_queries != 1:
             return f"it computes queries with a `to_q` {self.num_queries} times instead of once"
         if self.num_outputs != 1:

@@ -36,7 +36,8 @@ def check_references(
 
 def _check_reference(image, query, mask, prefix: str) -> None:
     if image is None and query is None and mask is None:
-        raise ValueError(f"`{prefix}image` is missing: pass the picture of the subject.")
+        hint = ", or encode the subjects and pass `subject=[cat, None]` for a prompt without one" if prefix else ""
+        raise ValueError(f"`{prefix}image` is missing: pass the picture of the subject{hint}.")
     if image is None:
         what = f"`{prefix}query` is {query!r}" if mask is None else f"`{prefix}mask` is given"
         raise ValueError(f"{what}, but `{prefix}image` is missing: pass the picture of the subject.")
@@ -112,7 +113,8 @@ def check_unknown_arguments(given, stock, own) -> None:
 def check_unused(given: dict, defaults: dict, reason: str) -> None:
     """Raises a `ValueError` for an argument that has no effect in this call but not its default value."""
     for name, value in given.items():
-        if value != defaults[name]:
+        # arrays are compared by element, so they are never a default value here
+        if value is not defaults[name] and (hasattr(value, "shape") or value != defaults[name]):
             raise ValueError(f"`{name}` is {value!r}, but {reason}.")
 
 
@@ -120,8 +122,9 @@ def one_for_each(names: str, subjects: list, num_prompts: int) -> list:
     """Returns the list. Raises a `ValueError` if it has neither one subject for all prompts nor one for each
     prompt."""
     if len(subjects) not in (1, num_prompts):
+        hint = ": for several subjects in one picture, add them (`cat + car`)" if num_prompts == 1 else ""
         raise ValueError(
-            f"{names} as a list has to hold one for each prompt, but holds {len(subjects)} for {num_prompts}."
+            f"{names} as a list has to hold one for each prompt, but holds {len(subjects)} for {num_prompts}{hint}."
         )
     return subjects
 
@@ -197,6 +200,8 @@ def check_fits(unet, encoder, image_encoder, text_encoder) -> None:
     """Raises a `ValueError` if an SSR-Encoder was made for other models. An image encoder or text encoder that is
     `None` is not checked."""
     config = encoder.config
+    if "vision_hidden_size" not in config:
+        raise ValueError(f"`ssr_encoder` has to be an SSREncoder, but is a {type(encoder).__name__}.")
     text_width = None if text_encoder is None else text_encoder.config.hidden_size
     if text_width not in (None, config.cross_attention_dim):
         raise ValueError(
@@ -278,29 +283,31 @@ def check_in_controlnet(rows: list[subject_request.SubjectRow], has_controlnet: 
         raise ValueError("`subject_in_controlnet` needs a subject with all of its tokens, not a compact one.")
 
 
+def check_no_regions(rows: list[subject_request.SubjectRow], reason: str) -> None:
+    """Raises a `ValueError` if a subject has a region."""
+    subjects = (s for row in rows for each in row.keyframes if each is not None for s in each.subjects)
+    if any(subject.region is not None for subject in subjects):
+        raise ValueError(f"`subject` has a region of the whole picture, but {reason}: use a subject without a region.")
+
+
 def check_block_scales(name: str, scale: dict, layers) -> None:
     """Raises a `ValueError` if a scale per block contains values that are not numbers, or blocks that do not attend to
     subjects."""
-    _check_numbers(name, scale)
-    blocks = {
-        "down": {layer.split(".")[1] for layer in layers if layer.startswith("down_blocks.")},
-        "up": {layer.split(".")[1] for layer in layers if layer.startswith("up_blocks.")},
-        "mid": set(),
-    }
+    blocks: dict[str, list[str]] = {"down": [], "up": [], "mid": []}
+    for layer in layers:
+        part, _, rest = layer.partition(".")
+        if part in ("down_blocks", "up_blocks"):
+            blocks[part.removesuffix("_blocks")].append(f"block_{rest.partition('.')[0]}")
+    reached = {part: sorted(set(names)) for part, names in blocks.items()}
     for part, value in scale.items():
+        # only the middle has no blocks, and is given as a number or a list
         within = value if isinstance(value, dict) else {}
-        unknown = [block for block in within if block.removeprefix("block_") not in blocks.get(part, ())]
-        if part not in blocks or unknown:
-            reached = {part: [f"block_{index}" for index in sorted(indices)] for part, indices in blocks.items()}
-            raise ValueError(f"`{name}` names {unknown or [part]} ({part}), but subjects reach only {reached}.")
-
-
-def _check_numbers(name: str, scale) -> None:
-    for value in scale.values() if isinstance(scale, dict) else scale:
-        if isinstance(value, (dict, list)):
-            _check_numbers(name, value)
-        else:
-            subject_embeds.check_scale(name, value)
+        unknown = [block for block in within if block not in reached.get(part, ())]
+        if part not in reached or unknown or isinstance(value, dict) and not value:
+            raise ValueError(f"`{name}` names {unknown or [part]} ({part!r}), but subjects reach only {reached}.")
+        for each in within.values() if isinstance(value, dict) else [value]:
+            for number in each if isinstance(each, list) else [each]:
+                subject_embeds.check_scale(name, number)
 
 
 def acts(rows: list[subject_request.SubjectRow], scale: float | dict[str, float]) -> bool:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files
+from diffusers.utils.torch_utils import is_compiled_module
 from huggingface_hub.utils import EntryNotFoundError, validate_hf_hub_args
 from torch import nn
 from transformers import CLIPImageProcessor, CLIPVisionModel, PreTrainedModel
@@ -112,8 +112,8 @@ class SSRLoaderMixin(SSRComponents):
         _check_load_arguments(source, image_encoder, kwargs)
         kwargs = library_internals.precision_arguments(kwargs, default=unet_hooks.find_unet(self.unet).dtype)
         loaded = []
-        if isinstance(source, ModelMixin):
-            encoder = source
+        if isinstance(source, nn.Module):
+            encoder: Any = source
             if image_encoder is None and image_encoder_folder is not None:
                 raise ValueError(
                     "`image_encoder` has to be given with an SSREncoder that is already in memory, or"
@@ -246,7 +246,8 @@ class SSRLoaderMixin(SSRComponents):
         config = json.loads(model_index.read_text())
         config["_class_name"] = [entry.stem, saved.__name__]
         if self.ssr_encoder is not None:
-            encoder = next(each for each in type(self.ssr_encoder).__mro__ if _has_code(each))
+            model = _without_compilation(self.ssr_encoder)
+            encoder = next(each for each in type(model).__mro__ if _has_code(each))
             code = Path(inspect.getfile(encoder))
             _copy_code(code, folder / "ssr_encoder")
             config["ssr_encoder"] = [code.stem, encoder.__name__]
@@ -278,6 +279,12 @@ class SSRLoaderMixin(SSRComponents):
         if state.get("ssr_image_encoder") is not None:
             state["ssr_image_encoder"] = library_internals.without_capturing_hooks(state["ssr_image_encoder"])
         return state
+
+    def __copy__(self):
+        # `copy.copy` would use `__getstate__`, and the copy would not share the vision encoder
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
 
     # The `model_index.json` of a saved pipeline names the class and the code that it was saved with. The next two
     # methods replace these names if the pipeline is loaded with one of the package's classes, for example with
@@ -356,7 +363,7 @@ _FROM_PRETRAINED = (
 
 def _check_load_arguments(source: Any, image_encoder: Any, kwargs: dict) -> None:
     # `custom_pipeline=` imports its own copy of the class, which is recognised by its name
-    names = [each.__name__ for each in type(source).__mro__]
+    names = [each.__name__ for each in type(_without_compilation(source)).__mro__]
     if not isinstance(source, (str, os.PathLike)) and modeling_ssr.SSREncoder.__name__ not in names:
         raise ValueError(
             "`pretrained_model_name_or_path` has to be a folder, the name of a repository, or an SSREncoder, but is"
@@ -407,6 +414,11 @@ def _load_image_processor(path, subfolder: str, kwargs) -> CLIPImageProcessor | 
     except (EntryNotFoundError, OSError):
         logger.info(f"{path} has no {subfolder}: the image processor is created from the vision encoder's config.")
         return None
+
+
+def _without_compilation(model: Any) -> Any:
+    """Returns the model inside `torch.compile`, or the object itself."""
+    return model._orig_mod if isinstance(model, nn.Module) and is_compiled_module(model) else model
 
 
 def _has_code(defined: type) -> bool:

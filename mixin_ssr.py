@@ -1,5 +1,6 @@
 """The mixin class of all SSR pipelines: its components and its `__call__`."""
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable
@@ -143,6 +144,8 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
                 released code does.
             subject_in_controlnet (`bool`, defaults to `False`):
                 Whether the subject's tokens are appended to the text that a ControlNet gets, as in the released demo.
+                They are appended in the part of the denoising process in which the subject is used. As in the released
+                demo, the scale of a single subject and regions have no effect on the ControlNet.
 
         Returns:
             The output of the stock pipeline.
@@ -173,8 +176,7 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
             checks_ssr.check_unused({**of_subjects, **of_references}, _OWN_ARGUMENTS, "there is no subject")
             return stock_call(*args, **kwargs)
 
-        arguments = inspect.signature(stock_call).bind_partial(*args, **kwargs).arguments
-        arguments.update(arguments.pop("kwargs", {}))
+        arguments = _by_name(stock_call, args, kwargs)
         self._check_ssr_loaded()
         scale = self._layer_scales("subject_scale", self._ssr_scale if subject_scale is None else subject_scale)
         window = checks_ssr.check_window(subject_start, subject_end)
@@ -206,6 +208,8 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
         if subject_in_controlnet:
             has_controlnet = getattr(self, "controlnet", None) is not None
             checks_ssr.check_in_controlnet(rows, has_controlnet, type(self).__name__)
+        if arguments.get("padding_mask_crop") is not None:
+            checks_ssr.check_no_regions(rows, "`padding_mask_crop` draws a part of the picture")
         num_frames = _num_frames(stock_parameters, arguments)
         for row in rows:
             subject_request.check_frames(row, num_frames)
@@ -230,7 +234,8 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
             passes.watch_controlnet(self.controlnet, request.tokens)
         attention_kwargs = arguments.get("cross_attention_kwargs") or {}
         arguments = {**arguments, "cross_attention_kwargs": {**attention_kwargs, unet_hooks.SUBJECT: passes}}
-        arguments.update(_callbacks(passes, request, window, arguments))
+        steps = inspect.signature(stock_call).parameters.get("num_inference_steps")
+        arguments.update(_callbacks(passes, request, window, arguments, steps.default if steps is not None else 0))
         try:
             with passes:
                 output = stock_call(**arguments)
@@ -269,7 +274,7 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
         ```
         """
         self._layer_scales("scale", scale)
-        self._ssr_scale = scale
+        self._ssr_scale = copy.deepcopy(scale)
 
     def _layer_scales(self, name: str, scale) -> float | dict[str, float]:
         """Returns a scale as one number for all layers, or as a dict with one number for each of
@@ -321,6 +326,22 @@ _OWN_ARGUMENTS = {
 }
 
 
+def _by_name(call: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """Returns the arguments of a call by name, those that it takes as `**kwargs` included."""
+    signature = inspect.signature(call)
+    arguments = signature.bind_partial(*args, **kwargs).arguments
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            arguments.update(arguments.pop(name, {}))
+        elif parameter.kind is inspect.Parameter.VAR_POSITIONAL and arguments.pop(name, ()):
+            # the prompts are among them, and their number is needed
+            raise ValueError(
+                f"The call of this pipeline takes `*{name}`, so with a subject its arguments have to be passed by name:"
+                " `prompt=...`."
+            )
+    return arguments
+
+
 def _num_prompts(arguments: dict) -> int:
     prompt, prompt_embeds = arguments.get("prompt"), arguments.get("prompt_embeds")
     return len(prompt) if isinstance(prompt, list) else 1 if prompt_embeds is None else len(prompt_embeds)
@@ -365,7 +386,11 @@ def _branches(pipeline) -> list[tuple[bool, ...]]:
 
 
 def _callbacks(
-    passes: unet_hooks.SubjectPasses, request: subject_request.SubjectRequest, window, arguments: dict
+    passes: unet_hooks.SubjectPasses,
+    request: subject_request.SubjectRequest,
+    window,
+    arguments: dict,
+    default_steps: int,
 ) -> dict:
     """Returns the callback arguments of the stock call: the user's callbacks, during which the UNet is stock, and a
     callback that disables the subject outside its window."""
@@ -377,9 +402,13 @@ def _callbacks(
         return changed
     start, end = window or (0.0, 1.0)
     request.active = start == 0
+    num_inference_steps = arguments.get("num_inference_steps", default_steps)
 
     def on_step_end(pipeline, step, timestep, callback_kwargs):
-        if step == 0:
+        # FreeInit with fast sampling denoises with fewer steps first; the last time has all steps
+        if step == 0 and not (
+            getattr(pipeline, "_free_init_use_fast_sampling", False) and pipeline.num_timesteps < num_inference_steps
+        ):
             checks_ssr.check_window_has_steps(start, end, pipeline.num_timesteps)
         if callback is not None:
             callback_kwargs = _while_paused(passes, callback)(pipeline, step, timestep, callback_kwargs)
@@ -404,11 +433,15 @@ def _while_paused(passes: unet_hooks.SubjectPasses, callback: Callable) -> Calla
 
 
 def _follow(pipeline, passes: unet_hooks.SubjectPasses) -> None:
-    """Handles changes that a callback made to the pipeline's UNet or to its `cross_attention_kwargs`."""
+    """Handles changes that a callback made to the pipeline's UNet, its ControlNet or its `cross_attention_kwargs`."""
     if pipeline.unet is not passes.wrapped_unet:
         checks_ssr.check_fits_unet(pipeline.unet, pipeline.ssr_encoder)
         with passes.paused():
             passes.watch(pipeline.unet)
+    if passes.controlnet is not None and pipeline.controlnet is not passes.controlnet:
+        checks_ssr.check_controlnet(pipeline.controlnet, pipeline.ssr_encoder)
+        with passes.paused():
+            passes.watch_controlnet(pipeline.controlnet, passes.tokens)
     attention_kwargs = getattr(pipeline, "_cross_attention_kwargs", None) or {}
     if hasattr(pipeline, "_cross_attention_kwargs") and attention_kwargs.get(unet_hooks.SUBJECT) is not passes:
         pipeline._cross_attention_kwargs = {**attention_kwargs, unet_hooks.SUBJECT: passes}

@@ -48,7 +48,6 @@ def _reduce_class(made: Any) -> Any:
 copyreg.pickle(_MadeClass, _reduce_class)
 
 
-@functools.cache
 def ssr_pipeline_class(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
     r"""
     Returns the SSR version of a Stable Diffusion 1.5 pipeline class. It has the arguments and components of the class
@@ -76,8 +75,11 @@ def ssr_pipeline_class(pipeline_class: type[DiffusionPipeline]) -> type[Diffusio
     """
     if not (isinstance(pipeline_class, type) and issubclass(pipeline_class, DiffusionPipeline)):
         raise ValueError(f"`pipeline_class` has to be a pipeline class of diffusers, but is {pipeline_class!r}.")
-    if issubclass(pipeline_class, mixin_ssr.SSRPipelineMixin):
-        return pipeline_class
+    return pipeline_class if issubclass(pipeline_class, mixin_ssr.SSRPipelineMixin) else _made_class(pipeline_class)
+
+
+@functools.cache
+def _made_class(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
     name, components = pipeline_class.__name__, inspect.signature(pipeline_class.__init__).parameters
     if name in _UNSUITABLE:
         raise ValueError(f"`pipeline_class` is {name}, but it cannot be used with a subject: {_UNSUITABLE[name]}.")

@@ -113,10 +113,8 @@ def _release_locks() -> None:
 
 
 def _with_component(pipeline, name: str, component):
-    """Returns a shallow copy of a pipeline with one component replaced. It does not use `copy.copy`, which uses the
-    pickling methods and would copy the weights."""
-    twin = object.__new__(type(pipeline))
-    twin.__dict__.update(pipeline.__dict__)
+    """Returns a shallow copy of a pipeline with one component replaced."""
+    twin = copy.copy(pipeline)
     vars(twin)[name] = component
     return twin
 

@@ -15,8 +15,8 @@ class SubjectCache:
     r"""
     A cache of the most recently used subjects. The key of a subject contains everything that it depends on. Pictures,
     masks, the query's hidden states and the SSR-Encoder's fingerprint are compared by content, so a changed picture, a
-    LoRA on the text encoder, or a training step results in a new entry. The vision encoder is compared by its identity
-    and the versions of its weights. The cache is thread-safe.
+    LoRA on the text encoder, or a training step results in a new entry. The vision encoder is compared by its identity,
+    the versions of its weights, a sample of their values, and the state of its adapters. The cache is thread-safe.
 
     Args:
         size (`int`, defaults to 16):
@@ -58,11 +58,34 @@ def digest(tensor: torch.Tensor | None) -> bytes:
     return hashlib.blake2b(content.data, digest_size=20).digest()
 
 
-def version(module: nn.Module) -> tuple[object, int, torch.dtype]:
+def version(module: nn.Module) -> tuple[Hashable, ...]:
     """Returns a value that is different for each module, and that changes when the weights are changed in place or
-    cast to another dtype."""
-    counts = sum(0 if parameter.is_inference() else parameter._version for parameter in module.parameters())
-    return _identities.setdefault(module, object()), counts, next(module.parameters()).dtype
+    cast to another dtype, or when an adapter (peft) is switched on or off."""
+    parameters = list(module.parameters())
+    counts = sum(0 if parameter.is_inference() else parameter._version for parameter in parameters)
+    adapters = tuple(
+        (tuple(each.active_adapters), bool(each.disable_adapters), str(each.scaling))
+        for each in module.modules()
+        if hasattr(each, "disable_adapters") and hasattr(each, "scaling") and not callable(each.disable_adapters)
+    )
+    identity = _identities.setdefault(module, object())
+    return identity, counts, parameters[0].dtype, digest(_sample(parameters)), adapters
+
+
+@torch.no_grad()
+def _sample(parameters: list[nn.Parameter]) -> torch.Tensor | None:
+    """Returns a few values of each parameter, because a change of `parameter.data` (as diffusers' `EMAModel` makes it)
+    does not change the parameter's version. Offloaded parameters on the meta device have no values."""
+    some = [
+        each.detach().flatten()[:: max(1, each.numel() // _VALUES)][:_VALUES].float()
+        for each in parameters
+        if each.numel() and each.device.type != "meta"
+    ]
+    return torch.cat(some) if some else None
+
+
+# the number of values in the sample of a parameter
+_VALUES = 8
 
 
 # Maps each module to a unique object. `id(module)` is not unique, because it can be reused after the module is

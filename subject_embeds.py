@@ -309,7 +309,8 @@ def same_fingerprint(first: torch.Tensor | None, second: torch.Tensor | None) ->
     first, second = first.float().cpu(), second.float().cpu()
     # compared by row, because single values can be small differences of large numbers, which bfloat16 does not
     # preserve
-    return bool(((first - second).norm(dim=-1) <= 0.05 * second.norm(dim=-1)).all())
+    # float8 weights change a row by up to 5 %, and another training by much more than 10 %
+    return bool(((first - second).norm(dim=-1) <= 0.1 * second.norm(dim=-1)).all())
 
 
 def check_scale(name: str, scale: Any) -> float:

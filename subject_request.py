@@ -88,9 +88,11 @@ class SubjectRequest:
             self._prepared[key] = self._prepare(branches, frames, sample.device)
         return self._prepared[key]
 
-    def tokens(self, batch_size: int, device: torch.device) -> torch.Tensor:
+    def tokens(self, batch_size: int, device: torch.device) -> torch.Tensor | None:
         """Returns the subject embeddings for a ControlNet's batch, of shape
-        `(batch_size, num_subject_tokens, cross_attention_dim)`."""
+        `(batch_size, num_subject_tokens, cross_attention_dim)`, or `None` outside the call's window."""
+        if not self.active:
+            return None
         # in guess mode, a ControlNet only gets the conditional branch
         branches = self._branches_of(batch_size // self.num_frames, "text", [*self.branches(), (True,)])
         embeds, _ = self._embeds(self._entries(branches), device)

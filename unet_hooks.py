@@ -228,6 +228,7 @@ class SubjectPasses:
         self.count = 0
         self.thread = threading.get_ident()
         self.controlnet: nn.Module | None = None
+        self.tokens: Callable[[int, torch.device], torch.Tensor | None] = lambda batch_size, device: None
         self.watch(unet)
 
     def watch(self, unet) -> None:
@@ -235,7 +236,9 @@ class SubjectPasses:
         self.wrapped_unet, self.unet = unet, find_unet(unet)
         self.watched = _outermost_compiled(unet, self.unet)
 
-    def watch_controlnet(self, controlnet: nn.Module, tokens: Callable[[int, torch.device], torch.Tensor]) -> None:
+    def watch_controlnet(
+        self, controlnet: nn.Module, tokens: Callable[[int, torch.device], torch.Tensor | None]
+    ) -> None:
         r"""
         Appends the subject's tokens to the text that one or several ControlNets get in this call.
 
@@ -244,7 +247,7 @@ class SubjectPasses:
                 The ControlNet.
             tokens (`Callable`):
                 A function that takes a batch size and a device and returns the tokens, of shape
-                `(batch_size, num_subject_tokens, cross_attention_dim)`.
+                `(batch_size, num_subject_tokens, cross_attention_dim)`, or `None` if nothing is appended in this step.
         """
         self.controlnet, self.tokens = controlnet, tokens
 
@@ -350,8 +353,10 @@ def _before_controlnet(module: nn.Module, args: tuple, kwargs: dict | None = Non
     if passes is None:
         return None
     states = kwargs["encoder_hidden_states"]
-    tokens = passes.tokens(len(states), states.device).to(states.dtype)
-    return args, {**kwargs, "encoder_hidden_states": torch.cat([states, tokens], dim=1)}
+    tokens = passes.tokens(len(states), states.device)
+    if tokens is None:
+        return None
+    return args, {**kwargs, "encoder_hidden_states": torch.cat([states, tokens.to(states.dtype)], dim=1)}
 
 
 class _CompiledCall:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import call_args, make_picture
 from diffusers.models.attention_processor import (
     Attention,
     AttnProcessor,
@@ -183,6 +184,8 @@ class Functional(nn.Module):
         self.way = way
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+        if self.way == "neither":
+            return hidden_states
         if self.way == "query by weight":
             query = hidden_states @ attn.to_q.weight.T
         else:
@@ -198,7 +201,7 @@ class Functional(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "way", ["query by weight", "queries twice", "output by weight", "outputs twice", "another shape"]
+    "way", ["neither", "query by weight", "queries twice", "output by weight", "outputs twice", "another shape"]
 )
 def test_unsupported_processor_raises_an_error_with_its_name(way):
     attn, tensors, key, value = parity_layer()
@@ -207,6 +210,21 @@ def test_unsupported_processor_raises_an_error_with_its_name(way):
     with pytest.raises(ValueError, match="with the attention processor Functional: .*(queries|to_out|shape)"):
         attend(attn, tensors["hidden_states"], text, conditions_of(key, value))
     attend(attn, tensors["hidden_states"], text)  # without a subject there is no error
+
+
+def test_a_cache_of_cross_attention_outputs_raises_an_error_that_names_it(pipe):
+    diffusers = pytest.importorskip("diffusers", minversion="0.33", reason="has Pyramid Attention Broadcast")
+    config = diffusers.PyramidAttentionBroadcastConfig(
+        cross_attention_block_skip_range=2,
+        cross_attention_timestep_skip_range=(0, 1000),
+        cross_attention_block_identifiers=("attentions",),
+        current_timestep_callback=lambda: 500,
+    )
+    diffusers.apply_pyramid_attention_broadcast(pipe.unet, config)
+    subject = pipe.encode_subject(make_picture(), "cat")
+    with pytest.raises(ValueError, match="a cache of cross-attention outputs skipped the layer"):
+        pipe(**call_args(subject=subject, num_inference_steps=4))
+    assert pipe(**call_args(num_inference_steps=4)).images.shape[0] == 1
 
 
 def test_output_projection_receives_additional_arguments():

@@ -326,6 +326,31 @@ def test_pipelines_of_users_are_accepted(own):
     assert issubclass(ssr_pipeline_class(own), own)
 
 
+@pytest.mark.parametrize("call", ["options", "keywords", "named"])
+def test_calls_of_users_with_variadic_arguments_get_all_of_them(pipe, call):
+    def options_call(self, prompt, **options):
+        return diffusers.StableDiffusionPipeline.__call__(self, prompt, **options)
+
+    def keywords_call(self, prompt=None, *, num_inference_steps=1, **kwargs):
+        return diffusers.StableDiffusionPipeline.__call__(
+            self, prompt, num_inference_steps=num_inference_steps, **kwargs
+        )
+
+    def named_call(self, *args, **rest):
+        return diffusers.StableDiffusionPipeline.__call__(self, *args, **rest)
+
+    calls = {"options": options_call, "keywords": keywords_call, "named": named_call}
+    mine = type("Mine", (diffusers.StableDiffusionPipeline,), {"__call__": calls[call]})
+    own = ssr_pipeline_class(mine)(**pipe.components)
+    own.set_progress_bar_config(disable=True)
+    for subject in (None, pipe.encode_subject(make_picture(), "cat")):
+        expected = pipe(**call_args(subject=subject)).images
+        assert np.array_equal(own(**call_args(subject=subject)).images, expected)
+    if call == "named":
+        with pytest.raises(ValueError, match=r"takes `\*args`.*by name"):
+            own("a cat", subject=subject)
+
+
 @pytest.mark.parametrize("name", CHAINS)
 def test_each_prompt_uses_its_own_subject(name):
     """In a batch of two, each picture depends only on its own subject."""
@@ -440,6 +465,44 @@ def test_controlnet_only_receives_the_text_by_default(control_pipe, guidance_sca
     seen.clear()
     assert np.array_equal(pipe(**control_args(**arguments, subject=subject)).images, pictures[1])
     assert torch.equal(seen[0], texts[0])
+
+
+@pytest.mark.parametrize("start, end, with_subject", [(0.5, 1.0, [0, 0, 1, 1]), (0.0, 0.5, [1, 1, 0, 0])])
+def test_outside_the_window_a_controlnet_gets_only_the_text(control_pipe, start, end, with_subject):
+    seen = watch_text(control_pipe.controlnet)
+    subject = control_pipe.encode_subject(make_picture(), "cat")
+    arguments = {"subject_start": start, "subject_end": end, "num_inference_steps": 4}
+    control_pipe(**control_args(subject=subject, subject_in_controlnet=True, **arguments))
+    length, added = control_pipe.tokenizer.model_max_length, subject.subjects[0].embeds.shape[1]
+    assert [text.shape[1] for text in seen] == [length + added * each for each in with_subject]
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionInpaintPipeline", "StableDiffusionControlNetInpaintPipeline"])
+def test_regions_are_not_used_with_a_crop_of_the_picture(name):
+    """`padding_mask_crop` draws the part of the picture around the mask, where a region would be in another place."""
+    _, pipe = make_pipeline(name)
+    subject = pipe.encode_subject(make_picture(), "cat")
+    whole, crop = picture(), {"padding_mask_crop": 2, "output_type": "pil"}
+    arguments = {**crop, "mask_image": Image.fromarray((LEFT_HALF * 255).astype(np.uint8)), "image": whole}
+    draw(pipe, name, subject=subject, **arguments)
+    with pytest.raises(ValueError, match="`subject` has a region of the whole picture, but `padding_mask_crop`"):
+        draw(pipe, name, subject=subject.inside(LEFT_HALF), **arguments)
+
+
+def test_a_callback_can_replace_the_controlnet(control_pipe):
+    subject, others = control_pipe.encode_subject(make_picture(), "cat"), [make_controlnet(7), make_controlnet(8)]
+    seen = [watch_text(net) for net in (control_pipe.controlnet, *others)]
+    nets = iter(others)
+
+    def callback(pipeline, step, timestep, kwargs):
+        pipeline.controlnet = next(nets, pipeline.controlnet)
+        return kwargs
+
+    arguments = {"callback_on_step_end": callback, "num_inference_steps": 3}
+    control_pipe(**control_args(subject=subject, subject_in_controlnet=True, **arguments))
+    longer = control_pipe.tokenizer.model_max_length + subject.subjects[0].embeds.shape[1]
+    assert [[text.shape[1] for text in each] for each in seen] == [[longer]] * 3
+    assert not any(net._forward_pre_hooks for net in (*others, control_pipe.controlnet))
 
 
 def test_from_pipe_keeps_the_dtype(pipe):
@@ -619,6 +682,16 @@ def test_video_settings(video_pipe, setting):
     without = pipe(**video_args(**{key: each for key, each in arguments.items() if key != "subject_end"})).frames
     assert np.abs(after - before).max() > 1e-5 and np.abs(after - without).max() > 1e-4
     assert snapshot(pipe.unet) == state
+
+
+def test_a_window_that_the_short_passes_of_freeinit_do_not_contain(video_pipe):
+    subject = video_pipe.encode_subject(make_picture(), "cat")
+    window = {"num_inference_steps": 6, "subject_start": 0.6, "subject_end": 0.8}
+    video_pipe.enable_free_init(num_iters=3, use_fast_sampling=True)
+    without = video_pipe(**video_args(num_inference_steps=6)).frames
+    assert np.abs(video_pipe(**video_args(subject=subject, **window)).frames - without).max() > 1e-5
+    with pytest.raises(ValueError, match="contain none of the 3 steps"):
+        video_pipe(**video_args(subject=subject, **{**window, "num_inference_steps": 3, "subject_start": 0.7}))
 
 
 # Moving subjects

@@ -768,6 +768,33 @@ def test_an_encoder_without_code_is_saved_as_an_ssr_encoder(pipe, tmp_path):
     assert np.array_equal(again(**subject_args()).images, expected)
 
 
+@pytest.mark.parametrize("way", ["attribute", "load_ssr", "in place"])
+def test_a_pipeline_with_a_compiled_encoder_can_be_saved_and_loaded(pipe, tmp_path, way):
+    """With an argument of `load_ssr`, a component that is set, or `encoder.compile()`."""
+    expected = pipe(**subject_args()).images
+    if way == "in place":
+        pipe.ssr_encoder.compile(backend="eager")
+    elif way == "attribute":
+        pipe.ssr_encoder = torch.compile(pipe.ssr_encoder, backend="eager")
+    else:
+        pipe.load_ssr(torch.compile(pipe.ssr_encoder, backend="eager"), image_encoder=pipe.ssr_image_encoder)
+    assert np.allclose(pipe(**subject_args()).images, expected, atol=1e-5)
+    pipe.save_pretrained(tmp_path)
+    assert (tmp_path / "ssr_encoder" / "modeling_ssr.py").exists()
+    again = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    again.set_progress_bar_config(disable=True)
+    assert np.array_equal(again(**subject_args()).images, expected)
+
+
+def test_a_shallow_copy_shares_all_components(pipe):
+    expected = pipe(**subject_args()).images
+    copied = copy.copy(pipe)
+    assert all(getattr(copied, name) is each for name, each in pipe.components.items())
+    copied.set_ssr_scale(0.1)
+    assert np.array_equal(pipe(**subject_args()).images, expected)
+    assert np.array_equal(copied(**subject_args()).images, expected)
+
+
 # Versions
 
 

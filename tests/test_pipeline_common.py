@@ -231,12 +231,18 @@ def test_layerwise_casting(pipe):
     if not hasattr(pipe.unet, "enable_layerwise_casting"):
         pytest.skip("diffusers before 0.33 has no layerwise casting")
     expected = pipe(**subject_args()).images
+    subject = pipe.encode_subject(make_picture(), "cat")
     for part in (pipe.unet, pipe.ssr_encoder):
         part.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     assert any(parameter.dtype == torch.float8_e4m3fn for parameter in pipe.ssr_encoder.parameters())
     state = snapshot(pipe.unet)
     images = pipe(**subject_args()).images
     assert 0 < np.abs(images - expected).max() < 0.2
+    # a subject that was encoded before can still be used
+    assert (
+        np.abs(pipe(**subject_args(subject_image=None, subject_query=None, subject=subject)).images - expected).max()
+        < 0.2
+    )
     assert np.abs(images - pipe(**call_args()).images).max() > 1e-3 and snapshot(pipe.unet) == state
 
 

@@ -299,6 +299,7 @@ SUBJECT = SubjectEmbeds((Subject(torch.zeros(1, 6, 32), torch.zeros(1, 6, 32)),)
     "arguments,message",
     [
         ({"subject_query": "cat"}, "`subject_image` is missing"),
+        ({"subject_image": [make_picture(), None], "subject_query": ["cat", None]}, r"missing.*subject=\[cat, None\]"),
         ({"subject_image": make_picture()}, "`subject_query` is missing"),
         ({"subject_image": make_picture(), "subject_query": ""}, "`subject_query` has to be a text.*''"),
         ({"subject_image": make_picture(), "subject_query": "  "}, "`subject_query` has to be a text"),
@@ -308,6 +309,8 @@ SUBJECT = SubjectEmbeds((Subject(torch.zeros(1, 6, 32), torch.zeros(1, 6, 32)),)
         ({"subject_image": np.full((4, 4, 3), 7.0), "subject_query": "cat"}, "`subject_image`.*7"),
         ({"subject_image": torch.zeros(2, 4, 4), "subject_query": "cat"}, r"`subject_image`.*\(2, 4, 4\)"),
         ({"subject_scale": 1.0}, "`subject_scale` is 1.0, but there is no subject"),
+        ({"subject_scale": np.array([0.5, 0.5])}, "`subject_scale` is array.*, but there is no subject"),
+        ({"subject_start": torch.zeros(2)}, "`subject_start` is tensor.*, but there is no subject"),
         ({"subject_start": 0.5}, "`subject_start` is 0.5, but there is no subject"),
         ({"subject_end": 0.5}, "`subject_end` is 0.5, but there is no subject"),
         ({"subject_in_controlnet": True}, "`subject_in_controlnet` is True, but there is no subject"),
@@ -320,7 +323,7 @@ SUBJECT = SubjectEmbeds((Subject(torch.zeros(1, 6, 32), torch.zeros(1, 6, 32)),)
         ({"subject": SUBJECT, "subject_scale": True}, "`subject_scale` has to be a number"),
         ({"subject": SUBJECT, "subject_query": "cat"}, "either `subject` or `subject_query`"),
         ({"subject": torch.zeros(1, 6, 32)}, "`subject` has to be a SubjectEmbeds.*Tensor"),
-        ({"subject": [SUBJECT, SUBJECT]}, "`subject` as a list.*2 for 1"),
+        ({"subject": [SUBJECT, SUBJECT]}, r"`subject` as a list.*2 for 1.*cat \+ car"),
         ({"subject": [None]}, "`subject` holds only None"),
         ({"subject": ["cat"]}, "`subject` has to be a SubjectEmbeds.*str"),
         (
@@ -340,6 +343,43 @@ def test_invalid_arguments_are_rejected_before_any_step(pipe, arguments, message
     with pytest.raises(ValueError, match=message):
         pipe(**call_args(**arguments))
     assert not calls and snapshot(pipe.unet) == state
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        {"up": {"1": 1.0}},  # without the prefix "block_"
+        {"down": {0: 1.0}},
+        {"down": {"block_0": {"attentions_0": 1.0}}},
+        {"mid": {"attentions_0": 1.0}},
+        {"mid": {}},
+        {"down": {}},
+        {1: 0.5},
+        {"down": None},
+    ],
+)
+def test_scales_of_blocks_that_cannot_be_used_are_rejected(pipe, scale):
+    before = pipe(**subject_args(subject_scale=None)).images
+    with pytest.raises(ValueError, match="`scale`"):
+        pipe.set_ssr_scale(scale)
+    with pytest.raises(ValueError, match="`subject_scale`"):
+        pipe(**subject_args(subject_scale=scale))
+    assert np.array_equal(pipe(**subject_args(subject_scale=None)).images, before)
+
+
+def test_a_scale_that_is_changed_after_it_was_set_is_not_used(pipe):
+    scale = {"down": 0.4, "up": {"block_1": [0.8, 0.8]}}
+    pipe.set_ssr_scale(scale)
+    before = pipe(**subject_args(subject_scale=None)).images
+    scale["up"]["block_1"][0] = 0.1
+    scale["down"] = 0.9
+    assert np.array_equal(pipe(**subject_args(subject_scale=None)).images, before)
+
+
+def test_another_model_as_ssr_encoder_is_rejected(pipe):
+    pipe.ssr_encoder = pipe.unet
+    with pytest.raises(ValueError, match="`ssr_encoder` has to be an SSREncoder, but is a UNet2DConditionModel"):
+        pipe.encode_subject(make_picture(), "cat")
 
 
 @pytest.mark.parametrize("scale", ["strong", None, [0.5, 0.5]])

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
 from diffusers_ssr.subject_cache import SubjectCache, digest, version
 from torch import nn
 
@@ -74,6 +75,42 @@ def test_a_version_depends_on_module_weights_and_dtype():
     changed = version(module)
     assert changed != first
     assert version(module.half()) not in (first, changed)
+
+
+def _ema(module: nn.Module) -> None:
+    average = EMAModel(module.parameters())
+    average.shadow_params = [each + 1 for each in average.shadow_params]
+    average.copy_to(module.parameters())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda module: module.weight.data.mul_(2),
+        lambda module: setattr(module.bias, "data", module.bias.data + 1),
+        lambda module: module.load_state_dict({name: each + 1 for name, each in module.state_dict().items()}),
+        _ema,
+    ],
+)
+def test_a_version_depends_on_weights_that_are_changed_without_autograd(change):
+    module = nn.Linear(20, 20)
+    first = version(module)
+    change(module)
+    assert version(module) != first
+
+
+def test_a_version_depends_on_adapters():
+    peft = pytest.importorskip("peft", reason="adapters of peft")
+    model = nn.Sequential(nn.Linear(4, 4))
+    without = version(model)
+    config = peft.LoraConfig(target_modules=["0"], init_lora_weights=False)
+    model = peft.inject_adapter_in_model(config, model)
+    on = version(model)
+    model[0].enable_adapters(False)
+    off = version(model)
+    model[0].enable_adapters(True)
+    model[0].set_scale("default", 0.5)
+    assert len({without, on, off, version(model)}) == 4
 
 
 def test_threads_get_the_same_identifier_of_a_module():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from diffusers.utils import logging
 
-from ..methods import ROOT
+from ..methods import COMPARISON, ROOT
 from . import chains, comparison, controls, features, selection, speed, words
 from .references import References
 
@@ -52,6 +52,9 @@ def main():
         "--work_dir", type=Path, default=Path("outputs/pocket-training"), help="folder with the design sets"
     )
     parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help="folder for the sample sheet")
+    parser.add_argument(
+        "--comparison_dir", type=Path, default=COMPARISON, help="folder with the methods of `comparison`"
+    )
     parser.add_argument("--num_references", type=int, default=200)
     parser.add_argument(
         "--seed", type=int, default=12345, help="seed of the references; settings and results need different seeds"

@@ -1,6 +1,7 @@
 """Compares SSR-Encoder with an adapter in the style of IP-Adapter Plus and with its ablations, on the base model of the
 checkpoint. All methods were trained alike, so the SSR-Encoder is not the one of the checkpoint."""
 
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,9 +19,9 @@ FIGURE_COLUMNS = 8
 WITHOUT = "without a reference"
 
 
-def load_adapter(name: str) -> SSREncoder:
+def load_adapter(name: str, folder: Path = COMPARISON) -> SSREncoder:
     """Loads the encoder of a method."""
-    return METHODS[name].encoder_class.from_pretrained(COMPARISON / name, dtype=torch.float32).eval()
+    return METHODS[name].encoder_class.from_pretrained(folder / name, dtype=torch.float32).eval()
 
 
 def nearest_is_own(designs: np.ndarray, variants: np.ndarray, scenes: list, rng: np.random.Generator) -> np.ndarray:
@@ -39,17 +40,20 @@ def nearest_is_own(designs: np.ndarray, variants: np.ndarray, scenes: list, rng:
 
 
 def comparison(refs: References) -> None:
-    """Measures every method with the same references, prompts and seeds, and writes a figure with a row for each."""
+    """Measures every method in `--comparison_dir` with the same references, prompts and seeds, and writes a figure with a
+    row for each."""
     pipe = refs.pipe
     processor, own = pipe.ssr_image_processor, (pipe.ssr_encoder, pipe.ssr_image_encoder)
-    vision = CLIPVisionModel.from_pretrained(COMPARISON, subfolder="ssr_image_encoder", dtype=torch.float32).eval()
+    folder = refs.args.comparison_dir
+    vision = CLIPVisionModel.from_pretrained(folder, subfolder="ssr_image_encoder", dtype=torch.float32).eval()
+    methods = [name for name in METHODS if (folder / name).is_dir()]
     queried, other = refs.wanted("category"), refs.wanted("category", 1)
     rows = {}
     for naming, categories in (("a thing", None), ("its category", queried)):
-        for name in (*METHODS, None):
+        for name in (*methods, None):
             label = METHODS[name].label if name else WITHOUT
             if name:
-                pipe.load_ssr(load_adapter(name), image_encoder=vision, image_processor=processor)
+                pipe.load_ssr(load_adapter(name, folder), image_encoder=vision, image_processor=processor)
             subjects = refs.encode(0) if name else None
             pictures = draw(pipe, refs.args, refs.prompts(categories), subjects, f"{naming}, {label}")
             rows.setdefault(label, pictures)

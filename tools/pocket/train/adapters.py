@@ -35,6 +35,7 @@ def main():
     parser.add_argument("--output_dir", type=Path, help="default: `adapters` in the work folder")
     parser.add_argument("--max_train_steps", type=int, default=4800)
     parser.add_argument("--train_batch_size", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--continued", action="store_true", help="continue to train the checkpoint's SSR-Encoder")
     parser.add_argument("--cache", action=argparse.BooleanOptionalAction, default=True,
         help="cache the outputs of the frozen models for each row; otherwise they run on each batch")  # fmt: skip
@@ -53,6 +54,7 @@ def main():
             "output_dir": (args.output_dir or args.work_dir / "adapters") / name,
             "max_train_steps": args.max_train_steps,
             "train_batch_size": args.train_batch_size,
+            "seed": args.seed,
         }
         if args.continued:
             own["ssr_encoder_name_or_path"] = args.checkpoint
