@@ -73,6 +73,7 @@ pocket: $(VENV)/.installed
 	$(POCKET).train.assemble --work_dir $(WORK_DIR) --output_dir pocket
 	$(POCKET).train.pairs --work_dir $(WORK_DIR)
 	$(POCKET).train.adapters --work_dir $(WORK_DIR)
+	$(POCKET).train.adapters --work_dir $(WORK_DIR) --methods ssr --max_train_steps 15000 --output_dir $(WORK_DIR)/shipped
 	$(POCKET).train.assemble --work_dir $(WORK_DIR) --output_dir pocket
 
 # The same in at most 25 minutes on one data-centre GPU, in stages that resume.

@@ -50,6 +50,17 @@ def _check_reference(image, query, mask, prefix: str) -> None:
         raise ValueError(f"`{prefix}query` has to be a text that names the subject, but is {query!r}.")
 
 
+def check_mask_weight(mask_weight, masks: list) -> float:
+    """Returns the weight as a `float`. Raises a `ValueError` if it is negative, or if there is no mask that it could be
+    used for."""
+    weight = subject_embeds.check_scale("mask_weight", mask_weight)
+    if weight < 0:
+        raise ValueError(f"`mask_weight` has to be 0 or more, but is {mask_weight!r}.")
+    if weight != 1 and all(mask is None for mask in masks):
+        raise ValueError(f"`mask_weight` is {mask_weight!r}, but there is no mask.")
+    return weight
+
+
 def check_window(start, end) -> tuple[float, float] | None:
     """Returns the window, or `None` if it covers the whole denoising process."""
     start, end = subject_embeds.check_scale("subject_start", start), subject_embeds.check_scale("subject_end", end)

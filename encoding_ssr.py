@@ -55,13 +55,13 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
                 The reference picture.
             query (`str` or `list[str]`, *optional*):
                 A text that names the subject in the picture. A list encodes the picture once and returns a list of
-                subjects. The pipeline's text encoder encodes the query like a prompt. With a mask, the query is a
-                caption of the picture and is optional.
+                subjects. The pipeline's text encoder encodes the query like a prompt. With a mask, the query is
+                optional; the authors used a caption of the whole picture.
             mask (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`, *optional*):
                 A mask of the subject, of shape `(height, width)` and the size of the picture: white, or 1, where the
                 subject is.
             mask_weight (`float`, defaults to 1.0):
-                How strongly the mask increases the attention inside it.
+                How strongly the mask increases the attention inside it, 0 or more. It needs a mask.
             resize_mode (`str`, defaults to `"pad"`):
                 `"pad"` passes the whole picture to the encoder, with a margin if the picture is not square. `"crop"`
                 passes only the central square, as the released code does: the subject is larger, but the ends of a
@@ -106,7 +106,7 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
         messages."""
         self._check_can_encode()
         references = checks_ssr.check_references(subject_image, subject_query, subject_mask, prefix)
-        mask_weight = subject_embeds.check_scale("mask_weight", mask_weight)
+        mask_weight = checks_ssr.check_mask_weight(mask_weight, [mask for *_, mask in references])
         image_processing_ssr.check_resize_mode(resize_mode, f"{prefix}resize_mode")
         processor, vision, encoder = self.ssr_image_processor, self.ssr_image_encoder, self.ssr_encoder
         pixels = {
@@ -212,7 +212,7 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
                     " `subject_attention_map` for each."
                 )
         ((_, picture, query, mask),) = checks_ssr.check_references(image, query, mask, prefix="")
-        mask_weight = subject_embeds.check_scale("mask_weight", mask_weight)
+        mask_weight = checks_ssr.check_mask_weight(mask_weight, [mask])
         image_processing_ssr.check_resize_mode(resize_mode)
         if tokens not in ("all", "own"):
             raise ValueError(f'`tokens` has to be "all" or "own", but is {tokens!r}.')

@@ -119,12 +119,12 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
                 uint8 or as floats from 0 to 1. Tensors have the shape `(3, height, width)`, with values from 0 to 1.
             subject_query (`str` or `list[str]`, *optional*):
                 A text that names the subject in the picture, for example "cat" or "the woman on the left". With a
-                mask, the query is a caption of the picture and is optional.
+                mask, the query is optional; the authors used a caption of the whole picture.
             subject_mask (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or `list`, *optional*):
                 A mask of the subject in the reference picture, of shape `(height, width)` and the size of the picture:
                 white, or 1, where the subject is.
             mask_weight (`float`, defaults to 1.0):
-                How strongly the mask increases the attention inside it.
+                How strongly the mask increases the attention inside it, 0 or more. It needs a mask.
             subject_scale (`float` or `dict`, *optional*):
                 How strongly the subject affects the result. 0 disables it, and usual values are 0.5 to 0.8. A higher
                 value follows the subject more closely and the prompt less closely. A dict sets the scale per block, in
@@ -208,6 +208,8 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
         if subject_in_controlnet:
             has_controlnet = getattr(self, "controlnet", None) is not None
             checks_ssr.check_in_controlnet(rows, has_controlnet, type(self).__name__)
+        if arguments.get("num_inference_steps") is not None:
+            subject_embeds.check_count("num_inference_steps", arguments["num_inference_steps"])
         if arguments.get("padding_mask_crop") is not None:
             checks_ssr.check_no_regions(rows, "`padding_mask_crop` draws a part of the picture")
         num_frames = _num_frames(stock_parameters, arguments)

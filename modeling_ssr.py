@@ -80,7 +80,7 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
 
     Raises:
         `ValueError`: if a size is not a positive whole number, or exceeds the limits of this module, or if
-            `known_fingerprint` is not a fingerprint or `image_levels` is not empty.
+            `known_fingerprint` is not a fingerprint or is given although there are `image_levels`.
 
     Example:
 
@@ -280,7 +280,7 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
     def fingerprint(self, device: torch.device | None = None) -> torch.Tensor | None:
         r"""
         Returns the output of the encoder for a fixed input, which identifies the encoder. Different encoders have
-        different fingerprints. The same encoder has nearly the same fingerprint in any precision and on any device.
+        different fingerprints, unless their weights are nearly the same. The same encoder has nearly the same fingerprint in any precision and on any device.
 
         Args:
             device (`torch.device`, *optional*):

@@ -332,7 +332,9 @@ def check_scale(name: str, scale: Any) -> float:
     number = _number(scale)
     # NaN fails the comparison
     if number is None or not abs(number) <= MAX_SCALE:
-        raise ValueError(f"`{name}` has to be a number, usually from 0 to 1, but is {scale!r}.")
+        raise ValueError(
+            f"`{name}` has to be a number from {-MAX_SCALE:g} to {MAX_SCALE:g} (usually from 0 to 1), but is {scale!r}."
+        )
     return float(number)
 
 

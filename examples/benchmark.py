@@ -22,7 +22,7 @@ from extras import needs
 
 import torch
 import torch.nn.functional as F
-from command_line import HelpFormatter
+from command_line import HelpFormatter, picture_side, positive
 from diffusers import (
     AnimateDiffPipeline,
     AutoencoderKL,
@@ -424,16 +424,16 @@ def main():
         default="sd15",
         help="Stable Diffusion 1.5's sizes with random weights, or the pocket checkpoint",
     )
-    parser.add_argument("--size", type=int, default=512, help="size of the picture in pixels")
-    parser.add_argument("--steps", type=int, default=4, help="number of steps that are timed in each round")
+    parser.add_argument("--size", type=picture_side, default=512, help="size of the picture in pixels")
+    parser.add_argument("--steps", type=positive, default=4, help="number of steps that are timed in each round")
     parser.add_argument(
-        "--batch_size", type=int, default=1, help="number of prompts per call, each with its own subjects"
+        "--batch_size", type=positive, default=1, help="number of prompts per call, each with its own subjects"
     )
     parser.add_argument("--subjects", type=int, default=1, help="number of subjects in each picture")
     parser.add_argument(
         "--frames", type=int, default=0, help="number of frames of a video (AnimateDiff); 0 for pictures"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="number of rounds")
+    parser.add_argument("--rounds", type=positive, default=3, help="number of rounds")
     parser.add_argument(
         "--methods",
         nargs="+",

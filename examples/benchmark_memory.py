@@ -16,7 +16,7 @@ import extras  # noqa: F401  (exits with a message if the project is not install
 
 import torch
 from benchmark import peak_bytes, pocket_pipeline, reset_peak, sd15_pipeline, time_draws
-from command_line import HelpFormatter
+from command_line import HelpFormatter, picture_side, positive
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from PIL import Image
@@ -94,11 +94,11 @@ def main():
         default="sd15",
         help="the sizes of Stable Diffusion 1.5, or the pocket checkpoint",
     )
-    parser.add_argument("--size", type=int, default=512, help="size of the picture in pixels")
+    parser.add_argument("--size", type=picture_side, default=512, help="size of the picture in pixels")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="precision")
-    parser.add_argument("--batch_size", type=int, default=1, help="pictures per call")
-    parser.add_argument("--steps", type=int, default=4, help="steps that are timed")
-    parser.add_argument("--rounds", type=int, default=1, help="how often each call is timed")
+    parser.add_argument("--batch_size", type=positive, default=1, help="pictures per call")
+    parser.add_argument("--steps", type=positive, default=4, help="steps that are timed")
+    parser.add_argument("--rounds", type=positive, default=1, help="how often each call is timed")
     parser.add_argument(
         "--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="the settings to measure"
     )

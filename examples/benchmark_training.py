@@ -18,7 +18,7 @@ from extras import needs
 import numpy as np
 import torch
 from benchmark import pocket_pipeline, sd15_pipeline
-from command_line import HelpFormatter
+from command_line import HelpFormatter, picture_side, positive
 from diffusers import DDPMScheduler
 from diffusers_ssr import SSREncoder
 from diffusers_ssr.image_processing_ssr import preprocess
@@ -40,10 +40,10 @@ def main():
         default="sd15",
         help="Stable Diffusion 1.5's sizes with random weights, or the pocket checkpoint",
     )
-    parser.add_argument("--size", type=int, default=512, help="size of the pictures in pixels")
-    parser.add_argument("--train_batch_size", type=int, default=2, help="samples per step")
-    parser.add_argument("--steps", type=int, default=3, help="number of steps in each round")
-    parser.add_argument("--rounds", type=int, default=3, help="number of rounds")
+    parser.add_argument("--size", type=picture_side, default=512, help="size of the pictures in pixels")
+    parser.add_argument("--train_batch_size", type=positive, default=2, help="samples per step")
+    parser.add_argument("--steps", type=positive, default=3, help="number of steps in each round")
+    parser.add_argument("--rounds", type=positive, default=3, help="number of rounds")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipe = sd15_pipeline() if args.preset == "sd15" else pocket_pipeline()

@@ -1,8 +1,23 @@
-"""Formats the help of the example scripts, with commands that can be copied and the defaults of the options."""
+"""The help of the example scripts, with commands that can be copied and the defaults of the options, and the types of
+their options."""
 
 import argparse
 import re
 import textwrap
+
+
+def positive(text: str) -> int:
+    """The type of an option that is a whole number of 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"has to be a positive whole number, but is {text!r}")
+    return int(text)
+
+
+def picture_side(text: str) -> int:
+    """The type of an option that is a height or width in pixels."""
+    if positive(text) % 8:
+        raise argparse.ArgumentTypeError(f"has to be a multiple of 8, but is {text!r}")
+    return int(text)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

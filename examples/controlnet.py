@@ -10,6 +10,7 @@ import warnings
 
 from extras import needs
 
+from command_line import positive
 from diffusers import ControlNetModel
 from diffusers.utils import load_image
 from diffusers_ssr import StableDiffusionSSRControlNetPipeline
@@ -45,7 +46,7 @@ def main():
     parser.add_argument("--photo", help="file or URL of a picture; the result follows its lines")
     parser.add_argument("--detector", choices=DETECTORS, default="canny", help="detector for the lines")
     parser.add_argument("--controlnet_conditioning_scale", type=float, default=1.0, help="scale of the ControlNet")
-    parser.add_argument("--num_images", type=int, default=3, help="pictures to draw")
+    parser.add_argument("--num_images", type=positive, default=3, help="pictures to draw")
     args = parser.parse_args()
 
     pipe = load_pipeline(args.checkpoint)

@@ -75,6 +75,8 @@ def draw_masked(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) ->
     """Draws subjects that a mask selects in the reference, without a query."""
     row = []
     for file in sorted((Path(args.checkpoint) / "masks").glob("*.png")):
+        if not (args.references / file.name).exists():
+            continue  # the masks belong to the references of the checkpoint
         reference, mask = Image.open(args.references / file.name), Image.open(file)
         subject = pipe.encode_subject(reference, mask=mask, mask_weight=3.0).scaled(args.scale)
         image = pipe(f"a thing {args.places[-1]}", subject=subject, **call_arguments(args)).images[0]
@@ -145,6 +147,12 @@ def main():
     parser.add_argument("--references", type=Path, default=POCKET / "references", help="pictures and queries.json")
     parser.add_argument("--places", nargs="+", default=["in the snow", "on the beach"], help="where to draw them")
     args = parser.parse_args()
+    if not (args.references / "queries.json").is_file():
+        parser.error(
+            f"--references: {args.references} holds no queries.json, which lists the queries of each picture."
+        )
+    if not all(place.strip() for place in args.places):
+        parser.error(f"--places: a place has to be a text, but got {args.places}.")
     args.queries = read_json(args.references / "queries.json")
     pipe = load_pipeline(args.checkpoint)
     chains = {part: draw for part, draw in CHAINS.items() if (Path(args.checkpoint) / part).is_dir()}
@@ -159,7 +167,7 @@ def main():
         for row in draw_subjects(pipe, args, bar):
             rows.append(row)
             write_contact_sheet(rows, sheet, finished=False)
-        rows += [draw(pipe, args, bar) for draw in chains.values()]
+        rows += [row for draw in chains.values() if (row := draw(pipe, args, bar))]
     write_contact_sheet(rows, sheet)
 
 

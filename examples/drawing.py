@@ -8,7 +8,7 @@ import extras  # noqa: F401  (exits with a message if the project is not install
 import diffusers_ssr
 import torch
 import transformers
-from command_line import HelpFormatter
+from command_line import HelpFormatter, positive
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -42,7 +42,7 @@ def call_options(parser: argparse.ArgumentParser) -> None:
         default=1.0,
         help="subject scale; 0.5 to 0.8 is usual with full-size checkpoints",
     )
-    parser.add_argument("--num_inference_steps", type=int, default=25, help="denoising steps")
+    parser.add_argument("--num_inference_steps", type=positive, default=25, help="denoising steps")
     parser.add_argument("--guidance_scale", type=float, default=3.0, help="scale of classifier-free guidance")
     parser.add_argument(
         "--eta", type=float, default=0.9, help="eta of DDIM: how much noise is added in each step, from 0 to 1"
@@ -54,7 +54,7 @@ def reference_options(parser: argparse.ArgumentParser) -> None:
     """Adds options for the subject and the prompt."""
     parser.add_argument("--reference", default=str(POCKET / "references" / "1_cat_car.png"), help="file or URL")
     parser.add_argument("--query", default="cat", help="the thing in the reference to draw")
-    parser.add_argument("--prompt", default="a cat in the snow", help="what to draw")
+    parser.add_argument("--prompt", default="a cat in the snow", help="what to draw; it should name the query")
 
 
 def hide_library_output() -> None:

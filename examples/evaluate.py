@@ -47,6 +47,7 @@ with needs("train"):
 
 
 HERE = Path(__file__).resolve().parent
+ROWS = "rows.jsonl"  # the table of the pictures that `--ssr` draws
 
 
 def picture_files(folder: Path) -> list[Path]:
@@ -76,8 +77,16 @@ def read_classes(file: Path | None) -> dict[str, str]:
     """Reads a file with lines of the form `subject,class`."""
     if file is None:
         return {}
+    classes = {}
     with open_text(file, "classes") as lines:
-        return {row[0].strip(): row[1].strip() for row in csv.reader(lines) if len(row) == 2}
+        reader = csv.reader(lines)
+        for row in reader:
+            if len(row) not in (0, 2):
+                raise ValueError(
+                    f"`classes`: line {reader.line_num} of {file} is not of the form subject,class: {row}."
+                )
+            classes |= {row[0].strip(): row[1].strip()} if row else {}
+    return classes
 
 
 def draw_subjects(args: argparse.Namespace) -> None:
@@ -101,7 +110,7 @@ def draw_subjects(args: argparse.Namespace) -> None:
                     }
                 )
     args.generated_dir.mkdir(parents=True, exist_ok=True)
-    table = args.generated_dir / "rows.jsonl"
+    table = args.generated_dir / ROWS
     table.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
     generate_batch.main(
         [
@@ -124,11 +133,18 @@ def read_prompts(generated_dir: Path) -> dict[Path, str]:
 def measure_subjects(args: argparse.Namespace, models: dict, bad: dict[str, str]) -> list[dict]:
     """Returns a row with DINO, CLIP-I and CLIP-T for each subject."""
     prompts = read_prompts(args.generated_dir)
+    if args.ssr is not None:
+        # the folder may hold pictures of an earlier run with more prompts
+        lines = (args.generated_dir / ROWS).read_text(encoding="utf-8").splitlines()
+        names = {json.loads(line)["name"] for line in lines}
     rows = []
     folders = sorted(path for path in args.subjects_dir.iterdir() if picture_files(path))
     for folder in tqdm(folders, desc="subjects"):
         real = open_all(picture_files(folder), bad)
-        drawn = open_all(picture_files(args.generated_dir / folder.name), bad)
+        files = picture_files(args.generated_dir / folder.name)
+        if args.ssr is not None:
+            files = [file for file in files if f"{folder.name}/{file.stem}" in names]
+        drawn = open_all(files, bad)
         if not real or not drawn:
             bad[folder.name] = f"{len(real)} real pictures and {len(drawn)} drawn ones"
             continue

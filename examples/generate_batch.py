@@ -13,8 +13,10 @@ to draw only the rows that are not done. The exit status is 1 if a row failed.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,7 +58,9 @@ def read_table(table: Path) -> list[dict]:
         raise ValueError(f"`table`: there is no file {table}.") from error
     for number, row in read:
         if isinstance(row, str):
-            raise ValueError(f"`table` has to be CSV or JSON lines, but line {number} of {table} is not: {row}")
+            raise ValueError(
+                f"`table` has to be CSV or JSON lines, but line {number} of {table} cannot be read: {row}"
+            )
     rows = [row for _, row in read]
     if not rows:
         raise ValueError(f"`table`: {table} has no rows.")
@@ -170,17 +174,27 @@ def read_row(pipe: StableDiffusionSSRPipeline, row: dict, folder: Path, args: ar
     for name in ("image", "prompt"):
         if not isinstance(row.get(name), str) or not row[name].strip():
             raise ValueError(f"`{name}` is missing in this row.")
-    try:
-        # only an empty cell is replaced with the default; 0 is a valid scale
-        scale = float(args.scale if row.get("scale") in (None, "") else row["scale"])
-        seed = int(row.get("seed") or 0)
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"`seed` and `scale` are {row.get('seed')!r} and {row.get('scale')!r}, not numbers."
-        ) from None
+    if not isinstance(row.get("query"), (str, type(None))):
+        raise ValueError(f"`query` has to be a text, but is {row['query']!r}.")
+    scale, seed = _number(row, "scale", args.scale), _number(row, "seed", 0)
+    if seed != int(seed) or not 0 <= seed < 2**63:
+        raise ValueError(f"`seed` has to be a whole number from 0 to 2**63 - 1, but is {row['seed']!r}.")
     mask = open_image(folder / row["mask"], "mask") if row.get("mask") else None
     subject = pipe.encode_subject(open_image(folder / row["image"], "image"), row.get("query") or None, mask)
-    return Request(row["prompt"], subject.scaled(scale), seed)
+    return Request(row["prompt"], subject.scaled(scale), int(seed))
+
+
+def _number(row: dict, name: str, default: float) -> float:
+    """Returns a number of a row. Only an empty cell is replaced with the default, because 0 is a valid scale."""
+    value = default if row.get(name) in (None, "") else row[name]
+    if isinstance(value, str):
+        for convert in (int, float):  # a large seed is not exact as a float
+            with contextlib.suppress(ValueError):
+                value = convert(value)
+                break
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < math.inf:
+        raise ValueError(f"`{name}` has to be a finite number, but is {row.get(name)!r}.")
+    return value
 
 
 def resolution(pipe: StableDiffusionSSRPipeline, height: int | None, width: int | None) -> tuple[int, int]:

@@ -373,7 +373,10 @@ def check_settings(args: argparse.Namespace, state: PartialState) -> None:
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     file = args.output_dir / "settings.json"
     if file.exists() and json.loads(file.read_text())["digest"] != digest:
-        raise ValueError(f"`output_dir`: {args.output_dir} holds shards made with other options: see {file}.")
+        raise ValueError(
+            f"`output_dir`: {args.output_dir} holds shards or reports of a run with other options (see {file}): delete"
+            " it, or use another folder."
+        )
     state.wait_for_everyone()
     if state.is_main_process:
         args.output_dir.mkdir(parents=True, exist_ok=True)

@@ -26,11 +26,19 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files
 from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from space import write_space
 from transformers import CLIPVisionModel
 
 
 ROOT = Path(__file__).resolve().parent.parent
+LOAD_WHOLE = """from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)"""
+LOAD_ENCODER = """from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{base_model}", custom_pipeline="{repo_id}", trust_remote_code=True)
+pipe.load_ssr("{repo_id}")"""
 BASE_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
@@ -79,19 +87,27 @@ def write_weights(weights: Path, folder: Path, variants: list[str]) -> None:
         shutil.copytree(processor, folder / processor.name, dirs_exist_ok=True)
 
 
-def write_card(folder: Path, repo_id: str) -> None:
-    """Writes the README as the model card, with the id of the repository inserted."""
-    card = ModelCard((ROOT / "README.md").read_text(encoding="utf-8").replace("<owner>/<repo>", repo_id))
+def write_card(folder: Path, repo_id: str, base_model: str | None) -> None:
+    """Writes the model card, which shows how the repository is loaded. `base_model` is the base model of a repository
+    that only contains an encoder."""
+    load = LOAD_WHOLE if base_model is None else LOAD_ENCODER
+    template = (Path(__file__).parent / "model_card.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    card = ModelCard(
+        template.format(
+            name=repo_id.rpartition("/")[2],
+            load=load.format(repo_id=repo_id, base_model=base_model),
+            citation=readme.partition("```bibtex\n")[2].partition("\n```")[0],
+        )
+    )
     card.data = ModelCardData(
         license="apache-2.0",
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["diffusers", "stable-diffusion", "ssr-encoder", "subject-driven-generation"],
-        base_model=BASE_MODEL,
+        base_model=base_model,
     )
     card.save(folder / "README.md")
-    if (ROOT / "docs").exists():
-        shutil.copytree(ROOT / "docs", folder / "docs", dirs_exist_ok=True)
 
 
 def parse_args() -> argparse.Namespace:
@@ -116,7 +132,9 @@ def parse_args() -> argparse.Namespace:
         help="whether the Space loads the weights from --repo_id or contains a copy",
     )
     parser.add_argument(
-        "--base_model", default=BASE_MODEL, help="base model for a Space, if --weights is only an encoder"
+        "--base_model",
+        default=BASE_MODEL,
+        help="base model in the model card and for a Space, if --weights is only an encoder",
     )
     parser.add_argument("--push_to_hub", action="store_true", help="upload it")
     parser.add_argument("--private", action="store_true", help="make the repository private")
@@ -150,12 +168,17 @@ def finish(args: argparse.Namespace, folder: Path, repo_id: str, **kind: str) ->
 
 def main():
     args = parse_args()
+    for option, repo_id in (("--repo_id", args.repo_id), ("--space", args.space)):
+        try:
+            validate_repo_id(repo_id or "name")
+        except HFValidationError as error:
+            raise SystemExit(f"{option}: {error}") from None
     check_weights(args.weights)
     folder = args.output_dir / args.repo_id.replace("/", "--")
     folder.mkdir(parents=True, exist_ok=True)
     copy_code(folder)
     write_weights(args.weights, folder, args.variants)
-    write_card(folder, args.repo_id)
+    write_card(folder, args.repo_id, None if is_whole(args.weights) else args.base_model)
     finish(args, folder, args.repo_id)
     if args.space:
         folder = args.output_dir / f"spaces--{args.space.replace('/', '--')}"

@@ -64,8 +64,7 @@ def read_rows(file: Path, name: str = "table", errors: str = "strict") -> Iterat
 
     Yields:
         `tuple[int, dict | str]`: the line number, and the row as a `dict`, or a `str` with the reason why the line
-            cannot be
-        read. If the rest of the file cannot be read, the last item gives the reason.
+            cannot be read. If the rest of the file cannot be read, the last item gives the reason.
 
     Raises:
         `OSError` or `ValueError`: see [`open_text`].

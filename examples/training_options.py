@@ -184,5 +184,10 @@ def _check_files(args: argparse.Namespace) -> None:
         if not file.is_file():
             raise ValueError(f"`{name}`: there is no file {file}.")
     resume = args.resume_from_checkpoint
-    if resume is not None and resume != "latest" and not Path(resume).is_dir():
-        raise ValueError(f'`resume_from_checkpoint` has to be a checkpoint\'s folder or "latest", but is {resume!r}.')
+    if resume is not None and resume != "latest" and not (Path(resume) / "run_0.json").is_file():
+        raise ValueError(
+            f'`resume_from_checkpoint` has to be "latest" or the folder of a checkpoint (`checkpoint-...` in the output'
+            f" folder of an earlier run), but is {resume!r}."
+        )
+    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
+        raise ValueError(f"`output_dir`: {args.output_dir} is a file, not a folder.")

@@ -178,6 +178,16 @@ def test_pictures_are_generated_if_a_model_is_given(models, tmp_path):
     assert {entry["query"] for entry in entries} == {"backpack dog", "tin"}
     rows = table(tmp_path, "subjects")
     assert rows["can"]["pictures"] == "4" and rows["can"]["CLIP-T"] != ""
+    # pictures of an earlier run are not counted
+    evaluate.main(arguments(models, tmp_path, **{**drawing, "images_per_prompt": 1}))
+    assert table(tmp_path, "subjects")["can"]["pictures"] == "2"
+
+
+@pytest.mark.parametrize("line", ["can, tin, box", "can;tin", "can"])
+def test_a_line_of_classes_that_cannot_be_read_raises_an_error(tmp_path, line):
+    (tmp_path / "classes.txt").write_text(f"dog,dog\n\n{line}\n")
+    with pytest.raises(ValueError, match="`classes`: line 3 of .* is not of the form subject,class"):
+        evaluate.read_classes(tmp_path / "classes.txt")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 
@@ -73,6 +74,39 @@ def test_missing_checkpoint_raises_an_error_that_names_it(run, script, source, s
         run(script, "--checkpoint", source)
 
 
+def test_demo_with_other_references(run, tmp_path):
+    references = tmp_path / "mine"
+    references.mkdir()
+    shutil.copy(POCKET / "references" / "1_cat_car.png", references / "photo.png")
+    (references / "queries.json").write_text('{"photo.png": ["cat", "car"]}')
+    run("demo.py", "--references", references, "--places", "in the snow", "--num_inference_steps", 1)
+    assert (tmp_path / "outputs" / "demo.png").exists() and (tmp_path / "outputs" / "demo.gif").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--references", "nowhere"], ["--places", ""]])
+def test_invalid_options_of_the_demo(run, capfd, arguments):
+    with pytest.raises(SystemExit):
+        run("demo.py", *arguments)
+    assert f"error: {arguments[0]}: " in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "script, option, value",
+    [
+        ("benchmark.py", "--size", "100"),
+        ("benchmark.py", "--rounds", "0"),
+        ("benchmark_memory.py", "--steps", "-1"),
+        ("benchmark_training.py", "--size", "65"),
+        ("controlnet.py", "--num_images", "0"),
+        ("animatediff.py", "--num_inference_steps", "0"),
+    ],
+)
+def test_numbers_that_a_script_cannot_use(run, capfd, script, option, value):
+    with pytest.raises(SystemExit):
+        run(script, option, value)
+    assert f"error: argument {option}: has to be" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("option", ["--ssr", "--controlnet", "--motion_adapter"])
 def test_missing_models_of_the_page_raise_an_error_that_names_the_option(run, option):
     pytest.importorskip("gradio", reason="the page needs Gradio")
@@ -90,6 +124,24 @@ def test_publishing_without_weights_raises_an_error_before_anything_is_written(r
     with pytest.raises(SystemExit, match=f"--weights: the folder {weights} "):
         run("publish.py", "--repo_id", "owner/name", "--weights", weights)
     assert not (tmp_path / "outputs").exists()
+
+
+def test_publishing_under_a_bad_name_raises_an_error_before_anything_is_written(run, tmp_path):
+    for arguments in (["--repo_id", "bad id"], ["--repo_id", "owner/name", "--space", "a/b/c"]):
+        with pytest.raises(SystemExit, match=arguments[-2]):
+            run("publish.py", *arguments)
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_the_model_card_of_an_encoder_loads_it_into_its_base_model(tmp_path):
+    from publish import write_card
+
+    write_card(tmp_path, "owner/encoder", "owner/base")
+    card = (tmp_path / "README.md").read_text()
+    assert 'from_pretrained("owner/base", custom_pipeline="owner/encoder", trust_remote_code=True)' in card
+    assert 'pipe.load_ssr("owner/encoder")' in card and "base_model: owner/base" in card and "@inproceedings" in card
+    for block in card.split("```python\n")[1:]:
+        compile(block.partition("```")[0], "card", "exec")
 
 
 @pytest.mark.parametrize("detector", ["canny", "lineart"])

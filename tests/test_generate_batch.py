@@ -6,6 +6,7 @@ import os
 import runpy
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import generate_batch
 import numpy as np
@@ -85,6 +86,33 @@ def counted(monkeypatch):
 
     monkeypatch.setattr(StableDiffusionSSRPipeline, "__call__", counting)
     return prompts
+
+
+@pytest.mark.parametrize(
+    "values, fault",
+    [
+        ({"seed": "1.0"}, None),
+        ({"seed": 2**53 + 1}, None),
+        ({"seed": 1.7}, "`seed` has to be a whole number"),
+        ({"seed": -1}, "`seed` has to be a whole number"),
+        ({"seed": "9" * 30}, "`seed` has to be a whole number"),
+        ({"seed": "nan"}, "`seed` has to be a finite number"),
+        ({"scale": True}, "`scale` has to be a finite number"),
+        ({"scale": "inf"}, "`scale` has to be a finite number"),
+        ({"scale": [1]}, "`scale` has to be a finite number"),
+        ({"scale": 1000}, "`scale` has to be a number from -100 to 100"),
+        ({"query": ["cat"]}, "`query` has to be a text"),
+        ({"prompt": 3}, "`prompt` is missing"),
+    ],
+)
+def test_values_of_rows(table, pipe, values, fault):
+    row, args = {**ROWS[0], **values}, SimpleNamespace(scale=0.5)
+    if fault is None:
+        request = generate_batch.read_row(pipe, row, table.parent, args)
+        assert request.seed == (1 if values["seed"] == "1.0" else values["seed"])
+        return
+    with pytest.raises(ValueError, match=fault):
+        generate_batch.read_row(pipe, row, table.parent, args)
 
 
 def test_pictures_are_written_and_invalid_rows_have_an_error(models, table, tmp_path):

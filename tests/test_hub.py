@@ -1,6 +1,7 @@
 """Tests of loading from and publishing to the Hub, with the client of huggingface_hub and a local Hub server."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -147,6 +148,7 @@ def test_load_ssr_honours_revision_token_cache_dir_and_local_files_only(hub):
         hub,
         f"""
 import os
+import re
 pipe = DiffusionPipeline.from_pretrained("base", custom_pipeline={str(ROOT)!r}, trust_remote_code=True)
 
 def refused(**kwargs):
@@ -186,16 +188,15 @@ def test_published_repository_can_be_loaded(hub):
     assert {"pipeline.py", "mixin_ssr.py", "LICENSE", "README.md", "model_index.json"} <= set(files)
     assert "ssr_encoder/diffusion_pytorch_model.fp16.safetensors" in files
     card = files["README.md"].decode()
-    assert card.startswith("---\n") and "library_name: diffusers" in card and "<owner>/<repo>" not in card
+    assert card.startswith("---\n") and "library_name: diffusers" in card and "base_model" not in card
+    assert not re.findall(r"\]\((?!https:)", card), "a link to a file that is not in the repository"
+    load = card.partition("```python\n")[2].partition("```")[0]
     space = hub.repos["owner/page"]["main"]
     assert {"app.py", "README.md", "requirements.txt", "page/layout.py", "diffusers_ssr/mixin_ssr.py"} <= set(space)
     assert b"'owner/published'" in space["app.py"] and b"sdk: gradio" in space["README.md"]
     assert "POST api/spaces/owner/page/commit/main" in hub.requests
     run_in_new_process(
         hub,
-        """
-pipe = DiffusionPipeline.from_pretrained("owner/published", trust_remote_code=True)
-assert np.array_equal(draw(pipe), expected)
-""",
+        load + "assert np.array_equal(draw(pipe), expected)\n",
         home="hf-published",
     )

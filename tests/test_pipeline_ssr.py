@@ -315,6 +315,16 @@ SUBJECT = SubjectEmbeds((Subject(torch.zeros(1, 6, 32), torch.zeros(1, 6, 32)),)
         ({"subject_end": 0.5}, "`subject_end` is 0.5, but there is no subject"),
         ({"subject_in_controlnet": True}, "`subject_in_controlnet` is True, but there is no subject"),
         ({"mask_weight": 3.0}, "`mask_weight` is 3.0, but there is no subject"),
+        (
+            {"subject_image": make_picture(), "subject_query": "cat", "mask_weight": 3.0},
+            "`mask_weight` is 3.0, but there is no mask",
+        ),
+        (
+            {"subject_image": make_picture(), "subject_mask": np.eye(32, 40), "mask_weight": -1},
+            "`mask_weight` has to be 0 or more, but is -1",
+        ),
+        ({"subject": SUBJECT, "num_inference_steps": 0}, "`num_inference_steps` has to be a positive whole number"),
+        ({"subject": SUBJECT, "num_inference_steps": -1}, "`num_inference_steps` has to be a positive whole number"),
         ({"subject_resize_mode": "crop"}, "`subject_resize_mode` is 'crop', but there is no subject"),
         ({"subject": SUBJECT, "mask_weight": 3.0}, "`mask_weight` is 3.0, but `subject` is encoded already"),
         ({"subject": SUBJECT, "subject_resize_mode": "a"}, "`subject_resize_mode` is 'a', but `subject` is encoded"),

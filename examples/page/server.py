@@ -9,7 +9,7 @@ from drawing import call_options, check_source
 
 
 LARGEST_FILE = "32mb"
-NEEDS = 'The page needs Gradio: pip install "diffusers-ssr[app]"'
+NEEDS = 'The page needs Gradio: pip install -e ".[app]"'
 
 
 def parse_args(arguments: Sequence[str] | None = None, description: str | None = __doc__) -> argparse.Namespace:

@@ -126,7 +126,7 @@ class References:
                 scene.picture,
                 query=scene.instances[slot].name if by_name else None,
                 mask=scene.masks[slot] if by_mask else None,
-                mask_weight=self.args.mask_weight,
+                mask_weight=self.args.mask_weight if by_mask else 1.0,
             )
             for scene in tqdm(self.scenes, desc="encoding")
         ]
