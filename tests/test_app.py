@@ -313,7 +313,7 @@ def test_missing_gradio_prints_the_install_command(arguments, monkeypatch, capsy
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / "examples" / "app.py"), run_name="__main__")
     said = capsys.readouterr().out + str(end.value.code)
-    assert 'pip install "diffusers-ssr[app]"' in " ".join(said.split())
+    assert 'pip install -e ".[app]"' in " ".join(said.split())
     assert bool(end.value.code) != bool(arguments)
 
 

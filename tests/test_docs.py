@@ -80,6 +80,10 @@ def check_command(line: str, monkeypatch) -> None:
     words = split_command(line.replace(".venv\\Scripts\\python", "python").replace("\\", "/"))
     if words[:2] == ["-m", "pip"]:
         words = words[1:]
+    if words[0].startswith("ACCELERATE_"):  # a variable of the environment
+        words = words[1:]
+    if words[0] == "torchrun":
+        words = words[words.index("-m") :]
     if words[0] == "make":
         assert words[1] in make_targets(), f"make target {words[1]} does not exist"
     elif words[0] == "pip":
