@@ -177,6 +177,8 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
             return stock_call(*args, **kwargs)
 
         arguments = _by_name(stock_call, args, kwargs)
+        if arguments.get("num_inference_steps") is not None:
+            subject_embeds.check_count("num_inference_steps", arguments["num_inference_steps"])
         self._check_ssr_loaded()
         scale = self._layer_scales("subject_scale", self._ssr_scale if subject_scale is None else subject_scale)
         window = checks_ssr.check_window(subject_start, subject_end)
@@ -208,8 +210,6 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
         if subject_in_controlnet:
             has_controlnet = getattr(self, "controlnet", None) is not None
             checks_ssr.check_in_controlnet(rows, has_controlnet, type(self).__name__)
-        if arguments.get("num_inference_steps") is not None:
-            subject_embeds.check_count("num_inference_steps", arguments["num_inference_steps"])
         if arguments.get("padding_mask_crop") is not None:
             checks_ssr.check_no_regions(rows, "`padding_mask_crop` draws a part of the picture")
         num_frames = _num_frames(stock_parameters, arguments)

@@ -280,7 +280,8 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
     def fingerprint(self, device: torch.device | None = None) -> torch.Tensor | None:
         r"""
         Returns the output of the encoder for a fixed input, which identifies the encoder. Different encoders have
-        different fingerprints, unless their weights are nearly the same. The same encoder has nearly the same fingerprint in any precision and on any device.
+        different fingerprints, unless their weights are nearly the same. The same encoder has nearly the same
+        fingerprint in any precision and on any device.
 
         Args:
             device (`torch.device`, *optional*):

@@ -76,12 +76,13 @@ def version(module: nn.Module) -> tuple[Hashable, ...]:
 def _sample(parameters: list[nn.Parameter]) -> torch.Tensor | None:
     """Returns a few values of each parameter, because a change of `parameter.data` (as diffusers' `EMAModel` makes it)
     does not change the parameter's version. Offloaded parameters on the meta device have no values."""
-    some = [
-        each.detach().flatten()[:: max(1, each.numel() // _VALUES)][:_VALUES].float()
-        for each in parameters
-        if each.numel() and each.device.type != "meta"
-    ]
-    return torch.cat(some) if some else None
+    # with offloading or a device map, the parameters are on several devices; one transfer for each device is enough
+    some: dict[torch.device, list[torch.Tensor]] = {}
+    for each in parameters:
+        if each.numel() and each.device.type != "meta":
+            values = each.detach().flatten()[:: max(1, each.numel() // _VALUES)][:_VALUES].float()
+            some.setdefault(each.device, []).append(values)
+    return torch.cat([torch.cat(values).cpu() for values in some.values()]) if some else None
 
 
 # the number of values in the sample of a parameter
