@@ -63,11 +63,10 @@ def version(module: nn.Module) -> tuple[Hashable, ...]:
     cast to another dtype, or when an adapter (peft) is switched on or off."""
     parameters = list(module.parameters())
     counts = sum(0 if parameter.is_inference() else parameter._version for parameter in parameters)
-    adapters = tuple(
-        (tuple(each.active_adapters), bool(each.disable_adapters), str(each.scaling))
-        for each in module.modules()
-        if hasattr(each, "disable_adapters") and hasattr(each, "scaling") and not callable(each.disable_adapters)
-    )
+    tuned: list[Any] = [
+        each for each in module.modules() if hasattr(each, "disable_adapters") and hasattr(each, "scaling")
+    ]
+    adapters = tuple((tuple(each.active_adapters), bool(each.disable_adapters), str(each.scaling)) for each in tuned)
     identity = _identities.setdefault(module, object())
     return identity, counts, parameters[0].dtype, digest(_sample(parameters)), adapters
 
