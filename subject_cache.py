@@ -63,10 +63,12 @@ def version(module: nn.Module) -> tuple[Hashable, ...]:
     cast to another dtype, or when an adapter (peft) is switched on or off."""
     parameters = list(module.parameters())
     counts = sum(0 if parameter.is_inference() else parameter._version for parameter in parameters)
-    tuned: list[Any] = [
-        each for each in module.modules() if hasattr(each, "disable_adapters") and hasattr(each, "scaling")
-    ]
-    adapters = tuple((tuple(each.active_adapters), bool(each.disable_adapters), str(each.scaling)) for each in tuned)
+    # models of transformers and diffusers have a method `disable_adapters`, and layers of peft have a property
+    tuned: list[Any] = [each for each in module.modules() if isinstance(getattr(each, "disable_adapters", None), bool)]
+    adapters = tuple(
+        (tuple(each.active_adapters), bool(each.disable_adapters), str(getattr(each, "scaling", None)))
+        for each in tuned
+    )
     identity = _identities.setdefault(module, object())
     return identity, counts, parameters[0].dtype, digest(_sample(parameters)), adapters
 
