@@ -56,14 +56,13 @@ def first_subjects(pipe: DiffusionPipeline, args: argparse.Namespace, count: int
 
 
 def draw_together(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> Row:
-    """Draws the first subjects of two references in one picture, each in its half and at a lower scale (see
-    docs/several.md)."""
+    """Draws the first subjects of two references in one picture, each in its half (see docs/several.md)."""
     row = []
     subjects = first_subjects(pipe, args, len(args.queries))
     for (first, one, left), (second, other, right) in zip(subjects[::2], subjects[1::2], strict=False):
         half = np.zeros((64, 64))
         half[:, :32] = 1
-        subject = left.scaled(0.6).inside(half) + right.scaled(0.6).inside(1 - half)
+        subject = left.inside(half) + right.inside(1 - half)
         prompt = f"{named(one)} and {named(other)} {args.places[-1]}"
         image = pipe(prompt, subject=subject, **call_arguments(args)).images[0]
         row += [(f'"{one}"', first), (f'"{other}"', second), ("together", image)]
