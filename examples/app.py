@@ -8,8 +8,9 @@ The page uses the pocket checkpoint, or another checkpoint with its SSR-Encoder:
 
 import extras  # noqa: F401  (exits with a message if the project is not installed)
 
+from command_line import run_script
 from page.server import main
 
 
 if __name__ == "__main__":
-    main(description=__doc__)
+    run_script(lambda: main(description=__doc__))

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import extras  # noqa: F401  (exits with a message if the project is not installed)
 
-from command_line import HelpFormatter
-from drawing import POCKET, load_pipeline, write_contact_sheet
+from command_line import HelpFormatter, run_script
+from drawing import POCKET, load_pipeline, load_reference, write_contact_sheet
 from PIL import Image
-from text_files import read_json
+from references import read_queries
 
 
 def main():
@@ -21,23 +21,21 @@ def main():
     parser.add_argument(
         "--checkpoint", default=str(POCKET), help="folder or repository with base model and SSR-Encoder"
     )
-    parser.add_argument(
-        "--image", type=Path, help="reference picture; default: the references of the pocket checkpoint"
-    )
+    parser.add_argument("--image", help="file or URL of a picture; default: the references of the pocket checkpoint")
     parser.add_argument("--queries", nargs="+", help="the queries")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help="where the picture is written")
     args = parser.parse_args()
     if (args.image is None) != (args.queries is None):
         parser.error("--image and --queries go together")
-    pipe = load_pipeline(args.checkpoint)
-
-    references = {args.image: args.queries}
     if args.image is None:
         folder = POCKET / "references"
-        references = {folder / name: queries for name, queries in read_json(folder / "queries.json").items()}
+        references = [(Image.open(folder / name), queries) for name, queries in read_queries(folder).items()]
+    else:
+        references = [(load_reference("--image", args.image), args.queries)]
+    pipe = load_pipeline(args.checkpoint)
+
     rows = []
-    for file, queries in references.items():
-        picture = Image.open(file)
+    for picture, queries in references:
         row = [("reference", picture.convert("RGB"))]
         for query in queries:
             attention = pipe.subject_attention_map(picture, query=query)
@@ -49,4 +47,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -22,7 +22,7 @@ from extras import needs
 
 import torch
 import torch.nn.functional as F
-from command_line import HelpFormatter, picture_side, positive
+from command_line import HelpFormatter, picture_side, positive, run_script
 from diffusers import (
     AnimateDiffPipeline,
     AutoencoderKL,
@@ -429,9 +429,9 @@ def main():
     parser.add_argument(
         "--batch_size", type=positive, default=1, help="number of prompts per call, each with its own subjects"
     )
-    parser.add_argument("--subjects", type=int, default=1, help="number of subjects in each picture")
+    parser.add_argument("--subjects", type=positive, default=1, help="number of subjects in each picture")
     parser.add_argument(
-        "--frames", type=int, default=0, help="number of frames of a video (AnimateDiff); 0 for pictures"
+        "--frames", type=positive, default=0, help="number of frames of a video (AnimateDiff); 0 for pictures"
     )
     parser.add_argument("--rounds", type=positive, default=3, help="number of rounds")
     parser.add_argument(
@@ -454,6 +454,8 @@ def main():
         "--plot", type=Path, help="also plot the FLOPs against the number of subjects and of frames, in this file"
     )
     args = parser.parse_args()
+    if args.count_only and args.profile:
+        parser.error("argument --profile: has no effect with --count_only")
     args.methods = ["stock", *(name for name in args.methods if name != "stock")]
     logging.set_verbosity_error()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -489,4 +491,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

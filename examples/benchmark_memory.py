@@ -16,7 +16,7 @@ import extras  # noqa: F401  (exits with a message if the project is not install
 
 import torch
 from benchmark import peak_bytes, pocket_pipeline, reset_peak, sd15_pipeline, time_draws
-from command_line import HelpFormatter, picture_side, positive
+from command_line import HelpFormatter, picture_side, positive, run_script
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from PIL import Image
@@ -117,4 +117,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -18,7 +18,7 @@ from extras import needs
 import numpy as np
 import torch
 from benchmark import pocket_pipeline, sd15_pipeline
-from command_line import HelpFormatter, picture_side, positive
+from command_line import HelpFormatter, picture_side, positive, run_script
 from diffusers import DDPMScheduler
 from diffusers_ssr import SSREncoder
 from diffusers_ssr.image_processing_ssr import preprocess
@@ -118,4 +118,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

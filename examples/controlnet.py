@@ -10,11 +10,18 @@ import warnings
 
 from extras import needs
 
-from command_line import positive
+from command_line import naming, positive, run_script
 from diffusers import ControlNetModel
-from diffusers.utils import load_image
 from diffusers_ssr import StableDiffusionSSRControlNetPipeline
-from drawing import POCKET, call_arguments, load_pipeline, options, reference_options, write_contact_sheet
+from drawing import (
+    POCKET,
+    call_arguments,
+    load_pipeline,
+    load_reference,
+    options,
+    reference_options,
+    write_contact_sheet,
+)
 from PIL import Image, ImageOps
 
 
@@ -49,18 +56,18 @@ def main():
     parser.add_argument("--num_images", type=positive, default=3, help="pictures to draw")
     args = parser.parse_args()
 
+    reference = load_reference("--reference", args.reference)
+    photo = None if args.photo is None else load_reference("--photo", args.photo)
     pipe = load_pipeline(args.checkpoint)
-    if args.photo is None:
+    with naming("--controlnet", args.controlnet):
+        controlnet = ControlNetModel.from_pretrained(args.controlnet, dtype=pipe.unet.dtype).to(pipe.device)
+    if photo is None:
         photo = pipe(f"a {args.query}", **call_arguments(args)).images[0]
-    else:
-        photo = load_image(args.photo)
-    controlnet = ControlNetModel.from_pretrained(args.controlnet, dtype=pipe.unet.dtype).to(pipe.device)
     pipe = StableDiffusionSSRControlNetPipeline.from_pipe(pipe, controlnet=controlnet)
     pipe.set_progress_bar_config(desc="steps")
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
     photo = ImageOps.fit(photo, (side, side), Image.Resampling.LANCZOS)
     lines = DETECTORS[args.detector](photo)
-    reference = load_image(args.reference)
     images = pipe(
         args.prompt,
         image=lines,
@@ -77,4 +84,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import extras  # noqa: F401  (exits with a message if the project is not installed)
 
-from command_line import HelpFormatter
+from command_line import HelpFormatter, naming, run_script
 from diffusers_ssr import SSREncoder
 from transformers import CLIPImageProcessor, CLIPVisionModel
 
@@ -26,8 +26,9 @@ def main():
     parser.add_argument("--output_dir", type=Path, required=True, help="the folder to write")
     args = parser.parse_args()
     encoder = SSREncoder.from_released(args.aligner, args.layers)
-    image_encoder = CLIPVisionModel.from_pretrained(args.image_encoder)
-    processor = CLIPImageProcessor.from_pretrained(args.image_encoder)
+    with naming("--image_encoder", args.image_encoder):
+        image_encoder = CLIPVisionModel.from_pretrained(args.image_encoder)
+        processor = CLIPImageProcessor.from_pretrained(args.image_encoder)
     encoder.save_pretrained(args.output_dir / "ssr_encoder")
     image_encoder.save_pretrained(args.output_dir / "ssr_image_encoder")
     processor.save_pretrained(args.output_dir / "ssr_image_processor")
@@ -35,4 +36,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -15,12 +15,13 @@ from pathlib import Path
 from extras import is_installed
 
 import numpy as np
+from command_line import run_script
 from diffusers import ControlNetModel, DiffusionPipeline, MotionAdapter, UNet2DConditionModel
 from diffusers.utils import export_to_gif
 from diffusers_ssr import AnimateDiffSSRPipeline, StableDiffusionSSRControlNetPipeline
 from drawing import POCKET, call_arguments, load_pipeline, options, write_contact_sheet
 from PIL import Image
-from text_files import read_json
+from references import read_queries
 from tqdm.auto import tqdm
 
 
@@ -152,7 +153,7 @@ def main():
         )
     if not all(place.strip() for place in args.places):
         parser.error(f"--places: a place has to be a text, but got {args.places}.")
-    args.queries = read_json(args.references / "queries.json")
+    args.queries = read_queries(args.references)
     pipe = load_pipeline(args.checkpoint)
     chains = {part: draw for part, draw in CHAINS.items() if (Path(args.checkpoint) / part).is_dir()}
     if "look" in chains and not is_installed("peft"):
@@ -171,4 +172,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

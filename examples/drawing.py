@@ -8,9 +8,9 @@ import extras  # noqa: F401  (exits with a message if the project is not install
 import diffusers_ssr
 import torch
 import transformers
-from command_line import HelpFormatter, positive
+from command_line import HelpFormatter, naming, positive, seed
 from diffusers import DiffusionPipeline
-from diffusers.utils import logging
+from diffusers.utils import load_image, logging
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
@@ -47,7 +47,7 @@ def call_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--eta", type=float, default=0.9, help="eta of DDIM: how much noise is added in each step, from 0 to 1"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the initial noise")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the initial noise")
 
 
 def reference_options(parser: argparse.ArgumentParser) -> None:
@@ -65,14 +65,20 @@ def hide_library_output() -> None:
 
 
 def check_source(option: str, source: str | None) -> None:
-    """Exits with a message if the value of an option is neither a folder nor the name of a repository."""
+    """Raises a `ValueError` if the value of an option is neither a folder nor the name of a repository."""
     try:
         if source is not None and not Path(source).is_dir():
             validate_repo_id(source)
     except HFValidationError:
-        raise SystemExit(
+        raise ValueError(
             f"{option}: {source} is neither a folder nor the name of a repository on the Hub (<owner>/<repo>)."
         ) from None
+
+
+def load_reference(option: str, source: str) -> Image.Image:
+    """Loads the picture of an option from a file or a URL."""
+    with naming(option, source):
+        return load_image(source)
 
 
 def load_pipeline(checkpoint: str, ssr: str | None = None) -> DiffusionPipeline:
@@ -82,23 +88,19 @@ def load_pipeline(checkpoint: str, ssr: str | None = None) -> DiffusionPipeline:
     check_source("--ssr", ssr)
     hide_library_output()
     on_gpu = torch.cuda.is_available()
-    try:
+    with naming("--checkpoint", checkpoint):
         pipe = DiffusionPipeline.from_pretrained(
             checkpoint,
             custom_pipeline=str(CODE),
             trust_remote_code=True,
             dtype=torch.float16 if on_gpu else torch.float32,
         )
-    except OSError as error:
-        raise SystemExit(f"--checkpoint: {checkpoint} cannot be loaded: {error}") from None
     if ssr is not None:
-        try:
+        with naming("--ssr", ssr):
             pipe.load_ssr(ssr)
-        except (OSError, ValueError) as error:
-            raise SystemExit(f"--ssr: {ssr} cannot be loaded: {error}") from None
     elif pipe.ssr_encoder is None:
-        raise SystemExit(
-            f"{checkpoint} contains no SSR-Encoder. Load one with `pipe.load_ssr`, save the whole pipeline with"
+        raise ValueError(
+            f"--checkpoint: {checkpoint} contains no SSR-Encoder. Load one with `pipe.load_ssr`, save the whole pipeline with"
             " `pipe.save_pretrained(folder)`, and pass this folder as --checkpoint. The page also has --ssr."
         )
     pipe.set_progress_bar_config(disable=True)

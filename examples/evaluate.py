@@ -29,7 +29,7 @@ from extras import needs
 
 import numpy as np
 import torch
-from command_line import HelpFormatter
+from command_line import HelpFormatter, check_companions, naming, positive, run_script, seed
 from PIL import Image
 from similarity import ClipFeatures, ClipVisionFeatures, DinoFeatures, mean_matching, mean_pairwise, selection
 from text_files import open_text, read_lines
@@ -288,12 +288,20 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default=HERE / "evaluation_prompts.txt",
         help="file with one prompt per line, and {} for the subject",
     )
-    add("--images_per_prompt", type=int, default=4, help="number of pictures for each prompt, with different seeds")
+    add(
+        "--images_per_prompt",
+        type=positive,
+        default=4,
+        help="number of pictures for each prompt, with different seeds",
+    )
     add("--scale", type=float, default=0.65, help="subject scale")
-    add("--num_inference_steps", type=int, default=30, help="denoising steps")
+    add("--num_inference_steps", type=positive, default=30, help="denoising steps")
     add("--guidance_scale", type=float, default=5.0, help="scale of classifier-free guidance")
-    add("--seed", type=int, default=0, help="seed of the first picture of each prompt")
-    return parser.parse_args(arguments)
+    add("--seed", type=seed, default=0, help="seed of the first picture of each prompt")
+    args = parser.parse_args(arguments)
+    drawing = ("prompts", "images_per_prompt", "scale", "num_inference_steps", "guidance_scale", "seed")
+    check_companions(parser, args, {"ssr": drawing})
+    return args
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -309,8 +317,6 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("`pretrained_model_name_or_path` and `ssr` belong together: pass both or none.")
     if args.ssr is not None and args.selective_dir is not None:
         raise ValueError("`ssr` draws for `subjects_dir`; for `selective_dir`, draw with generate_batch.py.")
-    if args.images_per_prompt < 1:
-        raise ValueError(f"`images_per_prompt` has to be at least 1, but is {args.images_per_prompt}.")
     if args.dino == "none" and args.clip == "none" and args.clip_vision is None:
         raise ValueError('`dino` and `clip` are both "none", so there is no metric.')
     folders = {"subjects_dir": args.subjects_dir, "selective_dir": args.selective_dir}
@@ -334,11 +340,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = {}
     if args.dino != "none":
-        models["dino"] = DinoFeatures.from_pretrained(args.dino, device)
+        with naming("--dino", args.dino):
+            models["dino"] = DinoFeatures.from_pretrained(args.dino, device)
     if args.clip_vision is not None:
-        models["clip"] = ClipVisionFeatures.from_pretrained(args.clip_vision, device)
+        with naming("--clip_vision", args.clip_vision):
+            models["clip"] = ClipVisionFeatures.from_pretrained(args.clip_vision, device)
     elif args.clip != "none":
-        models["clip"] = ClipFeatures.from_pretrained(args.clip, device)
+        with naming("--clip", args.clip):
+            models["clip"] = ClipFeatures.from_pretrained(args.clip, device)
     bad = {}
     rows = (measure_subjects if args.selective_dir is None else measure_selection)(args, models, bad)
     for name, reason in bad.items():
@@ -351,4 +360,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -17,7 +17,7 @@ import contextlib
 import hashlib
 import json
 import math
-import sys
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 from extras import needs
 
 import torch
-from command_line import HelpFormatter
+from command_line import HelpFormatter, naming, picture_side, positive, run_script
 from diffusers_ssr import StableDiffusionSSRPipeline, SubjectEmbeds
 from diffusers_ssr.file_utils import atomic_file, check_regular_file
 from diffusers_ssr.image_processing_ssr import open_image
@@ -83,7 +83,7 @@ def check_names(rows: list[dict]) -> dict[int, ValueError]:
     folders: dict[str, int] = {}
     for index, row in enumerate(rows):
         path = PurePosixPath(file_of(row, index))
-        file, within = str(path), [str(parent) for parent in path.parents][:-1]
+        file, within = _as_on_disk(path), [_as_on_disk(parent) for parent in path.parents][:-1]
         taken = [files[name] for name in (file, *within) if name in files]
         taken += [folders[file]] if file in folders else []
         if path.is_absolute() or ".." in path.parts or not all(map(_is_file_name, path.parts)):
@@ -94,6 +94,11 @@ def check_names(rows: list[dict]) -> dict[int, ValueError]:
             files[file] = index
             folders.update((name, index) for name in within if name not in folders)
     return faults
+
+
+def _as_on_disk(path: PurePosixPath) -> str:
+    """Returns the same text for paths that are one file on macOS or Windows, which ignore upper and lower case."""
+    return unicodedata.normalize("NFC", str(path)).casefold()
 
 
 def _is_file_name(name: str) -> bool:
@@ -270,12 +275,16 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pretrained_model_name_or_path", required=True, help="the base model")
     parser.add_argument("--ssr", required=True, help="repository or folder with the SSR-Encoder")
     parser.add_argument("--dtype", choices=DTYPES, help="default: fp16 on a GPU, else fp32")
-    parser.add_argument("--batch_size", type=int, default=1, help="number of rows per batch")
+    parser.add_argument("--batch_size", type=positive, default=1, help="number of rows per batch")
     parser.add_argument("--scale", type=float, default=0.65, help="scale of rows without their own")
     parser.add_argument("--negative_prompt", help="negative prompt")
-    parser.add_argument("--height", type=int, help="height in pixels, a multiple of 8; default: the base model's")
-    parser.add_argument("--width", type=int, help="width in pixels, a multiple of 8; default: the base model's")
-    parser.add_argument("--num_inference_steps", type=int, default=30, help="denoising steps")
+    parser.add_argument(
+        "--height", type=picture_side, help="height in pixels, a multiple of 8; default: the base model's"
+    )
+    parser.add_argument(
+        "--width", type=picture_side, help="width in pixels, a multiple of 8; default: the base model's"
+    )
+    parser.add_argument("--num_inference_steps", type=positive, default=30, help="denoising steps")
     parser.add_argument("--guidance_scale", type=float, default=5.0, help="scale of classifier-free guidance")
     parser.add_argument(
         "--eta", type=float, default=0.0, help="eta of DDIM: how much noise is added in each step, from 0 to 1"
@@ -288,16 +297,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_args(arguments)
     rows = read_table(args.table)
     faults = check_names(rows)
-    if args.num_inference_steps < 1:
-        raise ValueError(f"`num_inference_steps` has to be at least 1, but is {args.num_inference_steps}.")
-    for name in ("height", "width"):
-        side = getattr(args, name)
-        if side is not None and (side < 8 or side % 8):
-            raise ValueError(f"`{name}` has to be a multiple of 8, but is {side}.")
-    if args.batch_size < 1:
-        raise ValueError(f"`batch_size` has to be at least 1, but is {args.batch_size}.")
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        raise ValueError(f"`output_dir`: {args.output_dir} is a file, not a folder.")
     state = PartialState()
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     not_asked = ("table", "output_dir", "batch_size")
     settings = {name: str(value) for name, value in vars(args).items() if name not in not_asked}
     ids = [f"{identity(row, settings)}-{index:06d}" for index, row in enumerate(rows)]
@@ -310,16 +312,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if own:
         hide_library_output()
         dtype = DTYPES[args.dtype or ("fp16" if state.device.type == "cuda" else "fp32")]
-        pipe = StableDiffusionSSRPipeline.from_pretrained(
-            args.pretrained_model_name_or_path,
-            dtype=dtype,
-            safety_checker=None,
-            requires_safety_checker=False,
-            ssr_encoder=None,
-            ssr_image_encoder=None,
-        ).to(state.device)
-        pipe.load_ssr(args.ssr)
+        with naming("--pretrained_model_name_or_path", args.pretrained_model_name_or_path):
+            pipe = StableDiffusionSSRPipeline.from_pretrained(
+                args.pretrained_model_name_or_path,
+                dtype=dtype,
+                safety_checker=None,
+                requires_safety_checker=False,
+                ssr_encoder=None,
+                ssr_image_encoder=None,
+            ).to(state.device)
+        with naming("--ssr", args.ssr):
+            pipe.load_ssr(args.ssr)
         pipe.set_progress_bar_config(disable=True)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=len(own), desc="pictures", disable=not state.is_local_main_process)
     with (args.output_dir / f"manifest.{state.process_index}.jsonl").open("a", encoding="utf-8") as manifest:
         # start on a new line, in case a previous run was interrupted while writing a line
@@ -364,4 +369,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main() > 0)
+    run_script(lambda: main() > 0)

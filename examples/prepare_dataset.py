@@ -15,7 +15,6 @@ import hashlib
 import io
 import json
 import re
-import sys
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,7 @@ from pathlib import Path
 from extras import needs
 
 import torch
-from command_line import HelpFormatter
+from command_line import HelpFormatter, check_companions, naming, positive, run_script
 from PIL import Image
 from similarity import ClipFeatures
 from text_files import open_text
@@ -312,22 +311,22 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dataset_config_name", help="configuration of the Hub's dataset")
     add("--streaming", action="store_true", help="stream the dataset instead of downloading it first")
     add("--output_dir", type=Path, required=True, help="output folder for the shards")
-    add("--shard_size", type=int, default=1000, help="number of rows of the source per shard")
+    add("--shard_size", type=positive, default=1000, help="number of rows of the source per shard")
     add("--image_column", default="image", help="the picture")
     add("--caption_column", default="text", help="column with captions; empty cells are captioned")
     add("--query_column", default="query", help="column with queries, for `--query_from column`")
     add("--query_from", choices=("caption", "column", "file"), default="caption",
         help="source of the query: the first thing in the caption, the query column, or the .query.txt of the picture")  # fmt: skip
     add("--caption_model", help="model for pictures without a caption, such as Salesforce/blip-image-captioning-large")
-    add("--max_new_tokens", type=int, default=40, help="maximum number of tokens of a caption")
-    add("--batch_size", type=int, default=16, help="number of pictures that are captioned and scored together")
+    add("--max_new_tokens", type=positive, default=40, help="maximum number of tokens of a caption")
+    add("--batch_size", type=positive, default=16, help="number of pictures that are captioned and scored together")
     add(
         "--min_image_size",
-        type=int,
+        type=positive,
         default=512,
         help="minimum length of the shorter side; smaller pictures are skipped",
     )
-    add("--max_image_size", type=int, help="length of the shorter side; larger pictures are resized to it")
+    add("--max_image_size", type=positive, help="length of the shorter side; larger pictures are resized to it")
     add("--max_aspect_ratio", type=float, default=2.0, help="maximum aspect ratio; longer pictures are skipped")
     add("--jpeg_quality", type=int, default=95, help="JPEG quality of the pictures in the shards")
     add(
@@ -342,7 +341,14 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default=5.0,
         help="minimum aesthetic score; pictures with a lower score are skipped",
     )
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    companions = {
+        "dataset_name": ("dataset_config_name", "streaming"),
+        "caption_model": ("max_new_tokens",),
+        "aesthetic_head": ("aesthetic_clip", "min_aesthetic"),
+    }
+    check_companions(parser, args, companions)
+    return args
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -354,9 +360,6 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"Pass either `source` or `dataset_name`: got {args.source} and {args.dataset_name!r}.")
     if args.source is not None and not args.source.is_dir():
         raise ValueError(f"`source`: there is no folder {args.source}.")
-    for name in ("shard_size", "batch_size", "min_image_size", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"`{name}` has to be at least 1, but is {getattr(args, name)}.")
     if args.max_image_size is not None and args.max_image_size < args.min_image_size:
         raise ValueError(f"`max_image_size` is {args.max_image_size}, less than `min_image_size`.")
     if args.max_aspect_ratio < 1:
@@ -392,13 +395,18 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     state = PartialState()
     kept = None
     rows = read_source(args)
-    check_settings(args, state)
     captioner = None
     if args.caption_model is not None:
-        captioner = Captioner(args.caption_model, state.device, args.max_new_tokens)
+        with naming("--caption_model", args.caption_model):
+            captioner = Captioner(args.caption_model, state.device, args.max_new_tokens)
     score = None
     if args.aesthetic_head is not None:
-        score = AestheticScore(args.aesthetic_head, ClipFeatures.from_pretrained(args.aesthetic_clip, state.device))
+        with naming("--aesthetic_clip", args.aesthetic_clip):
+            clip = ClipFeatures.from_pretrained(args.aesthetic_clip, state.device)
+        score = AestheticScore(args.aesthetic_head, clip)
+
+    # after the models were loaded, because it writes the settings of the run to the output folder
+    check_settings(args, state)
 
     reports = args.output_dir / "reports"
     reports.mkdir(exist_ok=True)
@@ -433,4 +441,4 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main() == 0)
+    run_script(lambda: main() == 0)

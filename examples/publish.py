@@ -21,7 +21,7 @@ from pathlib import Path
 import extras  # noqa: F401  (exits with a message if the project is not installed)
 
 import torch
-from command_line import HelpFormatter
+from command_line import HelpFormatter, check_companions, run_script
 from diffusers import DiffusionPipeline
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files
 from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline
@@ -140,7 +140,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--private", action="store_true", help="make the repository private")
     parser.add_argument("--revision", help="the branch to upload to")
     parser.add_argument("--token", help="the token to upload with, unless you are logged in")
-    return parser.parse_args()
+    args = parser.parse_args()
+    check_companions(parser, args, {"space": ("space_weights",), "push_to_hub": ("private", "revision", "token")})
+    return args
 
 
 def assemble_space(args: argparse.Namespace, folder: Path) -> None:
@@ -187,4 +189,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -32,6 +32,7 @@ from extras import needs
 import numpy as np
 import torch
 import torch.nn.functional as F
+from command_line import naming, run_script
 from diffusers import DDPMScheduler
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline
@@ -92,18 +93,22 @@ def load_models(
     Raises:
         `ValueError`: if the models do not fit together.
     """
-    pipe = StableDiffusionSSRPipeline.from_pretrained(
-        args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, dtype=torch.float32,
-        safety_checker=None, requires_safety_checker=False, ssr_encoder=None, ssr_image_encoder=None,
-    )  # fmt: skip
+    with naming("--pretrained_model_name_or_path", args.pretrained_model_name_or_path):
+        pipe = StableDiffusionSSRPipeline.from_pretrained(
+            args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, dtype=torch.float32,
+            safety_checker=None, requires_safety_checker=False, ssr_encoder=None, ssr_image_encoder=None,
+        )  # fmt: skip
     source, start = args.image_encoder_name_or_path, args.ssr_encoder_name_or_path
     if source is not None:
-        vision, processor = CLIPVisionModel.from_pretrained(source), CLIPImageProcessor.from_pretrained(source)
+        with naming("--image_encoder_name_or_path", source):
+            vision, processor = CLIPVisionModel.from_pretrained(source), CLIPImageProcessor.from_pretrained(source)
     else:
-        vision = CLIPVisionModel.from_pretrained(start, subfolder="ssr_image_encoder")
-        processor = CLIPImageProcessor.from_pretrained(start, subfolder="ssr_image_processor")
+        with naming("--ssr_encoder_name_or_path", start):
+            vision = CLIPVisionModel.from_pretrained(start, subfolder="ssr_image_encoder")
+            processor = CLIPImageProcessor.from_pretrained(start, subfolder="ssr_image_processor")
     if start is not None:
-        encoder = SSREncoder.from_pretrained(start, subfolder="ssr_encoder", dtype=torch.float32)
+        with naming("--ssr_encoder_name_or_path", start):
+            encoder = SSREncoder.from_pretrained(start, subfolder="ssr_encoder", dtype=torch.float32)
     elif args.released_aligner is not None:
         encoder = SSREncoder.from_released(args.released_aligner, args.released_layers)
     else:
@@ -616,4 +621,4 @@ def main(arguments: Sequence[str] | None = None, build: Callable[..., SSREncoder
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

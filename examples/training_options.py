@@ -5,7 +5,7 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from command_line import HelpFormatter
+from command_line import HelpFormatter, check_companions
 
 
 def parse_args(
@@ -120,6 +120,14 @@ def parse_args(
     add("--hub_model_id", help="<owner>/<repo>; default: the name of output_dir")
     add("--hub_token", help="default: the one of `hf auth login`")
     args = parser.parse_args(arguments)
+    companions = {
+        "dataset_name": ("dataset_config_name",),
+        "mask_column": ("mask_query", "mask_weight"),
+        "use_ema": ("ema_decay",),
+        "push_to_hub": ("hub_model_id", "hub_token"),
+        "validation_image": ("validation_steps", "validation_scale", "validation_inference_steps"),
+    }
+    check_companions(parser, args, companions)
     if args.consistency_weight is None:
         fresh = args.ssr_encoder_name_or_path is None and args.released_aligner is None
         args.consistency_weight = 0.1 if fresh else 0.001

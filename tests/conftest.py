@@ -1,6 +1,7 @@
 """Fixtures and small components of the real classes with fixed seeds."""
 
 import os
+import runpy
 import sys
 import tempfile
 from pathlib import Path
@@ -24,6 +25,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel  # noqa: E402
+from diffusers.utils import logging  # noqa: E402
 from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline  # noqa: E402
 from PIL import Image  # noqa: E402
 from transformers import (  # noqa: E402
@@ -178,6 +180,21 @@ def pipe(components) -> StableDiffusionSSRPipeline:
 @pytest.fixture
 def picture() -> Image.Image:
     return make_picture()
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capfd):
+    """Runs an example with arguments in an empty folder, in this process, because the libraries are already imported.
+    Returns its output."""
+
+    def run(script: str, *arguments) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
+        return capfd.readouterr().out
+
+    yield run
+    logging.set_verbosity_warning()
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import os
 import runpy
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import generate_batch
@@ -212,9 +213,9 @@ def test_error_in_one_row_does_not_affect_its_batch(models, many_rows, tmp_path,
 def test_exit_status_reports_failed_rows(models, table, tmp_path, monkeypatch, rows, status):
     write(table, rows)
     monkeypatch.setattr(sys, "argv", ["generate_batch.py", *arguments(models, table, tmp_path / "out", batch_size=2)])
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) if status else nullcontext() as ended:
         runpy.run_path(generate_batch.__file__, run_name="__main__")
-    assert int(ended.value.code) == status
+    assert status == 0 or ended.value.code == status
 
 
 def test_interrupted_run_can_be_resumed(models, table, tmp_path, monkeypatch, counted):
@@ -276,10 +277,13 @@ def test_resolution_of_a_base_model_that_is_not_square(pipe):
         ("num_inference_steps", 0),
     ],
 )  # fmt: skip
-def test_invalid_options_are_rejected_before_a_model_is_loaded(models, table, tmp_path, monkeypatch, option, value):
+def test_invalid_options_are_rejected_before_a_model_is_loaded(
+    models, table, tmp_path, monkeypatch, capsys, option, value
+):
     monkeypatch.setattr(StableDiffusionSSRPipeline, "from_pretrained", None)
-    with pytest.raises(ValueError, match=f"`{option}` has to be .*but is {value}"):
+    with pytest.raises(SystemExit):
         generate_batch.main(arguments(models, table, tmp_path / "out", **{option: value}))
+    assert f"argument --{option}: has to be " in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -309,7 +313,7 @@ BAD_NAMES = ["n" * 300, "nul\0", "half\ud83d", "../a", "/a", "x/../../a", "é" *
 
 def test_only_rows_with_invalid_file_names_fail(models, table, tmp_path, capsys):
     out = tmp_path / "out"
-    names = ["a", *BAD_NAMES, "a", "a.png/b", "c.png/d", "c", "c.png/e", 7]
+    names = ["a", *BAD_NAMES, "a", "A", "a.png/b", "c.png/d", "c", "C", "c.png/e", 7]
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(json.dumps({**ROWS[0], "name": name}) for name in names))
     generate_batch.main(arguments(models, file, out))
@@ -321,7 +325,7 @@ def test_only_rows_with_invalid_file_names_fail(models, table, tmp_path, capsys)
     errors = [entry["error"] for entry in entries if entry["status"] == "failed"]
     assert all("cannot be a file in the output folder" in error for error in errors[: len(BAD_NAMES)])
     assert all("conflicts with row" in error for error in errors[len(BAD_NAMES) :])
-    assert "4 of 14 pictures" in capsys.readouterr().out
+    assert "4 of 16 pictures" in capsys.readouterr().out
     assert {file.suffix for file in out.rglob("*") if file.is_file()} == {".png", ".jsonl"}
 
 

@@ -211,7 +211,6 @@ def test_large_pictures_are_scaled_down(photos, tmp_path):
     [
         ({"source": "nowhere"}, "source"),
         ({"dataset_name": "a"}, "dataset_name"),
-        ({"shard_size": 0}, "shard_size"),
         ({"max_image_size": 8}, "max_image_size"),
         ({"jpeg_quality": 0}, "jpeg_quality"),
         ({"aesthetic_head": "nowhere"}, "aesthetic_head"),

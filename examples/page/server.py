@@ -2,9 +2,10 @@
 
 import argparse
 import os
+import socket
 from collections.abc import Sequence
 
-from command_line import HelpFormatter
+from command_line import HelpFormatter, naming, port, positive
 from drawing import call_options, check_source
 
 
@@ -23,19 +24,19 @@ def parse_args(arguments: Sequence[str] | None = None, description: str | None =
     parser.add_argument(
         "--motion_adapter", help="a motion adapter for videos; default: that of the checkpoint, if it has one"
     )
-    parser.add_argument("--max_subjects", type=int, default=3, help="how many subjects a picture may have")
-    parser.add_argument("--max_frames", type=int, default=16, help="how many frames a video may have")
+    parser.add_argument("--max_subjects", type=positive, default=3, help="how many subjects a picture may have")
+    parser.add_argument("--max_frames", type=positive, default=16, help="how many frames a video may have")
     parser.add_argument(
-        "--concurrency", type=int, default=2, help="how many requests run at once; others wait in a queue"
+        "--concurrency", type=positive, default=2, help="how many requests run at once; others wait in a queue"
     )
     parser.add_argument(
-        "--max_waiting", type=int, default=64, help="how many requests can wait; further ones are rejected"
+        "--max_waiting", type=positive, default=64, help="how many requests can wait; further ones are rejected"
     )
     # this is an environment variable of Gradio, which is set in a Space
     parser.add_argument(
         "--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), help="address to listen on"
     )
-    parser.add_argument("--port", type=int, help="port; default: the first free one from 7860")
+    parser.add_argument("--port", type=port, help="port; default: the first free one from 7860")
     return parser.parse_args(arguments)
 
 
@@ -55,11 +56,22 @@ def start(args: argparse.Namespace, wait: bool = True) -> "Page":  # noqa: F821
         os.environ.setdefault(setting, "False")
     for option in ("checkpoint", "ssr", "controlnet", "motion_adapter"):
         check_source(f"--{option}", getattr(args, option))
+    try:
+        socket.getaddrinfo(args.host, None)
+    except OSError as error:
+        raise ValueError(f"--host: {args.host} is not an address of this machine: {error}") from error
+    from diffusers import ControlNetModel, MotionAdapter
+
     from .checkpoints import Checkpoints
     from .layout import Page
     from .studio import Studio
     from .widgets import CSS
 
+    # the studio loads these models when they are used first
+    for model_class, option in ((ControlNetModel, "controlnet"), (MotionAdapter, "motion_adapter")):
+        if getattr(args, option) is not None:
+            with naming(f"--{option}", getattr(args, option)):
+                model_class.load_config(getattr(args, option))
     page = Page(Studio(Checkpoints.from_options(args)), args)
     page.blocks.queue(max_size=args.max_waiting)
     page.blocks.launch(
