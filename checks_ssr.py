@@ -47,7 +47,8 @@ def _check_reference(image, query, mask, prefix: str) -> None:
             f" in `{prefix}mask`."
         )
     if query is not None and (not isinstance(query, str) or not query.strip() and mask is None):
-        raise ValueError(f"`{prefix}query` has to be a text that names the subject, but is {query!r}.")
+        hint = ": pass several queries as a list" if isinstance(query, tuple) else ""
+        raise ValueError(f"`{prefix}query` has to be a text that names the subject, but is {query!r}{hint}.")
 
 
 def check_mask_weight(mask_weight, masks: list) -> float:
@@ -148,7 +149,7 @@ def check_subjects(subject, num_prompts: int, check_encoder) -> list[subject_req
     embeds = [each for row in rows for each in row.keyframes if each is not None]
     for each in embeds:
         check_encoder(each)
-    if not embeds:
+    if not embeds and any(len(row.frames) > 1 for row in rows):
         raise ValueError("`subject` holds only None: leave it out to draw without a subject.")
     moving = {row.frames for row in rows if len(row.frames) > 1}
     if len(moving) > 1:
@@ -208,8 +209,8 @@ def _check_not_compact(keyframes) -> None:
 
 
 def check_fits(unet, encoder, image_encoder, text_encoder) -> None:
-    """Raises a `ValueError` if an SSR-Encoder was made for other models. An image encoder or text encoder that is
-    `None` is not checked."""
+    """Raises a `ValueError` if an SSR-Encoder was made for other models. A model that is `None` is not checked: drawing
+    needs no image encoder and, with `prompt_embeds`, no text encoder, and encoding needs no UNet."""
     config = encoder.config
     if "vision_hidden_size" not in config:
         raise ValueError(f"`ssr_encoder` has to be an SSREncoder, but is a {type(encoder).__name__}.")
@@ -229,7 +230,8 @@ def check_fits(unet, encoder, image_encoder, text_encoder) -> None:
             f"`ssr_encoder` reads levels {tuple(config.image_levels)}, but the image encoder has only"
             f" {image_encoder.config.num_hidden_layers} layers."
         )
-    check_fits_unet(unet, encoder)
+    if unet is not None:
+        check_fits_unet(unet, encoder)
 
 
 def check_fits_unet(unet, encoder) -> None:

@@ -121,7 +121,12 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
         query_states = self._encode_queries(["", *(query for *_, query, _ in references)], device, text)
         # never `None`, because the encoder has image levels
         fingerprint: Any = encoder.fingerprint(device)
-        weights = subject_cache.version(vision), subject_cache.digest(fingerprint), encoder.dtype
+        weights = (
+            subject_cache.version(vision),
+            subject_cache.digest(fingerprint),
+            encoder.dtype,
+            subject_cache.hooks(encoder),
+        )
         digests = {key: subject_cache.digest(each) for key, each in pixels.items()}
         keys = [
             (
@@ -246,7 +251,11 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
 
     def _check_can_encode(self) -> None:
         """Raises a `ValueError` if a component that encodes references or queries is missing or does not fit."""
-        self._check_ssr_loaded()
+        if self.ssr_encoder is None:
+            raise ValueError(
+                "There is no SSR-Encoder in this pipeline yet: call `load_ssr` before encoding a subject."
+            )
+        checks_ssr.check_fits(self.unet, self.ssr_encoder, self.ssr_image_encoder, self.text_encoder)
         if self.ssr_image_encoder is None or not self.ssr_encoder.config.image_levels:
             raise ValueError(
                 "The encoders of this pipeline are not loaded, or were dropped: call `load_ssr` before encoding a subject."
@@ -257,4 +266,3 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
             self.register_modules(
                 ssr_image_processor=image_processing_ssr.default_image_processor(self.ssr_image_encoder)
             )
-        checks_ssr.check_fits(self.unet, self.ssr_encoder, self.ssr_image_encoder, self.text_encoder)

@@ -30,6 +30,9 @@ MAX_PIXELS = 2**26
 # contain pictures.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 
+# How far float values may be outside of their range
+_SLACK = 1e-3
+
 # A picture from `Image.open` is decoded when it is first used. Without this lock, two threads that share a picture
 # would both seek and read in the same file, and one of them would get corrupted pixels or an error.
 _decoding = threading.Lock()
@@ -83,8 +86,8 @@ def to_pil(image: Any, name: str = "subject_image", max_pixels: int | None = Non
         image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
             The picture. PIL images can have any mode. If a PIL image has several frames, its current frame is used,
             which is the first one after opening. Transparent parts become white, 16-bit and float values are scaled to
-            8 bits, and EXIF rotation is applied. Arrays have shape `(height, width, 3)` and hold uint8, uint16, or
-            floats from 0 to 1. Tensors have shape `(3, height, width)` or `(1, 3, height, width)` and hold uint8 or
+            8 bits, and EXIF rotation is applied. Arrays have shape `(height, width, 3)` or `(1, height, width, 3)` and
+            hold uint8, uint16, or floats from 0 to 1. Tensors have shape `(3, height, width)` or `(1, 3, height, width)` and hold uint8 or
             floats from 0 to 1.
         name (`str`, defaults to `"subject_image"`):
             The name of the argument in error messages.
@@ -196,15 +199,26 @@ def to_mask(
     """
     values = mask_values(mask, name, max_pixels)
     if values.shape != size[::-1]:
+        hint = ": pass one mask or one color channel of it" if values.shape[1:] == size[::-1] else ""
         raise ValueError(
-            f"`{name}` has to be as large as its picture, (height, width) = {size[::-1]}, but is {values.shape}."
+            f"`{name}` has to be as large as its picture, (height, width) = {size[::-1]}, but is {values.shape}{hint}."
         )
     marked = values > 0.5
     if not marked.any():
-        raise ValueError(f"`{name}` is empty: it has to mark the subject.")
+        raise ValueError(f"`{name}` is empty: it has to mark the subject.{hint_for_labels(mask)}")
     if marked.all():
         raise ValueError(f"`{name}` marks the whole picture: leave it out to select the whole picture.")
     return Image.fromarray(marked.astype(np.uint8) * 255)
+
+
+def hint_for_labels(mask: Any) -> str:
+    """Returns a hint for the error message of an empty mask, if its values look like the numbers of segments."""
+    if isinstance(mask, (np.ndarray, torch.Tensor)) and 1 < mask.max() <= 127:
+        return (
+            f" Its values are from {mask.min().item()} to {mask.max().item()}, of 255 for white: of a segmentation with one number"
+            " for each segment, pass `mask == number`."
+        )
+    return ""
 
 
 def preprocess(image: Image.Image, processor: CLIPImageProcessor, resize_mode: str = "pad") -> torch.Tensor:
@@ -364,18 +378,22 @@ def _channels_last(tensor: torch.Tensor, name: str) -> np.ndarray:
 
 
 def _picture_of_array(array: np.ndarray, name: str, max_pixels: int | None) -> Image.Image:
+    shape = array.shape
+    array = array[0] if array.ndim == 4 and shape[0] == 1 else array
     if array.ndim != 3 or array.shape[2] != 3 or not array.size:
-        raise ValueError(f"`{name}` as an array has to be of shape (height, width, 3), but is {array.shape}.")
+        raise ValueError(f"`{name}` as an array has to be of shape (height, width, 3), but is {shape}.")
     _check_pixels(array.shape[0] * array.shape[1], name, max_pixels)
     if array.dtype.str[1:] == "u2":  # uint16 in any byte order
         array = array / 65535
     if array.dtype != np.uint8:
-        if array.dtype.kind not in "biuf" or not (array.min() >= 0 and array.max() <= 1):
+        # resizing causes a small overshoot of float values; comparisons with NaN are false
+        slack = _SLACK if array.dtype.kind == "f" else 0
+        if array.dtype.kind not in "biuf" or not (array.min() >= -slack and array.max() <= 1 + slack):
             values = f" from {array.min()} to {array.max()}" if array.dtype.kind in "biuf" else ""
             raise ValueError(
                 f"`{name}` has to hold uint8, uint16, or floats from 0 to 1, but holds {array.dtype}{values}."
             )
-        array = (array * 255).round().astype(np.uint8)
+        array = (array * 255).round().clip(0, 255).astype(np.uint8)
     return Image.fromarray(np.ascontiguousarray(array))
 
 
@@ -451,7 +469,7 @@ def _unit(values: np.ndarray, name: str, deep: bool = False) -> np.ndarray:
         raise ValueError(f"`{name}` has to hold numbers, but holds {values.dtype}.")
     low, high = float(values.min()), float(values.max())
     # allow a small overshoot of float values, which bicubic resizing causes; comparisons with NaN are false
-    slack = 1e-3 if values.dtype.kind == "f" else 0
+    slack = _SLACK if values.dtype.kind == "f" else 0
     ranges = [1, 255, *([65535] if deep or values.dtype.str[1:] == "u2" else []), *([high] if deep else [])]
     fitting = [top for top in ranges if high <= top + slack and top < np.inf]
     if not low >= -slack or not fitting:

@@ -281,6 +281,11 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
     def _layer_scales(self, name: str, scale) -> float | dict[str, float]:
         """Returns a scale as one number for all layers, or as a dict with one number for each of
         `config.attention_layers`."""
+        if isinstance(scale, (list, tuple)):
+            raise ValueError(
+                f"`{name}` has to be a number or a dict, but is a {type(scale).__name__}: for a scale of each subject, pass"
+                " `subject=[cat.scaled(0.5), dog.scaled(0.8)]`."
+            )
         if not isinstance(scale, dict):
             return subject_embeds.check_scale(name, scale)
         if self.ssr_encoder is None:
@@ -351,9 +356,13 @@ def _num_prompts(arguments: dict) -> int:
 
 def _num_frames(parameters, arguments: dict) -> int:
     """Returns the number of frames that a call generates. It is 1 for pictures."""
+    latents = arguments.get("latents")
+    if getattr(latents, "ndim", 0) == 5:
+        return latents.shape[2]  # a call that gets the latents of a video draws their frames
     if "num_frames" in parameters:
         return arguments.get("num_frames", parameters["num_frames"].default)
-    return next((_length(arguments[name]) for name in ("video", "conditioning_frames") if name in arguments), 1)
+    videos = (arguments.get(name) for name in ("video", "conditioning_frames"))
+    return next((_length(video) for video in videos if video is not None), 1)
 
 
 def _length(video) -> int:

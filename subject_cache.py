@@ -8,6 +8,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from diffusers.utils.torch_utils import is_compiled_module
 from torch import nn
 
 
@@ -16,7 +17,8 @@ class SubjectCache:
     A cache of the most recently used subjects. The key of a subject contains everything that it depends on. Pictures,
     masks, the query's hidden states and the SSR-Encoder's fingerprint are compared by content, so a changed picture, a
     LoRA on the text encoder, or a training step results in a new entry. The vision encoder is compared by its identity,
-    the versions of its weights, a sample of their values, and the state of its adapters. The cache is thread-safe.
+    the versions of its weights, a sample of their values, the state of its adapters, and its forward hooks, which are
+    also compared for the SSR-Encoder. The cache is thread-safe.
 
     Args:
         size (`int`, defaults to 16):
@@ -60,7 +62,7 @@ def digest(tensor: torch.Tensor | None) -> bytes:
 
 def version(module: nn.Module) -> tuple[Hashable, ...]:
     """Returns a value that is different for each module, and that changes when the weights are changed in place or
-    cast to another dtype, or when an adapter (peft) is switched on or off."""
+    cast to another dtype, when an adapter (peft) is switched on or off, or when its forward hooks change."""
     parameters = list(module.parameters())
     counts = sum(0 if parameter.is_inference() else parameter._version for parameter in parameters)
     # models of transformers and diffusers have a method `disable_adapters`, and layers of peft have a property
@@ -70,7 +72,27 @@ def version(module: nn.Module) -> tuple[Hashable, ...]:
         for each in tuned
     )
     identity = _identities.setdefault(module, object())
-    return identity, counts, parameters[0].dtype, digest(_sample(parameters)), adapters
+    return identity, counts, parameters[0].dtype, digest(_sample(parameters)), adapters, hooks(module)
+
+
+def hooks(module: nn.Module) -> tuple[Hashable, ...]:
+    """Returns a value that changes when a forward hook is added or removed anywhere in a module, or when the `forward`
+    of a part of it is replaced. Hooks are compared by their number, which torch does not use a second time. What a hook
+    does is not known: if it does something else later, it has to be registered again."""
+    found: list[Hashable] = []
+    for index, each in enumerate(module.modules()):
+        registered = {**each._forward_pre_hooks, **each._forward_hooks}
+        # transformers registers hooks in the first forward pass, which collect the hidden states
+        foreign = [
+            n for n, hook in registered.items() if not getattr(hook, "__module__", "").startswith("transformers.")
+        ]
+        found += [(index, number) for number in foreign]
+        # accelerate and diffusers (offloading, casting) and `torch.compile` replace `forward` without changing the
+        # output, and offloading does so again each time it is enabled
+        known = hasattr(each, "_hf_hook") or hasattr(each, "_diffusers_hook") or is_compiled_module(each)
+        if "forward" in vars(each) and not known:
+            found.append((index, id(vars(each)["forward"])))
+    return tuple(found)
 
 
 @torch.no_grad()

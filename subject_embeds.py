@@ -194,8 +194,8 @@ class SubjectEmbeds:
                 The file, usually ending in ".safetensors".
 
         Raises:
-            `ValueError`: if there are more than 64 subjects, or if their tensors have more than 268 MB (for example
-                with regions of many frames).
+            `ValueError`: if there are more than 64 subjects, if their tensors have more than 268 MB (for example with
+                regions of many frames), or if `load` would not accept their values (such as NaN) or their queries.
             `FileNotFoundError`: if the folder of the file does not exist.
 
         Example:
@@ -218,6 +218,7 @@ class SubjectEmbeds:
                 f" {len(self.subjects)} and {size:,}: make their regions smaller, or save them one by one."
             )
         subjects = [{"query": subject.query, "scale": subject.scale} for subject in self.subjects]
+        subject_file.check_content(subjects, tensors)
         with file_utils.atomic_file(path) as partial:
             save_file(tensors, partial, metadata={"format": subject_file.FORMAT, "subjects": json.dumps(subjects)})
 
@@ -277,7 +278,8 @@ def _region_values(region: Any) -> np.ndarray:
     else:
         values = image_processing_ssr.mask_values(region, "region", subject_file.MAX_REGION_VALUES)
     if not (values > 0.5).any():
-        raise ValueError("`region` is empty: it has to mark an area in at least one frame.")
+        hint = image_processing_ssr.hint_for_labels(region)
+        raise ValueError(f"`region` is empty: it has to mark an area in at least one frame.{hint}")
     return values
 
 

@@ -80,6 +80,28 @@ def read_subject_file(
     return subjects, tensors
 
 
+def check_content(subjects: list[dict[str, Any]], tensors: dict[str, torch.Tensor]) -> None:
+    """
+    Check what `SubjectEmbeds.save` is about to write, so that each file that it writes can be loaded.
+
+    Args:
+        subjects (`list[dict]`): the query and scale of each subject.
+        tensors (`dict[str, torch.Tensor]`): the tensors by their names in the file.
+
+    Raises:
+        `ValueError`: if the values of a tensor are out of range or not finite, or if the queries are too long.
+    """
+    # the rest of the header needs less than 64 KiB
+    length = len(json.dumps(json.dumps(subjects)))
+    if length > MAX_HEADER_BYTES - 2**16:
+        raise ValueError(f"These subjects cannot be saved: their queries take {length:,} bytes.")
+    for name, tensor in tensors.items():
+        try:
+            _check_values(name, tensor)
+        except ValueError as error:
+            raise ValueError(f"These subjects cannot be saved: {error}.") from None
+
+
 def check_layout(layout: Layout, num_subjects: int) -> int:
     r"""
     Check the names, dtypes and shapes of the tensors, before the tensors are loaded.

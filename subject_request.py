@@ -112,8 +112,9 @@ class SubjectRequest:
         counts = " or ".join(str(len(branches)) for branches in possible)
         raise ValueError(
             f"The UNet gets a batch of {batch_size} {what} for {self.num_pictures} pictures with {counts} branches of"
-            " guidance each, so it is not known which of them have the subject. The batch of a call must not be split,"
-            " and a callback may only remove pictures if all of them have the same subject."
+            " guidance each, so it is not known which of them have the subject. `image` and `latents` have"
+            " to hold one picture for each prompt, the batch of a call must not be split, and a callback may only remove"
+            " pictures if all of them have the same subject."
         )
 
     @property

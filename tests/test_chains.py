@@ -821,6 +821,41 @@ def test_invalid_moving_subjects_raise_an_error_before_the_first_step(video_pipe
     assert not steps
 
 
+LATENT_VIDEOS = {
+    "latents": {},
+    "latents and video=None": {"video": None},
+    "latents, with edges": {"video": None, "conditioning_frames": VIDEO},
+    "latents, and the subject in the ControlNet": {
+        "video": None, "conditioning_frames": VIDEO, "subject_in_controlnet": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("given", LATENT_VIDEOS.values(), ids=LATENT_VIDEOS)
+def test_a_video_can_be_given_as_latents(pipe, given):
+    """The number of frames is that of the latents, with any subject that moves."""
+    controlnet = {"controlnet": make_controlnet()} if "conditioning_frames" in given else {}
+    name = f"AnimateDiffVideoToVideo{'ControlNet' if controlnet else ''}Pipeline"
+    video_class = ssr_pipeline_class(getattr(diffusers, name))
+    video = video_class.from_pipe(pipe, motion_adapter=make_motion_adapter(), **controlnet)
+    video.set_progress_bar_config(disable=True)
+    cat, dog = pipe.encode_subject(make_picture(), query=["cat", "dog"])
+    latents = torch.randn(1, 4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    size = {"height": SIZE, "width": SIZE}
+
+    def draw(**changes):
+        return video(**{**call_args(), **size, "latents": latents, "strength": 1.0, **given, **changes}).frames
+
+    without = draw(subject_in_controlnet=False)
+    subjects = [cat] if given.get("subject_in_controlnet") else [cat, {0: cat, 2: dog}, cat.inside(np.ones((3, 8, 8)))]
+    for subject in subjects:
+        frames = draw(subject=subject)
+        assert frames.shape[1] == 3 and np.abs(frames - without).max() > 1e-4
+    if not given.get("subject_in_controlnet"):
+        with pytest.raises(ValueError, match="the video has 3 frames"):
+            draw(subject={0: cat, 5: dog})
+
+
 def test_picture_pipeline_does_not_accept_moving_subjects(pipe):
     cat = pipe.encode_subject(make_picture(), "cat")
     for subject in ({0: cat, 2: cat}, cat.inside(np.ones((2, 8, 8)))):

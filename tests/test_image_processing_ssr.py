@@ -30,11 +30,13 @@ ARRAY = np.asarray(make_picture())
         ARRAY,
         ARRAY.astype(np.float32) / 255,
         ARRAY.astype(np.float64) / 255,
+        ARRAY[None] / 255,
+        ARRAY / 254.95,
         torch.from_numpy(ARRAY.copy()).permute(2, 0, 1) / 255,
         torch.from_numpy(ARRAY.copy()).permute(2, 0, 1)[None] / 255,
         make_picture(),
     ],
-    ids=["uint8", "float32", "float64", "tensor", "batch of one", "PIL"],
+    ids=["uint8", "float32", "float64", "array of one", "a little more than 1", "tensor", "batch of one", "PIL"],
 )
 def test_to_pil_accepts_all_types_of_pictures(image):
     assert np.array_equal(np.asarray(to_pil(image)), ARRAY)
@@ -362,7 +364,10 @@ def test_mask_values_of_several_frames():
     [
         (MASK[:-1], r"as large as its picture, .*\(32, 40\), but is \(31, 40\)"),
         (MASK.T, r"\(40, 32\)"),
-        (np.zeros_like(MASK), "is empty"),
+        (np.repeat(MASK[None], 3, 0), r"\(3, 32, 40\): pass one mask or one color channel"),
+        (np.zeros_like(MASK), "is empty: it has to mark the subject.$"),
+        (MASK // 255 + MASK.astype(bool)[::-1], "is empty.*from 0 to 2.*pass `mask == number`"),
+        (torch.from_numpy(MASK) // 100, "is empty.*from 0 to 2.*pass `mask == number`"),
         (np.ones_like(MASK), "marks the whole picture"),
         (np.full(MASK.shape, np.nan), "nan"),
         (MASK.astype(int) * 2, "510"),

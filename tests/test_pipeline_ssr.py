@@ -334,7 +334,11 @@ SUBJECT = SubjectEmbeds((Subject(torch.zeros(1, 6, 32), torch.zeros(1, 6, 32)),)
         ({"subject": SUBJECT, "subject_query": "cat"}, "either `subject` or `subject_query`"),
         ({"subject": torch.zeros(1, 6, 32)}, "`subject` has to be a SubjectEmbeds.*Tensor"),
         ({"subject": [SUBJECT, SUBJECT]}, r"`subject` as a list.*2 for 1.*cat \+ car"),
-        ({"subject": [None]}, "`subject` holds only None"),
+        ({"subject": [None, None]}, r"`subject` as a list.*2 for 1"),
+        (
+            {"subject": SUBJECT, "subject_scale": [0.5, 0.8]},
+            r"`subject_scale` has to be a number or a dict.*scaled\(0.5\)",
+        ),
         ({"subject": ["cat"]}, "`subject` has to be a SubjectEmbeds.*str"),
         (
             {

@@ -504,6 +504,55 @@ def test_changed_weights_encode_the_subject_again(pipe, part):
     assert (before - after).abs().max() > 1e-3
 
 
+def flip(module, args):
+    return args[0].flip(-1), *args[1:]
+
+
+def replace_forward(module):
+    forward = module.forward
+    module.forward = lambda hidden_states, *args, **kwargs: forward(hidden_states * 2, *args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda pipe: pipe.ssr_image_encoder.get_submodule("vision_model.embeddings.patch_embedding"
+            if hasattr(pipe.ssr_image_encoder, "vision_model") else "embeddings.patch_embedding"
+        ).register_forward_pre_hook(flip),
+        lambda pipe: next(m for m in pipe.ssr_encoder.modules() if isinstance(m, torch.nn.Linear)).register_forward_hook(
+            lambda module, args, output: output * 2
+        ),
+        lambda pipe: replace_forward(next(m for m in pipe.ssr_image_encoder.modules() if isinstance(m, torch.nn.Linear))),
+    ],
+    ids=["hook of the vision encoder", "hook of the SSR-Encoder", "replaced forward"],
+)  # fmt: skip
+def test_a_hook_that_is_added_later_encodes_the_subject_again(pipe, change):
+    before = pipe.encode_subject(make_picture(), "cat").subjects[0].embeds
+    handle = change(pipe)
+    after = pipe.encode_subject(make_picture(), "cat").subjects[0].embeds
+    assert (before - after).abs().max() > 1e-4
+    if handle is not None:
+        handle.remove()
+        assert torch.equal(pipe.encode_subject(make_picture(), "cat").subjects[0].embeds, before)
+
+
+def test_a_pipeline_without_unet_and_vae_can_encode(pipe):
+    """To save memory: encode first, and draw later with another pipeline."""
+    components = {**pipe.components, "unet": None, "vae": None}
+    only_encodes = StableDiffusionSSRPipeline(**components, requires_safety_checker=False)
+    subject = only_encodes.encode_subject(make_picture(), "cat")
+    assert torch.equal(subject.subjects[0].embeds, pipe.encode_subject(make_picture(), "cat").subjects[0].embeds)
+    assert only_encodes.subject_attention_map(make_picture(), "cat").heat.max() > 0
+    pipe(**call_args(subject=subject))
+
+
+@pytest.mark.parametrize("subject", [[None], [None, None]])
+def test_a_batch_without_any_subject_is_the_stock_batch(pipe, subject):
+    prompts = ["a cat"] * len(subject)
+    expected = stock_of(pipe)(**call_args(prompt=prompts)).images
+    assert np.array_equal(pipe(**call_args(prompt=prompts, subject=subject)).images, expected)
+
+
 def test_the_cache_has_a_maximum_size(pipe):
     from diffusers_ssr.encoding_ssr import _caches
 

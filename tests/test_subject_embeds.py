@@ -174,6 +174,33 @@ def test_subjects_that_are_too_large_to_load_are_not_saved(pair, tmp_path, monke
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"embeds": float("nan")}, "0.embeds holds values from nan"),
+        ({"embeds": 1e6}, "0.embeds holds values from"),
+        ({"negative_embeds": float("inf")}, "0.negative_embeds holds"),
+        ({"query": "a cat " * 200_000}, "their queries take"),
+        ({"query": "猫" * 170_000}, "their queries take"),
+    ],
+)
+def test_subjects_that_cannot_be_loaded_are_not_saved(pair, tmp_path, changes, message):
+    first = pair.subjects[0]
+    changes = {
+        name: value if isinstance(value, str) else torch.full_like(getattr(first, name), value)
+        for name, value in changes.items()
+    }
+    with pytest.raises(ValueError, match=f"These subjects cannot be saved: .*{message}"):
+        SubjectEmbeds((replace(first, **changes),)).save(tmp_path / "pair.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_longest_query_that_can_be_saved_can_be_loaded(pair, tmp_path):
+    subjects = tuple(replace(subject, query="猫" * 1170) for subject in pair.subjects * 32)
+    SubjectEmbeds(subjects, pair.fingerprint).save(tmp_path / "pair.safetensors")
+    assert len(SubjectEmbeds.load(tmp_path / "pair.safetensors").subjects) == 64
+
+
 def test_repr_is_one_short_line(pair):
     assert repr(pair) == (
         "SubjectEmbeds([Subject('cat', scale 0.8, 96 tokens, region 8 x 8), Subject('dog', 96 tokens)], float32, cpu)"
