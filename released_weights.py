@@ -2,6 +2,7 @@
 pass by mistake."""
 
 import os
+import pickle
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -137,8 +138,9 @@ def _read_state_dict(argument: str, source: Any) -> Mapping[str, torch.Tensor]:
         except FileNotFoundError:
             raise
         except Exception as error:  # a parser that meets arbitrary bytes may raise anything
-            # only the first line, because the others explain how to load the pickle with code execution enabled
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            # The message of an `UnpicklingError` advises to load the file with code execution enabled.
+            told = not isinstance(error, pickle.UnpicklingError) and str(error).splitlines()
+            reason = told[0] if told else "it is not a file of tensors"
             raise ValueError(f"`{argument}`: {source} holds no weights that can be read: {reason}") from error
     if not isinstance(state_dict, Mapping) or not all(isinstance(name, str) for name in state_dict):
         raise ValueError(f"`{argument}` has to hold tensors by name, but holds {type(state_dict).__name__}.")

@@ -7,11 +7,20 @@ The defaults are for the pocket checkpoint.
 
 from extras import needs
 
-from command_line import naming, positive, run_script
+from command_line import positive, run_script
 from diffusers import MotionAdapter
 from diffusers.utils import export_to_gif, export_to_video
 from diffusers_ssr import AnimateDiffSSRPipeline
-from drawing import POCKET, call_arguments, load_pipeline, load_reference, options, reference_options
+from drawing import (
+    POCKET,
+    call_arguments,
+    check_model,
+    load_pipeline,
+    load_reference,
+    named,
+    options,
+    reference_options,
+)
 from PIL import Image
 
 
@@ -23,27 +32,26 @@ with needs("demo"):
 
 def main():
     parser = options(__doc__)
-    reference_options(parser)
+    place = "in the snow"
+    reference_options(parser, place)
     parser.add_argument("--motion_adapter", default=str(POCKET / "motion_adapter"), help="folder or repository")
     parser.add_argument("--num_frames", type=positive, default=8, help="number of frames of the video")
     parser.add_argument("--fps", type=positive, default=8, help="frames per second")
     args = parser.parse_args()
     reference = load_reference("--reference", args.reference)
-    with naming("--motion_adapter", args.motion_adapter):
-        longest = MotionAdapter.load_config(args.motion_adapter)["motion_max_seq_length"]
+    longest = check_model("--motion_adapter", args.motion_adapter, MotionAdapter)["motion_max_seq_length"]
     if args.num_frames > longest:
         raise ValueError(
             f"`num_frames` has to be at most {longest} for this motion adapter, but is {args.num_frames}."
         )
 
     pipe = load_pipeline(args.checkpoint)
-    with naming("--motion_adapter", args.motion_adapter):
-        adapter = MotionAdapter.from_pretrained(args.motion_adapter, dtype=pipe.unet.dtype)
+    adapter = MotionAdapter.from_pretrained(args.motion_adapter, dtype=pipe.unet.dtype)
     # `from_pipe` creates a new UNet with motion modules on the CPU
     pipe = AnimateDiffSSRPipeline.from_pipe(pipe, motion_adapter=adapter).to(pipe.device)
     pipe.set_progress_bar_config(desc="steps")
     frames = pipe(
-        args.prompt,
+        f"{named(args.query)} {place}" if args.prompt is None else args.prompt,
         subject_image=reference,
         subject_query=args.query,
         subject_scale=args.scale,

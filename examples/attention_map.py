@@ -10,7 +10,7 @@ from pathlib import Path
 
 import extras  # noqa: F401  (exits with a message if the project is not installed)
 
-from command_line import HelpFormatter, run_script
+from command_line import HelpFormatter, output_folder, run_script
 from drawing import POCKET, load_pipeline, load_reference, write_contact_sheet
 from PIL import Image
 from references import read_queries
@@ -23,7 +23,9 @@ def main():
     )
     parser.add_argument("--image", help="file or URL of a picture; default: the references of the pocket checkpoint")
     parser.add_argument("--queries", nargs="+", help="the queries")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help="where the picture is written")
+    parser.add_argument(
+        "--output_dir", type=output_folder, default=Path("outputs"), help="where the picture is written"
+    )
     args = parser.parse_args()
     if (args.image is None) != (args.queries is None):
         parser.error("--image and --queries go together")

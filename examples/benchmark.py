@@ -129,6 +129,7 @@ class ReleasedAttnProcessor:
 
     def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, **kwargs):
         text, subject = encoder_hidden_states.tensor_split([-self.num_subject_tokens], dim=1)
+        subject = subject.to(self.to_k.weight.dtype)
 
         def heads(states):
             return states.unflatten(-1, (attn.heads, -1)).transpose(1, 2)

@@ -2,12 +2,14 @@
 messages for invalid options and files."""
 
 import argparse
+import math
 import os
 import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from huggingface_hub.errors import HfHubHTTPError
 
@@ -57,6 +59,42 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         # "(default: ...)" is not useful for `None` and `False`, or if the help text already describes the default
         said = action.default is None or action.default is False or "default" in (action.help or "")
         return action.help if said else super()._get_help_string(action)
+
+
+def share(text: str) -> float:
+    """The type of an option that is a number from 0 to 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"has to be a number from 0 to 1, but is {text!r}")
+    return number
+
+
+def output_folder(text: str) -> Path:
+    """The type of an option that is a folder to write to. It is created later."""
+    folder = Path(text)
+    file = next((each for each in (folder, *folder.parents) if each.exists() and not each.is_dir()), None)
+    if file is not None:
+        raise argparse.ArgumentTypeError(f"has to be a folder, but {file} is a file")
+    return folder
+
+
+def check_unused(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, unused: Mapping[str, Sequence[str]]
+) -> None:
+    """
+    Ends the script with a message if an option was passed that has no effect together with another option.
+
+    Args:
+        parser (`argparse.ArgumentParser`), args (`argparse.Namespace`): the parser, and what it has parsed.
+        unused (`Mapping[str, Sequence[str]]`): for the name of each option, the names of those without an effect.
+    """
+    for option, names in unused.items():
+        for name in names if getattr(args, option) not in (None, False) else ():
+            if getattr(args, name) != parser.get_default(name):
+                parser.error(f"argument --{name}: has no effect with --{option}")
 
 
 def check_companions(

@@ -10,14 +10,16 @@ import warnings
 
 from extras import needs
 
-from command_line import naming, positive, run_script
+from command_line import positive, run_script
 from diffusers import ControlNetModel
 from diffusers_ssr import StableDiffusionSSRControlNetPipeline
 from drawing import (
     POCKET,
     call_arguments,
+    check_model,
     load_pipeline,
     load_reference,
+    named,
     options,
     reference_options,
     write_contact_sheet,
@@ -47,8 +49,9 @@ DETECTORS = {"canny": canny, "lineart": lineart}
 
 def main():
     parser = options(__doc__)
-    reference_options(parser)
-    parser.set_defaults(prompt="a cat on the beach", seed=3)
+    place = "on the beach"
+    reference_options(parser, place)
+    parser.set_defaults(seed=3)
     parser.add_argument("--controlnet", default=str(POCKET / "controlnet"), help="folder or repository")
     parser.add_argument("--photo", help="file or URL of a picture; the result follows its lines")
     parser.add_argument("--detector", choices=DETECTORS, default="canny", help="detector for the lines")
@@ -56,20 +59,20 @@ def main():
     parser.add_argument("--num_images", type=positive, default=3, help="pictures to draw")
     args = parser.parse_args()
 
+    check_model("--controlnet", args.controlnet, ControlNetModel)
     reference = load_reference("--reference", args.reference)
     photo = None if args.photo is None else load_reference("--photo", args.photo)
     pipe = load_pipeline(args.checkpoint)
-    with naming("--controlnet", args.controlnet):
-        controlnet = ControlNetModel.from_pretrained(args.controlnet, dtype=pipe.unet.dtype).to(pipe.device)
+    controlnet = ControlNetModel.from_pretrained(args.controlnet, dtype=pipe.unet.dtype).to(pipe.device)
     if photo is None:
-        photo = pipe(f"a {args.query}", **call_arguments(args)).images[0]
+        photo = pipe(named(args.query), **call_arguments(args)).images[0]
     pipe = StableDiffusionSSRControlNetPipeline.from_pipe(pipe, controlnet=controlnet)
     pipe.set_progress_bar_config(desc="steps")
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
     photo = ImageOps.fit(photo, (side, side), Image.Resampling.LANCZOS)
     lines = DETECTORS[args.detector](photo)
     images = pipe(
-        args.prompt,
+        f"{named(args.query)} {place}" if args.prompt is None else args.prompt,
         image=lines,
         subject_image=reference,
         subject_query=args.query,

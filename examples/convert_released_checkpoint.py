@@ -9,7 +9,7 @@ from pathlib import Path
 
 import extras  # noqa: F401  (exits with a message if the project is not installed)
 
-from command_line import HelpFormatter, naming, run_script
+from command_line import HelpFormatter, naming, output_folder, run_script
 from diffusers_ssr import SSREncoder
 from transformers import CLIPImageProcessor, CLIPVisionModel
 
@@ -23,8 +23,11 @@ def main():
     parser.add_argument(
         "--image_encoder", default="openai/clip-vit-large-patch14", help="the vision encoder of these weights"
     )
-    parser.add_argument("--output_dir", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--output_dir", type=output_folder, required=True, help="the folder to write")
     args = parser.parse_args()
+    for option, file in (("--aligner", args.aligner), ("--layers", args.layers)):
+        if not file.is_file():
+            raise ValueError(f"{option}: there is no file {file}.")
     encoder = SSREncoder.from_released(args.aligner, args.layers)
     with naming("--image_encoder", args.image_encoder):
         image_encoder = CLIPVisionModel.from_pretrained(args.image_encoder)

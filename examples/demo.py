@@ -19,17 +19,13 @@ from command_line import run_script
 from diffusers import ControlNetModel, DiffusionPipeline, MotionAdapter, UNet2DConditionModel
 from diffusers.utils import export_to_gif
 from diffusers_ssr import AnimateDiffSSRPipeline, StableDiffusionSSRControlNetPipeline
-from drawing import POCKET, call_arguments, load_pipeline, options, write_contact_sheet
+from drawing import POCKET, call_arguments, load_pipeline, named, options, write_contact_sheet
 from PIL import Image
 from references import read_queries
 from tqdm.auto import tqdm
 
 
 Row = list[tuple[str, Image.Image | None]]
-
-
-def named(thing: str) -> str:
-    return f"{'an' if thing[0] in 'aeiou' else 'a'} {thing}"
 
 
 def draw_subjects(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> Iterator[Row]:
@@ -56,7 +52,7 @@ def first_subjects(pipe: DiffusionPipeline, args: argparse.Namespace, count: int
     return found
 
 
-def draw_together(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> Row:
+def draw_together(pipe: DiffusionPipeline, args: argparse.Namespace) -> Row:
     """Draws the first subjects of two references in one picture, each in its half (see docs/several.md)."""
     row = []
     subjects = first_subjects(pipe, args, len(args.queries))
@@ -67,11 +63,10 @@ def draw_together(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) 
         prompt = f"{named(one)} and {named(other)} {args.places[-1]}"
         image = pipe(prompt, subject=subject, **call_arguments(args)).images[0]
         row += [(f'"{one}"', first), (f'"{other}"', second), ("together", image)]
-        bar.update()
     return row
 
 
-def draw_masked(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> Row:
+def draw_masked(pipe: DiffusionPipeline, args: argparse.Namespace) -> Row:
     """Draws subjects that a mask selects in the reference, without a query."""
     row = []
     for file in sorted((Path(args.checkpoint) / "masks").glob("*.png")):
@@ -81,11 +76,10 @@ def draw_masked(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) ->
         subject = pipe.encode_subject(reference, mask=mask, mask_weight=3.0).scaled(args.scale)
         image = pipe(f"a thing {args.places[-1]}", subject=subject, **call_arguments(args)).images[0]
         row += [("reference", reference), ("mask", mask.convert("RGB")), ("drawn by mask", image)]
-        bar.update()
     return row
 
 
-def draw_look(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> Row:
+def draw_look(pipe: DiffusionPipeline, args: argparse.Namespace) -> Row:
     """Draws the first subjects with another UNet, which has the same architecture and another style."""
     unet = UNet2DConditionModel.from_pretrained(args.checkpoint, subfolder="unet", dtype=pipe.unet.dtype)
     pipe = type(pipe).from_pipe(pipe, unet=unet.to(pipe.device))
@@ -96,11 +90,10 @@ def draw_look(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> R
     for reference, query, subject in first_subjects(pipe, args, 3):
         image = pipe(f"{named(query)} {args.places[-1]}", subject=subject, **call_arguments(args)).images[0]
         row += [("reference", reference), (f'"{query}", other look', image)]
-        bar.update()
     return row
 
 
-def draw_along_edges(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> Row:
+def draw_along_edges(pipe: DiffusionPipeline, args: argparse.Namespace) -> Row:
     """Draws the first subjects along the edges of another picture with a ControlNet."""
     controlnet = ControlNetModel.from_pretrained(args.checkpoint, subfolder="controlnet", dtype=pipe.unet.dtype)
     pipe = StableDiffusionSSRControlNetPipeline.from_pipe(pipe, controlnet=controlnet.to(pipe.device))
@@ -114,11 +107,10 @@ def draw_along_edges(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqd
         prompt = f"{named(query)} {args.places[-1]}"
         image = pipe(prompt, image=edges, subject=subject, **call_arguments(args)).images[0]
         row += [("reference", reference), ("edges", edges), (f'"{query}" along them', image)]
-        bar.update()
     return row
 
 
-def draw_video(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> Row:
+def draw_video(pipe: DiffusionPipeline, args: argparse.Namespace) -> Row:
     """Draws a video of the first subject. Some frames are shown on the sheet, and all frames are saved as a GIF."""
     adapter = MotionAdapter.from_pretrained(args.checkpoint, subfolder="motion_adapter", dtype=pipe.unet.dtype)
     # `from_pipe` creates a new UNet with motion modules on the CPU
@@ -131,7 +123,6 @@ def draw_video(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> 
     args.output_dir.mkdir(parents=True, exist_ok=True)
     larger = [frame.resize((256, 256), Image.Resampling.BICUBIC) for frame in frames]
     export_to_gif(larger, str(args.output_dir / "demo.gif"), fps=8)
-    bar.update()
     return [("reference", reference), *((f"frame {i + 1} of 8", frames[i]) for i in range(0, 8, 2))]
 
 
@@ -161,13 +152,13 @@ def main():
         del chains["look"]
     sheet = args.output_dir / "demo.png"
     print(f"The pictures appear in {sheet}, one row for each reference.")
-    with tqdm(total=sum(map(len, args.queries.values())) + 3 + 2 + 3 + 2 + 1, desc="subjects") as bar:
-        rows = []
+    rows = []
+    with tqdm(total=sum(map(len, args.queries.values())), desc="subjects") as bar:
         # the sheet is written after each reference, so that the first pictures can be viewed early
         for row in draw_subjects(pipe, args, bar):
             rows.append(row)
             write_contact_sheet(rows, sheet, finished=False)
-        rows += [row for draw in chains.values() if (row := draw(pipe, args, bar))]
+    rows += [row for draw in tqdm(chains.values(), desc="more rows") if (row := draw(pipe, args))]
     write_contact_sheet(rows, sheet)
 
 

@@ -8,8 +8,8 @@ import extras  # noqa: F401  (exits with a message if the project is not install
 import diffusers_ssr
 import torch
 import transformers
-from command_line import HelpFormatter, naming, positive, seed
-from diffusers import DiffusionPipeline
+from command_line import HelpFormatter, naming, output_folder, positive, seed, share
+from diffusers import ConfigMixin, DiffusionPipeline
 from diffusers.utils import load_image, logging
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -27,7 +27,9 @@ def options(description: str | None) -> argparse.ArgumentParser:
     """Creates a parser with options for drawing and for the output folder."""
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     call_options(parser)
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help="where the results are written")
+    parser.add_argument(
+        "--output_dir", type=output_folder, default=Path("outputs"), help="where the results are written"
+    )
     return parser
 
 
@@ -45,16 +47,16 @@ def call_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_inference_steps", type=positive, default=25, help="denoising steps")
     parser.add_argument("--guidance_scale", type=float, default=3.0, help="scale of classifier-free guidance")
     parser.add_argument(
-        "--eta", type=float, default=0.9, help="eta of DDIM: how much noise is added in each step, from 0 to 1"
+        "--eta", type=share, default=0.9, help="eta of DDIM: how much noise is added in each step, from 0 to 1"
     )
     parser.add_argument("--seed", type=seed, default=0, help="seed of the initial noise")
 
 
-def reference_options(parser: argparse.ArgumentParser) -> None:
+def reference_options(parser: argparse.ArgumentParser, place: str) -> None:
     """Adds options for the subject and the prompt."""
     parser.add_argument("--reference", default=str(POCKET / "references" / "1_cat_car.png"), help="file or URL")
     parser.add_argument("--query", default="cat", help="the thing in the reference to draw")
-    parser.add_argument("--prompt", default="a cat in the snow", help="what to draw; it should name the query")
+    parser.add_argument("--prompt", help=f"what to draw; it should name the query; default: the query {place}")
 
 
 def hide_library_output() -> None:
@@ -79,6 +81,22 @@ def load_reference(option: str, source: str) -> Image.Image:
     """Loads the picture of an option from a file or a URL."""
     with naming(option, source):
         return load_image(source)
+
+
+def check_model(option: str, source: str, model_class: type[ConfigMixin]) -> dict:
+    """Returns the config of the model in an option. Raises a `ValueError` if it is a model of another class, which would
+    load without its weights."""
+    with naming(option, source):
+        config = model_class.load_config(source)
+        found = config.get("_class_name")
+        if found != model_class.__name__:
+            raise ValueError(f"it is a {found}, not a {model_class.__name__}")
+    return config
+
+
+def named(thing: str) -> str:
+    """Returns a thing with its article."""
+    return f"{'an' if thing[:1].lower() in set('aeiou') else 'a'} {thing}"
 
 
 def load_pipeline(checkpoint: str, ssr: str | None = None) -> DiffusionPipeline:

@@ -29,7 +29,7 @@ from extras import needs
 
 import numpy as np
 import torch
-from command_line import HelpFormatter, check_companions, naming, positive, run_script, seed
+from command_line import HelpFormatter, check_companions, naming, output_folder, positive, run_script, seed
 from PIL import Image
 from similarity import ClipFeatures, ClipVisionFeatures, DinoFeatures, mean_matching, mean_pairwise, selection
 from text_files import open_text, read_lines
@@ -267,7 +267,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--selective_dir", type=Path, help="folder with references that show several subjects")
     add("--generated_dir", type=Path, required=True, help="the drawn pictures")
-    add("--output_dir", type=Path, default=Path("results"), help="output folder for tables and charts")
+    add("--output_dir", type=output_folder, default=Path("results"), help="output folder for tables and charts")
     add("--dino", default="facebook/dino-vits16", help='name or folder, or "none"')
     add("--clip", default="openai/clip-vit-base-patch32", help='a CLIPModel\'s name or folder, or "none"')
     add(

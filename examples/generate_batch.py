@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 from extras import needs
 
 import torch
-from command_line import HelpFormatter, naming, picture_side, positive, run_script
+from command_line import HelpFormatter, naming, output_folder, picture_side, positive, run_script, share
 from diffusers_ssr import StableDiffusionSSRPipeline, SubjectEmbeds
 from diffusers_ssr.file_utils import atomic_file, check_regular_file
 from diffusers_ssr.image_processing_ssr import open_image
@@ -271,7 +271,7 @@ def save_picture(image: Image.Image, file: Path, name: str) -> None:
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--table", type=Path, required=True, help=".csv or .jsonl")
-    parser.add_argument("--output_dir", type=Path, required=True, help="where the pictures are written")
+    parser.add_argument("--output_dir", type=output_folder, required=True, help="where the pictures are written")
     parser.add_argument("--pretrained_model_name_or_path", required=True, help="the base model")
     parser.add_argument("--ssr", required=True, help="repository or folder with the SSR-Encoder")
     parser.add_argument("--dtype", choices=DTYPES, help="default: fp16 on a GPU, else fp32")
@@ -287,7 +287,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_inference_steps", type=positive, default=30, help="denoising steps")
     parser.add_argument("--guidance_scale", type=float, default=5.0, help="scale of classifier-free guidance")
     parser.add_argument(
-        "--eta", type=float, default=0.0, help="eta of DDIM: how much noise is added in each step, from 0 to 1"
+        "--eta", type=share, default=0.0, help="eta of DDIM: how much noise is added in each step, from 0 to 1"
     )
     return parser.parse_args(arguments)
 
@@ -297,8 +297,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_args(arguments)
     rows = read_table(args.table)
     faults = check_names(rows)
-    if args.output_dir.exists() and not args.output_dir.is_dir():
-        raise ValueError(f"`output_dir`: {args.output_dir} is a file, not a folder.")
     state = PartialState()
     not_asked = ("table", "output_dir", "batch_size")
     settings = {name: str(value) for name, value in vars(args).items() if name not in not_asked}

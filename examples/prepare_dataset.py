@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ from pathlib import Path
 from extras import needs
 
 import torch
-from command_line import HelpFormatter, check_companions, naming, positive, run_script
+from command_line import HelpFormatter, check_companions, naming, output_folder, positive, run_script
 from PIL import Image
 from similarity import ClipFeatures
 from text_files import open_text
@@ -310,7 +311,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dataset_name", help="a dataset of the Hub, instead of --source")
     add("--dataset_config_name", help="configuration of the Hub's dataset")
     add("--streaming", action="store_true", help="stream the dataset instead of downloading it first")
-    add("--output_dir", type=Path, required=True, help="output folder for the shards")
+    add("--output_dir", type=output_folder, required=True, help="output folder for the shards")
     add("--shard_size", type=positive, default=1000, help="number of rows of the source per shard")
     add("--image_column", default="image", help="the picture")
     add("--caption_column", default="text", help="column with captions; empty cells are captioned")
@@ -375,14 +376,17 @@ def check_settings(args: argparse.Namespace, state: PartialState) -> None:
     settings = {name: str(value) for name, value in vars(args).items() if name not in ("output_dir", "batch_size")}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     file = args.output_dir / "settings.json"
-    if file.exists() and json.loads(file.read_text())["digest"] != digest:
+    changed = file.exists() and json.loads(file.read_text())["digest"] != digest
+    if changed and any(args.output_dir.glob("*.tar")):
         raise ValueError(
-            f"`output_dir`: {args.output_dir} holds shards or reports of a run with other options (see {file}): delete"
+            f"`output_dir`: {args.output_dir} holds shards of a run with other options (see {file}): delete"
             " it, or use another folder."
         )
     state.wait_for_everyone()
     if state.is_main_process:
         args.output_dir.mkdir(parents=True, exist_ok=True)
+        if changed:  # the earlier run kept no sample, so its reports are not needed
+            shutil.rmtree(args.output_dir / "reports", ignore_errors=True)
         file.with_suffix(".part").write_text(json.dumps({"digest": digest, **settings}, indent=1))
         file.with_suffix(".part").replace(file)
     state.wait_for_everyone()

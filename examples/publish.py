@@ -18,10 +18,10 @@ import json
 import shutil
 from pathlib import Path
 
-import extras  # noqa: F401  (exits with a message if the project is not installed)
+from extras import needs
 
 import torch
-from command_line import HelpFormatter, check_companions, run_script
+from command_line import HelpFormatter, check_companions, output_folder, run_script
 from diffusers import DiffusionPipeline
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files
 from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline
@@ -115,7 +115,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--repo_id", required=True, help="<owner>/<repo> on the Hub")
     parser.add_argument("--weights", type=Path, default=ROOT / "pocket", help="folder with a pipeline or an encoder")
     parser.add_argument(
-        "--output_dir", type=Path, default=Path("outputs/hub"), help="output folder for the assembled repository"
+        "--output_dir",
+        type=output_folder,
+        default=Path("outputs/hub"),
+        help="output folder for the assembled repository",
     )
     parser.add_argument(
         "--variants",
@@ -175,6 +178,9 @@ def main():
             validate_repo_id(repo_id or "name")
         except HFValidationError as error:
             raise SystemExit(f"{option}: {error}") from None
+    if args.space:
+        with needs("app"):
+            import gradio  # noqa: F401  (the card of a Space names its version)
     check_weights(args.weights)
     folder = args.output_dir / args.repo_id.replace("/", "--")
     folder.mkdir(parents=True, exist_ok=True)

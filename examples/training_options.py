@@ -5,7 +5,7 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from command_line import HelpFormatter, check_companions
+from command_line import HelpFormatter, check_companions, check_unused
 
 
 def parse_args(
@@ -128,6 +128,8 @@ def parse_args(
         "validation_image": ("validation_steps", "validation_scale", "validation_inference_steps"),
     }
     check_companions(parser, args, companions)
+    new_encoder = ("inner_dim", "num_attention_heads", "image_levels", "init_from_text")
+    check_unused(parser, args, {"ssr_encoder_name_or_path": new_encoder, "released_aligner": new_encoder})
     if args.consistency_weight is None:
         fresh = args.ssr_encoder_name_or_path is None and args.released_aligner is None
         args.consistency_weight = 0.1 if fresh else 0.001

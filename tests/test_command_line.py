@@ -5,12 +5,13 @@ import json
 import re
 import shlex
 import shutil
+import sys
 from contextlib import nullcontext
 
 import pytest
-from command_line import check_companions, naming, picture_side, port, positive, run_script, seed
+from command_line import check_companions, naming, picture_side, port, positive, run_script, seed, share
 from conftest import POCKET, make_components
-from diffusers_ssr import StableDiffusionSSRPipeline
+from diffusers_ssr import AnimateDiffSSRPipeline, StableDiffusionSSRControlNetPipeline, StableDiffusionSSRPipeline
 from huggingface_hub.errors import HfHubHTTPError
 
 
@@ -30,6 +31,14 @@ INVALID = [
     ("animatediff.py --num_frames 33", "`num_frames` has to be at most 32"),
     ("animatediff.py --fps 0", "argument --fps: has to be"),
     ("animatediff.py --seed -1", "argument --seed: has to be a whole number from 0"),
+    ("demo.py --eta 5", "argument --eta: has to be a number from 0 to 1, but is '5'"),
+    ("generate_batch.py --eta=-1", "argument --eta: has to be a number from 0 to 1, but is '-1'"),
+    ("app.py --eta nan", "argument --eta: has to be a number from 0 to 1"),
+    ("demo.py --output_dir file", "argument --output_dir: has to be a folder, but file is a file"),
+    ("attention_map.py --output_dir file/new", "argument --output_dir: has to be a folder, but file is a file"),
+    ("publish.py --repo_id a/b --output_dir file", "argument --output_dir: has to be a folder"),
+    ("evaluate.py --generated_dir empty --output_dir file", "argument --output_dir: has to be a folder"),
+    ("prepare_dataset.py --output_dir file", "argument --output_dir: has to be a folder"),
     ("animatediff.py --scale nan", "`subject_scale` has to be a number"),
     ("animatediff.py --query ''", "`subject_query` has to be a text"),
     ("evaluate.py --generated_dir empty --images_per_prompt 0", "argument --images_per_prompt: has to be"),
@@ -48,18 +57,26 @@ INVALID = [
     ("demo.py --references broken_json", "--references: broken_json/queries.json cannot be loaded"),
     ("demo.py --references no_picture", "--references: no_picture/queries.json cannot be loaded: .*no.png"),
     ("demo.py --references no_queries", "--references: no_queries/queries.json cannot be loaded: it has to be of"),
-    ("convert_released_checkpoint.py --aligner no --layers no --output_dir new", "No such file or directory: 'no'"),
+    ("convert_released_checkpoint.py --aligner no --layers no --output_dir new", "--aligner: there is no file no"),
+    ("convert_released_checkpoint.py --aligner file --layers no --output_dir new", "--layers: there is no file no"),
     ("generate_batch.py --table no.csv --output_dir new --pretrained_model_name_or_path a --ssr b", "no file no.csv"),
-    (
-        "generate_batch.py --table rows.csv --output_dir file --pretrained_model_name_or_path a --ssr b",
-        "is a file, not",
-    ),
+    ("generate_batch.py --table rows.csv --output_dir file", "argument --output_dir: has to be a folder"),
     ("prepare_dataset.py --source no --output_dir new", "`source`: there is no folder no"),
     ("prepare_dataset.py --source empty --output_dir new", "`source`: the folder empty holds no pictures"),
     (f"train_ssr.py --pretrained_model_name_or_path {POCKET} --train_data_dir no {TRAINING}", "`train_data_dir`"),
     # models that are missing, or a folder that is not a model
     ("animatediff.py --motion_adapter empty", "--motion_adapter: empty cannot be loaded"),
     ("controlnet.py --controlnet empty", "--controlnet: empty cannot be loaded"),
+    (f"animatediff.py --motion_adapter {POCKET}/controlnet", "it is a ControlNetModel, not a MotionAdapter"),
+    (
+        f"controlnet.py --controlnet {POCKET}/unet",
+        "--controlnet: .* it is a UNet2DConditionModel, not a ControlNetModel",
+    ),
+    (f"app.py --controlnet {POCKET}/unet", "--controlnet: .* it is a UNet2DConditionModel, not a ControlNetModel"),
+    (
+        f"app.py --motion_adapter {POCKET}/controlnet",
+        "--motion_adapter: .* it is a ControlNetModel, not a MotionAdapter",
+    ),
     ("app.py --ssr /no", "--ssr: /no is neither a folder nor"),
     ("app.py --ssr empty", "--ssr: empty cannot be loaded"),
     ("app.py --controlnet /no", "--controlnet: /no is neither a folder nor"),
@@ -98,6 +115,14 @@ INVALID = [
     (
         "train_ssr.py --pretrained_model_name_or_path a --ema_decay 0.5",
         "argument --ema_decay: has no effect without --use_ema",
+    ),
+    (
+        "train_ssr.py --pretrained_model_name_or_path a --ssr_encoder_name_or_path b --inner_dim 64",
+        "argument --inner_dim: has no effect with --ssr_encoder_name_or_path",
+    ),
+    (
+        "train_ssr.py --pretrained_model_name_or_path a --released_aligner b --no-init_from_text",
+        "argument --init_from_text: has no effect with --released_aligner",
     ),
 ]
 
@@ -177,6 +202,40 @@ def test_an_option_needs_its_companion(given, refused, capsys):
 def test_naming_adds_the_option_to_an_error(error):
     with pytest.raises(ValueError, match="^--photo: x.png cannot be loaded: no$"), naming("--photo", "x.png"):
         raise error
+
+
+@pytest.mark.parametrize("text", ["-0.1", "1.1", "nan", "inf", "half", ""])
+def test_a_share_is_from_0_to_1(text):
+    assert [share(each) for each in ("0", "0.5", "1")] == [0, 0.5, 1]
+    with pytest.raises(argparse.ArgumentTypeError, match="a number from 0 to 1"):
+        share(text)
+
+
+@pytest.mark.parametrize("script", ["controlnet.py", "animatediff.py"])
+def test_the_default_prompt_names_the_query(run, monkeypatch, script):
+    prompts = []
+
+    class Drawn(Exception):
+        pass
+
+    def stop(self, prompt, *args, **kwargs):
+        prompts.append(prompt)
+        raise Drawn
+
+    for pipeline_class in (AnimateDiffSSRPipeline, StableDiffusionSSRControlNetPipeline):
+        monkeypatch.setattr(pipeline_class, "__call__", stop)
+    photo = ["--photo", REFERENCE] if script == "controlnet.py" else []
+    with pytest.raises(Drawn):
+        run(script, "--query", "umbrella", *photo)
+    assert prompts[0].startswith("an umbrella ")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--space", "owner/space"]])
+def test_a_missing_package_for_the_space_is_named_before_anything_is_written(run, tmp_path, monkeypatch, arguments):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(SystemExit, match="gradio.*not installed") if arguments else nullcontext():
+        run("publish.py", "--repo_id", "owner/name", "--variants", *arguments)
+    assert (tmp_path / "outputs").exists() != bool(arguments)
 
 
 def test_run_script(monkeypatch):

@@ -105,6 +105,12 @@ def test_an_interrupted_run_continues_with_the_next_shard(photos, tmp_path, monk
         prepare_dataset.main(arguments(photos, out, jpeg_quality=50))
 
 
+def test_options_can_be_changed_after_a_run_that_kept_nothing(photos, tmp_path):
+    assert prepare_dataset.main(arguments(photos, tmp_path / "out", min_image_size=500)) == 0
+    assert prepare_dataset.main(arguments(photos, tmp_path / "out")) > 0
+    assert rows_of(tmp_path / "out") and "500" not in (tmp_path / "out" / "bad_samples.json").read_text()
+
+
 def test_queries_from_files_and_columns(photos, tmp_path):
     (photos / "0.query.txt").write_text("left dog\n")
     prepare_dataset.main(arguments(photos, tmp_path / "files", query_from="file"))

@@ -131,8 +131,11 @@ class Page:
         return result, script, str(bundle)
 
     def _cancel(self, request: gr.Request) -> None:
-        self.sessions.cancel(request.session_hash)
-        gr.Info("The drawing was cancelled.")
+        if self.sessions.cancel(request.session_hash):
+            gr.Info("The drawing was cancelled.")
+        else:
+            # whether one was waiting is not known here: `cancels=` removes it from the queue
+            gr.Info("No drawing was running. Waiting ones were cancelled.")
 
     def _close(self, request: gr.Request) -> None:
         self.sessions.close(request.session_hash)

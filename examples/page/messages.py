@@ -28,5 +28,5 @@ def messages() -> Iterator[None]:
         raise
     except Exception as error:
         logger.exception("unexpected")
-        message = "Something went wrong while drawing. The log of the server has the error message."
+        message = "Something went wrong. The log of the server has the error message."
         raise gr.Error(message, print_exception=False) from error

@@ -5,8 +5,8 @@ import os
 import socket
 from collections.abc import Sequence
 
-from command_line import HelpFormatter, naming, port, positive
-from drawing import call_options, check_source
+from command_line import HelpFormatter, port, positive
+from drawing import call_options, check_model, check_source
 
 
 LARGEST_FILE = "32mb"
@@ -70,8 +70,7 @@ def start(args: argparse.Namespace, wait: bool = True) -> "Page":  # noqa: F821
     # the studio loads these models when they are used first
     for model_class, option in ((ControlNetModel, "controlnet"), (MotionAdapter, "motion_adapter")):
         if getattr(args, option) is not None:
-            with naming(f"--{option}", getattr(args, option)):
-                model_class.load_config(getattr(args, option))
+            check_model(f"--{option}", getattr(args, option), model_class)
     page = Page(Studio(Checkpoints.from_options(args)), args)
     page.blocks.queue(max_size=args.max_waiting)
     page.blocks.launch(

@@ -44,7 +44,9 @@ class SubjectPanel:
             elem_id=f"painting-{number}",
             **PAINT,
         )
-        self.query = gr.Textbox(label="Or name the subject", placeholder="cat", max_lines=1, elem_id=f"query-{number}")
+        self.query = gr.Textbox(
+            label="Name the subject (optional with a mask)", placeholder="cat", max_lines=1, elem_id=f"query-{number}"
+        )
         look = gr.Button("Show the attention map", size="sm", elem_id=f"look-{number}")
         self.heat = gr.Image(
             label="Attention map (red: high)", visible=False, height=260, elem_id=f"heat-{number}", **SHOW
@@ -69,13 +71,18 @@ class SubjectPanel:
             event(self._look, self.components, self.heat, **HIDDEN)
 
     def read(self, values: dict) -> SubjectChoice | None:
-        """Returns the subject that was chosen in the components, or `None` if there is no picture."""
+        """Returns the subject that was chosen in the components, or `None` if there is no picture. Raises a `ValueError`
+        if there is a query or a region without a picture."""
         picture = values[self.picture]
+        query = (values[self.query] or "").strip()  # a tab that was not opened yet has no value
         if picture is None:
+            region = painted_mask(layers(values[self.region]), (CANVAS_SIDE, CANVAS_SIDE))
+            if query or region is not None:
+                raise ValueError(f"Subject {self.number} has a name or a region, but no reference picture.")
             return None
         return SubjectChoice(
             picture=picture,
-            query=values[self.query].strip(),
+            query=query,
             mask=painted_mask(layers(values[self.painting]), picture.size),
             scale=values[self.scale],
             region=painted_mask(layers(values[self.region]), (CANVAS_SIDE, CANVAS_SIDE)),
