@@ -298,6 +298,10 @@ def test_user_errors_are_shown_as_messages(person, tmp_path):
     said.append(anna.message())
     anna.click("#look-1")
     said.append(anna.message())
+    anna.type("#query-1", "cat")
+    anna.click("#draw-picture")  # a query without a picture
+    said.append(anna.message())
+    anna.type("#query-1", " ")
     anna.upload("#file-1", REFERENCE)
     anna.find("#painting-1 canvas")
     anna.click("#draw-picture")  # neither a query nor a mask
@@ -310,6 +314,7 @@ def test_user_errors_are_shown_as_messages(person, tmp_path):
         "`notes.png` cannot be decoded",
         "`half.png` cannot be decoded",
         "no reference picture",
+        "Subject 1 has a name or a region, but no reference picture",
         "Subject 1: ",
         "no picture yet",
     )
