@@ -110,7 +110,9 @@ class SSRLoaderMixin(SSRComponents):
         """
         source = pretrained_model_name_or_path
         _check_load_arguments(source, image_encoder, kwargs)
-        kwargs = library_internals.precision_arguments(kwargs, default=unet_hooks.find_unet(self.unet).dtype)
+        # a pipeline without a UNet can encode subjects
+        precise = self.text_encoder if self.unet is None else unet_hooks.find_unet(self.unet)
+        kwargs = library_internals.precision_arguments(kwargs, default=getattr(precise, "dtype", None))
         loaded = []
         if isinstance(source, nn.Module):
             encoder: Any = source

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import shutil
 import subprocess
 import sys
 from typing import Union, get_origin
@@ -18,6 +19,7 @@ from conftest import (
     call_args,
     make_components,
     make_image_encoder,
+    make_image_processor,
     make_picture,
     make_ssr_encoder,
     make_unet,
@@ -290,6 +292,53 @@ def test_load_ssr_accepts_an_encoder_of_custom_code(pipe, tmp_path):
     theirs = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
     pipe.load_ssr(theirs.ssr_encoder, image_encoder=theirs.ssr_image_encoder)
     assert np.array_equal(pipe(**subject_args()).images, expected)
+
+
+def save_ssr(pipe, folder):
+    for name in ("ssr_encoder", "ssr_image_encoder", "ssr_image_processor"):
+        getattr(pipe, name).save_pretrained(folder / name)
+
+
+def test_a_given_image_processor_is_used(tmp_path, pipe):
+    save_ssr(pipe, tmp_path)
+    given = make_image_processor()
+    pipe.load_ssr(tmp_path, image_processor=given)
+    assert pipe.ssr_image_processor is given
+    pipe.load_ssr(tmp_path)
+    assert pipe.ssr_image_processor is not given
+    # without the processor's folder, it is created from the config of the vision encoder
+    shutil.rmtree(tmp_path / "ssr_image_processor")
+    pipe.load_ssr(tmp_path)
+    side = pipe.ssr_image_encoder.config.image_size
+    assert dict(pipe.ssr_image_processor.crop_size) == {"height": side, "width": side}
+    pipe.drop_ssr_encoders()
+    assert pipe.ssr_image_encoder is None and pipe.ssr_image_processor is None
+
+
+def test_load_ssr_into_a_pipeline_that_only_encodes(tmp_path, pipe):
+    save_ssr(pipe, tmp_path)
+    components = {name: None if name in ("unet", "vae") else part for name, part in make_components().items()}
+    only_encodes = StableDiffusionSSRPipeline(**components, requires_safety_checker=False)
+    only_encodes.load_ssr(tmp_path)
+    assert only_encodes.ssr_encoder.dtype == torch.float32
+    subject = only_encodes.encode_subject(make_picture(), "cat")
+    assert torch.equal(subject.subjects[0].embeds, pipe.encode_subject(make_picture(), "cat").subjects[0].embeds)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_from_pipe_keeps_one_precision_and_casts_several_to_float32(pipe, dtypes):
+    """Several precisions are cast to float32, as in the stock method."""
+    pipe.to(dtypes[0])
+    pipe.vae.to(dtypes[1])
+    other = StableDiffusionSSRPipeline.from_pipe(pipe)
+    models = [part for part in other.components.values() if isinstance(part, torch.nn.Module)]
+    assert {model.dtype for model in models} == {dtypes[1]}
+
+
+def test_the_scale_of_a_new_pipeline_is_0_65(pipe):
+    subject = pipe.encode_subject(make_picture(), "cat")
+    expected = pipe(**call_args(subject=subject.scaled(0.65))).images
+    assert np.array_equal(pipe(**call_args(subject=subject)).images, expected)
 
 
 def test_load_ssr_from_a_training_checkpoint(tmp_path, pipe):

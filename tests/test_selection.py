@@ -1,14 +1,15 @@
 """Masks, several subjects, batches, windows, blocks, regions and attention maps, on tiny random components."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import UNET_LAYERS, call_args, make_picture, make_ssr_encoder, snapshot
-from diffusers import HeunDiscreteScheduler
+from diffusers import HeunDiscreteScheduler, StableDiffusionInstructPix2PixPipeline
 from diffusers.callbacks import PipelineCallback
-from diffusers_ssr import StableDiffusionSSRPipeline, SubjectEmbeds
+from diffusers_ssr import StableDiffusionSSRPipeline, SubjectEmbeds, ssr_pipeline_class
 from diffusers_ssr.attention_map import make_attention_map
 from diffusers_ssr.image_processing_ssr import preprocess
 from PIL import Image
@@ -502,6 +503,99 @@ def test_changed_weights_encode_the_subject_again(pipe, part):
             parameter.mul_(1.3).add_(0.01)
     after = pipe.encode_subject(make_picture(), "cat").subjects[0].embeds
     assert (before - after).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "given, count",
+    [
+        ({"image": make_picture(), "query": "cat"}, None),
+        ({"image": make_picture(), "query": ["cat"]}, 1),
+        ({"image": [make_picture()], "query": "cat"}, 1),
+        ({"image": [make_picture(), make_picture(5), make_picture(6)], "query": "cat"}, 3),
+        ({"image": make_picture(), "mask": [MASK]}, 1),
+        ({"image": make_picture(), "query": "cat", "mask": [MASK, MASK[::-1]]}, 2),
+        ({"image": [make_picture(), make_picture(5), make_picture()], "query": ["cat", "dog", "bird"]}, 3),
+    ],
+)
+def test_lists_are_encoded_like_their_elements(pipe, given, count):
+    encoded = pipe.encode_subject(**given)
+    if count is None:
+        assert isinstance(encoded, SubjectEmbeds)
+        return
+    assert isinstance(encoded, list) and len(encoded) == count
+    for index, subject in enumerate(encoded):
+        pipe.register_modules(ssr_encoder=make_ssr_encoder())  # with an empty cache
+        each = {name: value[index] if isinstance(value, list) else value for name, value in given.items()}
+        alone = pipe.encode_subject(**each).subjects[0]
+        for name in ("embeds", "negative_embeds"):
+            torch.testing.assert_close(getattr(subject.subjects[0], name), getattr(alone, name), atol=1e-5, rtol=0)
+
+
+def test_negative_embeds_do_not_depend_on_picture_and_query(pipe):
+    subjects = [pipe.encode_subject(make_picture(seed), query) for seed, query in ((0, "cat"), (5, "dog"))]
+    negative = [subject.subjects[0].negative_embeds for subject in subjects]
+    torch.testing.assert_close(*negative)
+    assert (subjects[0].subjects[0].embeds - subjects[1].subjects[0].embeds).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_changed_text_states_encode_the_subject_again(pipe, index):
+    """The text encoder's output of the empty query (index 0) belongs to the key of the cache as well."""
+    before = pipe.encode_subject(make_picture(), "cat").subjects[0]
+    encode_prompt = pipe.encode_prompt
+
+    def changed(*args, **kwargs):
+        states, *rest = encode_prompt(*args, **kwargs)
+        states[index] *= 2
+        return states, *rest
+
+    pipe.encode_prompt = changed
+    after = pipe.encode_subject(make_picture(), "cat").subjects[0]
+    name = ("negative_embeds", "embeds")[index]
+    assert (getattr(before, name) - getattr(after, name)).abs().max() > 1e-4
+
+
+def test_instruct_pix2pix_encodes_like_other_pipelines(pipe):
+    """This class only has `_encode_prompt`, without `clip_skip`."""
+    other = ssr_pipeline_class(StableDiffusionInstructPix2PixPipeline).from_pipe(pipe)
+    queries = ["cat", "dog"]
+    expected = pipe.encode_subject(make_picture(), queries)
+    other.register_modules(ssr_encoder=make_ssr_encoder())  # with an empty cache
+    for clip_skip in (None, 1):
+        encoded = other.encode_subject(make_picture(), queries, clip_skip=clip_skip)
+        for one, two in zip(expected, encoded, strict=True):
+            torch.testing.assert_close(one.subjects[0].embeds, two.subjects[0].embeds)
+
+
+def test_a_missing_image_processor_is_created(pipe):
+    own = pipe.ssr_image_processor
+    pipe.register_modules(ssr_image_processor=None)
+    pipe.encode_subject(make_picture(), "cat")
+    side = pipe.ssr_image_encoder.config.image_size
+    assert dict(pipe.ssr_image_processor.crop_size) == {"height": side, "width": side}
+    pipe.register_modules(ssr_image_processor=own)
+    pipe.encode_subject(make_picture(5), "cat")
+    assert pipe.ssr_image_processor is own
+
+
+def test_an_encoder_without_image_levels_cannot_encode(pipe):
+    pipe.register_modules(ssr_encoder=make_ssr_encoder(image_levels=()))
+    with pytest.raises(ValueError, match="were dropped: call `load_ssr`"):
+        pipe.encode_subject(make_picture(), "cat")
+
+
+def test_a_mask_weight_of_0_or_more_is_accepted(pipe):
+    embeds = [
+        pipe.encode_subject(make_picture(), "cat", mask=MASK, mask_weight=weight).subjects[0].embeds
+        for weight in (0, 0.5, 1, 3)
+    ]
+    for one, two in itertools.combinations(embeds, 2):
+        assert (one - two).abs().max() > 1e-4
+
+
+def test_an_attention_map_of_a_long_query_has_the_tokens_that_fit(pipe):
+    attention = pipe.subject_attention_map(make_picture(), "cat " * 200)
+    assert 0 < len(attention.tokens) <= pipe.tokenizer.model_max_length - 2
 
 
 def flip(module, args):
