@@ -21,6 +21,7 @@ from conftest import (
     make_image_encoder,
     make_image_processor,
     make_picture,
+    make_pipe_that_only_encodes,
     make_ssr_encoder,
     make_unet,
 )
@@ -317,8 +318,8 @@ def test_a_given_image_processor_is_used(tmp_path, pipe):
 
 def test_load_ssr_into_a_pipeline_that_only_encodes(tmp_path, pipe):
     save_ssr(pipe, tmp_path)
-    components = {name: None if name in ("unet", "vae") else part for name, part in make_components().items()}
-    only_encodes = StableDiffusionSSRPipeline(**components, requires_safety_checker=False)
+    parts = {name: part for name, part in make_components().items() if name not in ("unet", "vae")}
+    only_encodes = make_pipe_that_only_encodes(**parts)
     only_encodes.load_ssr(tmp_path)
     assert only_encodes.ssr_encoder.dtype == torch.float32
     subject = only_encodes.encode_subject(make_picture(), "cat")
@@ -326,13 +327,15 @@ def test_load_ssr_into_a_pipeline_that_only_encodes(tmp_path, pipe):
 
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)])
-def test_from_pipe_keeps_one_precision_and_casts_several_to_float32(pipe, dtypes):
-    """Several precisions are cast to float32, as in the stock method."""
-    pipe.to(dtypes[0])
-    pipe.vae.to(dtypes[1])
-    other = StableDiffusionSSRPipeline.from_pipe(pipe)
-    models = [part for part in other.components.values() if isinstance(part, torch.nn.Module)]
-    assert {model.dtype for model in models} == {dtypes[1]}
+def test_from_pipe_keeps_one_precision_and_treats_several_like_the_stock_method(dtypes):
+    found = []
+    for pipeline_class in (StableDiffusionSSRPipeline, StableDiffusionPipeline):
+        pipe = StableDiffusionPipeline(**make_components(), requires_safety_checker=False).to(dtypes[0])
+        pipe.vae.to(dtypes[1])
+        other = pipeline_class.from_pipe(pipe)
+        found.append([getattr(other, name).dtype for name in ("unet", "vae", "text_encoder")])
+    ours, stock = found
+    assert ours == ([dtypes[0]] * 3 if dtypes[0] == dtypes[1] else stock)
 
 
 def test_the_scale_of_a_new_pipeline_is_0_65(pipe):

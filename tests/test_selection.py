@@ -6,7 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import UNET_LAYERS, call_args, make_picture, make_ssr_encoder, snapshot
+from conftest import (
+    UNET_LAYERS,
+    call_args,
+    make_picture,
+    make_pipe_that_only_encodes,
+    make_ssr_encoder,
+    snapshot,
+)
 from diffusers import HeunDiscreteScheduler, StableDiffusionInstructPix2PixPipeline
 from diffusers.callbacks import PipelineCallback
 from diffusers_ssr import StableDiffusionSSRPipeline, SubjectEmbeds, ssr_pipeline_class
@@ -632,8 +639,8 @@ def test_a_hook_that_is_added_later_encodes_the_subject_again(pipe, change):
 
 def test_a_pipeline_without_unet_and_vae_can_encode(pipe):
     """To save memory: encode first, and draw later with another pipeline."""
-    components = {**pipe.components, "unet": None, "vae": None}
-    only_encodes = StableDiffusionSSRPipeline(**components, requires_safety_checker=False)
+    parts = {name: part for name, part in pipe.components.items() if name not in ("unet", "vae")}
+    only_encodes = make_pipe_that_only_encodes(**parts)
     subject = only_encodes.encode_subject(make_picture(), "cat")
     assert torch.equal(subject.subjects[0].embeds, pipe.encode_subject(make_picture(), "cat").subjects[0].embeds)
     assert only_encodes.subject_attention_map(make_picture(), "cat").heat.max() > 0
