@@ -178,7 +178,7 @@ def pipe(components) -> StableDiffusionSSRPipeline:
 
 
 def make_pipe_that_only_encodes(**components) -> StableDiffusionSSRPipeline:
-    """Returns a pipeline without UNet and VAE. Before diffusers 0.33, the stock class does not support this."""
+    """Returns a pipeline without UNet and VAE. Old versions of the stock class do not support this."""
     try:
         return StableDiffusionSSRPipeline(**components, unet=None, vae=None, requires_safety_checker=False)
     except AttributeError:
