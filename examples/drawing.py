@@ -11,6 +11,7 @@ import transformers
 from command_line import HelpFormatter, naming, output_folder, positive, seed, share
 from diffusers import ConfigMixin, DiffusionPipeline
 from diffusers.utils import load_image, logging
+from diffusers_ssr.image_processing_ssr import to_pil
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
@@ -78,9 +79,10 @@ def check_source(option: str, source: str | None) -> None:
 
 
 def load_reference(option: str, source: str) -> Image.Image:
-    """Loads the picture of an option from a file or a URL."""
+    """Loads the picture of an option from a file or a URL. It is upright and in RGB, with white instead of transparent
+    parts."""
     with naming(option, source):
-        return load_image(source)
+        return load_image(source, convert_method=to_pil)
 
 
 def check_model(option: str, source: str, model_class: type[ConfigMixin]) -> dict:

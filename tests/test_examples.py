@@ -83,6 +83,13 @@ def test_the_model_card_of_an_encoder_loads_it_into_its_base_model(tmp_path):
         compile(block.partition("```")[0], "card", "exec")
 
 
+def test_transparent_parts_of_a_reference_are_white(tmp_path):
+    from drawing import load_reference
+
+    Image.new("RGBA", (16, 16), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert load_reference("--reference", str(tmp_path / "clear.png")).getcolors() == [(256, (255, 255, 255))]
+
+
 @pytest.mark.parametrize("detector", ["canny", "lineart"])
 def test_controlnet_example(run, tmp_path, detector):
     run("controlnet.py", "--detector", detector, "--num_inference_steps", 3)
