@@ -356,7 +356,7 @@ def _num_prompts(arguments: dict) -> int:
 
 def _num_frames(parameters, arguments: dict) -> int:
     """Returns the number of frames that a call generates. It is 1 for pictures."""
-    latents = arguments.get("latents")
+    latents: Any = arguments.get("latents")
     if getattr(latents, "ndim", 0) == 5:
         return latents.shape[2]  # a call that gets the latents of a video draws their frames
     if "num_frames" in parameters:
