@@ -308,9 +308,9 @@ def test_a_given_image_processor_is_used(tmp_path, pipe):
     given.image_mean = [0.1, 0.2, 0.3]
     given.save_pretrained(tmp_path / "ssr_image_processor")
     pipe.load_ssr(tmp_path)
-    assert pipe.ssr_image_processor.image_mean == given.image_mean and pipe.ssr_image_processor is not given
+    assert list(pipe.ssr_image_processor.image_mean) == given.image_mean and pipe.ssr_image_processor is not given
     pipe.load_ssr(tmp_path, image_processor_folder=None)
-    assert pipe.ssr_image_processor.image_mean != given.image_mean
+    assert list(pipe.ssr_image_processor.image_mean) != given.image_mean
     # without the processor's folder, it is created from the config of the vision encoder
     shutil.rmtree(tmp_path / "ssr_image_processor")
     pipe.load_ssr(tmp_path)

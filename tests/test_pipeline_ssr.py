@@ -63,6 +63,17 @@ def test_scale_zero_gives_the_stock_picture(pipe):
     )
 
 
+@pytest.mark.parametrize("scale", [0, 0.0, {"up": 0.0}])
+def test_scale_zero_computes_no_keys_and_values(pipe, monkeypatch, scale):
+    cat = pipe.encode_subject(make_picture(), "cat")
+    expected = stock_of(pipe)(**call_args()).images
+    monkeypatch.setattr(pipe.ssr_encoder, "project", None)
+    assert np.array_equal(pipe(**call_args(subject=cat, subject_scale=scale)).images, expected)
+    assert np.array_equal(pipe(**call_args(subject=cat.scaled(0), subject_scale=1.0)).images, expected)
+    with pytest.raises(TypeError):
+        pipe(**call_args(subject=cat, subject_scale=0.5))
+
+
 def test_an_encoded_subject_gives_the_same_picture(pipe):
     subject = pipe.encode_subject(make_picture(), query="cat")
     arguments = call_args(subject=subject, subject_scale=1.0)
