@@ -18,7 +18,7 @@ from conftest import (
     snapshot,
 )
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline, SubjectEmbeds
+from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline, SubjectEmbeds, subject_request
 from diffusers_ssr.subject_embeds import Subject
 from test_modeling_ssr import ALIGNER, LAYERS, random_released
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
@@ -67,7 +67,7 @@ def test_scale_zero_gives_the_stock_picture(pipe):
 def test_scale_zero_computes_no_keys_and_values(pipe, monkeypatch, scale):
     cat = pipe.encode_subject(make_picture(), "cat")
     expected = stock_of(pipe)(**call_args()).images
-    monkeypatch.setattr(pipe.ssr_encoder, "project", None)
+    monkeypatch.setattr(subject_request.SubjectRequest, "conditions", None)
     assert np.array_equal(pipe(**call_args(subject=cat, subject_scale=scale)).images, expected)
     assert np.array_equal(pipe(**call_args(subject=cat.scaled(0), subject_scale=1.0)).images, expected)
     with pytest.raises(TypeError):
