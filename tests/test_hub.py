@@ -30,6 +30,13 @@ expected = np.load("expected.npy")
 """
 
 
+def ssr_parts() -> dict:
+    """Returns components with another image processor than the default, so that pictures differ if it is not loaded."""
+    parts = make_ssr_components()
+    parts["ssr_image_processor"].image_mean = [0.3, 0.5, 0.7]
+    return parts
+
+
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     """A local Hub with a complete repository, a branch with other weights and a private repository. Also saves the
@@ -38,7 +45,7 @@ def hub(tmp_path_factory):
     from conftest import make_components
 
     components = make_components()
-    pipe = StableDiffusionSSRPipeline(**components, **make_ssr_components(), requires_safety_checker=False)
+    pipe = StableDiffusionSSRPipeline(**components, **ssr_parts(), requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     make_picture().save(folder / "picture.png")
     arguments = {"subject_image": make_picture(), "subject_query": "cat", "subject_scale": 1.0}
@@ -46,10 +53,10 @@ def hub(tmp_path_factory):
     StableDiffusionPipeline(**components, requires_safety_checker=False).save_pretrained(folder / "base")
     pipe.save_pretrained(folder / "whole")
     copy_code(folder / "whole")
-    for name, part in make_ssr_components().items():
+    for name, part in ssr_parts().items():
+        # the variant first, because both write the same config, with the dtype in it
         if name != "ssr_image_processor":
-            part.half().save_pretrained(folder / "whole" / name, variant="fp16")
-            part = make_ssr_components()[name]
+            make_ssr_components()[name].half().save_pretrained(folder / "whole" / name, variant="fp16")
         part.save_pretrained(folder / "whole" / name)
     hub = Hub()
     hub.folder = folder
@@ -179,7 +186,7 @@ def test_published_repository_can_be_loaded(hub):
     environment.pop("HF_HUB_OFFLINE", None)
     command = [sys.executable, str(ROOT / "examples" / "publish.py"), "--repo_id", "owner/published"]
     command += ["--weights", "whole", "--push_to_hub", "--token", "hf_mine", "--space", "owner/page"]
-    StableDiffusionSSRPipeline.from_pretrained(hub.folder / "base", **make_ssr_components()).save_pretrained(
+    StableDiffusionSSRPipeline.from_pretrained(hub.folder / "base", **ssr_parts()).save_pretrained(
         hub.folder / "whole"
     )
     done = subprocess.run(command, cwd=hub.folder, env=environment, capture_output=True, text=True)
