@@ -116,3 +116,21 @@ def test_two_processes_average_their_weights(tmp_path):
     alone = tmp_path / "alone"
     alone.mkdir()
     assert not torch.allclose(run(alone, steps=25), other["weight"])
+
+
+@pytest.mark.parametrize("continued", [False, True])
+def test_train_ssr_accepts_the_options_of_the_training_of_adapters(monkeypatch, tmp_path, continued):
+    from training_options import parse_args
+
+    from tools.pocket.train import adapters
+
+    given = []
+    monkeypatch.setattr(adapters.train_ssr, "main", lambda options, build: given.append(options))
+    methods = ["ssr"] if continued else list(adapters.METHODS)
+    more = ["--continued"] if continued else []
+    monkeypatch.setattr("sys.argv", ["adapters", "--work_dir", str(tmp_path), "--methods", *methods, *more])
+    monkeypatch.setattr(adapters.torch, "set_num_threads", lambda count: None)
+    adapters.main()
+    parsed = [parse_args("", ["constant", "cosine"], options) for options in given]
+    assert len(parsed) == len(methods) and {args.use_ema for args in parsed} == {True}
+    assert (parsed[0].ssr_encoder_name_or_path is not None) == continued

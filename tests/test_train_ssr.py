@@ -70,6 +70,10 @@ def pictures(tmp_path_factory):
     return folder
 
 
+# without the sizes of a new encoder
+NO_SIZES = {"inner_dim": None, "num_attention_heads": None}
+
+
 def arguments(models, pictures, output_dir, **changes) -> list[str]:
     options = {
         "pretrained_model_name_or_path": models / "base",
@@ -535,7 +539,9 @@ def test_the_result_is_pushed_to_the_hub(models, pictures, tmp_path, monkeypatch
 
 
 def test_fine_tuning_starts_from_the_given_encoder(models, pictures, trained, tmp_path):
-    options = arguments(models, pictures, tmp_path, image_encoder_name_or_path=None, ssr_encoder_name_or_path=trained)
+    options = arguments(
+        models, pictures, tmp_path, image_encoder_name_or_path=None, ssr_encoder_name_or_path=trained, **NO_SIZES
+    )
     assert parse_args("", ["constant"], options).consistency_weight == 0.001
     assert parse_args("", ["constant"], arguments(models, pictures, tmp_path)).consistency_weight == 0.1
     _, encoder = train_ssr.load_models(parse_args("", ["constant"], options))
@@ -547,7 +553,7 @@ def test_fine_tuning_starts_from_the_given_encoder(models, pictures, trained, tm
 
 def test_an_encoder_of_another_size_is_rejected(models, pictures, tmp_path):
     make_ssr_encoder(vision_hidden_size=20).save_pretrained(tmp_path / "ssr_encoder")
-    options = arguments(models, pictures, tmp_path, ssr_encoder_name_or_path=tmp_path)
+    options = arguments(models, pictures, tmp_path, ssr_encoder_name_or_path=tmp_path, **NO_SIZES)
     with pytest.raises(ValueError, match="width 20"):
         train_ssr.load_models(parse_args("", ["constant"], options))
 
@@ -574,7 +580,7 @@ def test_bad_samples_are_left_out_and_reported(models, pictures, tmp_path):
         ({"inner_dim": 15}, "inner_dim"),
         ({"train_data_dir": None}, "train_data_dir"),
         ({"image_encoder_name_or_path": None}, "image_encoder_name_or_path"),
-        ({"released_aligner": "a.bin"}, "released_layers"),
+        ({"released_aligner": "a.bin", **NO_SIZES}, "released_layers"),
         ({"validation_query": ["cat"]}, "validation_image"),
         ({"resume_from_checkpoint": "nowhere"}, "resume_from_checkpoint"),
         ({"train_batch_size": 0}, "train_batch_size"),

@@ -63,8 +63,9 @@ def main():
         if args.cache:
             own["cache_features"] = args.work_dir / "features"
         options = [str(part) for option, value in own.items() for part in (f"--{option}", value)]
-        further = CONTINUED.split() if args.continued else []
-        train_ssr.main([*options, *COMMON.split(), *method.options.split(), *further], method.build)
+        # the options of a method are the sizes of a new encoder
+        further = CONTINUED.split() if args.continued else method.options.split()
+        train_ssr.main([*options, *COMMON.split(), *further], method.build)
 
 
 if __name__ == "__main__":
