@@ -148,6 +148,26 @@ def test_kinds_of_pairs_and_no_colours_in_texts(designs):
     assert 12 <= kinds["two"] <= 40 and kinds["absent"] <= 20
 
 
+@pytest.mark.parametrize(
+    "shares",
+    [
+        {"two_share": 1.0, "absent_share": 0.0},
+        {"two_share": 0.0, "absent_share": 0.0, "masked_share": 0.0},
+        {"two_share": 0.0, "absent_share": 0.0, "masked_share": 1.0},
+        {"two_share": 0.0, "absent_share": 1.0},
+    ],
+)
+def test_shares_of_the_kinds_of_pairs(designs, shares):
+    pairs = list(rows(str(designs), list(range(20)), 0, **shares))
+    assert all(len(pair["query"]) == 1 + shares["two_share"] for pair in pairs)
+    masked = sum(pair["mask"][0] is not None for pair in pairs)
+    if shares["absent_share"]:
+        assert masked == 0
+    elif "masked_share" in shares:
+        # things that are hidden behind another one are never masked
+        assert masked == 0 if shares["masked_share"] == 0 else masked >= 15
+
+
 def test_a_target_shows_the_queried_things_and_no_held_out_instance(designs):
     """The target shows the queried thing of each of two references, and all instances belong to the training split."""
     drawing, rng = Rows(str(designs), "wide"), np.random.default_rng(3)

@@ -4,8 +4,8 @@ A reference shows one to four things, with other emoji among them. In half of th
 positions. The target shows exactly the queried thing in another place. Captions name the place and either the category
 or only "a thing", so that colour and design have to be taken from the reference. There are three kinds of rows:
 
-- One subject. In four of ten rows it is marked by a mask. The query is its name, a caption of the whole reference,
-  or nothing.
+- One subject. In four of ten rows (`--masked_share`) it is marked by a mask. The query is its name, a caption of the
+  whole reference, or nothing.
 - Two subjects in the target, from two references or from one.
 - A query that names nothing in the reference. The target shows the content of the caption, so that the encoder learns
   to add nothing.
@@ -37,8 +37,6 @@ from ..world import (
 )
 
 
-SHARES = {"one": 0.65, "two": 0.2, "absent": 0.15}
-MASKED = 0.4  # the share of things that are marked by a mask
 LISTS = ("reference", "query", "mask")
 
 
@@ -57,18 +55,32 @@ class Rows:
         split (`str`): the split of instances. Its held-out instances are not drawn.
         free_share (`float`): the share of references with random sizes and positions; the others use `LAYOUTS`.
         others_share (`float`): the share of neighbours that are not of a measured category.
+        two_share (`float`): the share of rows with two subjects.
+        absent_share (`float`): the share of rows whose query names nothing in the reference.
+        masked_share (`float`): the share of subjects that are marked by a mask.
     """
 
-    def __init__(self, designs: str, split: str, free_share: float = 0.5, others_share: float = 0.4):
+    def __init__(
+        self,
+        designs: str,
+        split: str,
+        free_share: float = 0.5,
+        others_share: float = 0.4,
+        two_share: float = 0.2,
+        absent_share: float = 0.15,
+        masked_share: float = 0.4,
+    ):
         self.world = World(designs)
         self.seen = SPLITS[split][0]
         self.free_share = free_share
         self.others_share = others_share
+        self.shares = (1 - two_share - absent_share, two_share, absent_share)
+        self.masked_share = masked_share
 
     def draw(self, rng: np.random.Generator) -> dict:
-        """Draws a row of a random kind, with the probabilities in `SHARES`."""
-        kind = rng.choice(list(SHARES), p=list(SHARES.values()))
-        return {"one": self.one, "two": self.two, "absent": self.absent}[kind](rng)
+        """Draws a row of a random kind."""
+        kind = rng.choice(3, p=self.shares)
+        return (self.one, self.two, self.absent)[kind](rng)
 
     def one(self, rng: np.random.Generator) -> dict:
         (subject,) = self._subjects(rng, 1)
@@ -117,7 +129,7 @@ class Rows:
         name, mask = reference.instances[slot].name, reference.masks[slot]
         row = {"reference": _png(reference.picture), "query": _name(rng, name), "mask": None}
         # a thing that is hidden behind another one cannot be marked
-        if rng.random() < MASKED and mask.sum() > 20:
+        if rng.random() < self.masked_share and mask.sum() > 20:
             row["mask"] = _png((mask * 255).astype(np.uint8))
             caption = reference.caption(rng) if len(reference.instances) < 4 else None
             row["query"] = (row["query"], caption, None)[rng.integers(3)]
@@ -157,6 +169,11 @@ def main():
         "--free_share", type=float, default=0.5, help="share of references with random sizes and positions"
     )
     parser.add_argument("--others_share", type=float, default=0.4, help="share of neighbours that are other emoji")
+    parser.add_argument("--two_share", type=float, default=0.2, help="share of rows with two subjects")
+    parser.add_argument(
+        "--absent_share", type=float, default=0.15, help="share of rows whose query names nothing in the reference"
+    )
+    parser.add_argument("--masked_share", type=float, default=0.4, help="share of subjects that are marked by a mask")
     parser.add_argument("--num_proc", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -172,6 +189,7 @@ def main():
         gen_kwargs={
             "designs": str(args.work_dir / "designs"), "numbers": list(range(args.num_rows)), "seed": args.seed,
             "split": args.split, "free_share": args.free_share, "others_share": args.others_share,
+            "two_share": args.two_share, "absent_share": args.absent_share, "masked_share": args.masked_share,
         },
         num_proc=args.num_proc,
     )  # fmt: skip
