@@ -321,7 +321,7 @@ class Run:
         self.encoder = encoder
         self.average = copy.deepcopy(encoder).requires_grad_(False).eval() if args.use_ema else None
         self.decay = args.ema_decay
-        self.folder = Path(args.output_dir)
+        self.folder = args.output_dir
         self.limit = args.checkpoints_total_limit
         self.step = 0
         self.position = (0, 0)
@@ -505,7 +505,7 @@ def main(arguments: Sequence[str] | None = None, build: Callable[..., SSREncoder
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=report_to,
-        project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir) / args.logging_dir)),
+        project_config=ProjectConfiguration(str(args.output_dir), str(args.output_dir / args.logging_dir)),
         # the learning rate scheduler advances once for each optimizer step, regardless of the number of processes
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],

@@ -5,7 +5,7 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from command_line import HelpFormatter, check_companions, check_unused
+from command_line import HelpFormatter, check_companions, check_unused, output_folder
 
 
 def parse_args(
@@ -65,7 +65,8 @@ def parse_args(
     add("--dataloader_num_workers", type=int, default=4, help="threads that read and prepare samples ahead")
     add("--cache_features", type=Path, help="cache the outputs of the frozen models in this folder")
 
-    add("--output_dir", default="ssr-model", help="output folder for the encoder (for load_ssr) and the checkpoints")
+    add("--output_dir", type=output_folder, default=Path("ssr-model"),
+        help="output folder for the encoder (for load_ssr) and the checkpoints")  # fmt: skip
     add("--logging_dir", default="logs", help="folder for logs inside output_dir")
     add("--report_to", default="tensorboard", help='"tensorboard", "wandb", "all", ... or "none"')
     add("--seed", type=int, help="default: 0")
@@ -199,5 +200,3 @@ def _check_files(args: argparse.Namespace) -> None:
             f'`resume_from_checkpoint` has to be "latest" or the folder of a checkpoint (`checkpoint-...` in the output'
             f" folder of an earlier run), but is {resume!r}."
         )
-    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
-        raise ValueError(f"`output_dir`: {args.output_dir} is a file, not a folder.")

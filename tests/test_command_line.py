@@ -38,6 +38,7 @@ INVALID = [
     ("attention_map.py --output_dir file/new", "argument --output_dir: has to be a folder, but file is a file"),
     ("publish.py --repo_id a/b --output_dir file", "argument --output_dir: has to be a folder"),
     ("evaluate.py --generated_dir empty --output_dir file", "argument --output_dir: has to be a folder"),
+    ("train_ssr.py --pretrained_model_name_or_path a --output_dir file", "argument --output_dir: has to be a folder"),
     ("prepare_dataset.py --output_dir file", "argument --output_dir: has to be a folder"),
     ("animatediff.py --scale nan", "`subject_scale` has to be a number"),
     ("animatediff.py --query ''", "`subject_query` has to be a text"),
