@@ -1,6 +1,7 @@
 """Shared code of the examples that draw pictures: options, loading the pipeline, and the contact sheet."""
 
 import argparse
+from logging import LogRecord
 from pathlib import Path
 
 import extras  # noqa: F401  (exits with a message if the project is not installed)
@@ -61,10 +62,17 @@ def reference_options(parser: argparse.ArgumentParser, place: str) -> None:
 
 
 def hide_library_output() -> None:
-    """Disables progress bars and messages of the libraries in the output of a script."""
-    logging.set_verbosity_error()
+    """Disables progress bars of the libraries in the output of a script, and a warning that `from_pipe` of diffusers
+    prints for each model, though nothing is lost: that an empty list of modules "should be kept in float32". Other
+    warnings are printed, for example that a query is too long."""
+    for handler in logging.get_logger("diffusers").handlers:
+        handler.addFilter(_has_content)
     logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+
+
+def _has_content(record: LogRecord) -> bool:
+    return "should be kept in float32: []" not in record.getMessage()
 
 
 def check_source(option: str, source: str | None) -> None:

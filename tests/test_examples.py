@@ -2,7 +2,9 @@
 
 import argparse
 import importlib.util
+import io
 import json
+import logging
 import os
 import re
 import runpy
@@ -88,6 +90,20 @@ def test_transparent_parts_of_a_reference_are_white(tmp_path):
 
     Image.new("RGBA", (16, 16), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     assert load_reference("--reference", str(tmp_path / "clear.png")).getcolors() == [(256, (255, 255, 255))]
+
+
+def test_a_long_query_is_reported_and_nothing_else(run, monkeypatch):
+    """The examples print the warning of diffusers that a text is too long, and no other one."""
+    printed = io.StringIO()
+    # pytest adds handlers of other types
+    (handler,) = (each for each in logging.getLogger("diffusers").handlers if type(each) is logging.StreamHandler)
+    monkeypatch.setattr(handler, "stream", printed)
+    options = ("--detector", "canny", "--num_inference_steps", 1)
+    run("controlnet.py", *options)
+    assert printed.getvalue() == ""
+    run("controlnet.py", *options, "--query", "cat " * 40)
+    lines = printed.getvalue().splitlines()
+    assert lines and all("was truncated because CLIP can only handle" in line for line in lines)
 
 
 @pytest.mark.parametrize("detector", ["canny", "lineart"])
