@@ -5,6 +5,7 @@ import itertools
 import runpy
 import struct
 import sys
+import urllib.request
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from page.painting import CANVAS_SIDE, canvas_for, painted_mask
 from page.pictures import LONGEST_SIDE, open_picture
 from page.request import DrawingRequest, SubjectChoice
 from page.script import needed_pictures, write_bundle, write_script
-from page.server import parse_args
+from page.server import parse_args, start
 from page.sessions import Sessions
 from page.studio import Cancelled, Studio
 from PIL import Image, ImageDraw
@@ -335,3 +336,13 @@ def test_errors_are_shown_as_messages(error, said):
     with pytest.raises(gradio.Error, match=said) as shown:
         fails()
     assert "secret" not in str(shown.value.message) and not shown.value.print_exception
+
+
+def test_the_page_is_served_on_a_busy_machine(monkeypatch):
+    """Gradio refuses to start if the first answer takes longer than 3 seconds."""
+    networking = pytest.importorskip("gradio.networking", reason="Gradio serves the page")
+    monkeypatch.setattr(networking, "url_ok", lambda url: False)
+    page = start(parse_args([]), wait=False)
+    with urllib.request.urlopen(page.blocks.local_url) as answer:
+        assert "SSR-Encoder" in answer.read().decode()
+    page.blocks.close(verbose=False)

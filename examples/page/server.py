@@ -81,5 +81,7 @@ def start(args: argparse.Namespace, wait: bool = True) -> "Page":  # noqa: F821
         max_file_size=LARGEST_FILE,
         ssr_mode=False,  # server-side rendering of Gradio, which needs Node
         prevent_thread_lock=not wait,
+        # Gradio would end the start if the page does not answer within 3 seconds, as on a busy machine
+        _frontend=False,
     )
     return page
