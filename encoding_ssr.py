@@ -6,12 +6,14 @@ from weakref import WeakKeyDictionary
 
 import torch
 from diffusers.loaders import TextualInversionLoaderMixin
+from transformers import CLIPImageProcessor, PreTrainedModel
 
 from . import (
     attention_map,
     checks_ssr,
     image_processing_ssr,
     loading_ssr,
+    modeling_ssr,
     shared_components,
     subject_cache,
     subject_embeds,
@@ -32,6 +34,14 @@ def _copied(subject: subject_embeds.Subject) -> subject_embeds.Subject:
     return replace(
         subject, embeds=_copied_tensor(subject.embeds), negative_embeds=_copied_tensor(subject.negative_embeds)
     )
+
+
+def _vision_levels(
+    vision: PreTrainedModel, encoder: modeling_ssr.SSREncoder, pixels: torch.Tensor, device
+) -> list[torch.Tensor]:
+    """Returns the hidden states of the vision encoder at the levels that the SSR-Encoder uses, lowest level first."""
+    hidden_states = vision(pixels.to(device, vision.dtype), output_hidden_states=True).hidden_states
+    return [hidden_states[level].to(encoder.dtype) for level in encoder.config.image_levels]
 
 
 class SubjectEncodingMixin(loading_ssr.SSRComponents):
@@ -104,11 +114,10 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
         """Encodes each (picture, query, mask) that is not in the cache. The vision encoder encodes each picture once.
         `text` has further arguments of `encode_prompt`. `prefix` begins the names of the arguments in error
         messages."""
-        self._check_can_encode()
+        processor, vision, encoder = self._encoders()
         references = checks_ssr.check_references(subject_image, subject_query, subject_mask, prefix)
         mask_weight = checks_ssr.check_mask_weight(mask_weight, [mask for *_, mask in references])
         image_processing_ssr.check_resize_mode(resize_mode, f"{prefix}resize_mode")
-        processor, vision, encoder = self.ssr_image_processor, self.ssr_image_encoder, self.ssr_encoder
         pixels = {
             id(image): image_processing_ssr.preprocess(picture, processor, resize_mode)
             for image, picture, _, _ in references
@@ -118,7 +127,9 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
             for *_, m in references
         ]
         device = self._execution_device
-        query_states = self._encode_queries(["", *(query for *_, query, _ in references)], device, text)
+        query_states = self._encode_queries(["", *(query for *_, query, _ in references)], device, text).to(
+            encoder.dtype
+        )
         # never `None`, because the encoder has image levels
         fingerprint: Any = encoder.fingerprint(device)
         weights = (
@@ -146,7 +157,7 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
         if missing:
             # The unconditional branch uses an empty query and a picture of zeros after normalisation (section 3.3).
             batch = [torch.zeros_like(next(iter(pixels.values()))), *(pixels[key] for key in missing)]
-            levels = torch.stack(self._vision_levels(torch.cat(batch), device))
+            levels = torch.stack(_vision_levels(vision, encoder, torch.cat(batch), device))
         for index, ((image, _, query, _), mask, key) in enumerate(zip(references, masks, keys, strict=True)):
             if subjects[key] is None:
                 mask = None if mask is None else mask.to(device).expand(2, -1, -1, -1)
@@ -156,23 +167,14 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
         # copies, so that a change in place of a returned tensor changes neither the cache nor another subject
         return [subject_embeds.SubjectEmbeds((_copied(subjects[key]),), _copied_tensor(fingerprint)) for key in keys]
 
-    def _vision_levels(self, pixels: torch.Tensor, device) -> list[torch.Tensor]:
-        """Returns the hidden states of the vision encoder at the levels that the SSR-Encoder uses, lowest level
-        first."""
-        vision, encoder = self.ssr_image_encoder, self.ssr_encoder
-        hidden_states = vision(pixels.to(device, vision.dtype), output_hidden_states=True).hidden_states
-        return [hidden_states[level].to(encoder.dtype) for level in encoder.config.image_levels]
-
     def _encode_queries(self, queries: list[str], device, text: dict) -> torch.Tensor:
         """Returns the text hidden states of the queries. The pipeline's text encoder encodes them in the same way as a
         prompt. The first query is the empty query of the unconditional branch."""
         given = {name: value for name, value in text.items() if value is not None}
         if hasattr(self, "encode_prompt"):
-            states = self.encode_prompt(queries, device, 1, False, **given)[0]
-        else:
-            given.pop("clip_skip", None)
-            states = self._encode_prompt(queries, device, 1, False, **given)  # InstructPix2Pix has no other
-        return states.to(self.ssr_encoder.dtype)
+            return self.encode_prompt(queries, device, 1, False, **given)[0]
+        given.pop("clip_skip", None)
+        return self._encode_prompt(queries, device, 1, False, **given)  # InstructPix2Pix has no other
 
     @torch.no_grad()
     def subject_attention_map(
@@ -209,7 +211,7 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
         >>> attention.gathered
         ```
         """
-        self._check_can_encode()
+        processor, vision, encoder = self._encoders()
         for name, value in {"image": image, "query": query, "mask": mask}.items():
             if isinstance(value, list):
                 raise ValueError(
@@ -221,14 +223,16 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
         image_processing_ssr.check_resize_mode(resize_mode)
         if tokens not in ("all", "own"):
             raise ValueError(f'`tokens` has to be "all" or "own", but is {tokens!r}.')
-        device, processor = self._execution_device, self.ssr_image_processor
+        device = self._execution_device
         if mask is not None:
             mask = image_processing_ssr.preprocess_mask(mask, processor, resize_mode, "mask").to(device)
-        levels = self._vision_levels(image_processing_ssr.preprocess(picture, processor, resize_mode), device)
-        query_states = self._encode_queries(["", query], device, {})
+        levels = _vision_levels(
+            vision, encoder, image_processing_ssr.preprocess(picture, processor, resize_mode), device
+        )
+        query_states = self._encode_queries(["", query], device, {}).to(encoder.dtype)
         # The empty query attends to the picture without the mask, so that the map also shows the effect of the mask.
         probs, empty_probs = (
-            self.ssr_encoder.attention_probs(states, levels[-1], each, mask_weight)[0].float().mean(0).cpu()
+            encoder.attention_probs(states, levels[-1], each, mask_weight)[0].float().mean(0).cpu()
             for states, each in ((query_states[1:], mask), (query_states[:1], None))
         )
         return attention_map.make_attention_map(
@@ -249,20 +253,23 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
         own = [i for i, token in enumerate(ids) if token not in self.tokenizer.all_special_ids]
         return dict(zip(own, self.tokenizer.convert_ids_to_tokens([ids[i] for i in own]), strict=True))
 
-    def _check_can_encode(self) -> None:
-        """Raises a `ValueError` if a component that encodes references or queries is missing or does not fit."""
-        if self.ssr_encoder is None:
+    def _encoders(self) -> tuple[CLIPImageProcessor, PreTrainedModel, modeling_ssr.SSREncoder]:
+        """Returns the components that encode references, each read once, because another thread may exchange them
+        while a subject is encoded. Raises a `ValueError` if one is missing or does not fit."""
+        vision, encoder, text_encoder = self.ssr_image_encoder, self.ssr_encoder, self.text_encoder
+        if encoder is None:
             raise ValueError(
                 "There is no SSR-Encoder in this pipeline yet: call `load_ssr` before encoding a subject."
             )
-        checks_ssr.check_fits(self.unet, self.ssr_encoder, self.ssr_image_encoder, self.text_encoder)
-        if self.ssr_image_encoder is None or not self.ssr_encoder.config.image_levels:
+        checks_ssr.check_fits(self.unet, encoder, vision, text_encoder)
+        if vision is None or not encoder.config.image_levels:
             raise ValueError(
                 "The encoders of this pipeline are not loaded, or were dropped: call `load_ssr` before encoding a subject."
             )
-        if self.text_encoder is None:
+        if text_encoder is None:
             raise ValueError("`text_encoder` is None, but a query needs it: encode subjects before removing it.")
-        if self.ssr_image_processor is None:
-            self.register_modules(
-                ssr_image_processor=image_processing_ssr.default_image_processor(self.ssr_image_encoder)
-            )
+        processor = self.ssr_image_processor
+        if processor is None:
+            processor = image_processing_ssr.default_image_processor(vision)
+            self.register_modules(ssr_image_processor=processor)
+        return processor, vision, encoder

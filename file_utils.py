@@ -11,6 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from diffusers.utils import logging
+
+
+logger = logging.get_logger(__name__)
 
 _WEIGHTS = re.compile(r"(?P<stem>.+?)(?P<shard>-\d{5}-of-\d{5})?\.(safetensors|bin)")
 
@@ -117,41 +121,62 @@ def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
     # with the same name as the folder, because diffusers uses it as the repository name in `push_to_hub`
     partial = staging / target.name
+    replaced = staging / "replaced"
+    moves = _Moves(partial, target, replaced)
     try:
         partial.mkdir()
         yield partial
-        _move_files(partial, target, staging / "replaced")
+        moves.do()
+    except BaseException:
+        try:
+            moves.undo()
+        finally:
+            # a second time, in case Ctrl-C interrupted the first; it does nothing if everything is undone
+            moves.undo()
+        raise
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if moves.done or not any(not file.is_dir() for file in replaced.rglob("*")):
+            shutil.rmtree(staging, ignore_errors=True)
+        else:
+            logger.error(f"Some files of {target} could not be moved back: they are in {replaced}.")
         with suppress(OSError):  # fails if the folder is not empty
             target.rmdir()
 
 
-def _move_files(source: Path, target: Path, replaced: Path) -> None:
+class _Moves:
     """Moves all files of `source` to the same relative paths in `target`, and the files that they replace to
-    `replaced`. Undoes everything if an error occurs."""
-    new = [file.relative_to(source) for file in sorted(source.rglob("*")) if not file.is_dir()]
-    places = [*new, *_old_weights(new, target)]
-    existed = {place: os.path.lexists(target / place) for place in places}
-    begun = []
-    try:
-        for place in places:
+    `replaced`."""
+
+    def __init__(self, source: Path, target: Path, replaced: Path):
+        self.source, self.target, self.replaced = source, target, replaced
+        self.existed: dict[Path, bool] = {}
+        self.done = False
+
+    def do(self) -> None:
+        new = [file.relative_to(self.source) for file in sorted(self.source.rglob("*")) if not file.is_dir()]
+        for place in (*new, *_old_weights(new, self.target)):
             # recorded before the first file is moved; otherwise an interrupt right after a move would not undo this
             # move
-            begun.append(place)
-            for folder in (target, replaced):
+            self.existed[place] = os.path.lexists(self.target / place)
+            for folder in (self.target, self.replaced):
                 (folder / place).parent.mkdir(parents=True, exist_ok=True)
-            if existed[place]:
-                os.replace(target / place, replaced / place)
-            if os.path.lexists(source / place):
-                os.replace(source / place, target / place)
-    except BaseException:
-        for place in begun:
-            if os.path.lexists(replaced / place):
-                os.replace(replaced / place, target / place)
-            elif not existed[place]:
-                (target / place).unlink(missing_ok=True)
-        raise
+            if self.existed[place]:
+                os.replace(self.target / place, self.replaced / place)
+            if os.path.lexists(self.source / place):
+                os.replace(self.source / place, self.target / place)
+        self.done = True
+
+    def undo(self) -> None:
+        """Moves the old files back and deletes the new ones. It can be called repeatedly. A file that cannot be moved
+        stays in `replaced`."""
+        if self.done:
+            return
+        for place, existed in self.existed.items():
+            with suppress(OSError):
+                if os.path.lexists(self.replaced / place):
+                    os.replace(self.replaced / place, self.target / place)
+                elif not existed:
+                    (self.target / place).unlink(missing_ok=True)
 
 
 def _old_weights(new: list[Path], target: Path) -> list[Path]:

@@ -2,7 +2,6 @@
 the size of the picture."""
 
 import os
-import threading
 from collections.abc import Sequence
 from functools import cache
 from io import BytesIO
@@ -15,7 +14,7 @@ from diffusers.utils import logging
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from transformers import CLIPImageProcessor
 
-from . import file_utils
+from . import file_utils, shared_components
 
 
 logger = logging.get_logger(__name__)
@@ -32,10 +31,6 @@ FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM",
 
 # How far float values may be outside of their range
 _SLACK = 1e-3
-
-# A picture from `Image.open` is decoded when it is first used. Without this lock, two threads that share a picture
-# would both seek and read in the same file, and one of them would get corrupted pixels or an error.
-_decoding = threading.Lock()
 
 
 def open_image(file: str | os.PathLike | bytes, name: str = "image", max_pixels: int | None = None) -> Image.Image:
@@ -85,8 +80,9 @@ def to_pil(image: Any, name: str = "subject_image", max_pixels: int | None = Non
     Args:
         image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
             The picture. PIL images can have any mode. If a PIL image has several frames, its current frame is used,
-            which is the first one after opening. Transparent parts become white, 16-bit and float values are scaled to
-            8 bits, and EXIF rotation is applied. Arrays have shape `(height, width, 3)` or `(1, height, width, 3)` and
+            which is the first one after opening. Transparent parts become white, values of 16 bits (mode I;16) are
+            scaled by 65535, and EXIF rotation is applied. Modes I and F have no range, so the smallest one that
+            contains all values is used: 0 to 1, 0 to 255, 0 to 65535, or 0 to the largest value. Arrays have shape `(height, width, 3)` or `(1, height, width, 3)` and
             hold uint8, uint16, or floats from 0 to 1. Tensors have shape `(3, height, width)` or `(1, 3, height, width)` and hold uint8 or
             floats from 0 to 1.
         name (`str`, defaults to `"subject_image"`):
@@ -328,10 +324,12 @@ def _reason(error: Exception) -> str:
 
 
 def _decode(image: Image.Image, name: str, max_pixels: int | None) -> None:
-    """Decodes a picture if it is not decoded yet. Only one thread decodes at a time."""
+    """Decodes a picture if it is not decoded yet. Only one thread decodes at a time: a picture from `Image.open` is
+    decoded when it is first used, and two threads that share it would both seek and read in the same file, so that one
+    of them would get corrupted pixels or an error."""
     # the size comes from the file's header; nothing is decoded yet
     _check_pixels(image.width * image.height, name, max_pixels)
-    with _decoding:
+    with shared_components.decoding_lock():
         try:
             # before `load`, because `is_animated` may seek to another frame, and the pixels would have to be decoded
             # again
@@ -345,7 +343,7 @@ def _decode(image: Image.Image, name: str, max_pixels: int | None) -> None:
 def _upright(image: Image.Image, name: str, max_pixels: int | None) -> Image.Image:
     """Returns a decoded copy of a picture, with its EXIF rotation applied."""
     _decode(image, name, max_pixels)
-    with _decoding:
+    with shared_components.decoding_lock():
         try:
             # needs the lock, because it seeks in the file if the EXIF data come after the pixels
             return ImageOps.exif_transpose(image)
@@ -399,7 +397,9 @@ def _picture_of_array(array: np.ndarray, name: str, max_pixels: int | None) -> I
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
-        values = _unit(np.asarray(image), name, deep=True)
+        pixels = np.asarray(image)
+        # modes I and F have no range; they also hold pictures of 8 bits, for example after `convert("I")`
+        values = pixels / np.float32(65535) if image.mode.startswith("I;16") else _unit(pixels, name, deep=True)
         return Image.fromarray((values * 255).round().astype(np.uint8)).convert("RGB")
     if image.mode == "LAB":
         # Pillow can convert LAB to RGB only with color profiles

@@ -73,6 +73,10 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
+        # also the methods that a user's own class overrides
+        for name in ("encode_prompt", "_encode_prompt"):
+            if inspect.isfunction(vars(cls).get(name)):
+                setattr(cls, name, _with_own_tokenizer(vars(cls)[name]))
         if any(issubclass(base, SSRPipelineMixin) for base in cls.__bases__ if base is not SSRPipelineMixin):
             return  # the class inherits all of this
         # diffusers reads a class's components and arguments from its signatures. With only `*args, **kwargs`,

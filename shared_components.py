@@ -3,12 +3,13 @@
 import copy
 import os
 import pickle
+import queue
 import sys
 import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -22,6 +23,9 @@ class _Call:
     def __init__(self, *used):
         self.thread = threading.get_ident()
         self.used = used
+        # Gets an item when the call should check whether it may begin. It is written in C, unlike
+        # `threading.Condition`, in which a Ctrl-C could leave the lock locked for good.
+        self.woken: queue.SimpleQueue[None] = queue.SimpleQueue()
 
 
 class _Shared:
@@ -31,6 +35,7 @@ class _Shared:
     def __init__(self):
         self.using: WeakSet[_Call] = WeakSet()
         self.tokenizers: WeakKeyDictionary = WeakKeyDictionary()
+        self.copied_tokenizers: WeakSet = WeakSet()
         self.compiled: WeakKeyDictionary = WeakKeyDictionary()
         self.max_calls: int | None = None
         self.running: WeakSet[_Call] = WeakSet()
@@ -39,7 +44,7 @@ class _Shared:
 
     def make_locks(self) -> None:
         self.lock = threading.RLock()
-        self.changed = threading.Condition()
+        self.decoding = threading.RLock()
 
     def after_fork(self) -> None:
         """Resets the locks and removes the calls of other threads in a forked process. Only the forking thread
@@ -55,7 +60,7 @@ class _Shared:
 
 # The number is a version of the attributes of `_Shared`. Only copies of this code with the same number share the
 # object.
-_home = sys.modules.setdefault("_diffusers_ssr_shared_1", types.ModuleType("_diffusers_ssr_shared_1"))
+_home = sys.modules.setdefault("_diffusers_ssr_shared_2", types.ModuleType("_diffusers_ssr_shared_2"))
 _shared: _Shared = vars(_home).setdefault("shared", _Shared())
 
 if hasattr(os, "register_at_fork"):
@@ -66,6 +71,11 @@ def registry_lock() -> threading.RLock:
     """Returns the lock that must be held while shared state is changed. It is only held briefly, and never while a
     model runs."""
     return _shared.lock
+
+
+def decoding_lock() -> threading.RLock:
+    """Returns the lock that must be held while a picture is decoded."""
+    return _shared.decoding
 
 
 def compiled_lock(module) -> threading.RLock:
@@ -103,10 +113,10 @@ def own_pipeline(pipeline) -> Iterator:
 
 
 def _release_locks() -> None:
-    """Releases the locks that this thread still holds after a call. These locks are only held briefly during a call.
+    """Releases the locks that this thread still holds after a call. These locks are only held during parts of a call.
     If one is still held afterwards, Ctrl-C interrupted the end of a `with` block, and other threads would wait for it
     forever."""
-    locks = [_shared.lock, *(entry.lock for entry in _shared.tokenizers.values())]
+    locks = [_shared.lock, _shared.decoding, *(entry.lock for entry in _shared.tokenizers.values())]
     for lock in locks:
         while lock._is_owned():
             lock.release()
@@ -137,14 +147,18 @@ def with_own_tokenizer(pipeline, use: Callable[[Any], Any]) -> Any:
         The return value of `use`.
     """
     tokenizer = pipeline.tokenizer
-    if tokenizer is None:
+    # a method that overrides another one is called with a copy already, and passes it on
+    if tokenizer is None or tokenizer in _shared.copied_tokenizers:
         return use(pipeline)
     with _shared.lock:
         entry = _shared.tokenizers.setdefault(tokenizer, types.SimpleNamespace(lock=threading.RLock(), known=None))
     # The lock is held in this frame and not in a generator (`contextmanager`), because a generator that Ctrl-C
     # interrupted would hold the lock until it is garbage-collected.
     with entry.lock:
-        twin = _with_component(pipeline, "tokenizer", _copied(tokenizer, entry))
+        copied = _copied(tokenizer, entry)
+        if copied is not tokenizer:
+            _shared.copied_tokenizers.add(copied)
+        twin = _with_component(pipeline, "tokenizer", copied)
         before = dict(vars(twin))
         try:
             return use(twin)
@@ -195,9 +209,9 @@ def set_max_concurrent_calls(number: int | None) -> None:
     """
     if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
         raise ValueError(f"`number` has to be a positive number of calls, or None, but is {number!r}.")
-    with _shared.changed:
+    with _shared.lock:
         _shared.max_calls = number
-        _shared.changed.notify_all()
+        _wake_waiting()
 
 
 @contextmanager
@@ -206,19 +220,32 @@ def turn_to_run() -> Iterator[None]:
     as running until it ends."""
     call = _Call()
     try:
-        with _shared.changed:
-            if not any(each.thread == call.thread for each in _shared.running):
+        with _shared.lock:
+            if any(each.thread == call.thread for each in _shared.running):
+                _shared.running.add(call)
+            else:
                 _shared.waiting.append(weakref.ref(call))
-                while not _may_run(call):
-                    # with a timeout, because a call that was ended by Ctrl-C may not have notified the others
-                    _shared.changed.wait(timeout=1.0)
-                _stop_waiting(call)
-            _shared.running.add(call)
+        while not _begin(call):
+            with suppress(queue.Empty):
+                # with a timeout, because a call that was ended by Ctrl-C may not have woken the others
+                call.woken.get(timeout=1.0)
         yield
     finally:
-        with _shared.changed:
+        try:
+            with _shared.lock:
+                _stop_waiting(call)
+                _shared.running.discard(call)
+        finally:
+            _release_locks()
+
+
+def _begin(call: _Call) -> bool:
+    """Counts a call as running if it may begin. Returns whether it is running."""
+    with _shared.lock:
+        if call not in _shared.running and _may_run(call):
+            _shared.running.add(call)
             _stop_waiting(call)
-            _shared.running.discard(call)
+        return call in _shared.running
 
 
 def _may_run(call: _Call) -> bool:
@@ -229,4 +256,10 @@ def _may_run(call: _Call) -> bool:
 
 def _stop_waiting(call: _Call) -> None:
     _shared.waiting = [each for each in _shared.waiting if each() not in (None, call)]
-    _shared.changed.notify_all()
+    _wake_waiting()
+
+
+def _wake_waiting() -> None:
+    for call in [reference() for reference in _shared.waiting]:
+        if call is not None:
+            call.woken.put(None)

@@ -1,7 +1,6 @@
 """A cache of encoded subjects. The same picture and query are not encoded again while they are in the cache."""
 
 import hashlib
-import threading
 from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Any
@@ -10,6 +9,8 @@ from weakref import WeakKeyDictionary
 import torch
 from diffusers.utils.torch_utils import is_compiled_module
 from torch import nn
+
+from . import shared_components
 
 
 class SubjectCache:
@@ -28,16 +29,11 @@ class SubjectCache:
     def __init__(self, size: int = 16):
         self.size = size
         self.entries: OrderedDict[Hashable, Any] = OrderedDict()
-        # without the lock, another thread could remove an entry between the lookup and `move_to_end`
-        self._lock = threading.Lock()
-
-    def __reduce__(self):
-        # a lock cannot be copied or pickled, so a copy starts with an empty cache and a new lock
-        return type(self), (self.size,)
 
     def get(self, key: Hashable) -> Any:
         """Returns the entry for `key`, or `None`."""
-        with self._lock:
+        # without the lock, another thread could remove an entry between the lookup and `move_to_end`
+        with shared_components.registry_lock():
             entry = self.entries.get(key)
             if entry is not None:
                 self.entries.move_to_end(key)
@@ -45,7 +41,7 @@ class SubjectCache:
 
     def keep(self, key: Hashable, entry: Any) -> None:
         """Adds `entry`, and removes the least recently used entries if the cache is full."""
-        with self._lock:
+        with shared_components.registry_lock():
             self.entries[key] = entry
             self.entries.move_to_end(key)
             while len(self.entries) > self.size:

@@ -139,6 +139,8 @@ def _after_fork() -> None:
             _remove_hooks(unet, user)
     for passes in {each for watchers in _watchers.values() for each in _of_other_threads(watchers)}:
         passes.stop()
+    for thread in _running.keys() - {threading.get_ident()}:
+        del _running[thread]
 
 
 def _of_other_threads(users: WeakSet) -> list:

@@ -148,6 +148,48 @@ def test_error_while_moving_files_is_rolled_back(tmp_path, monkeypatch, fails_at
         assert len(calls) < fails_at
 
 
+@pytest.mark.parametrize("second", range(1, 10))
+@pytest.mark.parametrize("late", [False, True], ids=["before the move", "after the move"])
+def test_a_second_interrupt_while_moving_back_changes_nothing(tmp_path, monkeypatch, second, late):
+    """The 9th move is interrupted, and then a move of the rollback, before or after the file is moved."""
+    write_folder(tmp_path, OLD)
+    replace, calls = os.replace, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if late:
+            replace(*args)
+        if len(calls) in (9, 9 + second):
+            raise KeyboardInterrupt
+        if not late:
+            replace(*args)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path) as partial:
+        write_folder(partial, NEW)
+    assert contents(tmp_path) == {name: text.encode() for name, text in OLD.items()}
+
+
+def test_files_that_cannot_be_moved_back_are_kept(tmp_path, monkeypatch, caplog):
+    """If the rollback fails, the old files remain in a folder that an error message names."""
+    write_folder(tmp_path, OLD)
+    replace, calls = os.replace, []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) > 8:
+            raise OSError("cannot move")
+        replace(*args)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="cannot move"), atomic_folder(tmp_path) as partial:
+        write_folder(partial, NEW)
+    (replaced,) = tmp_path.glob(".saving-*/replaced")
+    assert str(replaced) in caplog.text
+    for name, text in OLD.items():
+        assert text.encode() in (contents(tmp_path).get(name), contents(replaced).get(name))
+
+
 def test_atomic_folder_raises_an_error_if_the_path_is_a_file(tmp_path):
     (tmp_path / "a").write_text("old")
     with pytest.raises(ValueError, match="is a file, not a folder"), atomic_folder(tmp_path / "a"):

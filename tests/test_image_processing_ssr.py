@@ -139,13 +139,22 @@ def test_transparent_pixels_become_white():
     "values,expected",
     [
         (np.full((16, 16), 0x8080, np.uint16), 0x80),
-        (np.full((16, 16), 0x80, np.uint16), 0x80),
+        (np.full((16, 16), 0x80, np.uint16), 0),
+        (np.diag([257] * 15 + [514]).astype(np.uint16), np.diag([1] * 15 + [2])),
         (np.full((16, 16), 0xFFFF, np.int32), 0xFF),
         (np.diag([70_000] * 16).astype(np.int32), np.diag([255] * 16)),
         (np.full((16, 16), 0.5, np.float32), 128),
         (np.full((16, 16), 200.0, np.float32), 200),
     ],
-    ids=["16 bits", "8 bits in 16", "mode I", "above 16 bits", "floats to 1", "floats to 255"],
+    ids=[
+        "16 bits",
+        "dark, 16 bits",
+        "dark diagonal, 16 bits",
+        "mode I",
+        "above 16 bits",
+        "floats to 1",
+        "floats to 255",
+    ],
 )
 def test_pictures_with_more_than_8_bits_are_scaled_by_their_range(values, expected):
     assert (np.asarray(to_pil(Image.fromarray(values)))[..., 0] == expected).all()

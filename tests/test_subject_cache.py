@@ -1,5 +1,4 @@
 import copy
-import pickle
 import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -21,16 +20,6 @@ def test_the_least_recently_used_entry_is_removed_first():
     cache.keep("a", 4)
     cache.keep("d", 5)
     assert [cache.get(key) for key in "acd"] == [4, None, 5]
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
-def test_a_copy_of_a_cache_is_empty(duplicate):
-    cache = SubjectCache(3)
-    cache.keep("a", 1)
-    other = duplicate(cache)
-    assert (other.size, other.get("a"), cache.get("a")) == (3, None, 1)
-    other.keep("a", 2)
-    assert cache.get("a") == 1
 
 
 class Slow(OrderedDict):

@@ -3,9 +3,13 @@
 `RUN_SLOW=1 pytest tests/test_threads.py` does longer runs. docs/reliability.md has their results.
 """
 
+import contextlib
 import gc
 import importlib.util
+import inspect
+import io
 import os
+import queue
 import random
 import signal
 import sys
@@ -17,11 +21,19 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, UNET_LAYERS, call_args, make_picture, make_unet, snapshot
+from conftest import ROOT, UNET_LAYERS, call_args, make_image_encoder, make_picture, make_unet, snapshot
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.utils import logging
-from diffusers_ssr import StableDiffusionSSRPipeline, library_internals, set_max_concurrent_calls, shared_components
+from diffusers_ssr import (
+    SSRPipelineMixin,
+    StableDiffusionSSRPipeline,
+    library_internals,
+    set_max_concurrent_calls,
+    shared_components,
+)
 from diffusers_ssr import unet_hooks as hooks_of_the_package
+from diffusers_ssr.encoding_ssr import _caches
+from PIL import Image
 from test_chains import make_controlnet, make_pipeline
 
 from tools.mixed_requests import mixed_requests, wrong_outcomes
@@ -69,10 +81,34 @@ def nothing_is_left() -> bool:
     return not (shared.using or shared.running or shared.waiting or hooks_of_the_package._running)
 
 
-def in_threads(*functions) -> list:
+def in_threads(*functions, timeout: float = 300) -> list:
     """Runs the functions at the same time and returns their results."""
-    with ThreadPoolExecutor(len(functions)) as pool:
-        return [future.result(timeout=300) for future in [pool.submit(each) for each in functions]]
+    results: list = [None] * len(functions)
+
+    def run(index: int) -> None:
+        try:
+            results[index] = functions[index]()
+        except BaseException as error:
+            results[index] = error
+
+    # not a `ThreadPoolExecutor`, which would wait for a thread that hangs
+    threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in range(len(functions))]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join(timeout)
+        assert not each.is_alive(), "a thread hangs"
+    for each in results:
+        if isinstance(each, BaseException):
+            raise each
+    return results
+
+
+def as_file(picture: Image.Image) -> Image.Image:
+    """Returns a picture that is not decoded yet."""
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return Image.open(file)
 
 
 # Requests
@@ -159,6 +195,57 @@ def test_the_state_of_the_shared_tokenizer_does_not_change(name, method):
     getattr(pipe, method)("a cat", "cpu", 1, False)
     pipe.encode_subject(make_picture(), "cat")
     assert state.padding is None
+
+
+class OverridesStock(SSRPipelineMixin, StableDiffusionPipeline):
+    def encode_prompt(self, *args, **kwargs):
+        self.used = [*getattr(self, "used", []), self.tokenizer]
+        return super().encode_prompt(*args, **kwargs)
+
+
+class OverridesOurs(StableDiffusionSSRPipeline):
+    def encode_prompt(self, *args, **kwargs):
+        self.used = [*getattr(self, "used", []), self.tokenizer]
+        return super().encode_prompt(*args, **kwargs)
+
+
+@pytest.mark.parametrize("own_class", [OverridesStock, OverridesOurs])
+def test_an_own_encode_prompt_gets_a_copied_tokenizer(pipe, monkeypatch, own_class):
+    """Also if it calls the method that it overrides, for which the copy is not copied again."""
+    if library_internals.tokenizer_backend(pipe.tokenizer) is None:
+        pytest.skip("the CLIP tokenizer of transformers 4 is written in Python and is not copied")
+    own, copies = own_class.from_pipe(pipe), []
+    original = shared_components._copied
+    monkeypatch.setattr(shared_components, "_copied", lambda *args: copies.append(args) or original(*args))
+    assert torch.equal(
+        own.encode_subject(make_picture(), "cat").subjects[0].embeds,
+        pipe.encode_subject(make_picture(), "cat").subjects[0].embeds,
+    )
+    own.encode_prompt("a cat", "cpu", 1, False)
+    assert len(own.used) == 2 and own.tokenizer is pipe.tokenizer and own.tokenizer not in own.used
+    assert len(copies) == 3 and inspect.signature(own.encode_prompt) == inspect.signature(lambda *args, **kwargs: 0)
+
+
+@pytest.mark.parametrize("action", ["exchange", "unload"])
+def test_components_that_change_during_an_encode_do_not_change_it(pipe, action):
+    """Another thread exchanges the vision encoder, or removes the SSR-Encoder, while a query is encoded."""
+    _caches.clear()
+    expected = pipe.encode_subject(make_picture(), "cat").subjects[0].embeds
+    _caches.clear()
+    vision, encoder = pipe.ssr_image_encoder, pipe.ssr_encoder
+
+    def change(*_):
+        if action == "exchange":
+            pipe.ssr_image_encoder = make_image_encoder(seed=99)
+        else:
+            pipe.unload_ssr()
+
+    hook = pipe.text_encoder.register_forward_hook(change)
+    seen = pipe.encode_subject(make_picture(), "cat").subjects[0].embeds
+    hook.remove()
+    assert torch.equal(seen, expected)
+    pipe.load_ssr(encoder, image_encoder=vision)
+    assert torch.equal(pipe.encode_subject(make_picture(), "cat").subjects[0].embeds, expected)
 
 
 def test_attributes_that_encode_prompt_sets_are_set_in_the_pipeline(pipe):
@@ -353,6 +440,59 @@ def test_a_fork_during_calls(pipe, subject):
         beside.join()
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_inside_the_work_of_other_threads(pipe, subject):
+    """The process is forked while one thread is in a forward pass of the UNet, and another one trains and holds all
+    locks. In the child, the UNet is stock, no call counts as running, and the locks are free."""
+    expected, before = pipe(**call_args(subject=subject)).images, snapshot(pipe.unet)
+    inside, holding, stop = threading.Event(), threading.Event(), threading.Event()
+    main = threading.get_ident()
+
+    def wait_inside(*_):
+        if threading.get_ident() != main:
+            inside.set()
+            stop.wait(60)
+
+    def hold():
+        shared = shared_components._shared
+        training = hooks_of_the_package.subject_in_unet(pipe.unet, UNET_LAYERS)
+        with training, shared.lock, shared.decoding, shared.tokenizers[pipe.tokenizer].lock:
+            holding.set()
+            stop.wait(60)
+
+    hook = pipe.unet.conv_norm_out.register_forward_pre_hook(wait_inside)
+    threads = [threading.Thread(target=lambda: pipe(**call_args(subject=subject))), threading.Thread(target=hold)]
+    threads[0].start()
+    assert inside.wait(60)
+    hook.remove()
+    assert snapshot(pipe.unet) != before
+    threads[1].start()
+    assert holding.wait(60)
+    child = os.fork()
+    if child == 0:
+        try:
+            stock = snapshot(pipe.unet) == before and nothing_is_left()
+            set_max_concurrent_calls(1)
+            pipe.encode_subject(as_file(make_picture(5)), "dog")
+            right = np.array_equal(pipe(**call_args(subject=subject)).images, expected)
+            os._exit(0 if stock and right else 4)
+        finally:
+            os._exit(5)
+    try:
+        deadline = time.monotonic() + 60
+        while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if ended == (0, 0):
+            os.kill(child, signal.SIGKILL)
+            ended = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(ended[1]) == 0
+    finally:
+        stop.set()
+        for each in threads:
+            each.join()
+
+
 # Limit of concurrent calls
 
 
@@ -473,16 +613,20 @@ def test_an_invalid_limit_of_calls_is_rejected(number):
 # Interrupts
 
 
-def interrupted_at(call, moment: int) -> bool:
-    """Runs a call and raises a `KeyboardInterrupt` at the line number `moment` that it executes in this project's
-    modules. Returns `False` if the call ends before that."""
+def is_ours(file: str) -> bool:
     # not `ROOT`: the package may have been imported through a link
-    modules, left = os.path.dirname(shared_components.__file__), [moment]
+    return os.path.dirname(file) == os.path.dirname(shared_components.__file__)
+
+
+def interrupted_at(call, moment: int, traced=is_ours, events: tuple[str, ...] = ("line",)) -> bool:
+    """Runs a call and raises a `KeyboardInterrupt` at the event number `moment` in the traced files, which are this
+    project's modules by default. Returns `False` if the call ends before that."""
+    left = [moment]
 
     def trace(frame, event, argument):
-        if os.path.dirname(frame.f_code.co_filename) != modules:
+        if not traced(frame.f_code.co_filename):
             return None
-        if event == "line":
+        if event in events:
             left[0] -= 1
             if left[0] == 0:
                 raise KeyboardInterrupt
@@ -528,6 +672,39 @@ def test_ctrl_c_at_every_line(pipe, subject, way):
         moment += 11 if way == "compiled in place" else 1
     assert moment > 1000
     assert np.array_equal(draw(), expected) and snapshot(pipe.unet) == before
+
+
+@pytest.mark.parametrize("way", ["draw", "encode", "wait"])
+def test_ctrl_c_in_the_standard_library(pipe, subject, way):
+    """An interrupt inside the context managers, locks and queues of Python leaves no lock locked: another thread can
+    draw and encode. The slow run tries every moment."""
+    expected = pipe(**call_args(subject=subject)).images
+    files = [module.__file__ for module in (threading, contextlib, queue)]
+
+    def call():
+        if way == "wait":
+            set_max_concurrent_calls(1)
+        if way == "encode":
+            _caches.clear()
+            pipe.encode_subject(as_file(make_picture(1)), "dog")
+        else:
+            pipe(**call_args(subject=subject, num_inference_steps=1))
+
+    def beside():
+        _caches.clear()
+        pipe.encode_subject(as_file(make_picture(2)), "cat")
+        return pipe(**call_args(subject=subject)).images
+
+    moment = 1
+    try:
+        while interrupted_at(call, moment, files.__contains__, ("line", "return")):
+            set_max_concurrent_calls(1)
+            (images,) = in_threads(beside, timeout=30)
+            assert np.array_equal(images, expected) and nothing_is_left(), moment
+            moment += 1 if SLOW else 5
+    finally:
+        set_max_concurrent_calls(None)
+    assert moment > 5
 
 
 @pytest.mark.skipif(
