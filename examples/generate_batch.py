@@ -151,7 +151,8 @@ def is_done(entry: dict | None, folder: Path) -> bool:
 
 def file_of(row: dict, index: int) -> str:
     """Returns the path of the row's picture in the output folder."""
-    return f"{row.get('name') or f'{index:06d}'}.png"
+    name = row.get("name")
+    return f"{f'{index:06d}' if name in (None, '') else name}.png"
 
 
 @dataclass
@@ -179,8 +180,9 @@ def read_row(pipe: StableDiffusionSSRPipeline, row: dict, folder: Path, args: ar
     for name in ("image", "prompt"):
         if not isinstance(row.get(name), str) or not row[name].strip():
             raise ValueError(f"`{name}` is missing in this row.")
-    if not isinstance(row.get("query"), (str, type(None))):
-        raise ValueError(f"`query` has to be a text, but is {row['query']!r}.")
+    for name, wanted in (("query", "a text"), ("mask", "the path of a file")):
+        if not isinstance(row.get(name), (str, type(None))):
+            raise ValueError(f"`{name}` has to be {wanted}, but is {row[name]!r}.")
     scale, seed = _number(row, "scale", args.scale), _number(row, "seed", 0)
     if seed != int(seed) or not 0 <= seed < 2**63:
         raise ValueError(f"`seed` has to be a whole number from 0 to 2**63 - 1, but is {row['seed']!r}.")

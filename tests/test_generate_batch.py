@@ -103,6 +103,7 @@ def counted(monkeypatch):
         ({"scale": [1]}, "`scale` has to be a finite number"),
         ({"scale": 1000}, "`scale` has to be a number from -100 to 100"),
         ({"query": ["cat"]}, "`query` has to be a text"),
+        ({"mask": ["mask.png"]}, "`mask` has to be the path of a file"),
         ({"prompt": 3}, "`prompt` is missing"),
     ],
 )
@@ -252,6 +253,13 @@ def test_two_processes_generate_the_same_pictures_as_one(models, table, tmp_path
     assert list(one) == list(two)
     assert all(np.array_equal(one[name], two[name]) for name in one)
     assert manifest(tmp_path / "one") == manifest(tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    "row, file", [({"name": 0}, "0"), ({"name": 7}, "7"), ({"name": ""}, "000004"), ({}, "000004")]
+)
+def test_the_file_of_a_row(row, file):
+    assert generate_batch.file_of(row, 4) == f"{file}.png"
 
 
 @pytest.mark.parametrize("given", [{}, {"height": 24}, {"width": 24}, {"height": 24, "width": 8}], ids=str)
