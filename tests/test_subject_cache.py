@@ -5,7 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from conftest import call_args, make_picture
 from diffusers.training_utils import EMAModel
+from diffusers_ssr import SSREncoder
 from diffusers_ssr.subject_cache import SubjectCache, digest, version
 from torch import nn
 
@@ -107,3 +109,23 @@ def test_threads_get_the_same_identifier_of_a_module():
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: [version(module)[0] for module in modules], range(8)))
     assert all(each == found[0] for each in found)
+
+
+@pytest.mark.parametrize("component", ["ssr_encoder", "ssr_image_encoder"])
+def test_another_precision_is_another_entry(pipe, component):
+    """Also if the weights have the same values in both precisions."""
+    module = getattr(pipe, component)
+    module.half().float()
+    first = pipe.encode_subject(make_picture(), "cat").subjects[0].embeds
+    module.half()
+    other = pipe.encode_subject(make_picture(), "cat").subjects[0].embeds
+    assert other.dtype == pipe.ssr_encoder.dtype and not torch.equal(other.float(), first)
+
+
+def test_fingerprints_are_computed_on_the_device_of_the_pipeline(pipe, monkeypatch):
+    """With offloading, the encoder is on another device until it is used."""
+    fingerprint, devices = SSREncoder.fingerprint, []
+    monkeypatch.setattr(SSREncoder, "fingerprint", lambda self, *on: devices.append(on) or fingerprint(self, *on))
+    subject = pipe.encode_subject(make_picture(), "cat")
+    pipe(**call_args(subject=subject))
+    assert len(devices) == 2 and set(devices) == {(pipe._execution_device,)}
