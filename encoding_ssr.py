@@ -132,12 +132,8 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
         )
         # never `None`, because the encoder has image levels
         fingerprint: Any = encoder.fingerprint(device)
-        weights = (
-            subject_cache.version(vision),
-            subject_cache.digest(fingerprint),
-            encoder.dtype,
-            subject_cache.hooks(encoder),
-        )
+        # the hidden states of the query, which are part of the keys as well, have the SSR-Encoder's precision
+        weights = (subject_cache.version(vision), subject_cache.digest(fingerprint), subject_cache.hooks(encoder))
         digests = {key: subject_cache.digest(each) for key, each in pixels.items()}
         keys = [
             (
