@@ -97,12 +97,15 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
         ```
         """
         text = {"lora_scale": lora_scale, "clip_skip": clip_skip}
-        encoded = self._encode_subjects(image, query, mask, mask_weight, resize_mode, text, prefix="")
+        encoded = self._encode_subjects(
+            self._encoders(), image, query, mask, mask_weight, resize_mode, text, prefix=""
+        )
         return encoded if isinstance(query, list) or isinstance(image, list) or isinstance(mask, list) else encoded[0]
 
     @torch.no_grad()
     def _encode_subjects(
         self,
+        encoders: tuple[CLIPImageProcessor, PreTrainedModel, modeling_ssr.SSREncoder],
         subject_image,
         subject_query,
         subject_mask,
@@ -112,9 +115,9 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
         prefix: str = "subject_",
     ) -> list[subject_embeds.SubjectEmbeds]:
         """Encodes each (picture, query, mask) that is not in the cache. The vision encoder encodes each picture once.
-        `text` has further arguments of `encode_prompt`. `prefix` begins the names of the arguments in error
-        messages."""
-        processor, vision, encoder = self._encoders()
+        `encoders` are those of `_encoders`. `text` has further arguments of `encode_prompt`. `prefix` begins the names
+        of the arguments in error messages."""
+        processor, vision, encoder = encoders
         references = checks_ssr.check_references(subject_image, subject_query, subject_mask, prefix)
         mask_weight = checks_ssr.check_mask_weight(mask_weight, [mask for *_, mask in references])
         image_processing_ssr.check_resize_mode(resize_mode, f"{prefix}resize_mode")

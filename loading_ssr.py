@@ -38,7 +38,7 @@ else:
 
 class SSRComponents(_Pipeline):
     """Declares the pipeline's attributes that the mixins use. The SSR components are `None` until `load_ssr` is
-    called; `_check_ssr_loaded` raises an error in that case."""
+    called; `_loaded_encoder` raises an error in that case."""
 
     unet: Any
     text_encoder: Any
@@ -53,7 +53,7 @@ class SSRComponents(_Pipeline):
         _encode_prompt: Callable[..., Any]
         _offload_device: Any
 
-        def _check_ssr_loaded(self) -> None: ...
+        def _loaded_encoder(self) -> modeling_ssr.SSREncoder: ...
 
 
 class SSRLoaderMixin(SSRComponents):
@@ -176,7 +176,7 @@ class SSRLoaderMixin(SSRComponents):
         >>> image = pipe("a cat on the beach", subject=cat).images[0]
         ```
         """
-        self._check_ssr_loaded()
+        self._loaded_encoder()
         with self._offloading_disabled():
             self.register_modules(
                 ssr_encoder=self.ssr_encoder.layers_alone(), ssr_image_encoder=None, ssr_image_processor=None

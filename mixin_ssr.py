@@ -17,6 +17,7 @@ from . import (
     encoding_ssr,
     library_internals,
     loading_ssr,
+    modeling_ssr,
     shared_components,
     subject_embeds,
     subject_request,
@@ -183,16 +184,18 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
         arguments = _by_name(stock_call, args, kwargs)
         if arguments.get("num_inference_steps") is not None:
             subject_embeds.check_count("num_inference_steps", arguments["num_inference_steps"])
-        self._check_ssr_loaded()
+        # read once, because another thread may exchange the encoder during the call
+        encoder = self._loaded_encoder()
         scale = self._layer_scales("subject_scale", self._ssr_scale if subject_scale is None else subject_scale)
         window = checks_ssr.check_window(subject_start, subject_end)
         if window is not None and "callback_on_step_end" not in stock_parameters:
             raise ValueError("`subject_start` and `subject_end` need a pipeline with `callback_on_step_end`.")
         num_prompts = _num_prompts(arguments)
         if subject is None:
-            text = _text_arguments(arguments)
+            text, encoders = _text_arguments(arguments), self._encoders()
+            encoder = encoders[-1]
             encoded = self._encode_subjects(
-                subject_image, subject_query, subject_mask, mask_weight, subject_resize_mode, text
+                encoders, subject_image, subject_query, subject_mask, mask_weight, subject_resize_mode, text
             )
             if num_prompts > 1 or isinstance(arguments.get("prompt"), list):
                 names = ", ".join(f"`{name}`" for name in references)
@@ -209,7 +212,7 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
             checks_ssr.check_unused(
                 of_references, _OWN_ARGUMENTS, "`subject` is encoded already: pass it to `encode_subject`"
             )
-            rows = checks_ssr.check_subjects(subject, num_prompts, self._check_encoded_here())
+            rows = checks_ssr.check_subjects(subject, num_prompts, self._check_encoded_by(encoder))
         rows = [subject_request.without_disabled_subjects(row, scale) for row in rows]
         if subject_in_controlnet:
             has_controlnet = getattr(self, "controlnet", None) is not None
@@ -225,7 +228,7 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
         request = subject_request.SubjectRequest(
             rows,
             num_prompts * (arguments.get("num_images_per_prompt") or 1),
-            self.ssr_encoder,
+            encoder,
             unet_hooks.find_unet(self.unet).dtype,
             scale,
             functools.partial(_branches, self),
@@ -235,7 +238,7 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
 
     def _draw(self, stock_call, arguments: dict, request: subject_request.SubjectRequest, window, in_controlnet: bool):
         """Runs the stock call, with a subject added to the UNet's forward passes."""
-        passes = unet_hooks.SubjectPasses(self.unet, self.ssr_encoder.config.attention_layers, request.conditions)
+        passes = unet_hooks.SubjectPasses(self.unet, request.encoder.config.attention_layers, request.conditions)
         if in_controlnet:
             passes.watch_controlnet(self.controlnet, request.tokens)
         attention_kwargs = arguments.get("cross_attention_kwargs") or {}
@@ -302,24 +305,26 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
             for layer in layers
         }
 
-    def _check_ssr_loaded(self) -> None:
-        """Raises a `ValueError` if the pipeline's components cannot generate a subject. Components that are only
-        needed to encode a reference picture may be absent."""
-        if self.ssr_encoder is None:
+    def _loaded_encoder(self) -> modeling_ssr.SSREncoder:
+        """Returns the SSR-Encoder. Raises a `ValueError` if the pipeline's components cannot generate a subject.
+        Components that are only needed to encode a reference picture may be absent."""
+        encoder = self.ssr_encoder
+        if encoder is None:
             raise ValueError("There is no SSR-Encoder in this pipeline yet: call `load_ssr` before drawing a subject.")
-        checks_ssr.check_fits(self.unet, self.ssr_encoder, self.ssr_image_encoder, self.text_encoder)
+        checks_ssr.check_fits(self.unet, encoder, self.ssr_image_encoder, self.text_encoder)
         checks_ssr.check_precision(self.text_encoder, self.unet)
-        checks_ssr.check_controlnet(getattr(self, "controlnet", None), self.ssr_encoder)
+        checks_ssr.check_controlnet(getattr(self, "controlnet", None), encoder)
+        return encoder
 
-    def _check_encoded_here(self) -> Callable[[subject_embeds.SubjectEmbeds], None]:
-        """Returns a function that checks whether a [`SubjectEmbeds`] was encoded by this pipeline's SSR-Encoder. The
-        encoder's fingerprint is only computed if it is needed."""
-        fingerprint = functools.cache(lambda: self.ssr_encoder.fingerprint(self._execution_device))
+    def _check_encoded_by(self, encoder: modeling_ssr.SSREncoder) -> Callable[[subject_embeds.SubjectEmbeds], None]:
+        """Returns a function that checks whether a [`SubjectEmbeds`] was encoded by an SSR-Encoder. The encoder's
+        fingerprint is only computed if it is needed."""
+        fingerprint = functools.cache(lambda: encoder.fingerprint(self._execution_device))
 
         def check(subject: subject_embeds.SubjectEmbeds) -> None:
             known = subject.fingerprint is not None
             width = subject.subjects[0].embeds.shape[-1]
-            if width != self.ssr_encoder.config.cross_attention_dim or (
+            if width != encoder.config.cross_attention_dim or (
                 known and not subject_embeds.same_fingerprint(subject.fingerprint, fingerprint())
             ):
                 raise ValueError(

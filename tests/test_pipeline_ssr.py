@@ -170,15 +170,15 @@ def test_an_error_in_a_callback_leaves_the_unet_unchanged(pipe):
     assert snapshot(pipe.unet) == state
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(pipe, dtype):
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float16, 3e-3), (torch.bfloat16, 2e-2)])
+def test_half_precision(pipe, dtype, tolerance):
     # torch before 2.5 samples different noise in half precision
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     images = pipe.to(dtype)(**subject_args(latents=latents.to(dtype))).images
     assert np.isfinite(images).all()
     expected = StableDiffusionSSRPipeline(**make_components(), **make_ssr_components(), requires_safety_checker=False)
     expected.set_progress_bar_config(disable=True)
-    assert np.abs(images - expected(**subject_args(latents=latents)).images).mean() < 0.05
+    assert np.abs(images - expected(**subject_args(latents=latents)).images).mean() < tolerance
 
 
 def test_set_ssr_scale_sets_the_default_of_later_calls(pipe):

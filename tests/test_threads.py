@@ -227,8 +227,9 @@ def test_an_own_encode_prompt_gets_a_copied_tokenizer(pipe, monkeypatch, own_cla
 
 
 @pytest.mark.parametrize("action", ["exchange", "unload"])
-def test_components_that_change_during_an_encode_do_not_change_it(pipe, action):
-    """Another thread exchanges the vision encoder, or removes the SSR-Encoder, while a query is encoded."""
+def test_components_that_change_during_a_call_do_not_change_it(pipe, subject, action):
+    """Another thread exchanges the vision encoder, or removes the SSR-Encoder, while a query or a prompt is
+    encoded."""
     _caches.clear()
     expected = pipe.encode_subject(make_picture(), "cat").subjects[0].embeds
     _caches.clear()
@@ -240,11 +241,18 @@ def test_components_that_change_during_an_encode_do_not_change_it(pipe, action):
         else:
             pipe.unload_ssr()
 
-    hook = pipe.text_encoder.register_forward_hook(change)
-    seen = pipe.encode_subject(make_picture(), "cat").subjects[0].embeds
-    hook.remove()
-    assert torch.equal(seen, expected)
-    pipe.load_ssr(encoder, image_encoder=vision)
+    def changed(function):
+        _caches.clear()
+        hook = pipe.text_encoder.register_forward_hook(change)
+        result = function()
+        hook.remove()
+        pipe.load_ssr(encoder, image_encoder=vision)
+        return result
+
+    assert torch.equal(changed(lambda: pipe.encode_subject(make_picture(), "cat").subjects[0].embeds), expected)
+    for given in ({"subject_image": make_picture(), "subject_query": "cat"}, {"subject": subject}):
+        images = pipe(**call_args(**given)).images
+        assert np.array_equal(changed(lambda given=given: pipe(**call_args(**given)).images), images)
     assert torch.equal(pipe.encode_subject(make_picture(), "cat").subjects[0].embeds, expected)
 
 
