@@ -4,8 +4,12 @@ The order of the rows depends only on the seed and the epoch, and each sample ha
 was interrupted therefore continues with the next row. A checkpoint only needs to store two numbers for each process.
 """
 
+import bz2
+import gzip
 import hashlib
+import io
 import json
+import lzma
 import os
 import tarfile
 from collections import deque
@@ -13,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import datasets
 import fsspec
@@ -39,12 +44,26 @@ MAX_ROW_BYTES = 2**27
 MAX_TEXT_BYTES = 2**20
 MAX_TEXT = 2**15
 MAX_SUBJECTS = 16
+MAX_ROW_FILES = 256
+# Limits for one entry of a shard that is not a file, such as an extended header, and for everything in a shard that
+# does not become part of a row. 1 MB can unpack to a gigabyte, or to two million headers.
+MAX_HEADER_BYTES = 2**16
+SKIPPED_HEADERS, SKIPPED_HEADERS_PER_FILE = 1000, 4
+SKIPPED_BYTES, SKIPPED_BYTES_PER_FILE = 2**24, 2**16
+READ_SIZE = 2**20
 
 Position = tuple[int, int]
 
 
 class BadSample(Exception):
     """A row that cannot be used for training. The message gives the reason."""
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a dataset on the Hub that is streamed."""
+
+    url: str
 
 
 @dataclass(frozen=True)
@@ -62,6 +81,10 @@ class Columns:
     query: str = "query"
     reference: str | None = None
     mask: str | None = None
+
+    def names(self) -> list[str]:
+        """Returns the names of all columns, sorted."""
+        return sorted({name for name in (self.image, self.caption, self.query, self.reference, self.mask) if name})
 
 
 def read_folder(folder: Path) -> list[dict]:
@@ -85,7 +108,11 @@ def read_folder(folder: Path) -> list[dict]:
 def _metadata_rows(file: Path) -> Iterator[dict]:
     try:
         for number, row in read_rows(file, errors="replace"):
-            yield row if isinstance(row, dict) else {"__key__": f"{file}, line {number}", ERROR_COLUMN: row}
+            yield (
+                _own_columns(row)
+                if isinstance(row, dict)
+                else {"__key__": f"{file}, line {number}", ERROR_COLUMN: row}
+            )
     except (OSError, ValueError) as error:
         yield {"__key__": str(file), ERROR_COLUMN: f"cannot be read: {error}"}
 
@@ -106,16 +133,106 @@ def _with_paths(row: dict, folder: Path, root: Path) -> dict:
     return columns
 
 
+class _Unpacked:
+    """
+    Reads a shard forwards, and decompresses it in small steps. (tarfile decompresses a block of the file completely,
+    and copies the result with each header that it reads.) What is not the content of a file for a row, such as folders,
+    extended headers and files without a suffix, counts against a budget, which grows with the files.
+    """
+
+    def __init__(self, stream: BinaryIO):
+        start = _Peeked(stream)
+        kinds = ((b"\x1f\x8b", gzip.GzipFile), (b"BZh", bz2.BZ2File), (b"\xfd7zXZ\0", lzma.LZMAFile))
+        opened = [
+            kind(fileobj=start) if kind is gzip.GzipFile else kind(start) for mark, kind in kinds if start.is_(mark)
+        ]
+        self.stream = opened[0] if opened else start
+        self.position = 0
+        self.headers, self.bytes = SKIPPED_HEADERS, SKIPPED_BYTES
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, position: int) -> None:
+        if position < self.position:
+            raise tarfile.ReadError("an entry ends before it begins")
+        while position > self.position:
+            if not self.read(min(position - self.position, READ_SIZE)):
+                raise tarfile.ReadError("unexpected end of data")
+
+    def read(self, size: int) -> bytes:
+        """Reads bytes that are not the content of a file for a row."""
+        self.bytes -= size
+        if self.bytes < 0:
+            raise tarfile.ReadError(f"more than {SKIPPED_BYTES:,} bytes do not belong to files of samples")
+        return self._read(size)
+
+    def count_header(self) -> None:
+        self.headers -= 1
+        if self.headers < 0:
+            raise tarfile.ReadError(f"more than {SKIPPED_HEADERS:,} headers do not belong to files of samples")
+
+    def content(self, member: tarfile.TarInfo) -> bytes:
+        """Reads the content of a file, and adds to the budget."""
+        self.seek(member.offset_data)
+        content = self._read(member.size)
+        if len(content) < member.size:
+            raise tarfile.ReadError("unexpected end of data")
+        self.headers = min(self.headers + SKIPPED_HEADERS_PER_FILE, SKIPPED_HEADERS)
+        self.bytes = min(self.bytes + SKIPPED_BYTES_PER_FILE, SKIPPED_BYTES)
+        return content
+
+    def _read(self, size: int) -> bytes:
+        read = io.BytesIO()
+        while read.tell() < size and (part := self.stream.read(min(size - read.tell(), READ_SIZE))):
+            read.write(part)
+        self.position += read.tell()
+        return read.getvalue()
+
+
+class _Peeked:
+    """A stream whose first bytes are known, without a need to seek in it."""
+
+    def __init__(self, stream: BinaryIO):
+        self.start, self.stream = stream.read(6), stream
+
+    def is_(self, mark: bytes) -> bool:
+        return self.start.startswith(mark)
+
+    def read(self, size: int) -> bytes:
+        if not self.start:
+            return self.stream.read(size)
+        part, self.start = self.start[:size], self.start[size:]
+        return part
+
+
 class _BoundedTarInfo(tarfile.TarInfo):
     """An entry of a shard with a limited size. tarfile itself reads the content of some entries into memory, such as a
-    long name, and does not limit the size that the entry declares."""
+    long name, and limits neither the size nor the number of these entries. It also takes a damaged header for the end
+    of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, archive):
+        archive.fileobj.count_header()
+        try:
+            return super().fromtarfile(archive)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:
+            raise tarfile.ReadError(str(error)) from error
 
     @classmethod
     def frombuf(cls, buf, encoding, errors):
         entry = super().frombuf(buf, encoding, errors)
-        if entry.size > MAX_TEXT_BYTES and entry.type not in tarfile.REGULAR_TYPES:
+        if entry.type == tarfile.GNUTYPE_SPARSE:
+            entry._refuse_sparse()
+        if entry.size < 0 or entry.size > MAX_HEADER_BYTES and entry.type not in tarfile.REGULAR_TYPES:
             raise tarfile.ReadError(f"an entry of type {entry.type!r} declares a size of {entry.size:,} bytes")
         return entry
+
+    def _refuse_sparse(self, *_):
+        raise tarfile.ReadError(f"{self.name!r:.80} is a sparse file")
+
+    # tarfile calls these methods for the three formats of sparse files with pax headers
+    _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _refuse_sparse
 
 
 def read_shards(shards: list[str]) -> Iterator[dict]:
@@ -131,11 +248,8 @@ def read_shards(shards: list[str]) -> Iterator[dict]:
         try:
             if "://" not in shard:
                 check_regular_file(shard, "train_data_dir")
-            with (
-                fsspec.open(shard, "rb") as stream,
-                tarfile.open(fileobj=stream, mode="r|*", tarinfo=_BoundedTarInfo) as archive,
-            ):
-                for key, field, content in _shard_files(archive):
+            with fsspec.open(shard, "rb") as stream:
+                for key, field, content in _shard_files(_Unpacked(stream)):
                     name = f"{shard}:{key}"
                     if row and row["__key__"] != name:
                         yield _with_lists(row)
@@ -143,8 +257,8 @@ def read_shards(shards: list[str]) -> Iterator[dict]:
                     columns = _shard_columns(field, content)
                     # a file in the shard takes precedence over a JSON entry of the same name, because the JSON entry
                     # is often only the original file name
-                    columns = {each: columns[each] for each in columns if not isinstance(row.get(each), bytes)}
-                    row = {**row, **columns, "__key__": name}
+                    row |= {each: columns[each] for each in columns if not isinstance(row.get(each), bytes)}
+                    row["__key__"] = name
             if row:
                 yield _with_lists(row)
         except Exception as error:  # a decompressor can raise any exception on corrupted data
@@ -153,25 +267,30 @@ def read_shards(shards: list[str]) -> Iterator[dict]:
             yield {"__key__": shard, ERROR_COLUMN: f"the rest of this shard cannot be read: {error}"}
 
 
-def _shard_files(archive: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
+def _shard_files(shard: _Unpacked) -> Iterator[tuple[str, str, bytes]]:
     """Yields the key, field and content of each file in a shard."""
-    last_key, size = None, 0
-    for member in archive:
-        folder, _, name = member.name.rpartition("/")
-        stem, _, field = name.partition(".")
-        if not member.isfile() or not stem or not field:
-            continue
-        key = f"{folder}/{stem}" if folder else stem
-        # the header of each file counts as well, otherwise a row could have an unlimited number of empty files
-        size = member.size + tarfile.BLOCKSIZE + (size if key == last_key else 0)
-        last_key = key
-        most = MAX_TEXT_BYTES if field.rpartition(".")[2] in ("json", "txt") else MAX_ROW_BYTES
-        if member.size > most or size > MAX_ROW_BYTES:
-            # the rest of the shard is not read, because skipping this file could mean decompressing gigabytes of zeros
-            raise ValueError(
-                f"{member.name!r:.80} needs {max(size, member.size):,} bytes, but at most {most:,} are allowed"
-            )
-        yield key, field, archive.extractfile(member).read()
+    last_key, size, count = None, 0, 0
+    with tarfile.TarFile(fileobj=shard, mode="r", tarinfo=_BoundedTarInfo) as archive:  # type: ignore[arg-type]
+        while (member := archive.next()) is not None:
+            # otherwise these grow with each entry
+            archive.members.clear()
+            archive.pax_headers.clear()
+            folder, _, name = member.name.rpartition("/")
+            stem, _, field = name.partition(".")
+            if not member.isfile() or not stem or not field:
+                continue
+            key = f"{folder}/{stem}" if folder else stem
+            size, count = (size, count) if key == last_key else (0, 0)
+            last_key, size, count = key, size + member.size, count + 1
+            most = MAX_TEXT_BYTES if field.rpartition(".")[2] in ("json", "txt") else MAX_ROW_BYTES
+            if not 0 <= member.size <= most or size > MAX_ROW_BYTES:
+                # the rest of the shard is not read, because skipping this file could mean decompressing gigabytes
+                raise ValueError(
+                    f"{member.name!r:.80} needs {max(size, member.size):,} bytes, but at most {most:,} are allowed"
+                )
+            if count > MAX_ROW_FILES:
+                raise ValueError(f"{key!r:.80} has more than {MAX_ROW_FILES:,} files")
+            yield key, field, shard.content(member)
 
 
 def _shard_columns(field: str, content: bytes) -> dict:
@@ -359,8 +478,8 @@ def _flat(row: dict) -> dict:
 
 def open_picture(value, min_size: int = 1, name: str = "image") -> Image.Image:
     """
-    Opens a picture from bytes, a `Path`, a dict with bytes or a path (the format of `datasets`), or a PIL image. The
-    result is upright and in RGB.
+    Opens a picture from bytes, a `Path`, a [`HubFile`], a dict with bytes (the format of `datasets`), or a PIL image.
+    The result is upright and in RGB.
 
     Raises:
         [`BadSample`]: if the picture is missing, cannot be decoded completely, is larger than
@@ -380,15 +499,16 @@ def _decode(value, name: str) -> Image.Image:
 
 
 def read_bytes(value, name: str = "image") -> bytes:
-    """Returns the bytes of a picture cell. Raises [`BadSample`] for an empty cell or more than `MAX_ROW_BYTES`."""
+    """Returns the bytes of a picture cell. Raises [`BadSample`] for an empty cell or more than `MAX_ROW_BYTES`. Of a
+    dict, only the bytes are used: its path, like any other text, comes from an untrusted file."""
     if isinstance(value, dict):
-        # only rows that `datasets` created can have a path here, see `_load_tables`
-        value = value.get("bytes") or value.get("path")
-        value = _read_file(value, name) if isinstance(value, str) and value else value
+        value = value.get("bytes")
     if isinstance(value, Image.Image):
         return value.mode.encode() + str(value.size).encode() + value.tobytes()
     if isinstance(value, Path):
         value = _read_file(str(value), name)
+    if isinstance(value, HubFile):
+        value = _read_file(value.url, name)
     if isinstance(value, str) and value:
         raise BadSample(f"{name} is the text {value!r:.80}, not a picture; in a folder, `file_name` names pictures")
     if not isinstance(value, (bytes, bytearray)) or not value:

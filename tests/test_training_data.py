@@ -7,6 +7,7 @@ import json
 import os
 import tarfile
 import tracemalloc
+import zlib
 from itertools import islice
 
 import datasets
@@ -190,17 +191,36 @@ def entry(name: str, content: bytes = b"", size: int | None = None, kind: bytes 
     return member.tobuf(tarfile.GNU_FORMAT) + content + b"\0" * (-len(content) % 512)
 
 
-def sparse_entry(name: str, size: int) -> bytes:
-    """An entry without content that is read as `size` zeros, as in sparse files of GNU tar."""
+def sparse_entry(name: str, size: int, more: bool = False) -> bytes:
+    """An entry without content that is read as `size` zeros, as in sparse files of GNU tar. `more` tells that the map
+    continues in the next block."""
     header = bytearray(entry(name, kind=tarfile.GNUTYPE_SPARSE))
+    header[482] = more
     header[483:495] = b"\x80" + size.to_bytes(11, "big")
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header[:512])
     return bytes(header)
 
 
+def extended_header(kind: bytes = tarfile.XHDTYPE, **values) -> bytes:
+    """A pax header with the given values for the next entry."""
+    records = [f" {name.replace('_', '.')}={value}\n" for name, value in values.items()]
+    # the number at the start of a record counts its own digits, so it is padded with zeros to six digits
+    return entry("pax", "".join(f"{len(record) + 6:06}{record}" for record in records).encode(), kind=kind)
+
+
+def gzipped(head: bytes, block: bytes = b"", count: int = 0) -> bytes:
+    """A gzip file with one member, in which `block` follows `count` times after `head`. The compressed block is copied,
+    so that this is fast even for gigabytes. The file is cut off after the last block."""
+    compressor = zlib.compressobj(9, wbits=31)
+    start = compressor.compress(head) + compressor.flush(zlib.Z_FULL_FLUSH)
+    return start + (compressor.compress(block) + compressor.flush(zlib.Z_FULL_FLUSH)) * count
+
+
 GOOD = entry("good.png", PICTURE) + entry("good.json", json.dumps(TEXTS).encode())
 HUGE = 20 * 10**9
+# a block of the map of a sparse file, which tells that another one follows
+SPARSE_MAP = b"%011o\0" % 1 * 42 + b"\1" + b"\0" * 7
 BAD_SHARDS = {
     "sparse": GOOD + sparse_entry("bomb.png", HUGE),
     "huge": GOOD + entry("bomb.png", size=HUGE) + b"\0" * 600,
@@ -208,6 +228,28 @@ BAD_SHARDS = {
     "a header": GOOD + entry("pax", size=HUGE, kind=tarfile.XHDTYPE),
     "zeros, gzipped": gzip.compress(GOOD + entry("bomb.png", size=2**28) + b"\0" * 2**24, 1),
     "zeros, bz2": bz2.compress(GOOD + entry("bomb.png", size=2**28) + b"\0" * 2**24, 9),
+    "folders, gzipped": gzip.compress(GOOD + entry("folder/", kind=tarfile.DIRTYPE) * 20_000, 1),
+    "4 GB of folders, gzipped": gzipped(GOOD, entry("folder/", kind=tarfile.DIRTYPE) * 8192, 1000),
+    "4 GB of files without suffix, gzipped": gzipped(GOOD, entry("bomb", b"\0" * 2**22), 1000),
+    "4 GB of zeros without suffix, gzipped": gzipped(GOOD + entry("bomb", size=2**32), b"\0" * 2**22, 1000),
+    "4 GB of zeros without suffix, bz2": bz2.compress(GOOD + entry("bomb", size=2**32) + b"\0" * 2**24, 9),
+    "4 GB of extended headers, gzipped": gzipped(GOOD, entry("pax", b"\0" * 2**16, kind=tarfile.XHDTYPE), 2**16),
+    "4 GB of headers for all files, gzipped": gzipped(
+        GOOD, extended_header(tarfile.XGLTYPE, comment="x" * 9999) + entry("file"), 2**16
+    ),
+    "4 GB of a map, gzipped": gzipped(GOOD + sparse_entry("bomb.png", 9, True), SPARSE_MAP * 2**13, 2**10),
+    "sparse in a header, 0.0": GOOD + extended_header(GNU_sparse_size=HUGE) + entry("bomb.png") * 2,
+    "sparse in a header, 0.1": GOOD + extended_header(GNU_sparse_map="0,1," * 9 + "0,1") + entry("bomb.png") * 2,
+    "sparse in a header, 1.0": gzipped(
+        GOOD + extended_header(GNU_sparse_major=1, GNU_sparse_minor=0) + entry("bomb.png"), b"1" * 2**22, 1000
+    ),
+    "size in a header": GOOD + extended_header(size=HUGE) + entry("bomb.png") * 2,
+    "negative size in a header": GOOD + extended_header(size=-5) + entry("bomb.png") * 2,
+    "negative size": GOOD + entry("bomb.png", size=-5) + GOOD,
+    "negative size of a folder": GOOD + entry("folder/", size=-4096, kind=tarfile.CONTTYPE) + GOOD,
+    "many files of one sample": GOOD + b"".join(entry(f"many.{index}.png") for index in range(2000)),
+    "damaged header": GOOD + b"x" * 512 + GOOD,
+    "half of a header": GOOD + GOOD[:300],
     "json": GOOD + entry("bomb.json", size=2**21),
     "noise": bytes(range(256)) * 40,
     "cut off": GOOD[:-500],
@@ -281,6 +323,38 @@ def test_pipes_and_folders_are_left_out_and_reported(tmp_path):
     assert all("is not a regular file" in reason for reason in samples.bad.values())
     with pytest.raises(BadSample, match="image cannot be read: .*not a regular file"):
         open_picture(tmp_path / "picture.png")
+
+
+@pytest.mark.parametrize("key", ["path", "bytes"])
+@pytest.mark.parametrize("form", ["{}", "file://{}", "local://{}", "simplecache::file://{}"])
+@pytest.mark.parametrize("column", ["image", "reference", "mask"])
+@pytest.mark.parametrize("kind", ["metadata.jsonl", "0.tar", "1.tar"])
+def test_json_does_not_name_files_to_open(tmp_path, monkeypatch, kind, column, form, key):
+    (tmp_path / "set").mkdir()
+    outside = tmp_path / "outside.png"
+    outside.write_bytes(PICTURE)
+    cell = {key: form.format(outside)}
+    row = {**TEXTS, column: [cell] if kind == "1.tar" and column != "image" else cell}
+    if kind == "metadata.jsonl":
+        (tmp_path / "set" / "good.png").write_bytes(PICTURE)
+        row = {"file_name": "good.png", "reference_file_name": "good.png", **row}
+        content = json.dumps(row).encode()
+    else:
+        parts = {"image": entry("0.png", PICTURE), "reference": entry("0.reference.png", PICTURE)}
+        content = b"".join(parts[part] for part in parts if part != column) + entry("0.json", json.dumps(row).encode())
+    (tmp_path / "set" / kind).write_bytes(content)
+    rows = load_rows(tmp_path / "set")
+    rows = FiniteRows(rows, 0, 1) if kind == "metadata.jsonl" else StreamedRows(rows, 0, 1)
+    prepare = Preparation(Columns(reference="reference", mask="mask"), make_image_processor(), 16, 16)
+    opened = []
+    monkeypatch.setattr("training_data._read_file", lambda path, name: opened.append(path) or PICTURE)
+    with pytest.raises(ValueError, match=f"{column} is (missing|the text)"):
+        next(iter(Samples(rows, prepare)))
+    assert not [path for path in opened if "outside" in path]
+
+
+def test_a_dict_of_a_dataset_holds_the_bytes_of_its_picture():
+    assert open_picture({"bytes": PICTURE, "path": "/etc/hostname"}).size == make_picture().size
 
 
 def test_paths_outside_of_the_folder_are_rejected(tmp_path):
