@@ -499,7 +499,10 @@ def main(arguments: Sequence[str] | None = None, build: Callable[..., SSREncoder
     args = parse_args(__doc__, [each.value for each in SchedulerType], arguments)
     check_args(args)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    rows = load_rows(args.train_data_dir, args.dataset_name, args.dataset_config_name, args.streaming)
+    columns = Columns(
+        args.image_column, args.caption_column, args.query_column, args.reference_column, args.mask_column
+    )
+    rows = load_rows(args.train_data_dir, args.dataset_name, args.dataset_config_name, args.streaming, columns.names())
     report_to = None if args.report_to == "none" else args.report_to
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -556,9 +559,6 @@ def main(arguments: Sequence[str] | None = None, build: Callable[..., SSREncoder
         }
         accelerator.init_trackers("train_ssr", config=config)
 
-    columns = Columns(
-        args.image_column, args.caption_column, args.query_column, args.reference_column, args.mask_column
-    )
     prepare = Preparation(
         columns, pipe.ssr_image_processor, args.resolution, args.min_image_size, cache, args.mask_query
     )

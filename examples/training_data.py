@@ -12,21 +12,26 @@ import json
 import lzma
 import os
 import tarfile
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO
 
 import datasets
 import fsspec
+import huggingface_hub
 import numpy as np
 import pyarrow.parquet
 import torch
 from datasets.distributed import split_dataset_by_node
-from diffusers_ssr.file_utils import check_regular_file
+from diffusers_ssr.file_utils import atomic_file, check_regular_file
 from diffusers_ssr.image_processing_ssr import open_image, preprocess, preprocess_mask, to_mask, to_pil
+from filelock import FileLock
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -51,6 +56,11 @@ MAX_HEADER_BYTES = 2**16
 SKIPPED_HEADERS, SKIPPED_HEADERS_PER_FILE = 1000, 4
 SKIPPED_BYTES, SKIPPED_BYTES_PER_FILE = 2**24, 2**16
 READ_SIZE = 2**20
+# Limits for a Parquet file: each row has its picture, which takes more than 16 bytes of the file, and pictures are
+# compressed already. Small files may have more rows, and unpack to more.
+SMALL_TABLE_ROWS, TABLE_ROW_BYTES, TABLE_RATIO = 4096, 16, 20
+# part of the names of copied tables; changes with the content of the copies
+TABLE_VERSION = 1
 
 Position = tuple[int, int]
 
@@ -330,10 +340,18 @@ def load_rows(
     dataset_name: str | None = None,
     dataset_config_name: str | None = None,
     streaming: bool = False,
+    columns: Sequence[str] | None = None,
 ):
     """
     Open a training set: a folder with `metadata.jsonl`, a folder of Parquet files or of WebDataset shards, or a
     dataset by name. Pictures are not decoded here, because `datasets` raises an error at the first broken picture.
+
+    Args:
+        train_data_dir (`str` or `Path`, *optional*): the folder.
+        dataset_name (`str`, *optional*), dataset_config_name (`str`, *optional*): the dataset, instead of a folder.
+        streaming (`bool`): read the rows one after the other, without a copy of the training set on the disk.
+        columns (`Sequence[str]`, *optional*): the only columns that are read from Parquet files and datasets. Without
+            it, all columns are read.
 
     Returns:
         A sequence of rows, or a `datasets.IterableDataset` of rows if `streaming` (shards are always streamed).
@@ -346,7 +364,8 @@ def load_rows(
             f"Pass either `train_data_dir` or `dataset_name`: got {str(train_data_dir)!r} and {dataset_name!r}."
         )
     if dataset_name is not None:
-        return _undecoded(datasets.load_dataset(dataset_name, dataset_config_name, split="train", streaming=streaming))
+        dataset = datasets.load_dataset(dataset_name, dataset_config_name, split="train", streaming=streaming)
+        return _with_files(_undecoded(dataset, columns), dataset_name, streaming)
     folder = Path(train_data_dir)
     if not folder.is_dir():
         raise ValueError(f"`train_data_dir` has to be a folder, but there is none at {folder}.")
@@ -355,7 +374,7 @@ def load_rows(
         return datasets.IterableDataset.from_generator(read_shards, gen_kwargs={"shards": shards})
     tables = sorted(folder.rglob("*.parquet"))
     if tables:
-        return _load_tables(tables, streaming)
+        return _load_tables(tables, streaming, columns)
     rows = read_folder(folder)
     if not rows:
         raise ValueError(f"`train_data_dir`: the metadata in {folder} does not name any picture.")
@@ -364,34 +383,271 @@ def load_rows(
     return rows
 
 
-def _load_tables(tables: list[Path], streaming: bool):
+def _load_tables(tables: list[Path], streaming: bool, columns: Sequence[str] | None):
+    faults = []
     for table in tables:
-        check_regular_file(table, "train_data_dir")
         try:
-            pyarrow.parquet.read_metadata(table)
+            _open_table(str(table), columns)
         except Exception as error:  # a parser can raise any exception on corrupted data
-            raise ValueError(f"`train_data_dir`: {table} is truncated or not a Parquet file: {error}") from error
-    files = list(map(str, tables))
-    dataset = _undecoded(datasets.load_dataset("parquet", data_files=files, split="train", streaming=streaming))
-    return dataset.map(_without_paths, batched=True) if streaming else dataset.with_transform(_without_paths)
+            faults.append(f"{table} is truncated or not a Parquet file that can be used: {error}")
+    if len(faults) == len(tables):
+        raise ValueError(f"`train_data_dir`: {faults[0]}")
+    names = list(map(str, tables))
+    if streaming:
+        # `datasets` divides lists among the processes, and passes on other values
+        given = {"tables": names, "columns": columns and tuple(columns)}
+        return datasets.IterableDataset.from_generator(read_tables, gen_kwargs=given)
+    return TableRows(names, columns)
 
 
-def _without_paths(batch: dict[str, list]) -> dict[str, list]:
-    """Removes the paths from picture cells. A table contains the bytes of its pictures, and a path in an untrusted
-    table could point to any file on this machine."""
-    return {
-        name: [{**value, "path": None} if isinstance(value, dict) and "path" in value else value for value in values]
-        for name, values in batch.items()
-    }
+def _open_table(table: str, columns: Sequence[str] | None) -> tuple[pyarrow.parquet.ParquetFile, pyarrow.Schema]:
+    """
+    Opens a Parquet file whose content has a sensible size, compared with the size of the file. The metadata of
+    `datasets` in the file is not used: it could name types of columns which open other files when they are read.
+
+    Returns:
+        The file, and the columns to read, with plain types. A picture is a struct with its bytes.
+
+    Raises:
+        `ValueError` or an exception of pyarrow: if the file cannot be used.
+    """
+    check_regular_file(table, "train_data_dir")
+    file = pyarrow.parquet.ParquetFile(table)
+    metadata, size = file.metadata, os.path.getsize(table)
+    names = file.schema_arrow.names
+    if len(set(names)) < len(names):
+        raise ValueError("several columns have the same name")
+    fields = [
+        pyarrow.field(field.name, _plain_type(field.type)) for field in file.schema_arrow if _plain_type(field.type)
+    ]
+    fields = [field for field in fields if field.name in (columns or names) and not field.name.startswith("__")]
+    if not fields:
+        raise ValueError(
+            f"it holds none of the columns {list(columns or [])} as text, pictures or numbers, but {names}"[:500]
+        )
+    rows = values = unpacked = 0
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        chunks = [group.column(index) for index in range(group.num_columns)]
+        # a dot separates the parts of a path
+        chunks = [
+            chunk for chunk in chunks if any(f"{chunk.path_in_schema}.".startswith(f"{each.name}.") for each in fields)
+        ]
+        rows += group.num_rows
+        values = max(values, *(chunk.num_values for chunk in chunks))
+        unpacked += sum(chunk.total_uncompressed_size for chunk in chunks)
+    _check_size("rows", rows, SMALL_TABLE_ROWS + size // TABLE_ROW_BYTES, size)
+    _check_size("values in a column", values, SMALL_TABLE_ROWS * MAX_SUBJECTS + size, size)
+    _check_size("unpacked bytes", unpacked, MAX_ROW_BYTES + TABLE_RATIO * size, size)
+    return file, pyarrow.schema(fields)
 
 
-def _undecoded(dataset):
-    for name, feature in (dataset.features or {}).items():
+def _check_size(kind: str, count: int, most: int, size: int) -> None:
+    if not 0 <= count <= most:
+        raise ValueError(f"it holds {count:,} {kind}, but at most {most:,} are allowed in a file of {size:,} bytes")
+
+
+def _plain_type(kind: pyarrow.DataType) -> pyarrow.DataType | None:
+    """Returns the type under which a column is read, or `None` if it is none of those of pictures, texts and numbers."""
+    types = pyarrow.types
+    if types.is_dictionary(kind):
+        return _plain_type(kind.value_type)
+    nested = []
+    if types.is_struct(kind):
+        nested = [kind.field(index).type for index in range(kind.num_fields)]
+    elif types.is_list(kind) or types.is_large_list(kind):
+        nested = [kind.value_type]
+    elif not any(
+        check(kind)
+        for check in (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary, types.is_integer,
+                      types.is_floating, types.is_boolean, types.is_null)
+    ):  # fmt: skip
+        return None
+    # the values of a dictionary inside of another type cannot be cast by all versions of pyarrow
+    return kind if all(_plain_type(each) == each for each in nested) else None
+
+
+def _table_batches(table: str, columns: Sequence[str] | None) -> Iterator[pyarrow.RecordBatch]:
+    """Yields the rows of a Parquet file in small batches. If the rest cannot be read, the last row has the reason in
+    `ERROR_COLUMN`."""
+    error_field = pyarrow.field(ERROR_COLUMN, pyarrow.string())
+    schema = pyarrow.schema([error_field])
+    try:
+        file, plain = _open_table(table, columns)
+        schema = plain.append(error_field)
+        size, unpacked = os.path.getsize(table), 0
+        for number in range(file.metadata.num_row_groups):
+            group = file.metadata.row_group(number)
+            # A small dictionary can stand for a large column, so the sizes of the rows are not known in advance. But
+            # no row is larger than the row group.
+            largest = sum(group.column(index).total_uncompressed_size for index in range(group.num_columns))
+            count = max(1, min(64, MAX_ROW_BYTES // 8 // max(1, largest)))
+            for batch in file.iter_batches(count, [number], plain.names, use_threads=False):
+                cells = [batch.column(batch.schema.get_field_index(field.name)) for field in plain]
+                cells = [cell.cast(field.type) for cell, field in zip(cells, plain, strict=True)]
+                errors = pyarrow.nulls(batch.num_rows, pyarrow.string())
+                batch = pyarrow.RecordBatch.from_arrays([*cells, errors], schema=schema)
+                unpacked += batch.nbytes
+                _check_size("unpacked bytes", unpacked, MAX_ROW_BYTES + TABLE_RATIO * size, size)
+                yield batch
+    except Exception as error:  # a parser can raise any exception on corrupted data
+        reason = f"the rest of this table cannot be read: {error}"
+        yield pyarrow.RecordBatch.from_pylist([{ERROR_COLUMN: reason}], schema=schema)
+
+
+def read_tables(tables: list[str], columns: Sequence[str] | None = None) -> Iterator[dict]:
+    """
+    Yields the rows of Parquet files, one file after the other. If a file is corrupted or unpacks to much more than its
+    size, the rows before that point are yielded, followed by a row with the reason in `ERROR_COLUMN`.
+
+    Args:
+        tables (`list[str]`): the files.
+        columns (`Sequence[str]`, *optional*): the only columns that are read.
+    """
+    for table in tables:
+        number = 0
+        for batch in _table_batches(table, columns):
+            for index in range(batch.num_rows):
+                yield _table_row(lambda: batch.slice(index, 1).to_pylist()[0], table, number)  # noqa: B023
+                number += 1
+
+
+def _table_row(read: Callable[[], dict], table: str, number: int) -> dict:
+    return {**_row_or_error(read), "__key__": f"{table}, row {number}"}
+
+
+class TableRows:
+    """
+    The rows of Parquet files with random access. A Parquet file can only be read in large parts, so each is first
+    copied to a memory-mapped file in the cache of `datasets`.
+
+    Args:
+        tables (`list[str]`): the files.
+        columns (`Sequence[str]`, *optional*): the only columns that are read.
+    """
+
+    def __init__(self, tables: list[str], columns: Sequence[str] | None = None):
+        self.tables = tables
+        self.copies = [_arrow_copy(table, columns) for table in tables]
+        self.ends = list(accumulate(len(_mapped(copy)) for copy in self.copies))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index: int) -> dict:
+        table = bisect_right(self.ends, index)
+        rows = _mapped(self.copies[table])
+        number = index - (self.ends[table] - len(rows))
+        return _table_row(lambda: rows[number], self.tables[table], number)
+
+
+# the number of files that are open at the same time is limited
+@lru_cache(maxsize=100)
+def _mapped(copy: Path) -> datasets.Dataset:
+    return datasets.Dataset.from_file(str(copy))
+
+
+def _arrow_copy(table: str, columns: Sequence[str] | None) -> Path:
+    """Copies the rows of a Parquet file to a file in the cache, unless it is there already, and returns that file."""
+    state = os.stat(table)
+    source = (os.path.abspath(table), state.st_size, state.st_mtime_ns, columns and sorted(columns), TABLE_VERSION)
+    key = hashlib.blake2b(repr(source).encode(), digest_size=20).hexdigest()
+    copy = Path(datasets.config.HF_DATASETS_CACHE) / "ssr_tables" / f"{key}.arrow"
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{copy}.lock"):
+        if not copy.exists():
+            with atomic_file(copy) as partial, pyarrow.OSFile(str(partial), "wb") as sink:
+                writer = None
+                for part in _joined(_table_batches(table, columns)):
+                    writer = writer or pyarrow.ipc.new_stream(sink, part.schema)
+                    writer.write_table(part)
+                if writer is None:  # there are no rows
+                    writer = pyarrow.ipc.new_stream(sink, pyarrow.schema([(ERROR_COLUMN, pyarrow.string())]))
+                writer.close()
+    return copy
+
+
+def _joined(batches: Iterable[pyarrow.RecordBatch]) -> Iterator[pyarrow.Table]:
+    """Joins batches, because a file of many small batches is slow to read."""
+    waiting, size = [], 0
+    for batch in batches:
+        if waiting and (size > 2**23 or len(waiting) >= 1000):
+            yield pyarrow.Table.from_batches(waiting).combine_chunks()
+            waiting, size = [], 0
+        waiting.append(batch)
+        size += batch.nbytes
+    if waiting:
+        yield pyarrow.Table.from_batches(waiting).combine_chunks()
+
+
+def _undecoded(dataset, columns: Sequence[str] | None):
+    """Returns the dataset without other columns, and with columns that `datasets` does not decode."""
+    features = dataset.features or {}
+    # the columns of a WebDataset shard are the suffixes of its files, see `_flat`
+    kept = [name for name in features if columns is None or name in columns or "__url__" in features]
+    decoded = {name: feature for name, feature in features.items() if name in kept and _is_decoded(feature)}
+    pictures = {}
+    for name, feature in decoded.items():
         if isinstance(feature, datasets.Image):
-            dataset = dataset.cast_column(name, datasets.Image(decode=False))
+            pictures[name] = datasets.Image(decode=False)
         elif isinstance(getattr(feature, "feature", None), datasets.Image):
-            dataset = dataset.cast_column(name, datasets.List(datasets.Image(decode=False)))
+            pictures[name] = datasets.List(datasets.Image(decode=False))
+    # other types than pictures, such as audio, open files or need more packages when they are decoded
+    kept = [name for name in kept if name in pictures or name not in decoded]
+    if len(kept) < len(features):
+        dataset = dataset.select_columns(kept)
+    for name, feature in pictures.items():
+        dataset = dataset.cast_column(name, feature)
     return dataset
+
+
+def _is_decoded(feature) -> bool:
+    """Whether `datasets` decodes values of a column, which can mean opening files."""
+    if isinstance(feature, dict):
+        return any(map(_is_decoded, feature.values()))
+    if isinstance(feature, (list, tuple)):
+        return any(map(_is_decoded, feature))
+    return hasattr(feature, "decode_example") or _is_decoded(getattr(feature, "feature", ()))
+
+
+def _with_files(dataset, dataset_name: str, streaming: bool):
+    """Replaces the pictures of a dataset by their bytes, or by the file that `datasets` has downloaded. A path to
+    any other file remains a text, which is not opened."""
+    features = dataset.features or {}
+    pictures = [name for name, feature in features.items() if _is_decoded(feature)]
+    cache = datasets.config
+    folders = [dataset_name, cache.HF_DATASETS_CACHE, cache.DOWNLOADED_DATASETS_PATH, cache.EXTRACTED_DATASETS_PATH]
+    folders += [huggingface_hub.constants.HF_HUB_CACHE]
+    known = [each for folder in folders for each in (os.path.abspath(folder), os.path.realpath(folder))]
+
+    def file(value):
+        if isinstance(value, list):
+            return list(map(file, value))
+        if not isinstance(value, dict) or value.get("bytes") or not value.get("path"):
+            return value
+        path = value["path"]
+        if "://" not in path:
+            return Path(path) if any(Path(os.path.abspath(path)).is_relative_to(folder) for folder in known) else path
+        *archives, last = path.split("::")
+        hub = last.startswith("hf://datasets/") and all(each.startswith(("zip://", "tar://")) for each in archives)
+        return HubFile(path) if hub else path
+
+    def replaced(batch: dict[str, list]) -> dict[str, list]:
+        return {name: list(map(file, values)) if name in pictures else values for name, values in batch.items()}
+
+    return dataset.map(replaced, batched=True) if streaming else dataset.with_transform(replaced)
+
+
+def row_at(rows, index: int) -> dict:
+    """Returns a row of a sequence, or a row with the reason in `ERROR_COLUMN` if it cannot be read."""
+    return _row_or_error(lambda: rows[index])
+
+
+def _row_or_error(read: Callable[[], dict]) -> dict:
+    try:
+        return read()
+    except Exception as error:  # such as a text in a table that is not UTF-8
+        return {ERROR_COLUMN: f"cannot be read: {error}"}
 
 
 class FiniteRows:
@@ -416,13 +672,15 @@ class FiniteRows:
         the row, the name of the row, and the row."""
         epoch, start = position
         count = len(self.rows)
+        if not count:
+            raise ValueError("The training set has no rows.")
         while True:
             order = np.random.default_rng([self.seed, epoch]).permutation(count)
             for place in range(start, count):
                 if (epoch * count + place) // self.batch_size % self.num_processes != self.process_index:
                     continue
                 index = int(order[place])
-                row = self.rows[index]
+                row = row_at(self.rows, index)
                 yield (epoch, place + 1), str(row.get("__key__", row.get("file_name", f"row {index}"))), row
             epoch, start = epoch + 1, 0
 

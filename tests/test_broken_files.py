@@ -3,6 +3,7 @@ memory."""
 
 import bz2
 import ctypes
+import gzip
 import io
 import json
 import os
@@ -20,7 +21,7 @@ from diffusers_ssr import SSREncoder, SubjectEmbeds
 from diffusers_ssr.image_processing_ssr import open_image
 from safetensors.torch import save_file
 from test_modeling_ssr import BAD_CONFIGS, OTHER_FILES, TWO_LAYERS, small_released
-from test_training_data import BAD_SHARDS, GOOD, TEXTS, gzipped
+from test_training_data import BAD_SHARDS, BAD_TABLES, GOOD, TEXTS, gzipped, write_bad_table
 from training_data import Columns, FiniteRows, Preparation, Samples, StreamedRows, load_rows
 
 
@@ -324,6 +325,22 @@ def test_broken_shards_need_little_time_and_memory(tmp_path, kind):
     (tmp_path / "0.tar").write_bytes(BAD_SHARDS[kind])
     (tmp_path / "1.tar").write_bytes(GOOD)
     check_samples(StreamedRows(load_rows(tmp_path), 0, 1), 2 if kind != "noise" else 1)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", BAD_TABLES)
+def test_tables_that_unpack_to_gigabytes_need_little_time_and_memory(tmp_path, monkeypatch, kind, streaming):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    write_bad_table(tmp_path / "set", kind)
+    assert (tmp_path / "set" / "bad.parquet").stat().st_size < 100_000
+    with Cost() as cost:
+        rows = load_rows(tmp_path / "set", streaming=streaming)
+        samples = check_samples(StreamedRows(rows, 0, 1) if streaming else FiniteRows(rows, 0, 1), 2)
+    assert cost.seconds < 1 and cost.memory < 200 * MEGABYTE
+    name, reason = list(samples.bad.items())[-1]
+    assert "bad.parquet" in name and ("the rest of this table cannot be read" in reason or not streaming)
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*.arrow")) < 200 * MEGABYTE
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

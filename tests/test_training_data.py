@@ -12,6 +12,9 @@ import zlib
 from itertools import islice
 
 import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import make_image_processor, make_picture
@@ -396,19 +399,68 @@ def test_paths_outside_of_the_folder_are_rejected(tmp_path):
     assert all("lies outside of" in samples.bad[str(index)] for index in (2, 3, 4, 5, 11, 13))
 
 
-def test_file_names_in_a_table_are_not_opened(tmp_path, monkeypatch):
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache of `datasets`."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+    return tmp_path / "cache"
+
+
+def write_table(file, features: dict | None = None, types: dict | None = None, **columns) -> None:
+    """Writes a Parquet file. `features` are the types that `datasets` would use."""
+    file.parent.mkdir(exist_ok=True)
+    table = pa.table({name: pa.array(cells, (types or {}).get(name)) for name, cells in columns.items()})
+    if features is not None:
+        texts = {name: {"dtype": "string", "_type": "Value"} for name in TEXTS}
+        described = {"info": {"features": {"image": {"_type": "Image"}, **texts, **features}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(described)})
+    pq.write_table(table, file, row_group_size=4)
+
+
+def good_cells(count: int) -> dict:
+    return {"image": [{"bytes": PICTURE, "path": None}] * count, "text": ["a cat"] * count, "query": ["cat"] * count}
+
+
+def table_samples(folder, streaming: bool, columns=None) -> Samples:
+    rows = load_rows(folder, streaming=streaming, columns=columns)
+    return Samples(StreamedRows(rows, 0, 1) if streaming else FiniteRows(rows, 0, 1), PREPARE)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_file_names_in_a_table_are_not_opened(tmp_path, cache, streaming):
     (tmp_path / "secret.png").write_bytes(PICTURE)
-    pictures = [{"bytes": PICTURE, "path": None}, {"bytes": None, "path": str(tmp_path / "secret.png")}]
-    features = datasets.Features(image=datasets.Image(), text=datasets.Value("string"), query=datasets.Value("string"))
-    (tmp_path / "set").mkdir()
-    table = datasets.Dataset.from_dict({"image": pictures, "text": ["a"] * 2, "query": ["b"] * 2}, features=features)
-    table.to_parquet(tmp_path / "set" / "train.parquet")
-    for streaming in (False, True):
-        rows = load_rows(tmp_path / "set", streaming=streaming)
-        samples = Samples(StreamedRows(rows, 0, 1) if streaming else FiniteRows(rows, 0, 1), PREPARE)
-        assert len(list(islice(samples, 3))) == 3 and set(samples.bad.values()) == {"image is missing"}
+    cells = good_cells(2)
+    cells["image"][1] = {"bytes": None, "path": str(tmp_path / "secret.png")}
+    write_table(tmp_path / "set" / "train.parquet", {}, **cells)
+    samples = table_samples(tmp_path / "set", streaming)
+    assert len(list(islice(samples, 3))) == 3
+    ((name, reason),) = samples.bad.items()
+    assert name.endswith("train.parquet, row 1") and reason == "image is missing"
+
+
+FILE_CELL = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "feature",
+    [
+        {"a": {"_type": "Image"}}, {"a": [{"_type": "Image"}]}, {"_type": "Audio"}, {"_type": "Video"}, {"_type": "Pdf"},
+        {"_type": "Unknown"}, {"_type": "Array2D", "shape": [10**5, 10**5], "dtype": "float32"}, {"_type": "Image"}, 3,
+    ],
+)  # fmt: skip
+def test_other_columns_of_a_table_are_not_opened(tmp_path, cache, feature, streaming):
+    os.mkfifo(tmp_path / "pipe")
+    cell, kind = {"bytes": None, "path": str(tmp_path / "pipe")}, FILE_CELL
+    if isinstance(feature, dict) and "a" in feature:
+        nested = isinstance(feature["a"], list)
+        cell, kind = {"a": [cell] if nested else cell}, pa.struct([("a", pa.list_(kind) if nested else kind)])
+    cells = {**good_cells(3), "extra": [cell] * 3}
+    write_table(tmp_path / "set" / "a.parquet", {"extra": feature}, {"extra": kind}, **cells)
+    for columns in (None, Columns().names()):
+        samples = table_samples(tmp_path / "set", streaming, columns)
+        assert len(list(islice(samples, 4))) == 4 and not samples.bad
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1" * 100, "pipe"])
@@ -421,22 +473,140 @@ def test_an_unreadable_parquet_file_raises_an_error(tmp_path, content):
         load_rows(tmp_path)
 
 
-def test_tables_with_broken_pictures_do_not_crash(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
-    columns = {
-        "image": [{"bytes": PICTURE, "path": None}, {"bytes": PICTURE[:300], "path": None}, None],
-        "text": ["a cat"] * 3,
-        "query": ["cat"] * 3,
-    }
-    features = datasets.Features(image=datasets.Image(), text=datasets.Value("string"), query=datasets.Value("string"))
-    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "train.parquet")
+def repeated(content: bytes, count: int) -> pa.DictionaryArray:
+    return pa.DictionaryArray.from_arrays(np.zeros(count, np.int32), pa.array([content]))
+
+
+# each is the column of pictures in a file of a few KB
+BAD_TABLES = {
+    "a million rows": lambda: repeated(b"x" * 5000, 10**6),
+    "4 GB in a dictionary": lambda: repeated(b"x" * 2**20, 4000),
+    "a list of a billion values": lambda: pa.array([[None] * 10**5] * 100, pa.list_(pa.binary())),
+    "a picture of 140 MB": lambda: [b"\0" * (14 * 10**7)],
+}
+
+
+def write_bad_table(folder, kind: str) -> None:
+    """Writes the Parquet file `bad.parquet`, and another one with a good row."""
+    picture = BAD_TABLES[kind]()
+    cells = {name: repeated(text.encode(), len(picture)) for name, text in TEXTS.items()}
+    table = pa.table({"image": picture, **cells})
+    options = {"use_dictionary": len(picture) > 1, "write_statistics": False, "dictionary_pagesize_limit": 2**22}
+    pq.write_table(table, folder / "bad.parquet", compression="zstd", **options)
+    write_table(folder / "good.parquet", {}, **good_cells(1))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", [b"", b"PAR1" * 100, "pipe", "cut off", "other columns"])
+def test_an_unusable_table_is_left_out(tmp_path, cache, kind, streaming):
+    file = tmp_path / "set" / "bad.parquet"
+    write_table(file, {}, **({"a": [1]} if kind == "other columns" else good_cells(9)))
+    write_table(tmp_path / "set" / "good.parquet", {}, **good_cells(1))
+    if kind == "pipe":
+        file.unlink()
+        os.mkfifo(file)
+    elif kind != "other columns":
+        file.write_bytes(file.read_bytes()[:-5] if kind == "cut off" else kind)
+    samples = table_samples(tmp_path / "set", streaming, Columns().names())
+    assert len(list(islice(samples, 3))) == 3
+    ((name, reason),) = samples.bad.items()
+    assert "bad.parquet" in name and "cannot be read" in reason
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("column", ["image", "extra"])
+def test_a_table_with_a_damaged_part(tmp_path, cache, column, streaming):
+    file = tmp_path / "set" / "a.parquet"
+    write_table(file, {}, **good_cells(12), extra=[f"some text {number}" for number in range(12)])
+    metadata, content = pq.read_metadata(file), bytearray(file.read_bytes())
+    damaged = metadata.row_group(1).column(0 if column == "image" else metadata.num_columns - 1)
+    start = damaged.dictionary_page_offset
+    content[start : start + damaged.total_compressed_size] = b"\xff" * damaged.total_compressed_size
+    file.write_bytes(content)
+    samples = table_samples(tmp_path / "set", streaming, Columns().names())
+    assert len(list(islice(samples, 12))) == 12
+    if column == "extra":  # is not read
+        assert not samples.bad
+    else:
+        ((name, reason),) = samples.bad.items()
+        assert name.endswith("a.parquet, row 4") and "the rest of this table cannot be read" in reason
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_text_that_is_not_utf8_is_a_bad_sample(tmp_path, cache, streaming):
+    cells = {**good_cells(3), "text": pa.array([b"a cat", b"\xff", b"a dog"]).view(pa.string())}
+    write_table(tmp_path / "set" / "a.parquet", **cells)
+    samples = table_samples(tmp_path / "set", streaming)
+    assert {sample["caption"] for sample in islice(samples, 4)} == {"a cat", "a dog"}
+    assert [name[-5:] for name in samples.bad] == ["row 1"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_tables_can_have_different_types(tmp_path, cache, streaming):
+    plain = {**good_cells(1), "image": [PICTURE]}
+    write_table(tmp_path / "set" / "0.parquet", {}, **good_cells(2))
+    write_table(tmp_path / "set" / "1.parquet", types={"image": pa.large_binary(), "text": pa.large_string()}, **plain)
+    write_table(tmp_path / "set" / "2.parquet", **{**plain, "text": pa.array(["a dog"]).dictionary_encode()})
+    write_table(tmp_path / "set" / "3.parquet", **{**plain, "query": [["cat", "mat"]]})
+    write_table(tmp_path / "set" / "4.parquet", image=[PICTURE], text=["no query"])
+    write_table(tmp_path / "set" / "5.parquet", **{**plain, "text": [3]})
+    write_table(tmp_path / "set" / "6.parquet", **good_cells(0))
+    samples = table_samples(tmp_path / "set", streaming)
+    read = [(sample["caption"], len(sample["queries"])) for sample in islice(samples, 10)]
+    assert sorted(set(read)) == [("a cat", 1), ("a cat", 2), ("a dog", 1)]
+    assert sorted(name[-16:] for name in samples.bad) == ["4.parquet, row 0", "5.parquet, row 0"]
+
+
+def test_a_changed_table_is_read_again(tmp_path, cache):
+    for text in ("a cat", "a dog", "a dog"):
+        write_table(tmp_path / "set" / "a.parquet", **{**good_cells(1), "text": [text]})
+        (sample,) = islice(table_samples(tmp_path / "set", False), 1)
+        assert sample["caption"] == text
+    assert len(list(cache.rglob("*.arrow"))) in (2, 3)
+
+
+def test_a_table_without_rows_raises_an_error(tmp_path, cache):
+    write_table(tmp_path / "a.parquet", {}, **good_cells(0))
     for streaming in (False, True):
-        rows = load_rows(tmp_path, streaming=streaming)
-        rows = StreamedRows(rows, 0, 2) if streaming else FiniteRows(rows, 0, 1)
-        samples = Samples(rows, PREPARE)
-        assert [sample["pixel_values"].shape for sample in islice(samples, 2)] == [(3, 16, 16)] * 2
-        assert len(samples.bad) >= 1
+        with pytest.raises(ValueError, match="has no rows"):
+            next(iter(table_samples(tmp_path, streaming)))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_tables_with_broken_pictures_do_not_crash(tmp_path, cache, streaming):
+    pictures = [{"bytes": PICTURE, "path": None}, {"bytes": PICTURE[:300], "path": None}, None]
+    write_table(tmp_path / "set" / "train.parquet", {}, **{**good_cells(3), "image": pictures})
+    samples = table_samples(tmp_path / "set", streaming)
+    assert [sample["pixel_values"].shape for sample in islice(samples, 2)] == [(3, 16, 16)] * 2
+    assert len(samples.bad) >= 1
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["pictures", "parquet"])
+def test_a_dataset_by_name_opens_only_its_own_files(tmp_path, cache, kind, streaming):
+    """A dataset by name can be a folder on this machine. Its pictures are files, and other types are not opened."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (tmp_path / "outside.png").write_bytes(PICTURE)
+    os.mkfifo(tmp_path / "pipe")
+    if kind == "pictures":
+        (folder / "1.png").write_bytes(PICTURE)
+        line = {"file_name": "1.png", **TEXTS, "extra": {"path": str(tmp_path / "pipe"), "bytes": None}}
+        (folder / "metadata.jsonl").write_text(json.dumps(line))
+    else:
+        paths = [str(tmp_path / "outside.png"), f"file://{tmp_path}/outside.png", str(folder / "../outside.png")]
+        cells = good_cells(1 + len(paths))
+        cells["image"][1:] = [{"bytes": None, "path": path} for path in paths]
+        extra = [{"a": {"bytes": None, "path": str(tmp_path / "pipe")}}] * len(cells["image"])
+        other = {"extra": {"a": {"_type": "Image"}}, "sound": {"_type": "Audio"}}
+        types = {"extra": pa.struct([("a", FILE_CELL)]), "sound": FILE_CELL}
+        write_table(folder / "a.parquet", other, types, **cells, extra=extra, sound=[each["a"] for each in extra])
+    for columns in (None, Columns().names()):
+        rows = load_rows(dataset_name=str(folder), streaming=streaming, columns=columns)
+        samples = Samples(StreamedRows(rows, 0, 1) if streaming else FiniteRows(rows, 0, 1), PREPARE)
+        assert len(list(islice(samples, 2))) == 2
+        assert len(samples.bad) == (3 if kind == "parquet" else 0)
+        assert all("is the text" in reason for reason in samples.bad.values())
 
 
 def test_shards_that_datasets_reads_itself(tmp_path):
