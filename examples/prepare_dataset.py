@@ -46,6 +46,7 @@ with needs("train"):
         open_picture,
         read_bytes,
         row_at,
+        row_name,
         summary,
     )
 
@@ -253,7 +254,7 @@ def prepare(
         try:
             return function(*arguments)
         except BadSample as error:
-            bad[str(row.get("__key__", row.get("file_name", f"row {place}")))] = str(error)
+            bad[row_name(row, f"row {place}")] = str(error)
             return None
 
     waiting = []

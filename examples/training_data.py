@@ -48,6 +48,7 @@ ERROR_COLUMN = "__error__"
 MAX_ROW_BYTES = 2**27
 MAX_TEXT_BYTES = 2**20
 MAX_TEXT = 2**15
+MAX_NAME = 2**10
 MAX_SUBJECTS = 16
 MAX_ROW_FILES = 256
 # Limits for one entry of a shard that is not a file, such as an extended header, and for everything in a shard that
@@ -643,6 +644,14 @@ def row_at(rows, index: int) -> dict:
     return _row_or_error(lambda: rows[index])
 
 
+def row_name(row: dict, default: str) -> str:
+    """Returns the name of a row for messages. Names in untrusted files can be long, have line breaks, or characters
+    that cannot be printed."""
+    name = str(row.get("__key__", row.get("file_name", default)))
+    name = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in name[-MAX_NAME:])
+    return name if name.strip() else default
+
+
 def _row_or_error(read: Callable[[], dict]) -> dict:
     try:
         return read()
@@ -681,7 +690,7 @@ class FiniteRows:
                     continue
                 index = int(order[place])
                 row = row_at(self.rows, index)
-                yield (epoch, place + 1), str(row.get("__key__", row.get("file_name", f"row {index}"))), row
+                yield (epoch, place + 1), row_name(row, f"row {index}"), row
             epoch, start = epoch + 1, 0
 
 
@@ -712,7 +721,7 @@ class StreamedRows:
             for count, row in enumerate(self.rows, 1):
                 if count > place:
                     row = _flat(row)
-                    yield (epoch, count), str(row.get("__key__", f"row {count} of epoch {epoch}")), row
+                    yield (epoch, count), row_name(row, f"row {count} of epoch {epoch}"), row
             if not count:
                 raise ValueError("The training set has no rows for this process: it needs more rows or more shards.")
             epoch, place = epoch + 1, 0
