@@ -281,7 +281,7 @@ def read_shards(shards: list[str]) -> Iterator[dict]:
 def _shard_files(shard: _Unpacked) -> Iterator[tuple[str, str, bytes]]:
     """Yields the key, field and content of each file in a shard."""
     last_key, size, count = None, 0, 0
-    with tarfile.TarFile(fileobj=shard, mode="r", tarinfo=_BoundedTarInfo) as archive:  # type: ignore[arg-type]
+    with tarfile.TarFile(fileobj=shard, mode="r", tarinfo=_BoundedTarInfo) as archive:
         while (member := archive.next()) is not None:
             # otherwise these grow with each entry
             archive.members.clear()

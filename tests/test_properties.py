@@ -9,12 +9,12 @@ from itertools import islice
 from pathlib import Path
 from unittest.mock import patch
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import training_data
 from conftest import make_image_processor
 from diffusers_ssr import SubjectEmbeds
 from diffusers_ssr.image_processing_ssr import (
@@ -260,9 +260,11 @@ def test_any_bytes_give_rows_or_reasons(content, suffix, file):
 OUTSIDE = st.sampled_from(["/etc/hostname", "../outside.png", "file:///etc/hostname", "outside.png", "good.png", "/dev/zero",
                            "http://localhost:9/a.png", "", ".", "\ud83d.png", "\0"])  # fmt: skip
 LEAF = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | OUTSIDE
-CELL = LEAF | st.lists(LEAF, max_size=3) | st.recursive(
-    LEAF, lambda each: st.lists(each, max_size=3) | st.dictionaries(st.sampled_from(["path", "bytes", "a"]), each), max_leaves=4
-)  # fmt: skip
+FILES = st.dictionaries(st.sampled_from(["path", "bytes"]), OUTSIDE, min_size=1)
+JSON_CELL = st.recursive(
+    LEAF | FILES, lambda each: st.lists(each, max_size=3) | st.dictionaries(st.sampled_from("ab"), each), max_leaves=4
+)
+CELL = LEAF | FILES | st.lists(LEAF | FILES, max_size=3) | JSON_CELL
 PARTS = ["image", "text", "query", "reference", "mask", "file_name", "mask_file_name", "reference_file_name", "_file_name",
          "image.0", "query.1", "reference.1", "__key__", "__error__", "__error___file_name", "__url__"]  # fmt: skip
 ROWS = st.dictionaries(st.sampled_from(PARTS), CELL, max_size=6)
@@ -281,6 +283,8 @@ def training_set():
 
 @settings(max_examples=100)
 @given(row=ROWS, whole=st.booleans(), kind=st.sampled_from(["metadata.jsonl", "0.tar"]))
+@example(row={"image": {"path": "/etc/hostname"}}, whole=True, kind="metadata.jsonl")
+@example(row={"mask": {"bytes": "file:///etc/hostname"}}, whole=True, kind="0.tar")
 @example(row={"file_name": "\ud83d.png"}, whole=True, kind="metadata.jsonl")
 def test_any_json_in_a_training_set_is_a_sample_or_named(row, whole, kind, training_set):
     """`whole` adds what a sample needs to the row, so that the other values meet more of the code."""
@@ -296,7 +300,7 @@ def test_any_json_in_a_training_set_is_a_sample_or_named(row, whole, kind, train
         file.write_text(f"{json.dumps(row)}\n{json.dumps(good)}\n")
     prepare = Preparation(Columns(reference="reference", mask="mask"), make_image_processor(), 16, 16)
     try:
-        with patch.object(fsspec, "open", wraps=fsspec.open) as opened:
+        with patch("training_data._read_file", wraps=training_data._read_file) as opened:
             rows = load_rows(training_set)
             samples = Samples(StreamedRows(rows, 0, 1) if kind == "0.tar" else FiniteRows(rows, 0, 1), prepare)
             assert len(list(islice(samples, 4))) == 4
@@ -304,7 +308,7 @@ def test_any_json_in_a_training_set_is_a_sample_or_named(row, whole, kind, train
         file.unlink()
     assert len(samples.bad) <= 1
     summary(samples.bad).encode()
-    assert all(Path(call.args[0]).parent == training_set for call in opened.call_args_list)
+    assert all(Path(call.args[0]).is_relative_to(training_set) for call in opened.call_args_list)
 
 
 @settings(max_examples=100)
