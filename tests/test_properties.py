@@ -267,7 +267,10 @@ JSON_CELL = st.recursive(
 CELL = LEAF | FILES | st.lists(LEAF | FILES, max_size=3) | JSON_CELL
 PARTS = ["image", "text", "query", "reference", "mask", "file_name", "mask_file_name", "reference_file_name", "_file_name",
          "image.0", "query.1", "reference.1", "__key__", "__error__", "__error___file_name", "__url__"]  # fmt: skip
-ROWS = st.dictionaries(st.sampled_from(PARTS), CELL, max_size=6)
+PICTURES = st.dictionaries(
+    st.sampled_from(["image", "reference", "mask"]), FILES | st.lists(FILES, max_size=2), max_size=1
+)
+ROWS = st.dictionaries(st.sampled_from(PARTS), CELL, max_size=6) | PICTURES
 
 
 @pytest.fixture(scope="module")
