@@ -158,7 +158,7 @@ def mask_values(mask: Any, name: str = "subject_mask", max_pixels: int | None = 
         raise ValueError(
             f"`{name}` has to be a PIL image, a numpy array or a torch tensor, but is {type(mask).__name__}."
         )
-    if mask.ndim == 3 and mask.shape[2] in (3, 4) and mask.shape[0] > 1:
+    if mask.size and mask.ndim == 3 and mask.shape[2] in (3, 4) and mask.shape[0] > 1:
         _check_pixels(mask.shape[0] * mask.shape[1], name, max_pixels)
         return _mask_of_colours(mask, name)
     _check_pixels(mask.size, name, max_pixels)

@@ -40,7 +40,8 @@ with needs("train"):
     import generate_batch
     import matplotlib
     from accelerate import PartialState
-    from training_data import PICTURE_SUFFIXES, BadSample, open_picture
+    from training_columns import PICTURE_SUFFIXES
+    from training_data import BadSample, open_picture
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

@@ -35,18 +35,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 with needs("train"):
     from accelerate import PartialState
-    from training_data import (
-        ERROR_COLUMN,
-        MAX_TEXT,
-        METADATA_FILES,
-        PICTURE_SUFFIXES,
-        BadSample,
-        StreamedRows,
-        load_rows,
-        open_picture,
-        read_bytes,
-        summary,
-    )
+    from training_columns import ERROR_COLUMN, MAX_TEXT, PICTURE_SUFFIXES
+    from training_data import BadSample, open_picture, read_bytes, summary
+    from training_rows import METADATA_FILES, StreamedRows, load_rows, row_at, row_name
 
 
 OPENINGS = re.compile(
@@ -151,12 +142,13 @@ class AestheticScore:
 
 def read_source(args: argparse.Namespace):
     """Returns the rows to prepare, as a sequence or as a stream."""
+    columns = [args.image_column, args.caption_column, args.query_column]
     if args.dataset_name is not None:
-        return load_rows(None, args.dataset_name, args.dataset_config_name, args.streaming)
+        return load_rows(None, args.dataset_name, args.dataset_config_name, args.streaming, columns)
     folder = args.source
     known = [*METADATA_FILES, "*.tar", "*.parquet"]
     if any(next(folder.rglob(pattern), None) is not None for pattern in known):
-        return load_rows(folder, streaming=args.streaming)
+        return load_rows(folder, streaming=args.streaming, columns=columns)
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
     if not files:
         raise ValueError(f"`source`: the folder {folder} holds no pictures.")
@@ -187,7 +179,7 @@ class _Part:
         return self.end - self.first
 
     def __iter__(self) -> Iterator[dict]:
-        return (self.rows[index] for index in range(self.first, self.end))
+        return (row_at(self.rows, index) for index in range(self.first, self.end))
 
 
 def _sidecar(row: dict, suffix: str) -> str:
@@ -251,7 +243,7 @@ def prepare(
         try:
             return function(*arguments)
         except BadSample as error:
-            bad[str(row.get("__key__", row.get("file_name", f"row {place}")))] = str(error)
+            bad[row_name(row, f"row {place}")] = str(error)
             return None
 
     waiting = []

@@ -5,7 +5,7 @@
 
 The folder `pictures` contains a `metadata.jsonl` with lines like
 {"file_name": "1.jpg", "text": "a cat on a sofa", "query": "cat"}. For Parquet files, datasets on the Hub and
-WebDataset shards, see training_data.py. The result can be loaded with `pipe.load_ssr("my-ssr")`.
+WebDataset shards, see training_rows.py. The result can be loaded with `pipe.load_ssr("my-ssr")`.
 
 If a target shows several subjects together, the row has lists, here with `--reference_column reference`:
 
@@ -50,7 +50,8 @@ with needs("train"):
     from accelerate import Accelerator
     from accelerate.logging import get_logger
     from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, gather_object, set_seed
-    from training_data import Columns, FeatureCache, FiniteRows, Preparation, Samples, StreamedRows, load_rows, summary
+    from training_data import Columns, FeatureCache, Preparation, Samples, summary
+    from training_rows import FiniteRows, StreamedRows, load_rows
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -499,7 +500,10 @@ def main(arguments: Sequence[str] | None = None, build: Callable[..., SSREncoder
     args = parse_args(__doc__, [each.value for each in SchedulerType], arguments)
     check_args(args)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    rows = load_rows(args.train_data_dir, args.dataset_name, args.dataset_config_name, args.streaming)
+    columns = Columns(
+        args.image_column, args.caption_column, args.query_column, args.reference_column, args.mask_column
+    )
+    rows = load_rows(args.train_data_dir, args.dataset_name, args.dataset_config_name, args.streaming, columns.names())
     report_to = None if args.report_to == "none" else args.report_to
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -556,9 +560,6 @@ def main(arguments: Sequence[str] | None = None, build: Callable[..., SSREncoder
         }
         accelerator.init_trackers("train_ssr", config=config)
 
-    columns = Columns(
-        args.image_column, args.caption_column, args.query_column, args.reference_column, args.mask_column
-    )
     prepare = Preparation(
         columns, pipe.ssr_image_processor, args.resolution, args.min_image_size, cache, args.mask_query
     )

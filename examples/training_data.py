@@ -1,46 +1,24 @@
-"""Training data: reads rows, leaves out the unusable ones with a reason, and turns the others into samples.
-
-The order of the rows depends only on the seed and the epoch, and each sample has a position in this order. A run that
-was interrupted therefore continues with the next row. A checkpoint only needs to store two numbers for each process.
-"""
+"""Turns the rows of a training set into samples, and leaves out the unusable ones with a reason."""
 
 import hashlib
 import json
-import os
-import tarfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
 import fsspec
 import numpy as np
-import pyarrow.parquet
 import torch
-from datasets.distributed import split_dataset_by_node
 from diffusers_ssr.file_utils import check_regular_file
 from diffusers_ssr.image_processing_ssr import open_image, preprocess, preprocess_mask, to_mask, to_pil
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from text_files import read_rows
+from training_columns import ERROR_COLUMN, MAX_ROW_BYTES, MAX_SUBJECTS, MAX_TEXT
+from training_rows import HubFile, Position
 from transformers import CLIPImageProcessor
-
-
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-METADATA_FILES = ("metadata.jsonl", "metadata.csv")
-# If a row could not be read, this column holds the reason. A metadata file is unlikely to use this name.
-ERROR_COLUMN = "__error__"
-# Limits for one row, for one text file in a shard, and for one text in a row. Without limits, a shard of 2 KB could
-# require 20 GB of memory.
-MAX_ROW_BYTES = 2**27
-MAX_TEXT_BYTES = 2**20
-MAX_TEXT = 2**15
-MAX_SUBJECTS = 16
-
-Position = tuple[int, int]
 
 
 class BadSample(Exception):
@@ -63,304 +41,15 @@ class Columns:
     reference: str | None = None
     mask: str | None = None
 
-
-def read_folder(folder: Path) -> list[dict]:
-    """
-    Reads the rows of every `metadata.jsonl` and `metadata.csv` in a folder of pictures. The path in `file_name`, which
-    is relative to the metadata file, becomes the column `image`, and `<name>_file_name` becomes the column `<name>`.
-    Pictures are not opened yet. A line that cannot be read becomes a row with the reason in `ERROR_COLUMN`.
-
-    Raises:
-        `ValueError`: if there is no metadata file.
-    """
-    files = sorted(file for name in METADATA_FILES for file in folder.rglob(name))
-    if not files:
-        raise ValueError(
-            f"`train_data_dir`: {folder} holds neither *.tar nor *.parquet nor one of {METADATA_FILES}, which name each"
-            " picture in `file_name` and hold its caption and query."
-        )
-    return [_with_paths(row, file.parent, folder) for file in files for row in _metadata_rows(file)]
-
-
-def _metadata_rows(file: Path) -> Iterator[dict]:
-    try:
-        for number, row in read_rows(file, errors="replace"):
-            yield row if isinstance(row, dict) else {"__key__": f"{file}, line {number}", ERROR_COLUMN: row}
-    except (OSError, ValueError) as error:
-        yield {"__key__": str(file), ERROR_COLUMN: f"cannot be read: {error}"}
-
-
-def _with_paths(row: dict, folder: Path, root: Path) -> dict:
-    columns = {}
-    for name, value in row.items():
-        columns[name] = value
-        if value and (name == "file_name" or name.endswith("_file_name")):
-            listed = value if isinstance(value, list) else [value]
-            # only a `Path` is opened later; plain text from an untrusted file is never opened as a path
-            paths = [each and Path(os.path.normpath(folder / str(each))) for each in listed]
-            if not all(path.is_relative_to(os.path.normpath(root)) for path in paths if path):
-                columns[ERROR_COLUMN] = f"{name} is {value!r:.80}, which lies outside of {root}"
-            columns[name.removesuffix("file_name").removesuffix("_") or "image"] = (
-                paths if isinstance(value, list) else paths[0]
-            )
-    return columns
-
-
-class _BoundedTarInfo(tarfile.TarInfo):
-    """An entry of a shard with a limited size. tarfile itself reads the content of some entries into memory, such as a
-    long name, and does not limit the size that the entry declares."""
-
-    @classmethod
-    def frombuf(cls, buf, encoding, errors):
-        entry = super().frombuf(buf, encoding, errors)
-        if entry.size > MAX_TEXT_BYTES and entry.type not in tarfile.REGULAR_TYPES:
-            raise tarfile.ReadError(f"an entry of type {entry.type!r} declares a size of {entry.size:,} bytes")
-        return entry
-
-
-def read_shards(shards: list[str]) -> Iterator[dict]:
-    """
-    Yields the rows of WebDataset shards, one shard after the other. The files with the same key form one row.
-    `key.jpg` (or another picture format) becomes the column `image`, `key.txt` becomes `text`, `key.mask.png` becomes
-    `mask`, and each entry of `key.json` becomes a column. `key.reference.0.png`, `key.reference.1.png` and so on
-    become a list in `reference`. If a shard is truncated or exceeds the limits for a row, the rows before that point
-    are yielded, followed by a row with the reason in `ERROR_COLUMN`.
-    """
-    for shard in shards:
-        row = {}
-        try:
-            if "://" not in shard:
-                check_regular_file(shard, "train_data_dir")
-            with (
-                fsspec.open(shard, "rb") as stream,
-                tarfile.open(fileobj=stream, mode="r|*", tarinfo=_BoundedTarInfo) as archive,
-            ):
-                for key, field, content in _shard_files(archive):
-                    name = f"{shard}:{key}"
-                    if row and row["__key__"] != name:
-                        yield _with_lists(row)
-                        row = {}
-                    columns = _shard_columns(field, content)
-                    # a file in the shard takes precedence over a JSON entry of the same name, because the JSON entry
-                    # is often only the original file name
-                    columns = {each: columns[each] for each in columns if not isinstance(row.get(each), bytes)}
-                    row = {**row, **columns, "__key__": name}
-            if row:
-                yield _with_lists(row)
-        except Exception as error:  # a decompressor can raise any exception on corrupted data
-            if row:
-                yield _with_lists(row)
-            yield {"__key__": shard, ERROR_COLUMN: f"the rest of this shard cannot be read: {error}"}
-
-
-def _shard_files(archive: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
-    """Yields the key, field and content of each file in a shard."""
-    last_key, size = None, 0
-    for member in archive:
-        folder, _, name = member.name.rpartition("/")
-        stem, _, field = name.partition(".")
-        if not member.isfile() or not stem or not field:
-            continue
-        key = f"{folder}/{stem}" if folder else stem
-        # the header of each file counts as well, otherwise a row could have an unlimited number of empty files
-        size = member.size + tarfile.BLOCKSIZE + (size if key == last_key else 0)
-        last_key = key
-        most = MAX_TEXT_BYTES if field.rpartition(".")[2] in ("json", "txt") else MAX_ROW_BYTES
-        if member.size > most or size > MAX_ROW_BYTES:
-            # the rest of the shard is not read, because skipping this file could mean decompressing gigabytes of zeros
-            raise ValueError(
-                f"{member.name!r:.80} needs {max(size, member.size):,} bytes, but at most {most:,} are allowed"
-            )
-        yield key, field, archive.extractfile(member).read()
-
-
-def _shard_columns(field: str, content: bytes) -> dict:
-    prefix, _, suffix = field.rpartition(".")
-    if "." + suffix.lower() in PICTURE_SUFFIXES:
-        return {prefix or "image": content}
-    if suffix == "json":
-        try:
-            columns = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            return {ERROR_COLUMN: f"{field} is not JSON: {error}"}
-        return _own_columns(columns) if isinstance(columns, dict) else {ERROR_COLUMN: f"{field} is not a JSON object"}
-    if suffix == "txt":
-        return {prefix or "text": content.decode("utf-8-sig", errors="replace").strip()}
-    return {field: content}
-
-
-def _own_columns(columns: dict) -> dict:
-    """Removes columns with names that start with `__`. These names are reserved for internal use."""
-    return {name: value for name, value in columns.items() if not name.startswith("__")}
-
-
-def _with_lists(row: dict) -> dict:
-    """Combines the columns `name.0`, `name.1`, ... into one list in `name`."""
-    columns, lists = {}, {}
-    for name, value in row.items():
-        stem, _, number = name.rpartition(".")
-        if stem and number.isdecimal() and len(number) < 9:
-            lists.setdefault(stem, {})[int(number)] = value
-        else:
-            columns[name] = value
-    return {**columns, **{stem: [values[number] for number in sorted(values)] for stem, values in lists.items()}}
-
-
-def load_rows(
-    train_data_dir: str | Path | None = None,
-    dataset_name: str | None = None,
-    dataset_config_name: str | None = None,
-    streaming: bool = False,
-):
-    """
-    Open a training set: a folder with `metadata.jsonl`, a folder of Parquet files or of WebDataset shards, or a
-    dataset by name. Pictures are not decoded here, because `datasets` raises an error at the first broken picture.
-
-    Returns:
-        A sequence of rows, or a `datasets.IterableDataset` of rows if `streaming` (shards are always streamed).
-
-    Raises:
-        `ValueError`: if no training set is found.
-    """
-    if (train_data_dir is None) == (dataset_name is None):
-        raise ValueError(
-            f"Pass either `train_data_dir` or `dataset_name`: got {str(train_data_dir)!r} and {dataset_name!r}."
-        )
-    if dataset_name is not None:
-        return _undecoded(datasets.load_dataset(dataset_name, dataset_config_name, split="train", streaming=streaming))
-    folder = Path(train_data_dir)
-    if not folder.is_dir():
-        raise ValueError(f"`train_data_dir` has to be a folder, but there is none at {folder}.")
-    shards = sorted(map(str, folder.rglob("*.tar")))
-    if shards:
-        return datasets.IterableDataset.from_generator(read_shards, gen_kwargs={"shards": shards})
-    tables = sorted(folder.rglob("*.parquet"))
-    if tables:
-        return _load_tables(tables, streaming)
-    rows = read_folder(folder)
-    if not rows:
-        raise ValueError(f"`train_data_dir`: the metadata in {folder} does not name any picture.")
-    if streaming:
-        raise ValueError("`streaming` is for WebDataset shards, Parquet files and datasets by name, not for a folder.")
-    return rows
-
-
-def _load_tables(tables: list[Path], streaming: bool):
-    for table in tables:
-        check_regular_file(table, "train_data_dir")
-        try:
-            pyarrow.parquet.read_metadata(table)
-        except Exception as error:  # a parser can raise any exception on corrupted data
-            raise ValueError(f"`train_data_dir`: {table} is truncated or not a Parquet file: {error}") from error
-    files = list(map(str, tables))
-    dataset = _undecoded(datasets.load_dataset("parquet", data_files=files, split="train", streaming=streaming))
-    return dataset.map(_without_paths, batched=True) if streaming else dataset.with_transform(_without_paths)
-
-
-def _without_paths(batch: dict[str, list]) -> dict[str, list]:
-    """Removes the paths from picture cells. A table contains the bytes of its pictures, and a path in an untrusted
-    table could point to any file on this machine."""
-    return {
-        name: [{**value, "path": None} if isinstance(value, dict) and "path" in value else value for value in values]
-        for name, values in batch.items()
-    }
-
-
-def _undecoded(dataset):
-    for name, feature in (dataset.features or {}).items():
-        if isinstance(feature, datasets.Image):
-            dataset = dataset.cast_column(name, datasets.Image(decode=False))
-        elif isinstance(getattr(feature, "feature", None), datasets.Image):
-            dataset = dataset.cast_column(name, datasets.List(datasets.Image(decode=False)))
-    return dataset
-
-
-class FiniteRows:
-    """Rows with random access. Each epoch uses a new permutation, and the processes take turns with one batch each.
-
-    Args:
-        rows (`Sequence[dict]`): the rows that `load_rows` returns.
-        seed (`int`): the seed of the permutations.
-        batch_size (`int`): the number of consecutive rows that a process takes.
-        process_index (`int`), num_processes (`int`): the index of this process and the number of processes.
-    """
-
-    def __init__(self, rows, seed: int, batch_size: int, process_index: int = 0, num_processes: int = 1):
-        self.rows = rows
-        self.seed = seed
-        self.batch_size = batch_size
-        self.process_index = process_index
-        self.num_processes = num_processes
-
-    def read(self, position: Position) -> Iterator[tuple[Position, str, dict]]:
-        """Yields rows endlessly, starting at `position` (epoch, place in the epoch). Each item is the position after
-        the row, the name of the row, and the row."""
-        epoch, start = position
-        count = len(self.rows)
-        while True:
-            order = np.random.default_rng([self.seed, epoch]).permutation(count)
-            for place in range(start, count):
-                if (epoch * count + place) // self.batch_size % self.num_processes != self.process_index:
-                    continue
-                index = int(order[place])
-                row = self.rows[index]
-                yield (epoch, place + 1), str(row.get("__key__", row.get("file_name", f"row {index}"))), row
-            epoch, start = epoch + 1, 0
-
-
-class StreamedRows:
-    """Rows from a stream, which can be larger than the disk. In each epoch, the order of the shards is shuffled, and
-    the rows are shuffled within a buffer. Each process reads different shards. If the shards cannot be divided evenly,
-    each process reads every `num_processes`-th row. To resume from a position, the rows before it are read, but not
-    decoded.
-
-    Args:
-        rows (`datasets.IterableDataset`): the rows that `load_rows` returns.
-        seed (`int`): the seed for shuffling.
-        buffer_size (`int`): the number of rows in the shuffle buffer.
-        process_index (`int`), num_processes (`int`): the index of this process and the number of processes.
-    """
-
-    def __init__(self, rows, seed: int, buffer_size: int = 1000, process_index: int = 0, num_processes: int = 1):
-        self.num_processes = num_processes
-        rows = rows.shuffle(seed=seed, buffer_size=buffer_size) if buffer_size > 1 else rows
-        self.rows = split_dataset_by_node(rows, process_index, num_processes) if num_processes > 1 else rows
-
-    def read(self, position: Position) -> Iterator[tuple[Position, str, dict]]:
-        """See [`FiniteRows.read`]."""
-        epoch, place = position
-        while True:
-            self.rows.set_epoch(epoch)
-            count = 0
-            for count, row in enumerate(self.rows, 1):
-                if count > place:
-                    row = _flat(row)
-                    yield (epoch, count), str(row.get("__key__", f"row {count} of epoch {epoch}")), row
-            if not count:
-                raise ValueError("The training set has no rows for this process: it needs more rows or more shards.")
-            epoch, place = epoch + 1, 0
-
-
-def _flat(row: dict) -> dict:
-    """Converts a row that `datasets` has read from a WebDataset shard to the columns that `read_shards` returns."""
-    if "__url__" not in row:
-        return row
-    columns = {}
-    for name, value in row.items():
-        prefix, _, suffix = name.rpartition(".")
-        if "." + suffix.lower() in PICTURE_SUFFIXES and value is not None:
-            columns[prefix or "image"] = value
-        elif suffix == "json" and isinstance(value, dict):
-            columns.update(_own_columns(value))
-        else:
-            columns["text" if name == "txt" else name] = value
-    return _with_lists(columns)
+    def names(self) -> list[str]:
+        """Returns the names of all columns, sorted."""
+        return sorted({name for name in (self.image, self.caption, self.query, self.reference, self.mask) if name})
 
 
 def open_picture(value, min_size: int = 1, name: str = "image") -> Image.Image:
     """
-    Opens a picture from bytes, a `Path`, a dict with bytes or a path (the format of `datasets`), or a PIL image. The
-    result is upright and in RGB.
+    Opens a picture from bytes, a `Path`, a [`HubFile`], a dict with bytes (the format of `datasets`), or a PIL image.
+    The result is upright and in RGB.
 
     Raises:
         [`BadSample`]: if the picture is missing, cannot be decoded completely, is larger than
@@ -380,15 +69,16 @@ def _decode(value, name: str) -> Image.Image:
 
 
 def read_bytes(value, name: str = "image") -> bytes:
-    """Returns the bytes of a picture cell. Raises [`BadSample`] for an empty cell or more than `MAX_ROW_BYTES`."""
+    """Returns the bytes of a picture cell. Raises [`BadSample`] for an empty cell or more than `MAX_ROW_BYTES`. Of a
+    dict, only the bytes are used: its path, like any other text, comes from an untrusted file."""
     if isinstance(value, dict):
-        # only rows that `datasets` created can have a path here, see `_load_tables`
-        value = value.get("bytes") or value.get("path")
-        value = _read_file(value, name) if isinstance(value, str) and value else value
+        value = value.get("bytes")
     if isinstance(value, Image.Image):
         return value.mode.encode() + str(value.size).encode() + value.tobytes()
     if isinstance(value, Path):
         value = _read_file(str(value), name)
+    if isinstance(value, HubFile):
+        value = _read_file(value.url, name)
     if isinstance(value, str) and value:
         raise BadSample(f"{name} is the text {value!r:.80}, not a picture; in a folder, `file_name` names pictures")
     if not isinstance(value, (bytes, bytearray)) or not value:

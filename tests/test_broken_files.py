@@ -21,8 +21,9 @@ from diffusers_ssr import SSREncoder, SubjectEmbeds
 from diffusers_ssr.image_processing_ssr import open_image
 from safetensors.torch import save_file
 from test_modeling_ssr import BAD_CONFIGS, OTHER_FILES, TWO_LAYERS, small_released
-from test_training_data import BAD_SHARDS, GOOD, TEXTS
-from training_data import Columns, FiniteRows, Preparation, Samples, StreamedRows, load_rows
+from test_training_data import BAD_SHARDS, BAD_TABLES, GOOD, TEXTS, gzipped, write_bad_table
+from training_data import Columns, Preparation, Samples
+from training_rows import FiniteRows, StreamedRows, load_rows
 
 
 MEGABYTE = 2**20
@@ -307,16 +308,15 @@ def test_broken_files_raise_an_error_with_little_time_and_memory(tmp_path, capsy
     assert not wrong
 
 
-@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress], ids=["gzip", "bz2"])
-def test_shard_with_three_gigabytes_of_zeros_is_skipped(tmp_path, compress):
-    member = tarfile.TarInfo("bomb.png")
+@pytest.mark.parametrize("name", ["bomb.png", "bomb"], ids=["picture", "no suffix"])
+@pytest.mark.parametrize("kind", ["gzip", "bz2"])
+def test_shard_with_three_gigabytes_of_zeros_is_skipped(tmp_path, kind, name):
+    member = tarfile.TarInfo(name)
     member.size = 3 * 10**9
     block = b"\0" * 10**7
-    head = GOOD + member.tobuf(tarfile.GNU_FORMAT) + block
-    if compress is bz2.compress:  # a bz2 file can consist of several streams
-        content = bz2.compress(head) + bz2.compress(block) * 299
-    else:
-        content = gzip.compress(head) + gzip.compress(block) * 299
+    head = GOOD + member.tobuf(tarfile.GNU_FORMAT)
+    # a bz2 file can consist of several streams
+    content = gzipped(head, block, 300) if kind == "gzip" else bz2.compress(head) + bz2.compress(block) * 300
     (tmp_path / "bomb.tar").write_bytes(content)
     check_samples(StreamedRows(load_rows(tmp_path), 0, 1), 1)
 
@@ -326,6 +326,22 @@ def test_broken_shards_need_little_time_and_memory(tmp_path, kind):
     (tmp_path / "0.tar").write_bytes(BAD_SHARDS[kind])
     (tmp_path / "1.tar").write_bytes(GOOD)
     check_samples(StreamedRows(load_rows(tmp_path), 0, 1), 2 if kind != "noise" else 1)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", BAD_TABLES)
+def test_tables_that_unpack_to_gigabytes_need_little_time_and_memory(tmp_path, monkeypatch, kind, streaming):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    write_bad_table(tmp_path / "set", kind)
+    assert (tmp_path / "set" / "bad.parquet").stat().st_size < 100_000
+    with Cost() as cost:
+        rows = load_rows(tmp_path / "set", streaming=streaming)
+        samples = check_samples(StreamedRows(rows, 0, 1) if streaming else FiniteRows(rows, 0, 1), 2)
+    assert cost.seconds < 1 and cost.memory < 200 * MEGABYTE
+    name, reason = list(samples.bad.items())[-1]
+    assert "bad.parquet" in name and ("the rest of this table cannot be read" in reason or not streaming)
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*.arrow")) < 200 * MEGABYTE
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

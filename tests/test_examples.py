@@ -226,7 +226,7 @@ def test_help_shows_commands_and_defaults(script, run, monkeypatch, capfd):
     ],
 )
 def test_missing_package_raises_an_error_with_the_extra(script, package, extra, run, monkeypatch):
-    for module in [name for name in sys.modules if name.partition(".")[0] in (package, "training_data", "train_ssr")]:
+    for module in [name for name in sys.modules if name.partition(".")[0] == package or name.startswith("train")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SystemExit) as ended:

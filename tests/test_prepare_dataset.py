@@ -13,7 +13,9 @@ from conftest import POCKET, make_image_processor, make_picture
 from PIL import Image
 from prepare_dataset import AestheticScore, query_from_caption
 from similarity import ClipFeatures
-from training_data import BadSample, Columns, Preparation, Samples, StreamedRows, load_rows, read_shards
+from training_data import BadSample, Columns, Preparation, Samples
+from training_rows import StreamedRows, load_rows
+from training_shards import read_shards
 from transformers import (
     BertTokenizer,
     BlipConfig,

@@ -1,13 +1,20 @@
 """Properties that hold for arbitrary and untrusted inputs. hypothesis searches for counterexamples."""
 
+import gzip
 import json
 import math
+import tarfile
 import tempfile
+from itertools import islice
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+import training_data
 from conftest import make_image_processor
 from diffusers_ssr import SubjectEmbeds
 from diffusers_ssr.image_processing_ssr import (
@@ -24,7 +31,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from PIL import Image
+from test_training_data import GOOD, PICTURE, TEXTS, entry
 from text_files import read_rows
+from training_data import Columns, Preparation, Samples, summary
+from training_rows import FiniteRows, StreamedRows, load_rows
+from training_shards import read_shards
+from training_tables import read_tables
 
 
 settings.register_profile("suite", max_examples=40, deadline=None, derandomize=True)
@@ -140,6 +152,8 @@ ANY_ARRAY = npst.arrays(
 @settings(max_examples=150)
 @given(array=ANY_ARRAY)
 @example(array=np.full((8, 8, 3), 2**15, np.uint16))
+@example(array=np.zeros((2, 0, 3), bool))
+@example(array=np.zeros((0, 2, 4), bool))
 def test_any_array_is_a_mask_or_rejected(array):
     for function in (mask_values, to_pil, lambda mask, name: to_mask(mask, (8, 8), name)):
         try:
@@ -235,3 +249,96 @@ def test_any_bytes_give_rows_or_reasons(content, suffix, file):
     table.write_bytes(content)
     for errors in ("strict", "replace"):
         assert all(isinstance(row, (dict, str)) for _, row in read_rows(table, errors=errors))
+
+
+# what a stranger's row can hold: any JSON, and the names of files in all forms
+OUTSIDE = st.sampled_from(["/etc/hostname", "../outside.png", "file:///etc/hostname", "outside.png", "good.png", "/dev/zero",
+                           "http://localhost:9/a.png", "", ".", "\ud83d.png", "\0"])  # fmt: skip
+LEAF = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | OUTSIDE
+FILES = st.dictionaries(st.sampled_from(["path", "bytes"]), OUTSIDE, min_size=1)
+JSON_CELL = st.recursive(
+    LEAF | FILES, lambda each: st.lists(each, max_size=3) | st.dictionaries(st.sampled_from("ab"), each), max_leaves=4
+)
+CELL = LEAF | FILES | st.lists(LEAF | FILES, max_size=3) | JSON_CELL
+PARTS = ["image", "text", "query", "reference", "mask", "file_name", "mask_file_name", "reference_file_name", "_file_name",
+         "image.0", "query.1", "reference.1", "__key__", "__error__", "__error___file_name", "__url__"]  # fmt: skip
+PICTURES = st.dictionaries(
+    st.sampled_from(["image", "reference", "mask"]), FILES | st.lists(FILES, max_size=2), max_size=1
+)
+ROWS = st.dictionaries(st.sampled_from(PARTS), CELL, max_size=6) | PICTURES
+
+
+@pytest.fixture(scope="module")
+def training_set():
+    """A folder with a picture, and with another picture beside the folder."""
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "set"
+        folder.mkdir()
+        (folder / "good.png").write_bytes(PICTURE)
+        (Path(parent) / "outside.png").write_bytes(PICTURE)
+        yield folder
+
+
+@settings(max_examples=100)
+@given(row=ROWS, whole=st.booleans(), kind=st.sampled_from(["metadata.jsonl", "0.tar"]))
+@example(row={"image": {"path": "/etc/hostname"}}, whole=True, kind="metadata.jsonl")
+@example(row={"mask": {"bytes": "file:///etc/hostname"}}, whole=True, kind="0.tar")
+@example(row={"file_name": "\ud83d.png"}, whole=True, kind="metadata.jsonl")
+def test_any_json_in_a_training_set_is_a_sample_or_named(row, whole, kind, training_set):
+    """`whole` adds what a sample needs to the row, so that the other values meet more of the code."""
+    if whole:
+        row = {**TEXTS, "reference_file_name": "good.png", "file_name": "good.png", **row}
+    file = training_set / kind
+    if kind == "0.tar":
+        pictures = entry("0.png", PICTURE) + entry("0.reference.png", PICTURE)
+        good = GOOD + entry("good.reference.png", PICTURE)
+        file.write_bytes(pictures * whole + entry("0.json", json.dumps(row).encode()) + good)
+    else:
+        good = {**TEXTS, "file_name": "good.png", "reference_file_name": "good.png"}
+        file.write_text(f"{json.dumps(row)}\n{json.dumps(good)}\n")
+    prepare = Preparation(Columns(reference="reference", mask="mask"), make_image_processor(), 16, 16)
+    try:
+        with patch("training_data._read_file", wraps=training_data._read_file) as opened:
+            rows = load_rows(training_set)
+            samples = Samples(StreamedRows(rows, 0, 1) if kind == "0.tar" else FiniteRows(rows, 0, 1), prepare)
+            assert len(list(islice(samples, 4))) == 4
+    finally:
+        file.unlink()
+    assert len(samples.bad) <= 1
+    summary(samples.bad).encode()
+    assert all(Path(call.args[0]).is_relative_to(training_set) for call in opened.call_args_list)
+
+
+@settings(max_examples=100)
+@given(data=st.data(), kind=st.sampled_from(["tar", "gz"]))
+def test_a_corrupted_shard_is_read_or_named(data, kind, training_set):
+    """Bytes are overwritten, removed or added at any place."""
+    content = bytearray(GOOD + entry("a.png", PICTURE) + entry("a.json", b"{}") + entry("b/", kind=tarfile.DIRTYPE))
+    content = bytearray(gzip.compress(content)) if kind == "gz" else content
+    # the headers are at the start of a block
+    place = st.integers(0, len(content) - 1) | st.integers(0, len(content) // 512 - 1).map(lambda block: 512 * block)
+    for _ in range(data.draw(st.integers(1, 3))):
+        start = data.draw(place) + data.draw(st.integers(0, 160))
+        content[start : start + data.draw(st.integers(0, 8))] = data.draw(st.binary(max_size=8))
+    file = training_set / "0.tar"
+    file.write_bytes(content)
+    rows = list(read_shards([str(file)]))
+    file.unlink()
+    assert rows and all(isinstance(row, dict) and row["__key__"].startswith(str(file)) for row in rows)
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_a_corrupted_table_is_read_or_named(data, training_set):
+    file = training_set / "a.parquet"
+    cells = {"image": [PICTURE] * 3, "text": ["a cat", "a dog", None], "query": [["a"], [], None]}
+    pq.write_table(pa.table(cells), file, row_group_size=2)
+    content = bytearray(file.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        # without the picture, which is most of the file
+        start = data.draw(st.integers(0, 100) | st.integers(len(content) - 900, len(content)))
+        content[start : start + data.draw(st.integers(0, 8))] = data.draw(st.binary(max_size=8))
+    file.write_bytes(content)
+    rows = list(read_tables([str(file)]))
+    file.unlink()
+    assert all(isinstance(row, dict) and row["__key__"].startswith(str(file)) for row in rows)

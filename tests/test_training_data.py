@@ -4,29 +4,24 @@ import bz2
 import gzip
 import io
 import json
+import lzma
 import os
 import tarfile
 import tracemalloc
+import zlib
 from itertools import islice
 
 import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import make_image_processor, make_picture
 from PIL import Image
-from training_data import (
-    BadSample,
-    Columns,
-    FeatureCache,
-    FiniteRows,
-    Preparation,
-    Samples,
-    StreamedRows,
-    load_rows,
-    open_picture,
-    read_shards,
-    summary,
-)
+from training_data import BadSample, Columns, FeatureCache, Preparation, Samples, open_picture, summary
+from training_rows import FiniteRows, StreamedRows, load_rows
+from training_shards import read_shards
 
 
 def encoded(picture: Image.Image, kind: str = "png") -> bytes:
@@ -190,17 +185,36 @@ def entry(name: str, content: bytes = b"", size: int | None = None, kind: bytes 
     return member.tobuf(tarfile.GNU_FORMAT) + content + b"\0" * (-len(content) % 512)
 
 
-def sparse_entry(name: str, size: int) -> bytes:
-    """An entry without content that is read as `size` zeros, as in sparse files of GNU tar."""
+def sparse_entry(name: str, size: int, more: bool = False) -> bytes:
+    """An entry without content that is read as `size` zeros, as in sparse files of GNU tar. `more` tells that the map
+    continues in the next block."""
     header = bytearray(entry(name, kind=tarfile.GNUTYPE_SPARSE))
+    header[482] = more
     header[483:495] = b"\x80" + size.to_bytes(11, "big")
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header[:512])
     return bytes(header)
 
 
+def extended_header(kind: bytes = tarfile.XHDTYPE, **values) -> bytes:
+    """A pax header with the given values for the next entry."""
+    records = [f" {name.replace('_', '.')}={value}\n" for name, value in values.items()]
+    # the number at the start of a record counts its own digits, so it is padded with zeros to six digits
+    return entry("pax", "".join(f"{len(record) + 6:06}{record}" for record in records).encode(), kind=kind)
+
+
+def gzipped(head: bytes, block: bytes = b"", count: int = 0) -> bytes:
+    """A gzip file with one member, in which `block` follows `count` times after `head`. The compressed block is copied,
+    so that this is fast even for gigabytes. The file is cut off after the last block."""
+    compressor = zlib.compressobj(9, wbits=31)
+    start = compressor.compress(head) + compressor.flush(zlib.Z_FULL_FLUSH)
+    return start + (compressor.compress(block) + compressor.flush(zlib.Z_FULL_FLUSH)) * count
+
+
 GOOD = entry("good.png", PICTURE) + entry("good.json", json.dumps(TEXTS).encode())
 HUGE = 20 * 10**9
+# a block of the map of a sparse file, which tells that another one follows
+SPARSE_MAP = b"%011o\0" % 1 * 42 + b"\1" + b"\0" * 7
 BAD_SHARDS = {
     "sparse": GOOD + sparse_entry("bomb.png", HUGE),
     "huge": GOOD + entry("bomb.png", size=HUGE) + b"\0" * 600,
@@ -208,6 +222,29 @@ BAD_SHARDS = {
     "a header": GOOD + entry("pax", size=HUGE, kind=tarfile.XHDTYPE),
     "zeros, gzipped": gzip.compress(GOOD + entry("bomb.png", size=2**28) + b"\0" * 2**24, 1),
     "zeros, bz2": bz2.compress(GOOD + entry("bomb.png", size=2**28) + b"\0" * 2**24, 9),
+    "folders, gzipped": gzip.compress(GOOD + entry("folder/", kind=tarfile.DIRTYPE) * 20_000, 1),
+    "4 GB of folders, gzipped": gzipped(GOOD, entry("folder/", kind=tarfile.DIRTYPE) * 8192, 1000),
+    "4 GB of files without suffix, gzipped": gzipped(GOOD, entry("bomb", b"\0" * 2**22), 1000),
+    "4 GB of zeros without suffix, gzipped": gzipped(GOOD + entry("bomb", size=2**32), b"\0" * 2**22, 1000),
+    "4 GB of zeros without suffix, bz2": bz2.compress(GOOD + entry("bomb", size=2**32) + b"\0" * 2**24, 9),
+    "4 GB of headers for all files, gzipped": gzipped(
+        GOOD, extended_header(tarfile.XGLTYPE, comment="x" * 9999) + entry("file"), 2**16
+    ),
+    "4 GB of a map, gzipped": gzipped(GOOD + sparse_entry("bomb.png", 9, True), SPARSE_MAP * 2**13, 2**10),
+    "sparse in a header, 0.0": GOOD + extended_header(GNU_sparse_size=9) + entry("bomb.png") * 2,
+    "sparse in a header, 0.1": GOOD + extended_header(GNU_sparse_map="0,1," * 9 + "0,1") + entry("bomb.png") * 2,
+    "sparse in a header, 1.0": gzipped(
+        GOOD
+        + extended_header(GNU_sparse_major=1, GNU_sparse_minor=0)
+        + entry("bomb.png", b"99999999999\n" + b"1\n" * 250),
+        b"1\n" * 2**21,
+        1000,
+    ),
+    "negative size in a header": GOOD + extended_header(size=-5) + entry("bomb.png") * 2,
+    "negative size": GOOD + entry("bomb.png", size=-5) + GOOD,
+    "many files of one sample": GOOD + b"".join(entry(f"many.{index}.png") for index in range(2000)),
+    "damaged header": GOOD + b"x" * 512 + GOOD,
+    "half of a header": GOOD + GOOD[:300],
     "json": GOOD + entry("bomb.json", size=2**21),
     "noise": bytes(range(256)) * 40,
     "cut off": GOOD[:-500],
@@ -229,6 +266,23 @@ def test_shards_that_exceed_the_size_limits_are_left_out(tmp_path, kind):
         return
     assert any("0.tar" in name for name in samples.bad)
     assert any("cannot be read" in reason for reason in samples.bad.values())
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, bz2.compress, lzma.compress])
+def test_compressed_shards_of_several_parts_are_read_completely(tmp_path, compress):
+    """Some tools write a compressed file in parts, which are compressed one by one."""
+    samples = [
+        entry(f"{number}.png", PICTURE) + entry(f"folder{number}/", kind=tarfile.DIRTYPE) for number in range(9)
+    ]
+    end = b"\0" * 1024
+    (tmp_path / "0.tar").write_bytes(b"".join(map(compress, [*samples, end])))
+    rows = list(read_shards([str(tmp_path / "0.tar")]))
+    assert [(row["__key__"][-1], row.get("image")) for row in rows] == [(str(i), PICTURE) for i in range(9)]
+
+
+def test_gzipped_blocks_are_one_member():
+    unpacked = zlib.decompressobj(wbits=31)
+    assert unpacked.decompress(gzipped(b"head", b"block", 3)) == b"head" + b"block" * 3 and not unpacked.unused_data
 
 
 @pytest.mark.parametrize(
@@ -283,6 +337,38 @@ def test_pipes_and_folders_are_left_out_and_reported(tmp_path):
         open_picture(tmp_path / "picture.png")
 
 
+@pytest.mark.parametrize("key", ["path", "bytes"])
+@pytest.mark.parametrize("form", ["{}", "file://{}", "local://{}", "simplecache::file://{}"])
+@pytest.mark.parametrize("column", ["image", "reference", "mask"])
+@pytest.mark.parametrize("kind", ["metadata.jsonl", "0.tar", "1.tar"])
+def test_json_does_not_name_files_to_open(tmp_path, monkeypatch, kind, column, form, key):
+    (tmp_path / "set").mkdir()
+    outside = tmp_path / "outside.png"
+    outside.write_bytes(PICTURE)
+    cell = {key: form.format(outside)}
+    row = {**TEXTS, column: [cell] if kind == "1.tar" and column != "image" else cell}
+    if kind == "metadata.jsonl":
+        (tmp_path / "set" / "good.png").write_bytes(PICTURE)
+        row = {"file_name": "good.png", "reference_file_name": "good.png", **row}
+        content = json.dumps(row).encode()
+    else:
+        parts = {"image": entry("0.png", PICTURE), "reference": entry("0.reference.png", PICTURE)}
+        content = b"".join(parts[part] for part in parts if part != column) + entry("0.json", json.dumps(row).encode())
+    (tmp_path / "set" / kind).write_bytes(content)
+    rows = load_rows(tmp_path / "set")
+    rows = FiniteRows(rows, 0, 1) if kind == "metadata.jsonl" else StreamedRows(rows, 0, 1)
+    prepare = Preparation(Columns(reference="reference", mask="mask"), make_image_processor(), 16, 16)
+    opened = []
+    monkeypatch.setattr("training_data._read_file", lambda path, name: opened.append(path) or PICTURE)
+    with pytest.raises(ValueError, match=f"{column} is (missing|the text)"):
+        next(iter(Samples(rows, prepare)))
+    assert not [path for path in opened if "outside" in path]
+
+
+def test_a_dict_of_a_dataset_holds_the_bytes_of_its_picture():
+    assert open_picture({"bytes": PICTURE, "path": "/etc/hostname"}).size == make_picture().size
+
+
 def test_paths_outside_of_the_folder_are_rejected(tmp_path):
     inside, outside = tmp_path / "set" / "a", tmp_path / "outside.png"
     inside.mkdir(parents=True)
@@ -303,19 +389,68 @@ def test_paths_outside_of_the_folder_are_rejected(tmp_path):
     assert all("lies outside of" in samples.bad[str(index)] for index in (2, 3, 4, 5, 11, 13))
 
 
-def test_file_names_in_a_table_are_not_opened(tmp_path, monkeypatch):
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache of `datasets`."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+    return tmp_path / "cache"
+
+
+def write_table(file, features: dict | None = None, types: dict | None = None, **columns) -> None:
+    """Writes a Parquet file. `features` are the types that `datasets` would use."""
+    file.parent.mkdir(exist_ok=True)
+    table = pa.table({name: pa.array(cells, (types or {}).get(name)) for name, cells in columns.items()})
+    if features is not None:
+        texts = {name: {"dtype": "string", "_type": "Value"} for name in TEXTS}
+        described = {"info": {"features": {"image": {"_type": "Image"}, **texts, **features}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(described)})
+    pq.write_table(table, file, row_group_size=4)
+
+
+def good_cells(count: int) -> dict:
+    return {"image": [{"bytes": PICTURE, "path": None}] * count, "text": ["a cat"] * count, "query": ["cat"] * count}
+
+
+def table_samples(folder, streaming: bool, columns=None) -> Samples:
+    rows = load_rows(folder, streaming=streaming, columns=columns)
+    return Samples(StreamedRows(rows, 0, 1) if streaming else FiniteRows(rows, 0, 1), PREPARE)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_file_names_in_a_table_are_not_opened(tmp_path, cache, streaming):
     (tmp_path / "secret.png").write_bytes(PICTURE)
-    pictures = [{"bytes": PICTURE, "path": None}, {"bytes": None, "path": str(tmp_path / "secret.png")}]
-    features = datasets.Features(image=datasets.Image(), text=datasets.Value("string"), query=datasets.Value("string"))
-    (tmp_path / "set").mkdir()
-    table = datasets.Dataset.from_dict({"image": pictures, "text": ["a"] * 2, "query": ["b"] * 2}, features=features)
-    table.to_parquet(tmp_path / "set" / "train.parquet")
-    for streaming in (False, True):
-        rows = load_rows(tmp_path / "set", streaming=streaming)
-        samples = Samples(StreamedRows(rows, 0, 1) if streaming else FiniteRows(rows, 0, 1), PREPARE)
-        assert len(list(islice(samples, 3))) == 3 and set(samples.bad.values()) == {"image is missing"}
+    cells = good_cells(2)
+    cells["image"][1] = {"bytes": None, "path": str(tmp_path / "secret.png")}
+    write_table(tmp_path / "set" / "train.parquet", {}, **cells)
+    samples = table_samples(tmp_path / "set", streaming)
+    assert len(list(islice(samples, 3))) == 3
+    ((name, reason),) = samples.bad.items()
+    assert name.endswith("train.parquet, row 1") and reason == "image is missing"
+
+
+FILE_CELL = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "feature",
+    [
+        {"a": {"_type": "Image"}}, {"a": [{"_type": "Image"}]}, {"_type": "Audio"}, {"_type": "Video"}, {"_type": "Pdf"},
+        {"_type": "Unknown"}, {"_type": "Array2D", "shape": [10**5, 10**5], "dtype": "float32"}, {"_type": "Image"}, 3,
+    ],
+)  # fmt: skip
+def test_other_columns_of_a_table_are_not_opened(tmp_path, cache, feature, streaming):
+    os.mkfifo(tmp_path / "pipe")
+    cell, kind = {"bytes": None, "path": str(tmp_path / "pipe")}, FILE_CELL
+    if isinstance(feature, dict) and "a" in feature:
+        nested = isinstance(feature["a"], list)
+        cell, kind = {"a": [cell] if nested else cell}, pa.struct([("a", pa.list_(kind) if nested else kind)])
+    cells = {**good_cells(3), "extra": [cell] * 3}
+    write_table(tmp_path / "set" / "a.parquet", {"extra": feature}, {"extra": kind}, **cells)
+    for columns in (None, Columns().names()):
+        samples = table_samples(tmp_path / "set", streaming, columns)
+        assert len(list(islice(samples, 4))) == 4 and not samples.bad
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1" * 100, "pipe"])
@@ -328,22 +463,140 @@ def test_an_unreadable_parquet_file_raises_an_error(tmp_path, content):
         load_rows(tmp_path)
 
 
-def test_tables_with_broken_pictures_do_not_crash(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
-    columns = {
-        "image": [{"bytes": PICTURE, "path": None}, {"bytes": PICTURE[:300], "path": None}, None],
-        "text": ["a cat"] * 3,
-        "query": ["cat"] * 3,
-    }
-    features = datasets.Features(image=datasets.Image(), text=datasets.Value("string"), query=datasets.Value("string"))
-    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "train.parquet")
+def repeated(content: bytes, count: int) -> pa.DictionaryArray:
+    return pa.DictionaryArray.from_arrays(np.zeros(count, np.int32), pa.array([content]))
+
+
+# each is the column of pictures in a file of a few KB
+BAD_TABLES = {
+    "a million rows": lambda: repeated(b"x" * 5000, 10**6),
+    "4 GB in a dictionary": lambda: repeated(b"x" * 2**20, 4000),
+    "a list of a billion values": lambda: pa.array([[None] * 10**5] * 100, pa.list_(pa.binary())),
+    "a picture of 140 MB": lambda: [b"\0" * (14 * 10**7)],
+}
+
+
+def write_bad_table(folder, kind: str) -> None:
+    """Writes the Parquet file `bad.parquet`, and another one with a good row."""
+    picture = BAD_TABLES[kind]()
+    cells = {name: repeated(text.encode(), len(picture)) for name, text in TEXTS.items()}
+    table = pa.table({"image": picture, **cells})
+    options = {"use_dictionary": len(picture) > 1, "write_statistics": False, "dictionary_pagesize_limit": 2**22}
+    pq.write_table(table, folder / "bad.parquet", compression="zstd", **options)
+    write_table(folder / "good.parquet", {}, **good_cells(1))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", [b"", b"PAR1" * 100, "pipe", "cut off", "other columns"])
+def test_an_unusable_table_is_left_out(tmp_path, cache, kind, streaming):
+    file = tmp_path / "set" / "bad.parquet"
+    write_table(file, {}, **({"a": [1]} if kind == "other columns" else good_cells(9)))
+    write_table(tmp_path / "set" / "good.parquet", {}, **good_cells(1))
+    if kind == "pipe":
+        file.unlink()
+        os.mkfifo(file)
+    elif kind != "other columns":
+        file.write_bytes(file.read_bytes()[:-5] if kind == "cut off" else kind)
+    samples = table_samples(tmp_path / "set", streaming, Columns().names())
+    assert len(list(islice(samples, 3))) == 3
+    ((name, reason),) = samples.bad.items()
+    assert "bad.parquet" in name and "cannot be read" in reason
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("column", ["image", "extra"])
+def test_a_table_with_a_damaged_part(tmp_path, cache, column, streaming):
+    file = tmp_path / "set" / "a.parquet"
+    write_table(file, {}, **good_cells(12), extra=[f"some text {number}" for number in range(12)])
+    metadata, content = pq.read_metadata(file), bytearray(file.read_bytes())
+    damaged = metadata.row_group(1).column(0 if column == "image" else metadata.num_columns - 1)
+    start = damaged.dictionary_page_offset
+    content[start : start + damaged.total_compressed_size] = b"\xff" * damaged.total_compressed_size
+    file.write_bytes(content)
+    samples = table_samples(tmp_path / "set", streaming, Columns().names())
+    assert len(list(islice(samples, 12))) == 12
+    if column == "extra":  # is not read
+        assert not samples.bad
+    else:
+        ((name, reason),) = samples.bad.items()
+        assert name.endswith("a.parquet, row 4") and "the rest of this table cannot be read" in reason
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_text_that_is_not_utf8_is_a_bad_sample(tmp_path, cache, streaming):
+    cells = {**good_cells(3), "text": pa.array([b"a cat", b"\xff", b"a dog"]).view(pa.string())}
+    write_table(tmp_path / "set" / "a.parquet", **cells)
+    samples = table_samples(tmp_path / "set", streaming)
+    assert {sample["caption"] for sample in islice(samples, 4)} == {"a cat", "a dog"}
+    assert [name[-5:] for name in samples.bad] == ["row 1"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_tables_can_have_different_types(tmp_path, cache, streaming):
+    plain = {**good_cells(1), "image": [PICTURE]}
+    write_table(tmp_path / "set" / "0.parquet", {}, **good_cells(2))
+    write_table(tmp_path / "set" / "1.parquet", types={"image": pa.large_binary(), "text": pa.large_string()}, **plain)
+    write_table(tmp_path / "set" / "2.parquet", **{**plain, "text": pa.array(["a dog"]).dictionary_encode()})
+    write_table(tmp_path / "set" / "3.parquet", **{**plain, "query": [["cat", "mat"]]})
+    write_table(tmp_path / "set" / "4.parquet", image=[PICTURE], text=["no query"])
+    write_table(tmp_path / "set" / "5.parquet", **{**plain, "text": [3]})
+    write_table(tmp_path / "set" / "6.parquet", **good_cells(0))
+    samples = table_samples(tmp_path / "set", streaming)
+    read = [(sample["caption"], len(sample["queries"])) for sample in islice(samples, 10)]
+    assert sorted(set(read)) == [("a cat", 1), ("a cat", 2), ("a dog", 1)]
+    assert sorted(name[-16:] for name in samples.bad) == ["4.parquet, row 0", "5.parquet, row 0"]
+
+
+def test_a_changed_table_is_read_again(tmp_path, cache):
+    for text in ("a cat", "a dog", "a dog"):
+        write_table(tmp_path / "set" / "a.parquet", **{**good_cells(1), "text": [text]})
+        (sample,) = islice(table_samples(tmp_path / "set", False), 1)
+        assert sample["caption"] == text
+    assert len(list(cache.rglob("*.arrow"))) in (2, 3)
+
+
+def test_a_table_without_rows_raises_an_error(tmp_path, cache):
+    write_table(tmp_path / "a.parquet", {}, **good_cells(0))
     for streaming in (False, True):
-        rows = load_rows(tmp_path, streaming=streaming)
-        rows = StreamedRows(rows, 0, 2) if streaming else FiniteRows(rows, 0, 1)
-        samples = Samples(rows, PREPARE)
-        assert [sample["pixel_values"].shape for sample in islice(samples, 2)] == [(3, 16, 16)] * 2
-        assert len(samples.bad) >= 1
+        with pytest.raises(ValueError, match="has no rows"):
+            next(iter(table_samples(tmp_path, streaming)))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_tables_with_broken_pictures_do_not_crash(tmp_path, cache, streaming):
+    pictures = [{"bytes": PICTURE, "path": None}, {"bytes": PICTURE[:300], "path": None}, None]
+    write_table(tmp_path / "set" / "train.parquet", {}, **{**good_cells(3), "image": pictures})
+    samples = table_samples(tmp_path / "set", streaming)
+    assert [sample["pixel_values"].shape for sample in islice(samples, 2)] == [(3, 16, 16)] * 2
+    assert len(samples.bad) >= 1
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["pictures", "parquet"])
+def test_a_dataset_by_name_opens_only_its_own_files(tmp_path, cache, kind, streaming):
+    """A dataset by name can be a folder on this machine. Its pictures are files, and other types are not opened."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (tmp_path / "outside.png").write_bytes(PICTURE)
+    os.mkfifo(tmp_path / "pipe")
+    if kind == "pictures":
+        (folder / "1.png").write_bytes(PICTURE)
+        line = {"file_name": "1.png", **TEXTS, "extra": {"path": str(tmp_path / "pipe"), "bytes": None}}
+        (folder / "metadata.jsonl").write_text(json.dumps(line))
+    else:
+        paths = [str(tmp_path / "outside.png"), f"file://{tmp_path}/outside.png", str(folder / "../outside.png")]
+        cells = good_cells(1 + len(paths))
+        cells["image"][1:] = [{"bytes": None, "path": path} for path in paths]
+        extra = [{"a": {"bytes": None, "path": str(tmp_path / "pipe")}}] * len(cells["image"])
+        other = {"extra": {"a": {"_type": "Image"}}, "sound": {"_type": "Audio"}}
+        types = {"extra": pa.struct([("a", FILE_CELL)]), "sound": FILE_CELL}
+        write_table(folder / "a.parquet", other, types, **cells, extra=extra, sound=[each["a"] for each in extra])
+    for columns in (None, Columns().names()):
+        rows = load_rows(dataset_name=str(folder), streaming=streaming, columns=columns)
+        samples = Samples(StreamedRows(rows, 0, 1) if streaming else FiniteRows(rows, 0, 1), PREPARE)
+        assert len(list(islice(samples, 2))) == 2
+        assert len(samples.bad) == (3 if kind == "parquet" else 0)
+        assert all("is the text" in reason for reason in samples.bad.values())
 
 
 def test_shards_that_datasets_reads_itself(tmp_path):
