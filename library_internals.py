@@ -14,10 +14,11 @@ import torch
 import transformers
 from torch import nn
 
+from . import versions_ssr
+
 
 __all__ = [
     "auto_pipeline_classes",
-    "check_versions",
     "precision_arguments",
     "clear_forward_hooks",
     "compiled_call",
@@ -35,31 +36,13 @@ __all__ = [
 ]
 
 
-OLDEST = {"torch": "2.4", "diffusers": "0.31", "transformers": "4.44"}
-
-
-def _parsed(version: str) -> tuple[int, ...]:
-    """Returns the major and minor number of a version."""
-    return tuple(int("".join(filter(str.isdigit, part)) or 0) for part in version.split(".")[:2])
-
-
-def check_versions() -> None:
-    """Raises an `ImportError` if a library is too old. pip checks the versions of the installed package, but not those
-    for code that is loaded from the Hub."""
-    for module in (torch, diffusers, transformers):
-        oldest = OLDEST[module.__name__]
-        if _parsed(module.__version__) < _parsed(oldest):
-            raise ImportError(
-                f"diffusers-ssr needs {module.__name__} {oldest} or newer, but {module.__version__} is installed."
-            )
-
-
-check_versions()
+# again, because a library that is copied to a folder can have the metadata of another version
+versions_ssr.check_versions()
 
 # The name of the precision argument of `from_pretrained` and `from_pipe`: `torch_dtype` before these versions, `dtype`
 # since then. Newer versions warn about the old name, and older versions ignore the new name.
-_DIFFUSERS_DTYPE = "dtype" if _parsed(diffusers.__version__) >= (0, 40) else "torch_dtype"
-_TRANSFORMERS_DTYPE = "dtype" if _parsed(transformers.__version__) >= (4, 56) else "torch_dtype"
+_DIFFUSERS_DTYPE = "dtype" if versions_ssr.parsed(diffusers.__version__) >= (0, 40) else "torch_dtype"
+_TRANSFORMERS_DTYPE = "dtype" if versions_ssr.parsed(transformers.__version__) >= (4, 56) else "torch_dtype"
 
 
 def precision_arguments(arguments: dict, library: str = "diffusers", default: torch.dtype | None = None) -> dict:

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import os
 import pickle
 import shutil
 import subprocess
@@ -45,6 +46,7 @@ from diffusers_ssr import (
     library_internals,
     mixin_ssr,
     ssr_pipeline_class,
+    versions_ssr,
 )
 from test_chains import make_controlnet
 from test_chains import picture as control_picture
@@ -854,15 +856,28 @@ def test_a_shallow_copy_shares_all_components(pipe):
 # Versions
 
 
-@pytest.mark.parametrize(
-    "library,version", [("torch", "2.3.1+cu121"), ("diffusers", "0.30.3"), ("transformers", "4.43.0")]
-)
-def test_old_versions_raise_an_error(library, version, monkeypatch):
-    monkeypatch.setattr(getattr(library_internals, library), "__version__", version)
-    oldest = library_internals.OLDEST[library]
+OLD = [("torch", "2.3.1+cu121"), ("diffusers", "0.30.3"), ("transformers", "4.43.0"), ("pillow", "10.0.1")]
+
+
+@pytest.mark.parametrize("package,version", OLD)
+def test_old_versions_raise_an_error(package, version, monkeypatch):
+    monkeypatch.setattr(sys.modules[{"pillow": "PIL"}.get(package, package)], "__version__", version)
+    oldest = versions_ssr.OLDEST[package]
     with pytest.raises(ImportError) as refused:
-        library_internals.check_versions()
-    assert str(refused.value) == f"diffusers-ssr needs {library} {oldest} or newer, but {version} is installed."
+        versions_ssr.check_versions()
+    assert str(refused.value) == f"diffusers-ssr needs {package} {oldest} or newer, but {version} is installed."
+
+
+def test_an_old_python_raises_an_error(monkeypatch):
+    monkeypatch.setattr(versions_ssr.sys, "version_info", (3, 9, 18, "final", 0))
+    with pytest.raises(ImportError, match=r"needs python 3.10 or newer, but 3.9.18 is installed"):
+        versions_ssr.check_versions()
+
+
+def test_the_oldest_versions_are_those_of_the_package():
+    described = (ROOT / "pyproject.toml").read_text()
+    for package, oldest in versions_ssr.OLDEST.items():
+        assert f'requires-python = ">={oldest}"' in described or f'"{package}>={oldest}"' in described
 
 
 def test_versions_are_checked_at_import():
@@ -873,10 +888,36 @@ def test_versions_are_checked_at_import():
     )
 
 
+@pytest.mark.parametrize("package,version", OLD)
+@pytest.mark.parametrize("entry", ["package", "pipeline", "pipeline_ssr", "pipeline_ssr_controlnet"])
+def test_versions_are_checked_before_the_libraries_are_imported(tmp_path, package, version, entry):
+    """An old library beside newer ones raises an error of its own when its modules are imported."""
+    name = {"pillow": "PIL"}.get(package, package)
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").write_text("raise RuntimeError('FLAX_WEIGHTS_NAME is missing')")
+    information = tmp_path / f"{package}-{version}.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+    if entry == "package":
+        code = "import diffusers_ssr"
+    else:  # as `custom_pipeline=` imports it: without the file of the package
+        (tmp_path / "copied").mkdir()
+        for file in ROOT.glob("*.py"):
+            if file.stem != "__init__":
+                shutil.copy(file, tmp_path / "copied")
+        code = f"import copied.{entry}"
+    paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stderr.splitlines()[-1] == (
+        f"ImportError: diffusers-ssr needs {package} {versions_ssr.OLDEST[package]} or newer, but {version} is installed."
+    )
+
+
 @pytest.mark.parametrize("version", ["2.4", "2.10.0", "3.0.0.dev0", "2.15.0a0+git"])
 def test_versions_are_compared_as_numbers(version, monkeypatch):
     monkeypatch.setattr(torch, "__version__", version)
-    library_internals.check_versions()
+    versions_ssr.check_versions()
 
 
 @pytest.mark.parametrize("given", [{"dtype": torch.float16}, {"torch_dtype": torch.float16}, {"dtype": None}, {}])
