@@ -23,6 +23,7 @@ from .subject_request import SubjectRequest  # noqa: F401
 from .token_merging import merge_tokens  # noqa: F401
 from .unet_hooks import SubjectPasses  # noqa: F401
 from .versions_ssr import check_versions  # noqa: F401
+from .weight_files import read_header  # noqa: F401
 
 
 class StableDiffusionSSRPipeline(SSRPipelineMixin, StableDiffusionPipeline):
