@@ -24,6 +24,7 @@ __all__ = [
     "compiled_call",
     "disable_offloading",
     "expand_block_scales",
+    "offloading",
     "reapply_group_offloading",
     "register_auto_pipeline",
     "set_compiled_call",
@@ -73,6 +74,16 @@ def disable_offloading(pipeline) -> tuple[bool, bool, bool]:
 
     model, sequential, *group = LoraBaseMixin._optionally_disable_offloading(pipeline)
     return model, sequential, any(group)
+
+
+def offloading(pipeline) -> tuple[bool, bool]:
+    """Returns whether model offloading or sequential offloading is enabled, and whether it is sequential offloading. It
+    looks for the same hooks as `disable_offloading`, and changes nothing."""
+    hooks = [getattr(each, "_hf_hook", None) for each in pipeline.components.values() if isinstance(each, nn.Module)]
+    # several hooks of one module are in a `SequentialHook`
+    hooks = [getattr(hook, "hooks", [hook])[0] for hook in hooks if hook is not None]
+    kinds = {type(hook).__name__ for hook in hooks}
+    return bool(kinds & {"CpuOffload", "AlignDevicesHook"}), "AlignDevicesHook" in kinds
 
 
 def expand_block_scales(unet: Any, scale: dict) -> dict[str, float]:

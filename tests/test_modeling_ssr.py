@@ -345,17 +345,27 @@ def test_output_attentions():
         (torch.tensor([1.0, -float("inf")]).half(), False),
         (torch.tensor([1.0, float("nan")], device="meta"), True),
         (torch.tensor([1, 2]), True),
-        (torch.tensor([1.0, float("nan")]).to(torch.float8_e4m3fn), True),
+        (torch.tensor([1.0, float("nan")]).to(torch.float8_e4m3fn), False),
+        (torch.tensor([1.0, 2.0]).to(torch.float8_e5m2), True),
+        (torch.zeros(0, 3), True),
+        (torch.tensor([float("inf"), -float("inf")]).bfloat16(), False),
+        (torch.tensor([65504.0, 65504.0]).half(), True),
     ],
-    ids=["finite", "nan", "inf in half precision", "meta", "whole numbers", "8 bits"],
+    ids=[
+        "finite",
+        "nan",
+        "inf in half precision",
+        "meta",
+        "whole numbers",
+        "nan in 8 bits",
+        "8 bits",
+        "empty",
+        "inf of both signs",
+        "a sum that overflows",
+    ],  # fmt: skip
 )
 def test_is_finite(tensor, finite):
     assert modeling_ssr.is_finite(tensor) is finite
-
-
-@pytest.mark.parametrize("count,named", [(0, "none"), (1, "0"), (3, "0, 1, 2"), (5, "0, 1, 2 and 2 more")])
-def test_some_names_lists_at_most_the_first_names(count, named):
-    assert modeling_ssr.some_names([str(index) for index in range(count)]) == named
 
 
 def test_a_missing_folder_raises_an_os_error(tmp_path):

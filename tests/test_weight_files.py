@@ -104,3 +104,8 @@ def test_a_file_without_a_header_is_rejected(tmp_path, content):
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(ValueError, match="not a safetensors file"):
         read(tmp_path / "file")
+
+
+@pytest.mark.parametrize("count,named", [(0, "none"), (1, "0"), (3, "0, 1, 2"), (5, "0, 1, 2 and 2 more")])
+def test_some_names_lists_at_most_the_first_names(count, named):
+    assert weight_files.some_names([str(index) for index in range(count)]) == named
