@@ -445,9 +445,10 @@ def _load_image_encoder(source, folder: str, kwargs: dict) -> CLIPVisionModel:
         source = beside
     kwargs = library_internals.precision_arguments(kwargs, "transformers")
     named = f"`image_encoder_folder`: {folder!r} of {source}"
+    vision: Any = CLIPVisionModel
     try:
-        _check_image_encoder_files(source, folder, kwargs)
-        model, info = CLIPVisionModel.from_pretrained(source, subfolder=folder, output_loading_info=True, **kwargs)
+        kwargs = _check_image_encoder_files(source, folder, kwargs)
+        model, info = vision.from_pretrained(source, subfolder=folder, output_loading_info=True, **kwargs)
     except (OSError, ImportError):
         raise
     except Exception as error:  # transformers raises a `RuntimeError` for a wrong shape, and others for a wrong config
@@ -467,23 +468,28 @@ def _check_finite(model: nn.Module, named: str) -> None:
         raise ValueError(f"{named} holds weights that are not finite numbers: {weight_files.some_names(broken)}.")
 
 
-def _check_image_encoder_files(source: Any, folder: str, kwargs: dict) -> None:
-    """Raises a `ValueError` if the config or the weights cannot be those of a vision encoder, before they are loaded."""
-    file = weight_files.check_config(source, folder, kwargs)
+def _check_image_encoder_files(source: Any, folder: str, kwargs: dict) -> dict:
+    """Raises a `ValueError` if the config or the weights cannot be those of a vision encoder, before they are loaded.
+    Returns the arguments with which `from_pretrained` loads the files that were checked."""
+    file, kwargs = weight_files.check_config(source, folder, kwargs)
     if file is None:
-        return
-    config = CLIPVisionConfig.from_pretrained(file)
+        return kwargs
+    try:
+        config = CLIPVisionConfig.from_pretrained(file)
+    except OSError as error:  # it is not JSON
+        raise ValueError(str(error)) from error
     if getattr(config, "quantization_config", None):  # a quantized encoder has other weights
-        return
+        return kwargs
     _check_vision_config(config)
     with torch.device("meta"):
         model = CLIPVisionModel(config)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     names = SAFE_WEIGHTS_NAME, WEIGHTS_NAME
     weight_files.check_weights(source, folder, names, kwargs, shapes, strict=False)
+    return {**kwargs, "force_download": False}  # the check has downloaded the files
 
 
-def _check_vision_config(config: CLIPVisionConfig) -> None:
+def _check_vision_config(config: Any) -> None:
     """Raises a `ValueError` if a size is not a positive whole number, or too large. transformers would allocate memory
     for any size."""
     most = {
@@ -563,7 +569,7 @@ def _load_image_processor(path, subfolder: str, kwargs) -> CLIPImageProcessor | 
     kwargs = {name: value for name, value in kwargs.items() if name not in others}
     named = f"`image_processor_folder`: {subfolder!r} of {path}"
     try:
-        file = weight_files.check_config(path, subfolder, kwargs, "preprocessor_config.json")
+        file, kwargs = weight_files.check_config(path, subfolder, kwargs, "preprocessor_config.json")
     except ValueError as error:
         raise ValueError(f"{named} holds no usable image processor: {error}") from error
     try:

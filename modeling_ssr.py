@@ -333,7 +333,7 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
             info.
 
         Raises:
-            `OSError`: if the file or repository does not exist, or if the config is not JSON.
+            `OSError`: if the file or repository does not exist.
             `ValueError`: if the config is not valid for an encoder, if a file is broken or too large, or if a weight is
                 missing, unexpected, of a wrong dtype or shape, or not finite. The sizes are checked before memory is
                 allocated.
@@ -342,9 +342,7 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
         with_info = kwargs.pop("output_loading_info", False)
         kwargs = library_internals.precision_arguments(kwargs)
         try:
-            cls._check_files(pretrained_model_name_or_path, kwargs)
-            if kwargs.get("force_download"):
-                kwargs["force_download"] = False  # the check has downloaded the files
+            kwargs = cls._check_files(pretrained_model_name_or_path, kwargs)
             loaded = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         except (OSError, ImportError):
             raise
@@ -363,22 +361,29 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
         return (model, info) if with_info else model  # type: ignore[return-value]  # same as in diffusers
 
     @classmethod
-    def _check_files(cls, source: Any, kwargs: Mapping[str, Any]) -> None:
-        """Raises a `ValueError` if the config or the weights cannot be those of an encoder, before they are loaded."""
+    def _check_files(cls, source: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Raises a `ValueError` if the config or the weights cannot be those of an encoder, before they are loaded.
+        Returns the arguments with which `ModelMixin.from_pretrained` loads the files that were checked."""
+        if source is None:
+            return kwargs
         subfolder = kwargs.get("subfolder")
-        file = None if source is None else weight_files.check_config(source, subfolder, kwargs)
+        file, kwargs = weight_files.check_config(source, subfolder, kwargs)
         if file is None or kwargs.get("use_flashpack") or kwargs.get("ignore_mismatched_sizes"):
-            return
-        config = cls.load_config(os.fspath(file))
+            return kwargs
+        try:
+            config = cls.load_config(os.fspath(file))
+        except OSError as error:  # it is not JSON
+            raise ValueError(str(error)) from error
         # a quantized encoder has other weights
         if not isinstance(config, dict) or config.get("quantization_config"):
-            return
+            return kwargs
         known = inspect.signature(cls.__init__).parameters
         with torch.device("meta"):
             model = cls(**{name: value for name, value in {**config, **kwargs}.items() if name in known})
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         names = diffusers.utils.SAFETENSORS_WEIGHTS_NAME, diffusers.utils.WEIGHTS_NAME
         weight_files.check_weights(source, subfolder, names, kwargs, shapes)
+        return {**kwargs, "force_download": False}  # the check has downloaded the files
 
     @classmethod
     def from_released(

@@ -5,7 +5,8 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable
-from typing import Any, BinaryIO
+from io import BufferedReader
+from typing import Any
 
 import torch
 
@@ -77,12 +78,12 @@ def read_subject_file(
     return subjects, tensors
 
 
-def _read_tensor(file: BinaryIO, name: str, entry: weight_files.Entry) -> torch.Tensor:
+def _read_tensor(file: BufferedReader, name: str, entry: weight_files.Entry) -> torch.Tensor:
     """Reads a tensor and checks its values."""
     tensor = torch.empty(entry.shape, dtype=_DTYPES[entry.dtype], device="cpu")
     file.seek(entry.start)
     # The file can become shorter while it is read. numpy has no bfloat16, so it gets the bytes of the tensor.
-    if file.readinto(tensor.flatten().view(torch.uint8).numpy()) != entry.num_bytes:
+    if file.readinto(tensor.flatten().view(torch.uint8).numpy().data) != entry.num_bytes:
         raise ValueError("it is truncated")
     _check_values(name, tensor)
     return tensor

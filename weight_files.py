@@ -4,6 +4,7 @@ files can come from untrusted sources."""
 import json
 import math
 import os
+import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -130,12 +131,31 @@ def check_small(file: Path, most: int = MAX_CONFIG_BYTES) -> None:
         raise ValueError(f"{file.name} has {size:,} bytes, more than the {most:,} that are accepted")
 
 
-def check_config(source: Any, subfolder: str | None, arguments: Mapping[str, Any], name: str = "config.json") -> Any:
-    """Returns the path of a config, see [`find_file`], and raises a `ValueError` if it is too large."""
-    file = find_file(source, subfolder, name, arguments)
+def check_config(
+    source: Any, subfolder: str | None, arguments: Mapping[str, Any], name: str = "config.json"
+) -> tuple[Path | None, dict[str, Any]]:
+    r"""
+    Check the size of a config before it is read.
+
+    Args:
+        source, subfolder, name, arguments:
+            See [`find_file`].
+
+    Returns:
+        `tuple[Path, dict]`: the file, see [`find_file`], and the arguments for `from_pretrained`. Their revision is the
+        commit of the file, so that the other files are of the same commit, and those that are in the cache are used
+        without a request.
+
+    Raises:
+        `ValueError`: if the file is too large.
+    """
+    file, given = find_file(source, subfolder, name, arguments), dict(arguments)
     if file is not None:
         check_small(file)
-    return file
+        commit = re.search(r"/snapshots/([0-9a-f]{40})/", file.as_posix())
+        if commit and not os.path.isdir(source):
+            given["revision"] = commit[1]
+    return file, given
 
 
 def check_pickle(file: str | os.PathLike, most: int | None = None) -> bool:
@@ -227,21 +247,19 @@ def _weight_files(
 ) -> list[Path]:
     """Returns the file with the weights, or all of its shards. The list is empty if there is none."""
     variant, safetensors = arguments.get("variant"), arguments.get("use_safetensors")
-    wanted = {True: names[:1], False: names[1:]}.get(safetensors, names)
-    for name in wanted:
+    for name in names if safetensors is None else names[:1] if safetensors else names[1:]:
         stem, _, ending = name.rpartition(".")
-        # diffusers has written the names of indices in two ways
-        indices = [f"{name}.index.json"]
+        single, indices = name, [f"{name}.index.json"]
         if variant:
-            name = f"{stem}.{variant}.{ending}"
-            indices = [f"{stem}.{ending}.index.{variant}.json", f"{stem}.{ending}.{variant}.index.json"]
-        for index in indices:
-            file = find_file(source, subfolder, index, arguments)
+            single = f"{stem}.{variant}.{ending}"
+            # diffusers has written the names of indices in two ways
+            indices = [f"{name}.index.{variant}.json", f"{name}.{variant}.index.json"]
+        # diffusers prefers the shards; on the Hub, a file that does not exist costs a request each time
+        order = [*indices, single] if os.path.isdir(source) else [single, *indices]
+        for each in order:
+            file = find_file(source, subfolder, each, arguments)
             if file is not None:
-                return _shards(source, subfolder, file, arguments)
-        file = find_file(source, subfolder, name, arguments)
-        if file is not None:
-            return [file]
+                return [file] if each == single else _shards(source, subfolder, file, arguments)
     return []
 
 

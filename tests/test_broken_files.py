@@ -313,6 +313,7 @@ def encoder_folders(folder: Path) -> dict[str, Path]:
             each / ENCODER_WEIGHTS, "to_q.weight", "F32", [16, 32 * 10**6], 2048 * 10**6
         ),
         "a weight too much": lambda each: changed(each / ENCODER_WEIGHTS, to_x__weight=ones),
+        "a config that is not JSON": lambda each: (each / "config.json").write_text("{"),
         "a config of 600 MB": lambda each: sparse(each / "config.json", 600 * 10**6),
         "a pickle of 1 GB of zeros": lambda each: as_pickle(each, 10**9, b""),
         "a pickle of 1 GB": lambda each: as_pickle(each, 10**9, b"\x80\x02\x8a\x0a"),
@@ -373,6 +374,8 @@ def repositories(folder: Path) -> dict[str, Path]:
             ("image_mean", [float("nan")] * 3), ("image_mean", [1e9, 0, 0]), ("image_mean", "abc"), ("resample", 99))},
         "a processor of 600 MB": lambda each: sparse(each / processor, 600 * 10**6),
         "a processor that is not JSON": lambda each: (each / processor).write_text("{"),
+        "a vision config that is not JSON": lambda each: (each / vision / "config.json").write_text("{"),
+        "a vision config that is a list": lambda each: (each / vision / "config.json").write_text("[1]"),
         "a vision config of 600 MB": lambda each: sparse(each / vision / "config.json", 600 * 10**6),
         **{f"the vision config's {name} {value}": configured(f"{vision}/config.json", **{name: value}) for name, value in (
             ("intermediate_size", 10**6), ("intermediate_size", 64), ("num_hidden_layers", 10**6), ("num_hidden_layers", 4),
