@@ -1,4 +1,4 @@
-"""Tests that more than 150 broken files each raise an error that names the file, within a second and 200 MB of
+"""Tests that about 300 broken files each raise an error that names the file, within a second and 200 MB of
 memory."""
 
 import bz2
