@@ -444,7 +444,8 @@ def test_load_ssr_reads_all_forms_of_weights(tmp_path, pipe, form):
     assert len(list((tmp_path / "ssr_encoder").iterdir())) > 5 or "shards" not in form
     pipe.unload_ssr()
     pipe.load_ssr(tmp_path, **variant)
-    assert np.array_equal(pipe(**subject_args()).images, expected)
+    # older versions of transformers compute the attention of a part of CLIP in another way
+    np.testing.assert_allclose(pipe(**subject_args()).images, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("fault", ["missing", "dtype", "shape", "broken"])
