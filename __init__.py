@@ -1,5 +1,6 @@
 """SSR-Encoder for diffusers: select a subject in a picture with a text query, and generate new pictures of it."""
 
+from . import versions_ssr  # noqa: F401  (first, see that module)
 from .attention_map import SubjectAttentionMap
 from .attention_processors import SSRAttnProcessor2_0
 from .mixin_ssr import SSRPipelineMixin

@@ -14,15 +14,17 @@ import torch
 import transformers
 from torch import nn
 
+from . import versions_ssr
+
 
 __all__ = [
     "auto_pipeline_classes",
-    "check_versions",
     "precision_arguments",
     "clear_forward_hooks",
     "compiled_call",
     "disable_offloading",
     "expand_block_scales",
+    "offloading",
     "reapply_group_offloading",
     "register_auto_pipeline",
     "set_compiled_call",
@@ -35,31 +37,13 @@ __all__ = [
 ]
 
 
-OLDEST = {"torch": "2.4", "diffusers": "0.31", "transformers": "4.44"}
-
-
-def _parsed(version: str) -> tuple[int, ...]:
-    """Returns the major and minor number of a version."""
-    return tuple(int("".join(filter(str.isdigit, part)) or 0) for part in version.split(".")[:2])
-
-
-def check_versions() -> None:
-    """Raises an `ImportError` if a library is too old. pip checks the versions of the installed package, but not those
-    for code that is loaded from the Hub."""
-    for module in (torch, diffusers, transformers):
-        oldest = OLDEST[module.__name__]
-        if _parsed(module.__version__) < _parsed(oldest):
-            raise ImportError(
-                f"diffusers-ssr needs {module.__name__} {oldest} or newer, but {module.__version__} is installed."
-            )
-
-
-check_versions()
+# again, because a library that is copied to a folder can have the metadata of another version
+versions_ssr.check_versions()
 
 # The name of the precision argument of `from_pretrained` and `from_pipe`: `torch_dtype` before these versions, `dtype`
 # since then. Newer versions warn about the old name, and older versions ignore the new name.
-_DIFFUSERS_DTYPE = "dtype" if _parsed(diffusers.__version__) >= (0, 40) else "torch_dtype"
-_TRANSFORMERS_DTYPE = "dtype" if _parsed(transformers.__version__) >= (4, 56) else "torch_dtype"
+_DIFFUSERS_DTYPE = "dtype" if versions_ssr.parsed(diffusers.__version__) >= (0, 40) else "torch_dtype"
+_TRANSFORMERS_DTYPE = "dtype" if versions_ssr.parsed(transformers.__version__) >= (4, 56) else "torch_dtype"
 
 
 def precision_arguments(arguments: dict, library: str = "diffusers", default: torch.dtype | None = None) -> dict:
@@ -90,6 +74,16 @@ def disable_offloading(pipeline) -> tuple[bool, bool, bool]:
 
     model, sequential, *group = LoraBaseMixin._optionally_disable_offloading(pipeline)
     return model, sequential, any(group)
+
+
+def offloading(pipeline) -> tuple[bool, bool]:
+    """Returns whether model offloading or sequential offloading is enabled, and whether it is sequential offloading. It
+    looks for the same hooks as `disable_offloading`, and changes nothing."""
+    hooks = [getattr(each, "_hf_hook", None) for each in pipeline.components.values() if isinstance(each, nn.Module)]
+    # several hooks of one module are in a `SequentialHook`
+    hooks = [getattr(hook, "hooks", [hook])[0] for hook in hooks if hook is not None]
+    kinds = {type(hook).__name__ for hook in hooks}
+    return bool(kinds & {"CpuOffload", "AlignDevicesHook"}), "AlignDevicesHook" in kinds
 
 
 def expand_block_scales(unet: Any, scale: dict) -> dict[str, float]:

@@ -16,16 +16,26 @@ from diffusers.utils import logging
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files
 from diffusers.utils.torch_utils import is_compiled_module
 from huggingface_hub.utils import EntryNotFoundError, validate_hf_hub_args
+from PIL import Image
 from torch import nn
-from transformers import CLIPImageProcessor, CLIPVisionModel, PreTrainedModel
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
-from . import checks_ssr, file_utils, image_processing_ssr, library_internals, modeling_ssr, unet_hooks
+from . import checks_ssr, file_utils, image_processing_ssr, library_internals, modeling_ssr, unet_hooks, weight_files
 
 
 logger = logging.get_logger(__name__)
 
 COMPONENTS = ("ssr_encoder", "ssr_image_encoder", "ssr_image_processor")
 DEFAULT_SCALE = 0.65
+
+# Upper limits for the config of a vision encoder, above the sizes of the largest CLIP.
+MAX_VISION_SIDE = 4096
+MAX_VISION_LAYERS = 256
+MAX_VISION_WIDTH = 2**17
+MAX_VISION_PARAMETERS = 2**33
+# the limits of the mean and the standard deviation of an image processor, for pixels from 0 to 1
+MAX_PIXEL_VALUE = 1000.0
 
 
 # For type checkers the mixins are subclasses of `DiffusionPipeline`, because they are mixed into pipelines. At run
@@ -79,7 +89,9 @@ class SSRLoaderMixin(SSRComponents):
             pretrained_model_name_or_path (`str`, `os.PathLike` or [`SSREncoder`]):
                 A repository on the Hub, a folder that was written by `save_pretrained` or `train_ssr.py`, a checkpoint
                 of `train_ssr.py`, or an encoder that is already in memory. The dtype and the device of an encoder in
-                memory are not changed, because other pipelines may use it.
+                memory are not changed, because other pipelines may use it. So it has to be on the device of the
+                pipeline, or on the CPU if the pipeline uses model offloading, and a pipeline with sequential
+                offloading only takes a folder or repository.
             subfolder (`str`, defaults to `"ssr_encoder"`):
                 The subfolder with the SSR-Encoder.
             image_encoder (`CLIPVisionModel` or `CLIPVisionModelWithProjection`, *optional*):
@@ -99,8 +111,10 @@ class SSRLoaderMixin(SSRComponents):
 
         Raises:
             `ValueError`: if `pretrained_model_name_or_path` or `image_encoder` is something else, if an argument is
-            unknown, if the encoder does not fit the UNet, the text encoder or the vision encoder, or if an encoder in
-            memory and the pipeline are on different devices.
+            unknown, if the encoder does not fit the UNet, the text encoder or the vision encoder, if an encoder in
+            memory is on another device than the pipeline, or is given to a pipeline with sequential offloading, if a
+            file is broken or too large, if a weight is missing, or of a wrong shape, or not finite, or if the image
+            processor does not fit the vision encoder. The pipeline is not changed in this case.
 
         Example:
 
@@ -114,6 +128,7 @@ class SSRLoaderMixin(SSRComponents):
         precise = self.text_encoder if self.unet is None else unet_hooks.find_unet(self.unet)
         kwargs = library_internals.precision_arguments(kwargs, default=getattr(precise, "dtype", None))
         loaded = []
+        named = "`image_processor`"
         if isinstance(source, nn.Module):
             encoder: Any = source
             if image_encoder is None and image_encoder_folder is not None:
@@ -129,19 +144,43 @@ class SSRLoaderMixin(SSRComponents):
                 loaded.append(image_encoder)
             if image_processor is None and image_processor_folder is not None:
                 image_processor = _load_image_processor(source, image_processor_folder, kwargs)
+                named = f"`image_processor_folder`: {image_processor_folder!r} of {source}"
         checks_ssr.check_fits(self.unet, encoder, image_encoder, self.text_encoder)
-        if image_processor is None and image_encoder is not None:
+        if image_processor is not None:
+            check_image_processor(image_processor, image_encoder, named)
+        elif image_encoder is not None:
             image_processor = image_processing_ssr.default_image_processor(image_encoder)
+        models: list[nn.Module] = [encoder] if image_encoder is None else [encoder, image_encoder]
+        for model in models:
+            if model not in loaded:
+                self._check_device(model)
         with self._offloading_disabled() as offloaded:
-            models: list[nn.Module] = [encoder] if image_encoder is None else [encoder, image_encoder]
             for model in models:
                 model.eval()
                 if model in loaded:
                     model.to("cpu" if offloaded else self._execution_device)
-                elif not offloaded:
-                    _check_device(model, self._execution_device)
             self.register_modules(
                 ssr_encoder=encoder, ssr_image_encoder=image_encoder, ssr_image_processor=image_processor
+            )
+
+    def _check_device(self, model: nn.Module) -> None:
+        """Raises a `ValueError` if the pipeline would have to move a model that another pipeline may use."""
+        name = type(_without_compilation(model)).__name__
+        offloaded, sequential = library_internals.offloading(self)
+        if offloaded and any(model is own for own in (self.ssr_encoder, self.ssr_image_encoder)):
+            return
+        if sequential:
+            raise ValueError(
+                f"`{name}` is already in memory, but sequential offloading would take its weights away, also for other"
+                " pipelines: pass the name of a folder or repository to `load_ssr`, or call `load_ssr` before"
+                " `enable_sequential_cpu_offload`."
+            )
+        device = torch.device("cpu") if offloaded else torch.device(self._execution_device)
+        if model.device.type not in ("meta", device.type):
+            where = "keeps its models on cpu" if offloaded else f"runs on {device}"
+            raise ValueError(
+                f"`{name}` is on {model.device}, but the pipeline {where}: move it there with"
+                f' `.to("{device}")` before `load_ssr`. Models that are already in memory are not moved.'
             )
 
     def unload_ssr(self) -> None:
@@ -310,8 +349,18 @@ class SSRLoaderMixin(SSRComponents):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """Same as `DiffusionPipeline.from_pretrained`, but accepts `dtype` in all supported versions of diffusers."""
-        return super().from_pretrained(pretrained_model_name_or_path, **library_internals.precision_arguments(kwargs))
+        """Same as `DiffusionPipeline.from_pretrained`, but accepts `dtype` in all supported versions of diffusers, and
+        raises a `ValueError` if the vision encoder has weights that are not finite, or if the image processor does not
+        fit it."""
+        kwargs = library_internals.precision_arguments(kwargs)
+        made = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        named = f"`pretrained_model_name_or_path`: {pretrained_model_name_or_path}"
+        image_encoder, processor = (getattr(made, name, None) for name in COMPONENTS[1:])
+        if image_encoder is not None:
+            _check_finite(image_encoder, f"{named}: `ssr_image_encoder`")
+        if processor is not None:
+            check_image_processor(processor, image_encoder, f"{named}: `ssr_image_processor`")
+        return made
 
     @classmethod
     def from_pipe(cls, pipeline, **kwargs):
@@ -395,27 +444,142 @@ def _load_image_encoder(source, folder: str, kwargs: dict) -> CLIPVisionModel:
             )
         source = beside
     kwargs = library_internals.precision_arguments(kwargs, "transformers")
-    return CLIPVisionModel.from_pretrained(source, subfolder=folder, **kwargs)
+    named = f"`image_encoder_folder`: {folder!r} of {source}"
+    vision: Any = CLIPVisionModel
+    try:
+        kwargs = _check_image_encoder_files(source, folder, kwargs)
+        model, info = vision.from_pretrained(source, subfolder=folder, output_loading_info=True, **kwargs)
+    except (OSError, ImportError):
+        raise
+    except Exception as error:  # transformers raises a `RuntimeError` for a wrong shape, and others for a wrong config
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{named} holds no usable vision encoder: {reason}") from error
+    # transformers only warns about missing weights and initializes them with random numbers
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(f"{named} lacks weights of its vision encoder: {weight_files.some_names(missing)}.")
+    _check_finite(model, named)
+    return model
 
 
-def _check_device(model: nn.Module, device: torch.device) -> None:
-    if model.device.type not in ("meta", torch.device(device).type):
+def _check_finite(model: nn.Module, named: str) -> None:
+    broken = [name for name, parameter in model.named_parameters() if not modeling_ssr.is_finite(parameter)]
+    if broken:
+        raise ValueError(f"{named} holds weights that are not finite numbers: {weight_files.some_names(broken)}.")
+
+
+def _check_image_encoder_files(source: Any, folder: str, kwargs: dict) -> dict:
+    """Raises a `ValueError` if the config or the weights cannot be those of a vision encoder, before they are loaded.
+    Returns the arguments with which `from_pretrained` loads the files that were checked."""
+    file, kwargs = weight_files.check_config(source, folder, kwargs)
+    if file is None:
+        return kwargs
+    try:
+        config = CLIPVisionConfig.from_pretrained(file)
+    except OSError as error:  # it is not JSON
+        raise ValueError(str(error)) from error
+    if getattr(config, "quantization_config", None):  # a quantized encoder has other weights
+        return kwargs
+    _check_vision_config(config)
+    with torch.device("meta"):
+        model = CLIPVisionModel(config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    names = SAFE_WEIGHTS_NAME, WEIGHTS_NAME
+    weight_files.check_weights(source, folder, names, kwargs, shapes, strict=False)
+    return {**kwargs, "force_download": False}  # the check has downloaded the files
+
+
+def _check_vision_config(config: Any) -> None:
+    """Raises a `ValueError` if a size is not a positive whole number, or too large. transformers would allocate memory
+    for any size."""
+    most = {
+        "hidden_size": MAX_VISION_WIDTH,
+        "intermediate_size": MAX_VISION_WIDTH,
+        "num_hidden_layers": MAX_VISION_LAYERS,
+        "num_attention_heads": MAX_VISION_WIDTH,
+        "num_channels": 4,
+        "image_size": MAX_VISION_SIDE,
+        "patch_size": MAX_VISION_SIDE,
+    }
+    for name, largest in most.items():
+        modeling_ssr.check_number(name, getattr(config, name), largest)
+    width = config.hidden_size
+    if width % config.num_attention_heads:
         raise ValueError(
-            f"`{type(model).__name__}` is on {model.device}, but the pipeline runs on {device}: move it there with"
-            f' `.to("{device}")` before `load_ssr`. Models that are already in memory are not moved.'
+            f"`hidden_size` has to be a multiple of `num_attention_heads`, but is {width} with"
+            f" {config.num_attention_heads} heads."
         )
+    patches = (config.image_size // config.patch_size) ** 2
+    count = config.num_hidden_layers * width * (4 * width + 2 * config.intermediate_size) + patches * width
+    if not patches or count > MAX_VISION_PARAMETERS:
+        raise ValueError(
+            f"A vision encoder of these sizes has {patches:,} patches and about {count:,} weights; it has to have at"
+            f" least 1 patch and at most {MAX_VISION_PARAMETERS:,} weights."
+        )
+
+
+def check_image_processor(processor: Any, image_encoder: Any, named: str = "`image_processor`") -> None:
+    r"""
+    Raise an error if an image processor does not fit a vision encoder, or would give pixels that are not numbers.
+
+    Args:
+        processor (`CLIPImageProcessor`):
+            The image processor.
+        image_encoder (`CLIPVisionModel`, *optional*):
+            The vision encoder. Without it, the sizes only have to be equal and not too large.
+        named (`str`, defaults to "`image_processor`"):
+            What the image processor is called in error messages.
+
+    Raises:
+        `ValueError`: if `size` or `crop_size` is not the size that the vision encoder takes, or if `image_mean`,
+            `image_std` or `resample` has a value that cannot be used.
+    """
+    side = getattr(getattr(image_encoder, "config", None), "image_size", None)
+    try:
+        size, crop = processor.size["shortest_edge"], processor.crop_size
+        sizes = [size, crop["height"], crop["width"]]
+        values = {name: [float(value) for value in getattr(processor, name)] for name in ("image_mean", "image_std")}
+        Image.Resampling(processor.resample)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{named} has to be a CLIPImageProcessor with `size`, `crop_size`, `image_mean`, `image_std` and"
+            f" `resample`, but one of them cannot be used: {error!r:.80}."
+        ) from error
+    wanted = sizes[0] if side is None else side
+    if sizes != [wanted] * 3 or not 1 <= wanted <= MAX_VISION_SIDE:
+        largest = f"one size of at most {MAX_VISION_SIDE}" if side is None else f"{side}, as the vision encoder takes,"
+        raise ValueError(
+            f"{named} has to have {largest} in `size` and `crop_size`, but has a shortest edge of {sizes[0]!r:.20} and a"
+            f" crop of {sizes[1]!r:.20} x {sizes[2]!r:.20}."
+        )
+    for name, numbers in values.items():
+        least = -MAX_PIXEL_VALUE if name == "image_mean" else 1 / MAX_PIXEL_VALUE
+        # NaN fails the comparison
+        if len(numbers) != 3 or not all(least <= number <= MAX_PIXEL_VALUE for number in numbers):
+            raise ValueError(
+                f"{named} has to have three numbers from {least:g} to {MAX_PIXEL_VALUE:g} in `{name}`, but has"
+                f" {numbers!r:.80}."
+            )
 
 
 def _load_image_processor(path, subfolder: str, kwargs) -> CLIPImageProcessor | None:
     if os.path.isdir(path) and not os.path.isdir(os.path.join(path, subfolder)):
         return None
+    others = ("dtype", "torch_dtype", "variant", "use_safetensors")
+    kwargs = {name: value for name, value in kwargs.items() if name not in others}
+    named = f"`image_processor_folder`: {subfolder!r} of {path}"
     try:
-        others = ("dtype", "torch_dtype", "variant", "use_safetensors")
-        kwargs = {name: value for name, value in kwargs.items() if name not in others}
+        file, kwargs = weight_files.check_config(path, subfolder, kwargs, "preprocessor_config.json")
+    except ValueError as error:
+        raise ValueError(f"{named} holds no usable image processor: {error}") from error
+    try:
         return CLIPImageProcessor.from_pretrained(path, subfolder=subfolder, **kwargs)
-    except (EntryNotFoundError, OSError):
-        logger.info(f"{path} has no {subfolder}: the image processor is created from the vision encoder's config.")
-        return None
+    except Exception as error:
+        if file is None and isinstance(error, (EntryNotFoundError, OSError)):
+            logger.info(f"{path} has no {subfolder}: the image processor is created from the vision encoder's config.")
+            return None
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{named} holds no usable image processor: {reason}") from error
 
 
 def _without_compilation(model: Any) -> Any:

@@ -4,6 +4,7 @@ diffusers copies a local entry file and the files that it imports with relative 
 files import in turn. Therefore this file imports every module.
 """
 
+from . import versions_ssr  # noqa: F401  (first, see that module)
 from .attention_map import SubjectAttentionMap  # noqa: F401
 from .attention_processors import SSRAttnProcessor2_0  # noqa: F401
 from .checks_ssr import check_fits  # noqa: F401
@@ -24,3 +25,5 @@ from .subject_file import read_subject_file  # noqa: F401
 from .subject_request import SubjectRequest  # noqa: F401
 from .token_merging import merge_tokens  # noqa: F401
 from .unet_hooks import SubjectPasses  # noqa: F401
+from .versions_ssr import check_versions  # noqa: F401
+from .weight_files import read_header  # noqa: F401

@@ -1,5 +1,6 @@
 """Text-to-video generation with a subject, using AnimateDiff."""
 
+from . import versions_ssr  # noqa: F401  # isort: skip  (first, see that module)
 from diffusers import AnimateDiffPipeline
 
 from .attention_map import SubjectAttentionMap  # noqa: F401  (see pipeline.py)
@@ -21,6 +22,8 @@ from .subject_file import read_subject_file  # noqa: F401
 from .subject_request import SubjectRequest  # noqa: F401
 from .token_merging import merge_tokens  # noqa: F401
 from .unet_hooks import SubjectPasses  # noqa: F401
+from .versions_ssr import check_versions  # noqa: F401
+from .weight_files import read_header  # noqa: F401
 
 
 class AnimateDiffSSRPipeline(SSRPipelineMixin, AnimateDiffPipeline):

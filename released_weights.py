@@ -3,14 +3,13 @@ pass by mistake."""
 
 import os
 import pickle
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from . import modeling_ssr
+from . import modeling_ssr, weight_files
 
 
 def read_released_weights(
@@ -46,13 +45,18 @@ def read_released_weights(
             for part in ("to_k", "to_v")
         },
     }
-    released = {"aligner": _read_state_dict("aligner", aligner), "layers": _read_state_dict("layers", layers)}
+    # in float64, and with as much again for the structure of the file
+    most = 16 * sum(tensor.numel() for tensor in expected.values()) + 2**20
+    released = {
+        "aligner": _read_state_dict("aligner", aligner, most),
+        "layers": _read_state_dict("layers", layers, most),
+    }
     _check_released_names(released, names)
     state_dict = {}
     for argument in released:
         for released_name, name in names[argument].items():
             tensor = released[argument][released_name]
-            _check_released_tensor(argument, released_name, tensor, expected[name].shape)
+            _check_released_tensor(argument, released_name, tensor, expected[name])
             state_dict[name] = tensor
     return state_dict
 
@@ -112,21 +116,23 @@ def _check_released_names(
             raise ValueError(f"`{argument}` has to be {wanted}, but is {kinds[argument]}{twice}.")
         if missing or extra:
             raise ValueError(
-                f"`{argument}` does not hold the released tensors: missing {modeling_ssr.some_names(missing)}, unexpected {modeling_ssr.some_names(extra)}."
+                f"`{argument}` does not hold the released tensors: missing {weight_files.some_names(missing)}, unexpected {weight_files.some_names(extra)}."
             )
 
 
-def _check_released_tensor(argument: str, name: str, tensor: Any, shape: torch.Size) -> None:
+def _check_released_tensor(argument: str, name: str, tensor: Any, expected: torch.Tensor) -> None:
+    shape = expected.shape
     if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.layout != torch.strided:
         what = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
         raise ValueError(f"`{argument}` holds {name} as {what}, but it has to be a tensor of floats.")
     if tensor.shape != shape:
         raise ValueError(f"`{argument}` holds {name} of shape {tuple(tensor.shape)}, but {tuple(shape)} was expected.")
-    if tensor.is_meta or not modeling_ssr.is_finite(tensor):
-        raise ValueError(f"`{argument}` holds {name} with values that are not finite numbers.")
+    # the weights are converted to the dtype of the encoder
+    if tensor.is_meta or not modeling_ssr.is_finite(tensor, expected.dtype):
+        raise ValueError(f"`{argument}` holds {name} with values that are not finite numbers in {expected.dtype}.")
 
 
-def _read_state_dict(argument: str, source: Any) -> Mapping[str, torch.Tensor]:
+def _read_state_dict(argument: str, source: Any, most: int) -> Mapping[str, torch.Tensor]:
     state_dict = source
     if not isinstance(source, Mapping):
         try:
@@ -134,7 +140,7 @@ def _read_state_dict(argument: str, source: Any) -> Mapping[str, torch.Tensor]:
             # opening a named pipe would block
             if os.path.exists(path) and not os.path.isfile(path):
                 raise ValueError("it is not a file")
-            state_dict = load_file(path) if path.endswith(".safetensors") else _load_pickle(path)
+            state_dict = (_load_safetensors if path.endswith(".safetensors") else _load_pickle)(path, most)
         except FileNotFoundError:
             raise
         except Exception as error:  # a parser that meets arbitrary bytes may raise anything
@@ -147,14 +153,19 @@ def _read_state_dict(argument: str, source: Any) -> Mapping[str, torch.Tensor]:
     return state_dict
 
 
-def _load_pickle(path: str) -> Any:
+def _load_safetensors(path: str, most: int) -> Mapping[str, torch.Tensor]:
+    with open(path, "rb") as file:
+        _, entries = weight_files.read_header(file, weight_files.MAX_HEADER_BYTES)
+    if sum(entry.num_bytes for entry in entries.values()) > most:
+        # it cannot hold the released weights, and the names and shapes are enough for the error
+        return {name: torch.empty(entry.shape, device="meta") for name, entry in entries.items()}
+    return load_file(path)
+
+
+def _load_pickle(path: str, most: int) -> Any:
     """Loads a torch pickle without executing code from it. The tensors are memory-mapped if the format allows it, so
     that unused tensors are not read."""
-    archive = zipfile.is_zipfile(path)
-    if archive:
-        with zipfile.ZipFile(path) as file:
-            # torch does not compress; a compressed entry can be a thousand times larger than the file and fill the
-            # memory
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()):
-                raise ValueError("it is compressed, but torch saves uncompressed files")
+    archive = weight_files.check_pickle(path)
+    if not archive and os.stat(path).st_size > most:
+        raise ValueError(f"it has {os.stat(path).st_size:,} bytes, more than the {most:,} that are accepted")
     return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)

@@ -124,7 +124,8 @@ class SubjectEmbeds:
             [`SubjectEmbeds`] with this region.
 
         Raises:
-            `ValueError`: if `region` is not a valid mask, marks nothing, or has more than 33 million values.
+            `ValueError`: if `region` is not a valid mask, marks nothing, has more than 33 million values, or more than
+                32,768 rows, columns or frames.
 
         Example:
 
@@ -195,7 +196,8 @@ class SubjectEmbeds:
 
         Raises:
             `ValueError`: if there are more than 64 subjects, if their tensors have more than 268 MB (for example with
-                regions of many frames), or if `load` would not accept their values (such as NaN) or their queries.
+                regions of many frames), or if `load` would not accept their values (NaN, or tokens beyond 1,000, which are
+                far from those of any encoder) or their queries.
             `FileNotFoundError`: if the folder of the file does not exist.
 
         Example:
@@ -277,6 +279,11 @@ def _region_values(region: Any) -> np.ndarray:
         values = np.stack(frames) if len(frames) > 1 else frames[0]
     else:
         values = image_processing_ssr.mask_values(region, "region", subject_file.MAX_REGION_VALUES)
+    if max(values.shape) > subject_file.MAX_REGION_SIDE:
+        raise ValueError(
+            f"`region` has shape {values.shape}, but has to have at most {subject_file.MAX_REGION_SIDE:,} rows, columns"
+            " and frames."
+        )
     if not (values > 0.5).any():
         hint = image_processing_ssr.hint_for_labels(region)
         raise ValueError(f"`region` is empty: it has to mark an area in at least one frame.{hint}")

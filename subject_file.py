@@ -5,12 +5,12 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable
+from io import BufferedReader
 from typing import Any
 
 import torch
-from safetensors.torch import load
 
-from . import file_utils
+from . import file_utils, weight_files
 
 
 FORMAT = "ssr-subject-1"
@@ -24,9 +24,16 @@ MAX_SUBJECTS = 64
 MAX_TOKENS = 2**14
 # The maximum number of values of a region, over all frames: 32 frames of 1024 x 1024.
 MAX_REGION_VALUES = 2**25
+# The maximum height and width of a region, and the maximum number of its frames. No picture that is accepted as a
+# reference is longer: it has at most 2**26 pixels, and is at most 16 times as long as wide.
+MAX_REGION_SIDE = 2**15
+# The largest number in the tokens of a subject. Tokens come out of a layer norm: with a width of 768, they are at most
+# 27.7 times as large as its weights, which are near 1. With much larger values, the keys and values could exceed the
+# largest number in half precision, and the picture would be NaN.
+MAX_TOKEN_VALUE = 1000.0
 
-_NUM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-# the largest number in half precision; with larger values the picture would be NaN
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# of a fingerprint, which is float32 and only compared
 _LARGEST = 65504.0
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]
@@ -57,27 +64,29 @@ def read_subject_file(
         # The header and the tensors are read from the same open file. `safe_open` would open the file again for the
         # tensors, and another thread or process could replace the file before that.
         with open(path, "rb") as file:
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
-            if length > MAX_HEADER_BYTES:
-                raise ValueError("it is not a safetensors file, or its header is too long for subjects")
-            header = file.read(length)
-            entries = json.loads(header)
-            subjects = _described(entries.pop("__metadata__", {}), check_scale)
-            layout = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
-            size = check_layout(layout, len(subjects))
-            # reads one byte more than expected, so that `load` raises an error if the file is longer than its tensors
-            tensors = load(start + header + file.read(size + 1))
-        for name, tensor in tensors.items():
-            _check_values(name, tensor)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"`path`: {os.fspath(path)} cannot be used as a file of subjects: its header is broken."
-        ) from error
+            metadata, entries = weight_files.read_header(file, MAX_HEADER_BYTES)
+            subjects = _described(metadata, check_scale)
+            check_layout({name: (entry.dtype, entry.shape) for name, entry in entries.items()}, len(subjects))
+            # The tensors are read twice. In the first pass, there is only one of them in the memory, so that a broken
+            # file does not take the memory of all of its tensors.
+            for name, entry in entries.items():
+                _read_tensor(file, name, entry)
+            tensors = {name: _read_tensor(file, name, entry) for name, entry in entries.items()}
     except Exception as error:  # a parser that meets arbitrary bytes may raise anything
         reason = str(error) or type(error).__name__
         raise ValueError(f"`path`: {os.fspath(path)} cannot be used as a file of subjects: {reason}.") from error
     return subjects, tensors
+
+
+def _read_tensor(file: BufferedReader, name: str, entry: weight_files.Entry) -> torch.Tensor:
+    """Reads a tensor and checks its values."""
+    tensor = torch.empty(entry.shape, dtype=_DTYPES[entry.dtype], device="cpu")
+    file.seek(entry.start)
+    # The file can become shorter while it is read. numpy has no bfloat16, so it gets the bytes of the tensor.
+    if file.readinto(tensor.flatten().view(torch.uint8).numpy().data) != entry.num_bytes:
+        raise ValueError("it is truncated")
+    _check_values(name, tensor)
+    return tensor
 
 
 def check_content(subjects: list[dict[str, Any]], tensors: dict[str, torch.Tensor]) -> None:
@@ -102,7 +111,7 @@ def check_content(subjects: list[dict[str, Any]], tensors: dict[str, torch.Tenso
             raise ValueError(f"These subjects cannot be saved: {error}.") from None
 
 
-def check_layout(layout: Layout, num_subjects: int) -> int:
+def check_layout(layout: Layout, num_subjects: int) -> None:
     r"""
     Check the names, dtypes and shapes of the tensors, before the tensors are loaded.
 
@@ -111,9 +120,6 @@ def check_layout(layout: Layout, num_subjects: int) -> int:
             The dtype, as written in safetensors files ("F32"), and the shape of each tensor.
         num_subjects (`int`):
             The number of subjects.
-
-    Returns:
-        `int`: the size of all tensors in bytes.
 
     Raises:
         `ValueError`: if a tensor is missing or unknown, or has a wrong dtype or shape. The message names the tensor.
@@ -128,17 +134,16 @@ def check_layout(layout: Layout, num_subjects: int) -> int:
         _check_subject(layout, str(number))
     if len({shape[2] for name, (_, shape) in layout.items() if name.endswith("embeds")}) > 1:
         raise ValueError("its subjects are of different widths")
-    size = sum(_NUM_BYTES[dtype] * math.prod(shape) for dtype, shape in layout.values())
+    size = sum(_DTYPES[dtype].itemsize * math.prod(shape) for dtype, shape in layout.values())
     if size > MAX_BYTES:
         raise ValueError(f"its tensors take {size:,} bytes, more than the {MAX_BYTES:,} that are accepted")
-    return size
 
 
 def _check_subject(layout: Layout, subject: str) -> None:
     for name in ("embeds", "negative_embeds"):
         if f"{subject}.{name}" not in layout:
             raise ValueError(f"it lacks the tokens {subject}.{name}")
-        _check_tensor(layout, f"{subject}.{name}", tuple(_NUM_BYTES), (1, MAX_TOKENS, MAX_TOKENS))
+        _check_tensor(layout, f"{subject}.{name}", tuple(_DTYPES), (1, MAX_TOKENS, MAX_TOKENS))
     embeds, negative_embeds = layout[f"{subject}.embeds"], layout[f"{subject}.negative_embeds"]
     if embeds != negative_embeds:
         raise ValueError(f"{subject}.embeds is {embeds}, but {subject}.negative_embeds is {negative_embeds}")
@@ -155,7 +160,7 @@ def _check_subject(layout: Layout, subject: str) -> None:
 
 def _check_region(layout: Layout, name: str) -> None:
     rank = min(max(len(layout[name][1]), 2), 3)
-    _check_tensor(layout, name, ("F32",), (MAX_REGION_VALUES,) * rank)
+    _check_tensor(layout, name, ("F32",), (MAX_REGION_SIDE,) * rank)
     shape = layout[name][1]
     if math.prod(shape) > MAX_REGION_VALUES or rank == 3 and shape[0] == 1:
         raise ValueError(
@@ -181,6 +186,8 @@ def _check_values(name: str, tensor: torch.Tensor) -> None:
         lowest, highest = 0.0, 1.0
     elif part in ("counts", "negative_counts"):
         lowest, highest = 1.0, float(MAX_TOKENS)
+    elif part in ("embeds", "negative_embeds"):
+        lowest, highest = -MAX_TOKEN_VALUE, MAX_TOKEN_VALUE
     else:
         lowest, highest = -_LARGEST, _LARGEST
     # comparisons with NaN are false

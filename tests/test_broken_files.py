@@ -1,4 +1,4 @@
-"""Tests that more than 150 broken files each raise an error that names the file, within a second and 200 MB of
+"""Tests that about 300 broken files each raise an error that names the file, within a second and 200 MB of
 memory."""
 
 import bz2
@@ -9,6 +9,7 @@ import json
 import os
 import tarfile
 import time
+import zipfile
 import zlib
 from itertools import islice
 from pathlib import Path
@@ -16,10 +17,10 @@ from pathlib import Path
 import generate_batch
 import pytest
 import torch
-from conftest import make_image_processor, make_picture, make_ssr_encoder
-from diffusers_ssr import SSREncoder, SubjectEmbeds
+from conftest import make_components, make_image_processor, make_picture, make_ssr_components, make_ssr_encoder
+from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline, SubjectEmbeds
 from diffusers_ssr.image_processing_ssr import open_image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_modeling_ssr import BAD_CONFIGS, OTHER_FILES, TWO_LAYERS, small_released
 from test_training_data import BAD_SHARDS, BAD_TABLES, GOOD, TEXTS, gzipped, write_bad_table
 from training_data import Columns, Preparation, Samples
@@ -53,6 +54,9 @@ WRONG_TENSORS = {
     "nan": {"0.embeds": ONES * torch.nan},
     "infinity": {"0.negative_embeds": ONES / 0},
     "too large for half precision": {"0.embeds": ONES * 1e6},
+    "the largest number in half precision": {"0.embeds": ONES * 65504, "0.negative_embeds": ONES * 65504},
+    "larger than any token": {"0.embeds": ONES * 1001},
+    "smaller than any token": {"0.negative_embeds": ONES * -1001},
     "an unknown tensor": {"0.weights": ONES.clone()},
     "another subject": {"1.embeds": ONES.clone()},
     "counts of one branch": {"0.counts": torch.ones(1, 6)},
@@ -68,9 +72,12 @@ WRONG_TENSORS = {
     "a region without pixels": {"0.region": torch.ones(0, 8)},
     "an empty region": {"0.region": torch.zeros(8, 8)},
     "an empty region of frames": {"0.region": torch.zeros(3, 8, 8)},
-    "a region below 0": {"0.region": torch.eye(8) - 0.5},
+    "a region below 0": {"0.region": torch.eye(8) * 1.5 - 0.5},
     "a region above 1": {"0.region": torch.eye(8) * 255},
     "a region of nan": {"0.region": torch.eye(8) * torch.nan},
+    "a region that is too long": {"0.region": torch.ones(32_769, 1)},
+    "a region that is too wide": {"0.region": torch.ones(1, 32_769)},
+    "a region with too many frames": {"0.region": torch.ones(32_769, 1, 1)},
     "a region of bytes": {"0.region": torch.eye(8).byte()},
     "a fingerprint of nan": {"fingerprint": torch.ones(4, 8) * torch.nan},
     "a fingerprint of one dimension": {"fingerprint": torch.ones(8)},
@@ -97,6 +104,7 @@ HUGE_TENSORS = {
     "a million tokens": {"0.embeds": ("F32", [1, 10**6, 768]), "0.negative_embeds": ("F32", [1, 10**6, 768])},
     "a width of a million": {"0.embeds": ("F16", [1, 462, 10**6]), "0.negative_embeds": ("F16", [1, 462, 10**6])},
     "16,000 tokens of width 16,000": {"0.embeds": ("F32", [1, 16_000, 16_000]), "0.negative_embeds": ("F32", [1, 16_000, 16_000])},
+    "248 MB with an empty region": {"0.embeds": ("F32", [1, 16_000, 1_000]), "0.negative_embeds": ("F32", [1, 16_000, 1_000]), "0.region": ("F32", [5_000, 6_000])},
     "a fingerprint of gigabytes": {"fingerprint": ("F32", [10**8, 8])},
     "an unknown tensor of gigabytes": {"other": ("U8", [4 * 10**9])},
 }  # fmt: skip
@@ -167,7 +175,8 @@ def released_files(folder: Path) -> dict[str, Path]:
     name = "aligner.to_q.weight"
     wrong = {
         **OTHER_FILES, "nan": {**aligner, name: aligner[name] * torch.nan}, "integers": {**aligner, name: aligner[name].long()},
-        "a number": {**aligner, name: 3}, "huge": {**aligner, name: torch.zeros(()).expand(10**6, 10**6)},
+        "nan in float8": {**aligner, name: (aligner[name] * torch.nan).to(torch.float8_e4m3fn)},
+        "infinite after the conversion": {**aligner, name: aligner[name].double() * 1e300}, "a number": {**aligner, name: 3}, "huge": {**aligner, name: torch.zeros(()).expand(10**6, 10**6)},
         "missing": {each: aligner[each] for each in aligner if each != name}, "list": [aligner], "integer keys": {1: aligner[name]},
     }  # fmt: skip
     files = {}
@@ -177,6 +186,13 @@ def released_files(folder: Path) -> dict[str, Path]:
     for kind, content in {"text": b"no weights", "empty": b"", "code": b"\x80\x04cos\nsystem\n(S'true'\ntR."}.items():
         files[f"released: {kind}"] = folder / f"{kind}.bin"
         files[f"released: {kind}"].write_bytes(content)
+    files["released: 1 GB"] = folder / "large.bin"
+    sparse(files["released: 1 GB"], 10**9, b"\x80\x02\x8a\x0a")
+    files["released: 1 GB of zeros"] = folder / "large.safetensors"
+    sparse(files["released: 1 GB of zeros"], 10**9)
+    files["released: 2 GB of another weight"] = folder / "more.safetensors"
+    save_file(aligner, files["released: 2 GB of another weight"])
+    change_header(files["released: 2 GB of another weight"], "z", "U8", [2 * 10**9], 2 * 10**9)
     files["released: pipe"] = folder / "pipe.bin"
     os.mkfifo(files["released: pipe"])
     return files
@@ -237,6 +253,160 @@ def configs(folder: Path) -> dict[str, Path]:
     return files
 
 
+ENCODER_WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def sparse(file: Path, size: int, start: bytes = b"") -> None:
+    """Writes zeros that need no space on the disk."""
+    with file.open("wb") as content:
+        content.write(start)
+        content.truncate(size)
+
+
+def change_header(file: Path, name: str, dtype: str, shape: list[int], num_bytes: int) -> None:
+    """Adds a tensor of zeros to a safetensors file, or replaces one."""
+    content = file.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header, tensors = json.loads(content[8:end]), content[end:]
+    if name in header:  # its old values are left in the file as another tensor
+        header[f"{name}.old"] = header[name]
+    offsets = [len(tensors), len(tensors) + num_bytes]
+    header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+    start = json.dumps(header).encode()
+    sparse(file, 8 + len(start) + offsets[1], len(start).to_bytes(8, "little") + start + tensors)
+
+
+def changed(file: Path, **tensors: torch.Tensor) -> None:
+    save_file(
+        {**load_file(file), **{name.replace("__", "."): t for name, t in tensors.items()}}, file, {"format": "pt"}
+    )
+
+
+def index(folder: Path, shards: list) -> None:
+    weight_map = dict(zip(load_file(folder / ENCODER_WEIGHTS), shards * 100, strict=False))
+    (folder / f"{ENCODER_WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def as_pickle(folder: Path, size: int, start: bytes) -> None:
+    (folder / ENCODER_WEIGHTS).unlink()
+    sparse(folder / "diffusion_pytorch_model.bin", size, start)
+
+
+def as_compressed_pickle(folder: Path) -> None:
+    as_pickle(folder, 0, b"")
+    torch.save(make_ssr_encoder().state_dict(), folder / "stored")
+    with zipfile.ZipFile(folder / "stored") as stored:
+        with zipfile.ZipFile(folder / "diffusion_pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as compressed:
+            for entry in stored.namelist():
+                compressed.writestr(entry, stored.read(entry))
+
+
+def encoder_folders(folder: Path) -> dict[str, Path]:
+    ones = torch.ones(16, 32)
+    faults = {
+        "1 GB of zeros": lambda each: sparse(each / ENCODER_WEIGHTS, 10**9),
+        "empty": lambda each: sparse(each / ENCODER_WEIGHTS, 0),
+        "truncated": lambda each: sparse(each / ENCODER_WEIGHTS, 5000, (each / ENCODER_WEIGHTS).read_bytes()[:5000]),
+        "2 GB of another weight": lambda each: change_header(
+            each / ENCODER_WEIGHTS, "z", "U8", [2 * 10**9], 2 * 10**9
+        ),
+        "2 GB of a weight": lambda each: change_header(
+            each / ENCODER_WEIGHTS, "to_q.weight", "F32", [16, 32 * 10**6], 2048 * 10**6
+        ),
+        "a weight too much": lambda each: changed(each / ENCODER_WEIGHTS, to_x__weight=ones),
+        "a config that is not JSON": lambda each: (each / "config.json").write_text("{"),
+        "a config of 600 MB": lambda each: sparse(each / "config.json", 600 * 10**6),
+        "a pickle of 1 GB of zeros": lambda each: as_pickle(each, 10**9, b""),
+        "a pickle of 1 GB": lambda each: as_pickle(each, 10**9, b"\x80\x02\x8a\x0a"),
+        "a compressed pickle": as_compressed_pickle,
+        "an index of 600 MB": lambda each: sparse(each / f"{ENCODER_WEIGHTS}.index.json", 600 * 10**6),
+        "an index that is not JSON": lambda each: (each / f"{ENCODER_WEIGHTS}.index.json").write_text("{"),
+        "an index without weights": lambda each: (each / f"{ENCODER_WEIGHTS}.index.json").write_text('{"a": 1}'),
+        "an index of numbers": lambda each: index(each, [1]),
+        "an index of missing shards": lambda each: index(each, [ENCODER_WEIGHTS, "missing.safetensors"]),
+        "an index of another folder": lambda each: index(each, [f"../{each.name}/{ENCODER_WEIGHTS}"]),
+        "nan in float8": lambda each: changed(
+            each / ENCODER_WEIGHTS, to_q__weight=(ones * torch.nan).to(torch.float8_e4m3fn)
+        ),
+        "infinite after the conversion": lambda each: changed(
+            each / ENCODER_WEIGHTS, to_q__weight=ones.double() * 1e300
+        ),
+        **{
+            f"weights of {dtype}": lambda each, dtype=dtype: changed(
+                each / ENCODER_WEIGHTS, to_q__weight=ones.to(dtype)
+            )
+            for dtype in (torch.int64, torch.bool, torch.complex64)
+        },
+    }
+    files = {}
+    for number, (fault, breaks) in enumerate(faults.items()):
+        files[f"config: {fault}"] = folder / f"broken{number}"
+        make_ssr_encoder().save_pretrained(folder / f"broken{number}")
+        breaks(folder / f"broken{number}")
+    return files
+
+
+def repositories(folder: Path) -> dict[str, Path]:
+    """Folders with an SSR-Encoder, a vision encoder and an image processor, one of which is broken."""
+    vision, processor = "ssr_image_encoder", "ssr_image_processor/preprocessor_config.json"
+
+    def configured(file: str, **values):
+        return lambda each: (each / file).write_text(json.dumps({**json.loads((each / file).read_text()), **values}))
+
+    def weights(change):
+        def write(each: Path) -> None:
+            tensors = load_file(each / vision / "model.safetensors")
+            name = next(name for name in tensors if name.endswith("layers.1.mlp.fc1.weight"))
+            tensors[name] = change(tensors[name])
+            save_file(
+                {n: t for n, t in tensors.items() if t is not None},
+                each / vision / "model.safetensors",
+                {"format": "pt"},
+            )
+
+        return write
+
+    faults = {
+        **{f"the processor's {name} {value}": configured(processor, **{name: value}) for name, value in (
+            ("crop_size", {"height": 10_000, "width": 10_000}), ("crop_size", {"height": 32, "width": 31}),
+            ("crop_size", {"height": -3, "width": 32}), ("crop_size", "a"), ("size", {"shortest_edge": 10_000}),
+            ("size", {"shortest_edge": 0}), ("size", {"shortest_edge": 31}), ("image_std", [0, 0, 0]),
+            ("image_std", [1, 1]), ("image_std", [1, 1, -1]), ("image_std", [1e-9, 1, 1]), ("image_std", [1, 1, float("inf")]),
+            ("image_mean", [float("nan")] * 3), ("image_mean", [1e9, 0, 0]), ("image_mean", "abc"), ("resample", 99))},
+        "a processor of 600 MB": lambda each: sparse(each / processor, 600 * 10**6),
+        "a processor that is not JSON": lambda each: (each / processor).write_text("{"),
+        "a vision config that is not JSON": lambda each: (each / vision / "config.json").write_text("{"),
+        "a vision config that is a list": lambda each: (each / vision / "config.json").write_text("[1]"),
+        "a vision config of 600 MB": lambda each: sparse(each / vision / "config.json", 600 * 10**6),
+        **{f"the vision config's {name} {value}": configured(f"{vision}/config.json", **{name: value}) for name, value in (
+            ("intermediate_size", 10**6), ("intermediate_size", 64), ("num_hidden_layers", 10**6), ("num_hidden_layers", 4),
+            ("image_size", 10**5), ("image_size", 4096), ("patch_size", 0), ("patch_size", 64), ("num_attention_heads", 0),
+            ("num_attention_heads", 5), ("hidden_size", -24), ("hidden_size", 10**9))},
+        "1 GB of zeros as vision weights": lambda each: sparse(each / vision / "model.safetensors", 10**9),
+        "nan in a vision weight": weights(lambda tensor: tensor * torch.nan),
+        "a vision weight of float8 nan": weights(lambda tensor: (tensor * torch.nan).to(torch.float8_e4m3fn)),
+        "a missing vision weight": weights(lambda tensor: None),
+        "a vision weight of integers": weights(lambda tensor: tensor.long()),
+        "a vision weight of complex numbers": weights(lambda tensor: tensor.to(torch.complex64)),
+        "a vision weight of another shape": weights(lambda tensor: tensor[:-1].clone()),
+    }  # fmt: skip
+    files = {}
+    for number, (fault, breaks) in enumerate(faults.items()):
+        each = files[f"repository: {fault}"] = folder / f"repository{number}"
+        for name, part in make_ssr_components().items():
+            part.save_pretrained(each / name)
+        breaks(each)
+    return files
+
+
+def load_repository(folder: Path) -> None:
+    pipe = StableDiffusionSSRPipeline(**COMPONENTS, requires_safety_checker=False)
+    try:
+        pipe.load_ssr(folder)
+    finally:
+        assert (pipe.ssr_encoder is None) == (pipe.ssr_image_encoder is None) == (pipe.ssr_image_processor is None)
+
+
 def status(field: str) -> int:
     """Returns a field of the memory status of this process, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -269,8 +439,10 @@ LOADERS = {
     "picture": lambda file: open_image(file, file.name),
     "table": generate_batch.read_table,
     "config": SSREncoder.from_pretrained,
+    "repository": load_repository,
 }
-FILE_CREATORS = (subject_files, released_files, pictures, tables, configs)
+COMPONENTS = make_components()
+FILE_CREATORS = (subject_files, released_files, pictures, tables, configs, encoder_folders, repositories)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning", "ignore:Detected pickle protocol")

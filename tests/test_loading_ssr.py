@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import os
 import pickle
 import shutil
 import subprocess
@@ -40,15 +41,19 @@ from diffusers import (
 )
 from diffusers_ssr import (
     AnimateDiffSSRPipeline,
+    SSREncoder,
     StableDiffusionSSRControlNetPipeline,
     StableDiffusionSSRPipeline,
     library_internals,
     mixin_ssr,
     ssr_pipeline_class,
+    versions_ssr,
 )
+from safetensors.torch import load_file, save_file
 from test_chains import make_controlnet
 from test_chains import picture as control_picture
 from test_pipeline_ssr import subject_args
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionModelWithProjection
 
 
 def make_pipe_without_ssr() -> StableDiffusionSSRPipeline:
@@ -62,24 +67,39 @@ def make_pipe_without_ssr() -> StableDiffusionSSRPipeline:
 OFFLOADING = {"enable_model_cpu_offload": CpuOffload, "enable_sequential_cpu_offload": AlignDevicesHook}
 
 
-def exchanges(pipe, encoder, image_encoder):
+def exchanges(pipe, load):
     """Yields each method that exchanges components, and whether the encoder and the image encoder exist afterwards."""
-    yield lambda: pipe.load_ssr(encoder, image_encoder=image_encoder), (True, True)
+    yield load, (True, True)
     yield lambda: pipe.drop_ssr_encoders(), (True, False)
     yield lambda: pipe.unload_ssr(), (False, False)
-    yield lambda: pipe.load_ssr(encoder, image_encoder=image_encoder), (True, True)
+    yield load, (True, True)
 
 
-@pytest.mark.parametrize("method", OFFLOADING)
-def test_components_can_be_exchanged_with_offloading(method):
+@pytest.mark.parametrize(
+    "method,way",
+    [
+        ("enable_model_cpu_offload", "memory"),
+        ("enable_model_cpu_offload", "folder"),
+        ("enable_sequential_cpu_offload", "folder"),
+    ],
+)
+def test_components_can_be_exchanged_with_offloading(tmp_path, method, way):
     """The components of the pipeline are offloaded after each exchange, removed components are not, and no weights are
     lost. Another pipeline with the same encoder works as before."""
     pipe, other = make_pipe_without_ssr(), make_pipe_without_ssr()
     encoder, image_encoder = make_ssr_encoder(), make_image_encoder()
     other.load_ssr(encoder, image_encoder=image_encoder)
+    save_ssr(other, tmp_path)
     expected = other(**subject_args()).images
     getattr(pipe, method)(device="cpu")
-    for exchange, present in exchanges(pipe, encoder, image_encoder):
+
+    def load():
+        if way == "memory":
+            pipe.load_ssr(encoder, image_encoder=image_encoder)
+        else:
+            pipe.load_ssr(tmp_path)
+
+    for exchange, present in exchanges(pipe, load):
         exchange()
         parts = (pipe.ssr_encoder, pipe.ssr_image_encoder)
         assert tuple(part is not None for part in parts) == present
@@ -89,6 +109,48 @@ def test_components_can_be_exchanged_with_offloading(method):
     assert {parameter.device.type for parameter in (*encoder.parameters(), *image_encoder.parameters())} == {"cpu"}
     assert np.array_equal(other(**subject_args()).images, expected)
     assert np.array_equal(pipe(**subject_args()).images, expected)
+
+
+@pytest.mark.parametrize("given", ["encoder", "image_encoder", "compiled"])
+def test_sequential_offloading_does_not_take_the_weights_of_a_given_encoder(tmp_path, pipe, given):
+    """The encoder of another pipeline keeps its weights, and nothing changes in either pipeline."""
+    expected = pipe(**subject_args()).images
+    save_ssr(pipe, tmp_path)
+    other = make_pipe_without_ssr()
+    other.enable_sequential_cpu_offload(device="cpu")
+    source = {"encoder": pipe.ssr_encoder, "image_encoder": tmp_path}.get(given)
+    if given == "compiled":
+        source = torch.compile(pipe.ssr_encoder, backend="eager")
+    image_encoder = pipe.ssr_image_encoder if given != "compiled" else None
+    name = "CLIPVisionModel" if given == "image_encoder" else "SSREncoder"
+    with pytest.raises(ValueError, match=f"`{name}` is already in memory.*pass the name of a folder"):
+        other.load_ssr(source, image_encoder=image_encoder, image_encoder_folder=None)
+    assert other.ssr_encoder is None and isinstance(other.unet._hf_hook, AlignDevicesHook)
+    assert not hasattr(pipe.ssr_encoder, "_hf_hook") and not hasattr(pipe.ssr_image_encoder, "_hf_hook")
+    assert np.array_equal(pipe(**subject_args()).images, expected)
+    other.load_ssr(tmp_path)
+    other.remove_all_hooks()
+    assert np.array_equal(other(**subject_args()).images, expected)
+
+
+@pytest.mark.parametrize("method", OFFLOADING)
+def test_a_pipeline_with_offloading_can_load_its_own_encoder_again(pipe, method):
+    expected = pipe(**subject_args()).images
+    getattr(pipe, method)(device="cpu")
+    pipe.load_ssr(pipe.ssr_encoder, image_encoder=pipe.ssr_image_encoder)
+    assert isinstance(pipe.ssr_encoder._hf_hook, OFFLOADING[method])
+    pipe.remove_all_hooks()
+    assert np.array_equal(pipe(**subject_args()).images, expected)
+
+
+def test_model_offloading_does_not_move_a_given_encoder(monkeypatch):
+    """A pipeline with model offloading keeps its models on the CPU, so it refuses an encoder on the GPU."""
+    pipe, encoder = make_pipe_without_ssr(), make_ssr_encoder()
+    pipe.enable_model_cpu_offload(device="cpu")
+    monkeypatch.setattr(type(encoder), "device", torch.device("cuda", 0))
+    with pytest.raises(ValueError, match=r'on cuda:0, but the pipeline keeps its models on cpu: .*`.to\("cpu"\)`'):
+        pipe.load_ssr(encoder, image_encoder_folder=None)
+    assert pipe.ssr_encoder is None and isinstance(pipe.unet._hf_hook, CpuOffload)
 
 
 def test_call_with_model_offloading():
@@ -170,6 +232,22 @@ def test_mixed_dtypes_raise_an_error_that_names_the_components(pipe, dtypes):
     pipe.text_encoder.to(dtypes[0]), pipe.unet.to(dtypes[1])
     with pytest.raises(ValueError, match="`text_encoder` is in torch.float.*, but `unet` in torch.*`dtype=`"):
         pipe(**call_args(subject=subject))
+
+
+@pytest.mark.parametrize("with_dtype", [True, False])
+def test_a_pipeline_that_was_saved_in_half_precision_says_how_to_load_it(pipe, tmp_path, with_dtype):
+    """Without `dtype=`, transformers 5 keeps the precision of the files, and diffusers loads in float32."""
+    pipe.to(torch.float16).save_pretrained(tmp_path)
+    loaded = StableDiffusionSSRPipeline.from_pretrained(tmp_path, **({"dtype": torch.float32} if with_dtype else {}))
+    loaded.set_progress_bar_config(disable=True)
+    if loaded.text_encoder.dtype == loaded.unet.dtype:
+        assert np.isfinite(loaded(**subject_args()).images).all()
+        return
+    assert not with_dtype
+    with pytest.raises(ValueError, match="`text_encoder` is in torch.float16, but `unet` in torch.float32.*`dtype=`"):
+        loaded(**subject_args())
+    loaded.to(torch.float32)
+    assert np.isfinite(loaded(**subject_args()).images).all()
 
 
 def test_autocast_allows_mixed_dtypes(pipe):
@@ -318,6 +396,73 @@ def test_a_given_image_processor_is_used(tmp_path, pipe):
     assert dict(pipe.ssr_image_processor.crop_size) == {"height": side, "width": side}
     pipe.drop_ssr_encoders()
     assert pipe.ssr_image_encoder is None and pipe.ssr_image_processor is None
+
+
+def test_an_image_processor_that_does_not_fit_is_rejected(tmp_path, pipe):
+    """Also one that is given, and one of a whole pipeline. `load_ssr` changes nothing."""
+    parts = pipe.ssr_encoder, pipe.ssr_image_encoder, pipe.ssr_image_processor
+    wrong = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
+    with pytest.raises(
+        ValueError, match="`image_processor` has to have 32, as the vision encoder takes, .* edge of 64"
+    ):
+        pipe.load_ssr(pipe.ssr_encoder, image_encoder=pipe.ssr_image_encoder, image_processor=wrong)
+    with pytest.raises(ValueError, match="`image_processor` has to be a CLIPImageProcessor with `size`"):
+        pipe.load_ssr(pipe.ssr_encoder, image_encoder=pipe.ssr_image_encoder, image_processor="ssr_image_processor")
+    assert (pipe.ssr_encoder, pipe.ssr_image_encoder, pipe.ssr_image_processor) == parts
+    pipe.load_ssr(pipe.ssr_encoder, image_encoder_folder=None, image_processor=wrong)
+    pipe.register_modules(ssr_image_encoder=parts[1], ssr_image_processor=wrong)
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{tmp_path}: `ssr_image_processor` has to have 32"):
+        StableDiffusionSSRPipeline.from_pretrained(tmp_path)
+
+
+def test_a_whole_pipeline_with_a_vision_encoder_that_is_not_finite_is_rejected(tmp_path, pipe):
+    next(pipe.ssr_image_encoder.parameters()).data.fill_(torch.nan)
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{tmp_path}: `ssr_image_encoder` holds weights that are not finite"):
+        StableDiffusionSSRPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("form", ["variant", "shards", "pickle", "projection", "whole CLIP", "variant in shards"])
+def test_load_ssr_reads_all_forms_of_weights(tmp_path, pipe, form):
+    """A vision encoder can also be a part of a larger model."""
+    expected = pipe(**subject_args()).images
+    small = {"max_shard_size": "4KB"} if "shards" in form else {}
+    variant = {"variant": "fp16"} if "variant" in form else {}
+    if form == "pickle":
+        small = {"safe_serialization": False}
+    pipe.ssr_encoder.save_pretrained(tmp_path / "ssr_encoder", **small, **variant)
+    vision, config = pipe.ssr_image_encoder, pipe.ssr_image_encoder.config
+    if form == "projection":
+        vision = CLIPVisionModelWithProjection(config)
+    elif form == "whole CLIP":
+        vision = CLIPModel(CLIPConfig(text_config=pipe.text_encoder.config.to_dict(), vision_config=config.to_dict()))
+    if vision is not pipe.ssr_image_encoder:
+        inner = getattr(pipe.ssr_image_encoder, "vision_model", pipe.ssr_image_encoder)
+        getattr(vision, "vision_model", vision).load_state_dict(inner.state_dict())
+    vision.save_pretrained(tmp_path / "ssr_image_encoder", **(small if form != "pickle" else {}), **variant)
+    assert len(list((tmp_path / "ssr_encoder").iterdir())) > 5 or "shards" not in form
+    pipe.unload_ssr()
+    pipe.load_ssr(tmp_path, **variant)
+    # older versions of transformers compute the attention of a part of CLIP in another way
+    np.testing.assert_allclose(pipe(**subject_args()).images, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("fault", ["missing", "dtype", "shape", "broken"])
+def test_shards_of_an_encoder_are_checked(tmp_path, fault):
+    make_ssr_encoder().save_pretrained(tmp_path, max_shard_size="4KB")
+    shard = sorted(tmp_path.glob("*-of-*.safetensors"))[-1]
+    tensors = load_file(shard)
+    name = next(iter(tensors))
+    if fault == "missing":
+        del tensors[name]
+    else:
+        tensors[name] = tensors[name].long() if fault == "dtype" else tensors[name][:-1].clone()
+    save_file(tensors, shard, {"format": "pt"})
+    if fault == "broken":
+        shard.write_bytes(bytes(1000))
+    with pytest.raises(ValueError, match=f"{tmp_path} .*{shard.name if fault == 'broken' else name}"):
+        SSREncoder.from_pretrained(tmp_path)
 
 
 def test_load_ssr_into_a_pipeline_that_only_encodes(tmp_path, pipe):
@@ -854,15 +999,28 @@ def test_a_shallow_copy_shares_all_components(pipe):
 # Versions
 
 
-@pytest.mark.parametrize(
-    "library,version", [("torch", "2.3.1+cu121"), ("diffusers", "0.30.3"), ("transformers", "4.43.0")]
-)
-def test_old_versions_raise_an_error(library, version, monkeypatch):
-    monkeypatch.setattr(getattr(library_internals, library), "__version__", version)
-    oldest = library_internals.OLDEST[library]
+OLD = [("torch", "2.3.1+cu121"), ("diffusers", "0.30.3"), ("transformers", "4.43.0"), ("pillow", "10.0.1")]
+
+
+@pytest.mark.parametrize("package,version", OLD)
+def test_old_versions_raise_an_error(package, version, monkeypatch):
+    monkeypatch.setattr(sys.modules[{"pillow": "PIL"}.get(package, package)], "__version__", version)
+    oldest = versions_ssr.OLDEST[package]
     with pytest.raises(ImportError) as refused:
-        library_internals.check_versions()
-    assert str(refused.value) == f"diffusers-ssr needs {library} {oldest} or newer, but {version} is installed."
+        versions_ssr.check_versions()
+    assert str(refused.value) == f"diffusers-ssr needs {package} {oldest} or newer, but {version} is installed."
+
+
+def test_an_old_python_raises_an_error(monkeypatch):
+    monkeypatch.setattr(versions_ssr.sys, "version_info", (3, 9, 18, "final", 0))
+    with pytest.raises(ImportError, match=r"needs python 3.10 or newer, but 3.9.18 is installed"):
+        versions_ssr.check_versions()
+
+
+def test_the_oldest_versions_are_those_of_the_package():
+    described = (ROOT / "pyproject.toml").read_text()
+    for package, oldest in versions_ssr.OLDEST.items():
+        assert f'requires-python = ">={oldest}"' in described or f'"{package}>={oldest}"' in described
 
 
 def test_versions_are_checked_at_import():
@@ -873,10 +1031,36 @@ def test_versions_are_checked_at_import():
     )
 
 
+@pytest.mark.parametrize("package,version", OLD)
+@pytest.mark.parametrize("entry", ["package", "pipeline", "pipeline_ssr", "pipeline_ssr_controlnet"])
+def test_versions_are_checked_before_the_libraries_are_imported(tmp_path, package, version, entry):
+    """An old library beside newer ones raises an error of its own when its modules are imported."""
+    name = {"pillow": "PIL"}.get(package, package)
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").write_text("raise RuntimeError('FLAX_WEIGHTS_NAME is missing')")
+    information = tmp_path / f"{package}-{version}.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+    if entry == "package":
+        code = "import diffusers_ssr"
+    else:  # as `custom_pipeline=` imports it: without the file of the package
+        (tmp_path / "copied").mkdir()
+        for file in ROOT.glob("*.py"):
+            if file.stem != "__init__":
+                shutil.copy(file, tmp_path / "copied")
+        code = f"import copied.{entry}"
+    paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stderr.splitlines()[-1] == (
+        f"ImportError: diffusers-ssr needs {package} {versions_ssr.OLDEST[package]} or newer, but {version} is installed."
+    )
+
+
 @pytest.mark.parametrize("version", ["2.4", "2.10.0", "3.0.0.dev0", "2.15.0a0+git"])
 def test_versions_are_compared_as_numbers(version, monkeypatch):
     monkeypatch.setattr(torch, "__version__", version)
-    library_internals.check_versions()
+    versions_ssr.check_versions()
 
 
 @pytest.mark.parametrize("given", [{"dtype": torch.float16}, {"torch_dtype": torch.float16}, {"dtype": None}, {}])

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import training_data
-from conftest import make_image_processor
-from diffusers_ssr import SubjectEmbeds
+from conftest import make_image_processor, make_ssr_encoder
+from diffusers_ssr import SSREncoder, SubjectEmbeds
 from diffusers_ssr.image_processing_ssr import (
     mask_values,
     open_image,
@@ -31,6 +31,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_modeling_ssr import TWO_LAYERS, small_released
 from test_training_data import GOOD, PICTURE, TEXTS, entry
 from text_files import read_rows
 from training_data import Columns, Preparation, Samples, summary
@@ -240,6 +242,89 @@ def test_tables_can_be_read_in_all_encodings(rows, encoding, delimiter, file):
     listed = file.with_suffix(".jsonl")
     listed.write_bytes("\n".join(json.dumps(row) for row in rows).encode(encoding))
     assert [row for _, row in read_rows(listed)] == rows
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.integers(-2, 40) | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=4,
+)
+CONFIGS = st.fixed_dictionaries(
+    {},
+    optional={
+        **dict.fromkeys(("cross_attention_dim", "vision_hidden_size"), st.sampled_from([1, 8, 24, 32]) | ANYTHING),
+        **dict.fromkeys(("inner_dim", "num_attention_heads"), st.sampled_from([1, 2, 16]) | ANYTHING),
+        "image_levels": st.lists(st.integers(-1, 12), max_size=4) | ANYTHING,
+        "attention_layers": st.dictionaries(st.sampled_from(["a", "b.c", "b_c", ""]), st.integers(-1, 16)) | ANYTHING,
+        "known_fingerprint": ANYTHING,
+        "unknown": ANYTHING,
+    },
+)
+
+
+@pytest.fixture(scope="module")
+def encoder_folder():
+    with tempfile.TemporaryDirectory() as folder:
+        make_ssr_encoder().save_pretrained(folder)
+        yield Path(folder)
+
+
+@given(config=CONFIGS)
+def test_an_encoder_with_any_config_is_loaded_or_rejected(config, encoder_folder):
+    """An encoder that is loaded has the weights of the file. The error names the folder."""
+    file, before = encoder_folder / "config.json", (encoder_folder / "config.json").read_text()
+    file.write_text(json.dumps({**json.loads(before), **config}))
+    try:
+        loaded = SSREncoder.from_pretrained(encoder_folder)
+        weights = load_file(encoder_folder / "diffusion_pytorch_model.safetensors")
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in loaded.state_dict().items())
+    except ValueError as error:
+        assert f"`pretrained_model_name_or_path`: {encoder_folder} " in str(error)
+    finally:
+        file.write_text(before)
+
+
+@settings(max_examples=100)
+@given(position=st.floats(0, 1), content=st.binary(min_size=1, max_size=9), in_header=st.booleans())
+def test_an_encoder_with_any_changed_bytes_is_loaded_or_rejected(position, content, in_header, encoder_folder):
+    weights = encoder_folder / "diffusion_pytorch_model.safetensors"
+    before = weights.read_bytes()
+    length = 8 + int.from_bytes(before[:8], "little") if in_header else len(before)
+    start = int(position * length)
+    weights.write_bytes(before[:start] + content + before[start + len(content) :])
+    try:
+        loaded = SSREncoder.from_pretrained(encoder_folder)
+        assert all(torch.isfinite(parameter).all() for parameter in loaded.parameters())
+    except ValueError as error:
+        assert f"`pretrained_model_name_or_path`: {encoder_folder} " in str(error)
+    finally:
+        weights.write_bytes(before)
+
+
+VALUES = st.builds(
+    lambda shape, value, dtype: torch.full(shape, value, dtype=torch.float64).to(dtype),
+    st.lists(st.sampled_from([0, 1, 16, 32]), max_size=3),
+    st.sampled_from([0.5, 1e300, float("nan"), float("inf")]),
+    st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool]),
+)
+
+
+@given(argument=st.sampled_from(["aligner", "layers"]), ending=st.sampled_from(["bin", "safetensors"]), data=st.data())
+def test_any_released_weights_are_loaded_or_rejected(argument, ending, data, file):
+    _, *released = small_released()
+    given_weights = dict(zip(("aligner", "layers"), released, strict=True))
+    content = {name: tensor.detach().clone() for name, tensor in given_weights[argument].items()}
+    names = st.sampled_from(sorted(content)) | st.text(max_size=6)
+    content.update(data.draw(st.dictionaries(names, VALUES, max_size=2)))
+    removed = data.draw(st.none() | st.sampled_from(sorted(content)))
+    content.pop(removed, None)
+    given_weights[argument] = file.with_suffix(f".{ending}")
+    (torch.save if ending == "bin" else save_file)(content, given_weights[argument])
+    try:
+        loaded = SSREncoder.from_released(**given_weights, **TWO_LAYERS)
+        assert all(torch.isfinite(parameter).all() for parameter in loaded.parameters())
+    except ValueError as error:
+        assert f"`{argument}`" in str(error)
 
 
 @settings(max_examples=100)

@@ -179,6 +179,7 @@ def test_subjects_that_are_too_large_to_load_are_not_saved(pair, tmp_path, monke
     [
         ({"embeds": float("nan")}, "0.embeds holds values from nan"),
         ({"embeds": 1e6}, "0.embeds holds values from"),
+        ({"embeds": 1001.0}, "0.embeds holds values from"),
         ({"negative_embeds": float("inf")}, "0.negative_embeds holds"),
         ({"query": "a cat " * 200_000}, "their queries take"),
         ({"query": "猫" * 170_000}, "their queries take"),
@@ -267,6 +268,22 @@ def test_a_region_that_is_too_large_to_save_is_rejected(pair, region, monkeypatc
     monkeypatch.setattr(subject_file, "MAX_REGION_VALUES", 161)
     with pytest.raises(ValueError, match="`region.*161"):
         pair.inside(region)
+
+
+@pytest.mark.parametrize("region", [np.ones((9, 2)), np.ones((2, 9)), np.ones((9, 2, 2)), [np.ones((2, 2))] * 9])
+def test_a_region_with_a_side_that_is_too_long_to_save_is_rejected(pair, region, monkeypatch):
+    monkeypatch.setattr(subject_file, "MAX_REGION_SIDE", 8)
+    with pytest.raises(ValueError, match="`region` has shape .*9.*at most 8 rows"):
+        pair.inside(region)
+
+
+@pytest.mark.parametrize("value", [1000.0, -1000.0])
+def test_the_largest_tokens_that_can_be_loaded_do_not_overflow_in_half_precision(pipe, pair, tmp_path, value):
+    subject = replace(pair.subjects[0], embeds=torch.full_like(pair.subjects[0].embeds, value))
+    SubjectEmbeds((subject,)).save(tmp_path / "cat.safetensors")
+    embeds = SubjectEmbeds.load(tmp_path / "cat.safetensors").subjects[0].embeds.half()
+    projected = pipe.ssr_encoder.half().project(embeds)
+    assert all(torch.isfinite(tensor).all() for each in projected for tensor in each)
 
 
 def test_subjects_of_different_encoders_cannot_be_added(pipe, pair):
