@@ -8,6 +8,7 @@ from typing import Any, Optional
 
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.models import UNet2DConditionModel, UNetMotionModel
 from diffusers.models.modeling_utils import ModelMixin
 from PIL import Image
 from transformers import CLIPImageProcessor, PreTrainedModel
@@ -179,6 +180,9 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
         }
         if subject is None and all(value is None for value in references.values()):
             checks_ssr.check_unused({**of_subjects, **of_references}, _OWN_ARGUMENTS, "there is no subject")
+            # another kind of UNet works without a subject
+            if isinstance(self.unet, (UNet2DConditionModel, UNetMotionModel)):
+                checks_ssr.check_precision(self.text_encoder, self.unet)
             return stock_call(*args, **kwargs)
 
         arguments = _by_name(stock_call, args, kwargs)

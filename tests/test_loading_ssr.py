@@ -244,8 +244,11 @@ def test_a_pipeline_that_was_saved_in_half_precision_says_how_to_load_it(pipe, t
         assert np.isfinite(loaded(**subject_args()).images).all()
         return
     assert not with_dtype
-    with pytest.raises(ValueError, match="`text_encoder` is in torch.float16, but `unet` in torch.float32.*`dtype=`"):
-        loaded(**subject_args())
+    for arguments in (subject_args(), call_args()):
+        with pytest.raises(
+            ValueError, match="`text_encoder` is in torch.float16, but `unet` in torch.float32.*`dtype="
+        ):
+            loaded(**arguments)
     loaded.to(torch.float32)
     assert np.isfinite(loaded(**subject_args()).images).all()
 
