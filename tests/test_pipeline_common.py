@@ -3,6 +3,7 @@
 import ast
 import inspect
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -106,7 +107,7 @@ def test_a_user_defined_class_keeps_its_own_methods():
         def encode_prompt(self, prompt):
             return f"mine: {prompt}"
 
-    assert made == [Mine] and Mine.encode_prompt(None, "a cat") == "mine: a cat"
+    assert made == [Mine] and Mine.encode_prompt(SimpleNamespace(tokenizer=None), "a cat") == "mine: a cat"
 
 
 def test_a_pipeline_from_the_components_draws_the_same_picture(pipe):
