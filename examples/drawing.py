@@ -62,8 +62,8 @@ def reference_options(parser: argparse.ArgumentParser, place: str) -> None:
 
 
 def hide_library_output() -> None:
-    """Disables progress bars of the libraries in the output of a script, and a warning that `from_pipe` of diffusers
-    prints for each model, though nothing is lost: that an empty list of modules "should be kept in float32". Other
+    """Disables progress bars of the libraries in the output of a script, and messages of diffusers about nothing: that
+    an empty list of modules "should be kept in float32", and that a LoRA has no weights for the text encoder. Other
     warnings are printed, for example that a query is too long."""
     for handler in logging.get_logger("diffusers").handlers:
         handler.addFilter(_has_content)
@@ -72,7 +72,8 @@ def hide_library_output() -> None:
 
 
 def _has_content(record: LogRecord) -> bool:
-    return "should be kept in float32: []" not in record.getMessage()
+    message = record.getMessage()
+    return not any(text in message for text in ("should be kept in float32: []", "No LoRA keys associated to"))
 
 
 def check_source(option: str, source: str | None) -> None:

@@ -32,6 +32,8 @@ def test_demo_writes_its_contact_sheet(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "outputs/demo.png" in done.stdout
+    # only progress bars
+    assert re.sub(r"[^\r\n]*\d+/\d+ \[[^\r\n]*", "", done.stderr).strip() == ""
     sheet = Image.open(tmp_path / "outputs" / "demo.png")
     assert sheet.width > 800 and sheet.height > 1300
     with Image.open(tmp_path / "outputs" / "demo.gif") as video:
