@@ -24,7 +24,7 @@ PAGES = [
 REAL = "# with a real checkpoint"
 SHELL = ("bash", "sh", "powershell")
 # commands that are not part of this repository
-FAMILIAR = {"git", "cd", "conda", "sudo", "tensorboard", "deactivate", "source", "ruff", "pre-commit", "py"}
+FAMILIAR = {"cp", "git", "cd", "conda", "sudo", "tensorboard", "deactivate", "source", "ruff", "pre-commit", "py"}
 
 page = pytest.mark.parametrize("page", PAGES, ids=lambda file: str(file.relative_to(ROOT)))
 
