@@ -3,21 +3,17 @@ the size of the picture."""
 
 import os
 from collections.abc import Sequence
-from functools import cache
 from io import BytesIO
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers.utils import logging
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
 from transformers import CLIPImageProcessor
 
-from . import file_utils, shared_components
+from . import file_utils, image_decoding
 
-
-logger = logging.get_logger(__name__)
 
 RESIZE_MODES = ("pad", "crop")
 SMALLEST_SIDE = 8
@@ -25,6 +21,8 @@ LARGEST_RATIO = 16
 # The largest picture that is decoded, in pixels; 200 MB in RGB. It is read at each call, so it can be changed at run
 # time.
 MAX_PIXELS = 2**26
+# A file may have four bytes for each pixel of this limit, and at least so many.
+SMALLEST_BYTE_LIMIT = 2**24
 # The formats that `open_image` accepts. Other formats of Pillow start programs (EPS starts Ghostscript) or do not
 # contain pictures.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
@@ -50,7 +48,8 @@ def open_image(file: str | os.PathLike | bytes, name: str = "image", max_pixels:
 
     Raises:
         `FileNotFoundError`: if the file does not exist.
-        `ValueError`: if it is not a regular file, is not a picture, is larger than `max_pixels`, or is truncated.
+        `ValueError`: if it is not a regular file, is not a picture, is larger than `max_pixels`, is truncated, or
+            would take far more time or memory to decode than a picture of its size. The message has the path.
 
     Example:
 
@@ -58,19 +57,31 @@ def open_image(file: str | os.PathLike | bytes, name: str = "image", max_pixels:
     >>> photo = open_image("photo.jpg", "subject_image")
     ```
     """
+    limit = _limit(max_pixels)
     if not isinstance(file, bytes):
         file_utils.check_regular_file(file, name)
+    # Pillow reads some parts of a file completely, for example texts
+    size, most = len(file) if isinstance(file, bytes) else os.stat(file).st_size, max(4 * limit, SMALLEST_BYTE_LIMIT)
+    if size > most:
+        raise ValueError(f"`{name}` has {size:,} bytes, more than the {most:,} that are accepted{_named(file)}.")
     Image.init()
     formats = [each for each in FORMATS if each in Image.OPEN]
     try:
         image = Image.open(BytesIO(file) if isinstance(file, bytes) else file, formats=formats)
-    except UnidentifiedImageError as error:
-        raise ValueError(f"`{name}` cannot be decoded: its format is unknown, or its header is truncated.") from error
     except Exception as error:  # a parser that meets arbitrary bytes may raise anything
-        raise ValueError(f"`{name}` cannot be decoded: {_reason(error)}.") from error
+        unknown = isinstance(error, UnidentifiedImageError)
+        why = "its format is unknown, or its header is truncated" if unknown else image_decoding.reason(error)
+        raise ValueError(f"`{name}` cannot be decoded: {why}{_named(file)}.") from error
     with image:
-        _decode(image, name, max_pixels)
+        try:
+            image_decoding.decode(image, name, limit)
+        except ValueError as error:
+            raise ValueError(f"{str(error).removesuffix('.')}{_named(file)}.") from error
     return image
+
+
+def _named(file: str | os.PathLike | bytes) -> str:
+    return "" if isinstance(file, bytes) else f" (in {os.fspath(file)!r:.300})"
 
 
 def to_pil(image: Any, name: str = "subject_image", max_pixels: int | None = None) -> Image.Image:
@@ -81,7 +92,7 @@ def to_pil(image: Any, name: str = "subject_image", max_pixels: int | None = Non
         image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
             The picture. PIL images can have any mode. If a PIL image has several frames, its current frame is used,
             which is the first one after opening. Transparent parts become white, values of 16 bits (mode I;16) are
-            scaled by 65535, and EXIF rotation is applied. Modes I and F have no range, so the smallest one that
+            scaled by 65535 (in TIFF files with 12 bits by 4095), and EXIF rotation is applied. Modes I and F have no range, so the smallest one that
             contains all values is used: 0 to 1, 0 to 255, 0 to 65535, or 0 to the largest value. Arrays have shape `(height, width, 3)` or `(1, height, width, 3)` and
             hold uint8, uint16, or floats from 0 to 1. Tensors have shape `(3, height, width)` or `(1, 3, height, width)` and hold uint8 or
             floats from 0 to 1.
@@ -117,7 +128,7 @@ def to_pil(image: Any, name: str = "subject_image", max_pixels: int | None = Non
             f"`{name}` is {width} x {height} pixels: it has to be at least {SMALLEST_SIDE} on each side, and at most"
             f" {LARGEST_RATIO} times as long as wide."
         )
-    return _to_rgb(_upright(image, name, max_pixels), name)
+    return _to_rgb(image_decoding.upright(image, name, _limit(max_pixels)), name)
 
 
 def mask_values(mask: Any, name: str = "subject_mask", max_pixels: int | None = None) -> np.ndarray:
@@ -151,7 +162,7 @@ def mask_values(mask: Any, name: str = "subject_mask", max_pixels: int | None = 
     ```
     """
     if isinstance(mask, Image.Image):
-        return _mask_of_picture(_upright(mask, name, max_pixels), name)
+        return _mask_of_picture(image_decoding.upright(mask, name, _limit(max_pixels)), name)
     if isinstance(mask, torch.Tensor):
         mask = _to_numpy(mask, name)
     if not isinstance(mask, np.ndarray):
@@ -159,9 +170,9 @@ def mask_values(mask: Any, name: str = "subject_mask", max_pixels: int | None = 
             f"`{name}` has to be a PIL image, a numpy array or a torch tensor, but is {type(mask).__name__}."
         )
     if mask.size and mask.ndim == 3 and mask.shape[2] in (3, 4) and mask.shape[0] > 1:
-        _check_pixels(mask.shape[0] * mask.shape[1], name, max_pixels)
+        image_decoding.check_pixels(mask.shape[0] * mask.shape[1], name, _limit(max_pixels))
         return _mask_of_colours(mask, name)
-    _check_pixels(mask.size, name, max_pixels)
+    image_decoding.check_pixels(mask.size, name, _limit(max_pixels))
     return _unit(mask.reshape(_mask_shape(mask.shape, name)), name)
 
 
@@ -193,11 +204,16 @@ def to_mask(
     >>> mask = to_mask(Image.open("mask.png"), photo.size)
     ```
     """
-    values = mask_values(mask, name, max_pixels)
-    if values.shape != size[::-1]:
-        hint = ": pass one mask or one color channel of it" if values.shape[1:] == size[::-1] else ""
+    if isinstance(mask, Image.Image) and sorted(mask.size) != sorted(size):
+        # before it is decoded; EXIF rotation can exchange width and height
+        shape = mask.size[::-1]
+    else:
+        values = mask_values(mask, name, max_pixels)
+        shape = values.shape
+    if shape != size[::-1]:
+        hint = ": pass one mask or one color channel of it" if shape[1:] == size[::-1] else ""
         raise ValueError(
-            f"`{name}` has to be as large as its picture, (height, width) = {size[::-1]}, but is {values.shape}{hint}."
+            f"`{name}` has to be as large as its picture, (height, width) = {size[::-1]}, but is {shape}{hint}."
         )
     marked = values > 0.5
     if not marked.any():
@@ -309,53 +325,8 @@ def check_resize_mode(resize_mode: Any, name: str = "resize_mode") -> None:
         raise ValueError(f"`{name}` has to be one of {RESIZE_MODES}, but is {resize_mode!r}.")
 
 
-def _check_pixels(count: int, name: str, max_pixels: int | None) -> None:
-    limit = MAX_PIXELS if max_pixels is None else max_pixels
-    if count > limit:
-        raise ValueError(
-            f"`{name}` has {count:,} pixels, more than the {limit:,} that are accepted: make it smaller, or set"
-            f" `{__name__}.MAX_PIXELS`."
-        )
-
-
-def _reason(error: Exception) -> str:
-    """Returns the message of an error in one line, without a period at the end."""
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
-
-
-def _decode(image: Image.Image, name: str, max_pixels: int | None) -> None:
-    """Decodes a picture if it is not decoded yet. Only one thread decodes at a time: a picture from `Image.open` is
-    decoded when it is first used, and two threads that share it would both seek and read in the same file, so that one
-    of them would get corrupted pixels or an error."""
-    # the size comes from the file's header; nothing is decoded yet
-    _check_pixels(image.width * image.height, name, max_pixels)
-    with shared_components.decoding_lock():
-        try:
-            # before `load`, because `is_animated` may seek to another frame, and the pixels would have to be decoded
-            # again
-            if getattr(image, "is_animated", False):
-                _say_animated(name)
-            image.load()
-        except Exception as error:  # a decoder that meets arbitrary bytes may raise anything
-            raise ValueError(f"`{name}` cannot be decoded: {_reason(error)}.") from error
-
-
-def _upright(image: Image.Image, name: str, max_pixels: int | None) -> Image.Image:
-    """Returns a decoded copy of a picture, with its EXIF rotation applied."""
-    _decode(image, name, max_pixels)
-    with shared_components.decoding_lock():
-        try:
-            # needs the lock, because it seeks in the file if the EXIF data come after the pixels
-            return ImageOps.exif_transpose(image)
-        except Exception:  # broken EXIF data
-            return image.copy()
-
-
-@cache
-def _say_animated(name: str) -> None:
-    """Logs a warning. The cache limits it to one warning for each name, because training would repeat it in every
-    step."""
-    logger.warning(f"`{name}` has several frames: only its current frame is used, by default the first one.")
+def _limit(max_pixels: int | None) -> int:
+    return MAX_PIXELS if max_pixels is None else max_pixels
 
 
 def _to_numpy(tensor: torch.Tensor, name: str) -> np.ndarray:
@@ -380,7 +351,7 @@ def _picture_of_array(array: np.ndarray, name: str, max_pixels: int | None) -> I
     array = array[0] if array.ndim == 4 and shape[0] == 1 else array
     if array.ndim != 3 or array.shape[2] != 3 or not array.size:
         raise ValueError(f"`{name}` as an array has to be of shape (height, width, 3), but is {shape}.")
-    _check_pixels(array.shape[0] * array.shape[1], name, max_pixels)
+    image_decoding.check_pixels(array.shape[0] * array.shape[1], name, _limit(max_pixels))
     if array.dtype.str[1:] == "u2":  # uint16 in any byte order
         array = array / 65535
     if array.dtype != np.uint8:
@@ -400,6 +371,8 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         pixels = np.asarray(image)
         # modes I and F have no range; they also hold pictures of 8 bits, for example after `convert("I")`
         values = pixels / np.float32(65535) if image.mode.startswith("I;16") else _unit(pixels, name, deep=True)
+        if "transparency" in image.info:
+            values = np.where(pixels == image.info["transparency"], np.float32(1), values)
         return Image.fromarray((values * 255).round().astype(np.uint8)).convert("RGB")
     if image.mode == "LAB":
         # Pillow can convert LAB to RGB only with color profiles
@@ -429,7 +402,10 @@ def _to_rgba(image: Image.Image) -> Image.Image:
 
 def _mask_of_picture(image: Image.Image, name: str) -> np.ndarray:
     if image.mode == "F" or image.mode.startswith("I"):
-        return _unit(np.asarray(image), name, deep=image.mode.startswith("I"))
+        pixels, transparent = np.asarray(image), image.info.get("transparency")
+        if transparent is not None and (pixels == transparent).any():
+            return (pixels != transparent).astype(np.float32)
+        return _unit(pixels, name, deep=image.mode.startswith("I"))
     return _mask_of_colours(np.asarray(_to_rgba(image) if _has_alpha(image) else _to_rgb(image, name)), name)
 
 

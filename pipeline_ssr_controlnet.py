@@ -8,6 +8,7 @@ from .attention_processors import SSRAttnProcessor2_0  # noqa: F401
 from .checks_ssr import check_fits  # noqa: F401
 from .encoding_ssr import SubjectEncodingMixin  # noqa: F401
 from .file_utils import atomic_folder  # noqa: F401
+from .image_decoding import decode  # noqa: F401
 from .image_processing_ssr import preprocess  # noqa: F401
 from .library_internals import disable_offloading  # noqa: F401
 from .loading_ssr import SSRLoaderMixin  # noqa: F401

@@ -165,7 +165,5 @@ def _load_safetensors(path: str, most: int) -> Mapping[str, torch.Tensor]:
 def _load_pickle(path: str, most: int) -> Any:
     """Loads a torch pickle without executing code from it. The tensors are memory-mapped if the format allows it, so
     that unused tensors are not read."""
-    archive = weight_files.check_pickle(path)
-    if not archive and os.stat(path).st_size > most:
-        raise ValueError(f"it has {os.stat(path).st_size:,} bytes, more than the {most:,} that are accepted")
+    archive = weight_files.check_pickle(path, most, limit_archives=False)
     return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)

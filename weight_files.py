@@ -3,10 +3,11 @@ files can come from untrusted sources."""
 
 import json
 import math
+import mmap
 import os
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -16,6 +17,7 @@ import huggingface_hub
 # Upper limits, far above those of real files: the header of a vision encoder with 400 weights has 40 KB.
 MAX_CONFIG_BYTES = 2**20
 MAX_HEADER_BYTES = 2**22
+MAX_DIMENSIONS = 16
 
 # A torch pickle can hold more than the model that is loaded from it, for example the text encoder of CLIP.
 _BYTES_PER_WEIGHT = 16
@@ -29,6 +31,10 @@ _NUM_BYTES = {
 }
 # the dtypes that weights can have; float8 is for storing them
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+
+_DESCRIPTION = "/data.pkl"
+# The only function that `torch.load(weights_only=True)` calls with a size from the file.
+_RESERVING = b"\nbytearray\n"
 
 _DOWNLOAD = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 _VISION_PREFIX = "vision_model."
@@ -87,7 +93,10 @@ def read_header(file: BinaryIO, most: int) -> tuple[dict[str, str], dict[str, En
 
 def _entry(described: dict[str, Any], offset: int) -> Entry:
     dtype, shape, (start, end) = described["dtype"], tuple(described["shape"]), described["data_offsets"]
-    if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
+    # the limits keep the product of thousands of numbers with thousands of digits short
+    if len(shape) > MAX_DIMENSIONS or not all(
+        type(number) is int and 0 <= number < 2**63 for number in (*shape, start, end)
+    ):
         raise ValueError("a shape or position is not a whole number")
     if end - start != math.prod(shape) * _NUM_BYTES[dtype]:
         raise ValueError("a tensor has another size than its shape")
@@ -158,11 +167,26 @@ def check_config(
     return file, given
 
 
-def check_pickle(file: str | os.PathLike, most: int | None = None) -> bool:
-    """Raises a `ValueError` if a file is not a torch pickle, or is larger than `most` bytes, also when it is unpacked.
-    Returns whether it is an archive, as torch 1.6 and newer write it."""
-    archive = zipfile.is_zipfile(file)
-    size = os.stat(file).st_size
+def check_pickle(file: str | os.PathLike, most: int, limit_archives: bool = True) -> bool:
+    r"""
+    Check a file before `torch.load(..., weights_only=True)` reads it.
+
+    Args:
+        file (`str` or `os.PathLike`):
+            The file.
+        most (`int`):
+            The maximum number of bytes.
+        limit_archives (`bool`, defaults to `True`):
+            Whether `most` also limits archives. They can be memory-mapped, so that unused tensors are not read.
+
+    Returns:
+        `bool`: whether it is an archive, as torch 1.6 and newer write it.
+
+    Raises:
+        `ValueError`: if it is not a torch pickle, is compressed or larger than `most`, or can take more memory than its
+            size.
+    """
+    archive, size = zipfile.is_zipfile(file), os.stat(file).st_size
     if archive:
         with zipfile.ZipFile(file) as opened:
             entries = opened.infolist()
@@ -171,12 +195,20 @@ def check_pickle(file: str | os.PathLike, most: int | None = None) -> bool:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
                 raise ValueError("it is compressed, but torch saves uncompressed files")
             size = max(size, sum(entry.file_size for entry in entries))
-    else:
-        with open(file, "rb") as opened_file:
-            if opened_file.read(1) != b"\x80":
-                raise ValueError("it is not a file of tensors")
-    if most is not None and size > most:
+            pickles = [entry for entry in entries if entry.filename.endswith(_DESCRIPTION)]
+            if any(entry.file_size > MAX_HEADER_BYTES for entry in pickles):
+                raise ValueError(f"the description of its tensors is longer than {MAX_HEADER_BYTES:,} bytes")
+            reserves = any(_RESERVING in opened.read(entry) for entry in pickles)
+    if size > most and (limit_archives or not archive):
         raise ValueError(f"it has {size:,} bytes, more than the {most:,} that are accepted for these weights")
+    if not archive:
+        with open(file, "rb") as legacy:
+            if legacy.read(1) != b"\x80":
+                raise ValueError("it is not a file of tensors")
+            with mmap.mmap(legacy.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                reserves = content.find(_RESERVING) >= 0
+    if reserves:
+        raise ValueError("it holds other objects than tensors")
     return archive
 
 
@@ -201,14 +233,16 @@ def check_weights(
             The shapes of the model's weights by name.
         strict (`bool`, defaults to `True`):
             Whether to refuse weights that the model does not have. If `False`, the prefix of the vision part of a CLIP
-            model does not matter, and a file in which no name is known is not checked further.
+            model does not matter, and a file in which no name is known, but which has as many numbers as the model, is
+            not checked further.
 
     Raises:
         `ValueError`: if a file is broken, or if a weight is missing or unexpected, or has a wrong dtype or shape.
     """
-    limit = _BYTES_PER_WEIGHT * sum(math.prod(shape) for shape in shapes.values()) + _SLACK_BYTES
+    limit = _BYTES_PER_WEIGHT * _count(shapes.values()) + _SLACK_BYTES
     found: dict[str, Entry] = {}
-    for file in _weight_files(source, subfolder, names, arguments):
+    files = _weight_files(source, subfolder, names, arguments)
+    for file in files:
         try:
             if not file.name.endswith(".safetensors"):
                 check_pickle(file, limit)
@@ -217,14 +251,22 @@ def check_weights(
                 found.update(read_header(opened, MAX_HEADER_BYTES)[1])
         except ValueError as error:
             raise ValueError(f"{file.name}: {error}") from error
-    if not found:
+    if not files:
         return
     if not strict:
         found = {name.removeprefix(_VISION_PREFIX): entry for name, entry in found.items()}
         shapes = {name.removeprefix(_VISION_PREFIX): shape for name, shape in shapes.items()}
-        if not found.keys() & shapes.keys():
+        # the names of another layout, which transformers may know; without the weights, it would initialise them
+        if not found.keys() & shapes.keys() and _count(entry.shape for entry in found.values()) >= _count(
+            shapes.values()
+        ):
             return
     _check_entries(found, shapes, strict)
+
+
+def _count(shapes: Iterable[tuple[int, ...]]) -> int:
+    """Returns how many numbers tensors of these shapes have in total."""
+    return sum(map(math.prod, shapes))
 
 
 def _check_entries(found: Mapping[str, Entry], shapes: Mapping[str, tuple[int, ...]], strict: bool) -> None:

@@ -42,6 +42,8 @@ with needs("demo"):
 
 REQUIRED = ("query", "prompt", "image")
 KNOWN = (*REQUIRED, "seed", "mask", "scale", "name")
+SOME_ROWS = 1000
+MAX_NAME = 1024
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -52,28 +54,35 @@ def read_table(table: Path) -> list[dict]:
     Raises:
         `ValueError`: if the file is missing, is not a table, or has a missing or an unknown column.
     """
+    rows: list[dict] = []
+    columns: set[str] = set()
     try:
-        read = list(read_rows(table, "table"))
+        for number, row in read_rows(table, "table"):
+            if isinstance(row, str):
+                raise ValueError(
+                    f"`table` has to be CSV or JSON lines, but line {number} of {table} cannot be read: {row}"
+                )
+            unknown = sorted(row.keys() - set(KNOWN))
+            if unknown:
+                raise ValueError(f"`table`: {table} has the columns {unknown!s:.300}, but only {KNOWN} are known.")
+            rows.append(row)
+            columns |= row.keys()
+            # a column that no row has had until then is missing, and millions of short rows would fill the memory
+            if len(rows) == SOME_ROWS and _missing(columns):
+                break
     except FileNotFoundError as error:
         raise ValueError(f"`table`: there is no file {table}.") from error
-    for number, row in read:
-        if isinstance(row, str):
-            raise ValueError(
-                f"`table` has to be CSV or JSON lines, but line {number} of {table} cannot be read: {row}"
-            )
-    rows = [row for _, row in read]
     if not rows:
         raise ValueError(f"`table`: {table} has no rows.")
-    columns = {name for row in rows for name in row}
-    missing = {"image", "prompt"} - columns
-    if missing or not columns & {"query", "mask"}:
-        raise ValueError(
-            f"`table`: {table} lacks the columns {sorted(missing or {'query'})}; it has {sorted(columns)}."
-        )
-    unknown = columns - set(KNOWN)
-    if unknown:
-        raise ValueError(f"`table`: {table} has the columns {sorted(unknown)}, but only {KNOWN} are known.")
+    missing = _missing(columns)
+    if missing:
+        raise ValueError(f"`table`: {table} lacks the columns {missing}; it has {sorted(columns)}.")
     return rows
+
+
+def _missing(columns: set[str]) -> list[str]:
+    """Returns the columns that a table lacks."""
+    return sorted({"image", "prompt"} - columns) or ([] if columns & {"query", "mask"} else ["query"])
 
 
 def check_names(rows: list[dict]) -> dict[int, ValueError]:
@@ -82,7 +91,11 @@ def check_names(rows: list[dict]) -> dict[int, ValueError]:
     files: dict[str, int] = {}
     folders: dict[str, int] = {}
     for index, row in enumerate(rows):
-        path = PurePosixPath(file_of(row, index))
+        name = file_of(row, index)
+        if len(name) > MAX_NAME:  # each folder of a path is compared with the other paths
+            faults[index] = ValueError(f"`name` has {len(name):,} characters, more than {MAX_NAME:,}.")
+            continue
+        path = PurePosixPath(name)
         file, within = _as_on_disk(path), [_as_on_disk(parent) for parent in path.parents][:-1]
         taken = [files[name] for name in (file, *within) if name in files]
         taken += [folders[file]] if file in folders else []

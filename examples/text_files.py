@@ -20,6 +20,7 @@ _MARKS = (
 )
 # Lines are read completely, so a file without line breaks could otherwise fill the memory.
 MAX_LINE = 2**20
+MAX_COLUMNS = 1024
 
 
 def open_text(file: Path, name: str = "file", errors: str = "strict") -> TextIO:
@@ -91,6 +92,9 @@ def _csv_rows(lines: TextIO) -> Iterator[tuple[int, dict | str]]:
     header = next(source, "")
     delimiter = max(",;\t", key=header.count)
     names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
+    twice = sorted({name for name in names if name and names.count(name) > 1}) if len(names) <= MAX_COLUMNS else names
+    if twice:
+        raise ValueError(f"the header has columns twice, or too many: {twice!s:.80}")
     reader = csv.reader(source, delimiter=delimiter)
     for fields in reader:
         if not any(fields):

@@ -76,7 +76,7 @@ def read_bytes(value, name: str = "image") -> bytes:
     if isinstance(value, Image.Image):
         return value.mode.encode() + str(value.size).encode() + value.tobytes()
     if isinstance(value, Path):
-        value = _read_file(str(value), name)
+        value = _read_file(value, name)
     if isinstance(value, HubFile):
         value = _read_file(value.url, name)
     if isinstance(value, str) and value:
@@ -86,11 +86,13 @@ def read_bytes(value, name: str = "image") -> bytes:
     return bytes(value)
 
 
-def _read_file(path: str, name: str) -> bytes:
+def _read_file(path: Path | str, name: str) -> bytes:
+    """Reads a file on the disk (a `Path`) or a URL. fsspec must not open the first kind, because it takes "::" in a name
+    for several file systems, one in the other."""
     try:
-        if "://" not in path:
+        if isinstance(path, Path):
             check_regular_file(path, name)
-        with fsspec.open(path, "rb") as file:
+        with open(path, "rb") if isinstance(path, Path) else fsspec.open(path, "rb") as file:
             content = file.read(MAX_ROW_BYTES + 1)
     except Exception as error:  # each fsspec file system raises different exceptions
         raise BadSample(f"{name} cannot be read: {error}") from error

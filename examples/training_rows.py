@@ -20,6 +20,9 @@ from training_shards import read_shards
 from training_tables import load_tables
 
 
+# The rest of a metadata file is left out after so many consecutive lines that cannot be read: three bytes a line would
+# otherwise take a hundred times as much memory.
+MAX_BAD_LINES = 1000
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 MAX_NAME = 2**10
 Position = tuple[int, int]
@@ -51,11 +54,15 @@ def read_folder(folder: Path) -> list[dict]:
 
 
 def _metadata_rows(file: Path) -> Iterator[dict]:
+    bad = 0
     try:
         for number, row in read_rows(file, errors="replace"):
-            yield (
-                own_columns(row) if isinstance(row, dict) else {"__key__": f"{file}, line {number}", ERROR_COLUMN: row}
-            )
+            name, bad = f"{file}, line {number}", 0 if isinstance(row, dict) and row else bad + 1
+            if bad > MAX_BAD_LINES:
+                reason = f"the rest of this file is left out, after {MAX_BAD_LINES:,} lines that cannot be used"
+                yield {"__key__": name, ERROR_COLUMN: reason}
+                return
+            yield own_columns(row) if isinstance(row, dict) else {"__key__": name, ERROR_COLUMN: row}
     except (OSError, ValueError) as error:
         yield {"__key__": str(file), ERROR_COLUMN: f"cannot be read: {error}"}
 
@@ -67,8 +74,8 @@ def _with_paths(row: dict, folder: Path, root: Path) -> dict:
         if value and (name == "file_name" or name.endswith("_file_name")):
             listed = value if isinstance(value, list) else [value]
             # only a `Path` is opened later; plain text from an untrusted file is never opened as a path
-            paths = [each and Path(os.path.normpath(folder / str(each))) for each in listed]
-            if not all(path.is_relative_to(os.path.normpath(root)) for path in paths if path):
+            paths = [each and Path(os.path.abspath(folder / str(each))) for each in listed]
+            if not all(path.is_relative_to(os.path.abspath(root)) for path in paths if path):
                 columns[ERROR_COLUMN] = f"{name} is {value!r:.80}, which lies outside of {root}"
             columns[name.removesuffix("file_name").removesuffix("_") or "image"] = (
                 paths if isinstance(value, list) else paths[0]

@@ -20,6 +20,8 @@ MAX_ROW_FILES = 256
 MAX_HEADER_BYTES = 2**16
 SKIPPED_HEADERS, SKIPPED_HEADERS_PER_FILE = 1000, 4
 SKIPPED_BYTES, SKIPPED_BYTES_PER_FILE = 2**24, 2**16
+# Pictures are compressed already, so a shard that unpacks to many times its size would only fill the memory.
+SHARD_RATIO = 20
 READ_SIZE = 2**20
 
 
@@ -31,7 +33,7 @@ class _Unpacked:
     """
 
     def __init__(self, stream: BinaryIO):
-        start = _Peeked(stream)
+        self.packed = start = _Peeked(stream)
         kinds = ((b"\x1f\x8b", gzip.GzipFile), (b"BZh", bz2.BZ2File), (b"\xfd7zXZ\0", lzma.LZMAFile))
         opened = [
             kind(fileobj=start) if kind is gzip.GzipFile else kind(start) for mark, kind in kinds if start.is_(mark)
@@ -77,21 +79,29 @@ class _Unpacked:
         while read.tell() < size and (part := self.stream.read(min(size - read.tell(), READ_SIZE))):
             read.write(part)
         self.position += read.tell()
+        most = MAX_ROW_BYTES + SHARD_RATIO * self.packed.position
+        if self.position > most:
+            raise tarfile.ReadError(
+                f"{self.packed.position:,} bytes of it unpack to more than {most:,} bytes, which no pictures do"
+            )
         return read.getvalue()
 
 
 class _Peeked:
-    """A stream whose first bytes are known, without a need to seek in it."""
+    """A stream whose first bytes are known, without a need to seek in it. It counts the bytes that were read."""
 
     def __init__(self, stream: BinaryIO):
         self.start, self.stream = stream.read(6), stream
+        self.position = len(self.start)
 
     def is_(self, mark: bytes) -> bool:
         return self.start.startswith(mark)
 
     def read(self, size: int) -> bytes:
         if not self.start:
-            return self.stream.read(size)
+            part = self.stream.read(size)
+            self.position += len(part)
+            return part
         part, self.start = self.start[:size], self.start[size:]
         return part
 
@@ -136,9 +146,11 @@ def read_shards(shards: list[str]) -> Iterator[dict]:
     for shard in shards:
         row = {}
         try:
-            if "://" not in shard:
+            local = "://" not in shard
+            if local:
                 check_regular_file(shard, "train_data_dir")
-            with fsspec.open(shard, "rb") as stream:
+            # fsspec takes "::" in the name of a file for several file systems, one in the other
+            with open(shard, "rb") if local else fsspec.open(shard, "rb") as stream:
                 for key, field, content in _shard_files(_Unpacked(stream)):
                     name = f"{shard}:{key}"
                     if row and row["__key__"] != name:

@@ -7,16 +7,17 @@ import gzip
 import io
 import json
 import os
+import pickle
 import tarfile
 import time
 import zipfile
-import zlib
 from itertools import islice
 from pathlib import Path
 
 import generate_batch
 import pytest
 import torch
+from broken_pictures import BOMBS, SPARSE_BOMBS, huge_png
 from conftest import make_components, make_image_processor, make_picture, make_ssr_components, make_ssr_encoder
 from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline, SubjectEmbeds
 from diffusers_ssr.image_processing_ssr import open_image
@@ -165,9 +166,19 @@ def subject_files(folder: Path) -> dict[str, Path]:
     for name, header in {"a list": b"[]", "incomplete": b"{", "deeply nested": b"[" * 10**5, "numbers": b'{"0.embeds": 3}',
                          "no shape": b'{"0.embeds": {"dtype": "F32"}}', "null": b"null", "not UTF-8": b"\xff" * 9}.items():  # fmt: skip
         raw_file(new(f"header, {name}"), header, size=100)
+    raw_file(new("long numbers"), LONG_NUMBERS[: 2**19] + b"1]}}", size=4)
     os.mkfifo(new("pipe"))
     new("folder").mkdir()
     return files
+
+
+# A shape of numbers with 4,000 digits, whose product would take minutes
+LONG_NUMBERS = b'{"x": {"dtype": "F32", "data_offsets": [0, 4], "shape": [' + b",".join([b"9" * 4000] * 1000) + b"]}}"
+# A torch pickle of 85 bytes that reserves 1.5 GB
+RESERVING = (
+    pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2) + pickle.dumps({"little_endian": True}, 2)
+    + b"\x80\x02cbuiltins\nbytearray\nJ" + (1_500_000_000).to_bytes(4, "little") + b"\x85R." + pickle.dumps([], 2)
+)  # fmt: skip
 
 
 def released_files(folder: Path) -> dict[str, Path]:
@@ -193,26 +204,25 @@ def released_files(folder: Path) -> dict[str, Path]:
     files["released: 2 GB of another weight"] = folder / "more.safetensors"
     save_file(aligner, files["released: 2 GB of another weight"])
     change_header(files["released: 2 GB of another weight"], "z", "U8", [2 * 10**9], 2 * 10**9)
+    files["released: a bytearray"] = folder / "bytearray.bin"
+    files["released: a bytearray"].write_bytes(RESERVING)
+    files["released: long numbers"] = folder / "numbers.safetensors"
+    raw_file(files["released: long numbers"], LONG_NUMBERS, size=4)
+    files["released: a description of 500 MB"] = folder / "description.bin"
+    with (
+        zipfile.ZipFile(files["released: a description of 500 MB"], "w") as archive,
+        archive.open("a/data.pkl", "w") as data,
+    ):
+        for _ in range(50):
+            data.write(b"\0" * 10**7)
     files["released: pipe"] = folder / "pipe.bin"
     os.mkfifo(files["released: pipe"])
     return files
 
 
-def huge_png(width: int, height: int) -> bytes:
-    """Returns a PNG with the header for this size and only some of the pixels."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
-
-    size = width.to_bytes(4, "big") + height.to_bytes(4, "big")
-    pixels = zlib.compress(b"\0" * 10**6)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size + b"\x08\2\0\0\0") + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
-
-
 def pictures(folder: Path) -> dict[str, Path]:
     contents = {"empty": b"", "text": b"no picture", "svg": b"<svg/>", "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
-                "huge": huge_png(9_000, 9_000), "larger": huge_png(60_000, 60_000), "long": huge_png(2**31 - 1, 1),
-                "bomb": huge_png(30_000, 3_000), "gzip": gzip.compress(b"\0" * 10**7), "no data": huge_png(64, 64)[:40]}  # fmt: skip
+                "gzip": gzip.compress(b"\0" * 10**7), "no data": huge_png(64, 64)[:40], **BOMBS}  # fmt: skip
     buffer = io.BytesIO()
     for kind in ("png", "jpeg", "gif", "webp", "tiff", "bmp", "jpeg2000", "ppm", "tga"):
         buffer = io.BytesIO()
@@ -223,6 +233,9 @@ def pictures(folder: Path) -> dict[str, Path]:
     for number, (kind, content) in enumerate(contents.items()):
         files[f"picture: {kind}"] = folder / f"picture{number}"
         files[f"picture: {kind}"].write_bytes(content)
+    for number, (kind, start) in enumerate(SPARSE_BOMBS.items()):
+        files[f"picture: {kind}"] = folder / f"sparse{number}"
+        sparse(files[f"picture: {kind}"], 600 * 10**6, start)
     files["picture: pipe"] = folder / "pipe.png"
     os.mkfifo(files["picture: pipe"])
     return files
@@ -230,7 +243,8 @@ def pictures(folder: Path) -> dict[str, Path]:
 
 def tables(folder: Path) -> dict[str, Path]:
     contents = {"json": b"{half", "a list": b"[1]\n", "not UTF-8": b"\xff\xff", "an endless line": b"x" * 10**7, "empty": b"",
-                "deeply nested": b"[" * 10**5, "missing columns": b'{"a": 1}\n', "unknown columns": b'{"image": "", "prompt": "", "query": "", "x": 1}'}  # fmt: skip
+                "deeply nested": b"[" * 10**5, "missing columns": b'{"a": 1}\n', "unknown columns": b'{"image": "", "prompt": "", "query": "", "x": 1}',
+                "two million lists": b"[]\n" * 2_000_000, "two columns of one name": b"image,query,prompt,prompt\n1,2,3,4\n", "two million empty rows": b"{}\n" * 2_000_000}  # fmt: skip
     files = {}
     for number, (kind, content) in enumerate(contents.items()):
         files[f"table: {kind}"] = folder / f"table{number}.{'csv' if number % 2 else 'jsonl'}"
@@ -317,6 +331,7 @@ def encoder_folders(folder: Path) -> dict[str, Path]:
         "a config that is not JSON": lambda each: (each / "config.json").write_text("{"),
         "a config of 600 MB": lambda each: sparse(each / "config.json", 600 * 10**6),
         "a pickle of 1 GB of zeros": lambda each: as_pickle(each, 10**9, b""),
+        "a bytearray": lambda each: as_pickle(each, len(RESERVING), RESERVING),
         "a pickle of 1 GB": lambda each: as_pickle(each, 10**9, b"\x80\x02\x8a\x0a"),
         "a compressed pickle": as_compressed_pickle,
         "an index of 600 MB": lambda each: sparse(each / f"{ENCODER_WEIGHTS}.index.json", 600 * 10**6),
@@ -383,6 +398,10 @@ def repositories(folder: Path) -> dict[str, Path]:
             ("image_size", 10**5), ("image_size", 4096), ("patch_size", 0), ("patch_size", 64), ("num_attention_heads", 0),
             ("num_attention_heads", 5), ("hidden_size", -24), ("hidden_size", 10**9))},
         "1 GB of zeros as vision weights": lambda each: sparse(each / vision / "model.safetensors", 10**9),
+        "a vision config of 500 million weights without any": lambda each: (
+            configured(f"{vision}/config.json", hidden_size=4096, intermediate_size=16384, num_attention_heads=8)(each),
+            (each / vision / "model.safetensors").write_bytes(b"\2" + b"\0" * 7 + b"{}"),
+        ),
         "nan in a vision weight": weights(lambda tensor: tensor * torch.nan),
         "a vision weight of float8 nan": weights(lambda tensor: (tensor * torch.nan).to(torch.float8_e4m3fn)),
         "a missing vision weight": weights(lambda tensor: None),
@@ -493,6 +512,21 @@ def test_shard_with_three_gigabytes_of_zeros_is_skipped(tmp_path, kind, name):
     check_samples(StreamedRows(load_rows(tmp_path), 0, 1), 1)
 
 
+def test_a_shard_of_6_kilobytes_does_not_fill_the_shuffle_buffer(tmp_path):
+    """Each picture is below the limit for a row, but a thousand of them wait in the buffer."""
+    size = 120 * 10**6
+    packed = bz2.compress(b"\0" * (size + -size % 512))
+    content = bz2.compress(GOOD)
+    for number in range(8):
+        member = tarfile.TarInfo(f"{number}.png")
+        member.size = size
+        content += bz2.compress(member.tobuf(tarfile.GNU_FORMAT)) + packed
+    (tmp_path / "bomb.tar").write_bytes(content)
+    assert len(content) < 10_000
+    samples = check_samples(StreamedRows(load_rows(tmp_path), 0, 1000), 1, megabytes=300)
+    assert any("unpack to more than" in reason for reason in samples.bad.values())
+
+
 @pytest.mark.parametrize("kind", BAD_SHARDS)
 def test_broken_shards_need_little_time_and_memory(tmp_path, kind):
     (tmp_path / "0.tar").write_bytes(BAD_SHARDS[kind])
@@ -527,9 +561,9 @@ def test_broken_rows_need_little_time_and_memory(tmp_path):
     assert len(samples.bad) == len(rows)
 
 
-def check_samples(rows, count: int, seconds: float = 1.0) -> Samples:
+def check_samples(rows, count: int, seconds: float = 1.0, megabytes: int = 200) -> Samples:
     samples = Samples(rows, Preparation(Columns(), make_image_processor(), 16, 16))
     with Cost() as cost:
         assert len(list(islice(samples, count))) == count
-    assert cost.seconds < seconds and cost.memory < 200 * MEGABYTE
+    assert cost.seconds < seconds and cost.memory < megabytes * MEGABYTE
     return samples

@@ -319,6 +319,13 @@ def test_invalid_table_raises_an_error(rows, message, tmp_path):
 BAD_NAMES = ["n" * 300, "nul\0", "half\ud83d", "../a", "/a", "x/../../a", "é" * 130]
 
 
+def test_a_long_name_is_not_compared_with_other_names():
+    """Each folder of a path is compared, which would take minutes and gigabytes."""
+    rows = [{"name": "a/" * 500_000}, {"name": "a/b"}, {"name": "n" * 1020}]
+    faults = generate_batch.check_names(rows)
+    assert sorted(faults) == [0, 2] and "1,000,004 characters" in str(faults[0])
+
+
 def test_only_rows_with_invalid_file_names_fail(models, table, tmp_path, capsys):
     out = tmp_path / "out"
     names = ["a", *BAD_NAMES, "a", "A", "a.png/b", "c.png/d", "c", "C", "c.png/e", 7]

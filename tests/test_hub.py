@@ -114,8 +114,8 @@ assert np.array_equal(draw(pipe), expected)
 @pytest.mark.parametrize(
     "load,cold,warm",
     [
-        ("DiffusionPipeline.from_pretrained('base', custom_pipeline='owner/ssr', trust_remote_code=True)", 79, 48),
-        ("DiffusionPipeline.from_pretrained('owner/ssr', trust_remote_code=True)", 107, 28),
+        ("DiffusionPipeline.from_pretrained('base', custom_pipeline='owner/ssr', trust_remote_code=True)", 82, 50),
+        ("DiffusionPipeline.from_pretrained('owner/ssr', trust_remote_code=True)", 110, 29),
     ],
     ids=["code", "whole"],
 )

@@ -1,14 +1,16 @@
 import io
 import os
+import struct
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+from broken_pictures import png, tiff
 from conftest import make_image_processor, make_picture
 from diffusers.utils import logging
-from diffusers_ssr import image_processing_ssr
+from diffusers_ssr import image_decoding, image_processing_ssr
 from diffusers_ssr.image_processing_ssr import (
     mask_values,
     open_image,
@@ -73,6 +75,80 @@ def test_to_pil_converts_every_mode_to_rgb(mode):
     assert np.abs(np.asarray(found).astype(int) - np.asarray(expected)).max() <= 3
 
 
+def half_and_half(left: bytes, right: bytes) -> list[bytes]:
+    return [left + right] * 16
+
+
+# pictures of 16 x 16 whose left half has the transparent color, and the value of the right half from 0 to 1
+TRANSPARENT = {
+    "gray, 1 bit": (png(16, 16, 1, 0, half_and_half(b"\0", b"\xff"), struct.pack(">H", 0)), 1),
+    "gray, 2 bits": (png(16, 16, 2, 0, half_and_half(b"\x55" * 2, b"\xaa" * 2), struct.pack(">H", 1)), 2 / 3),
+    "gray, 4 bits": (png(16, 16, 4, 0, half_and_half(b"\x11" * 4, b"\xaa" * 4), struct.pack(">H", 1)), 10 / 15),
+    "gray, 8 bits": (png(16, 16, 8, 0, half_and_half(b"\x20" * 8, b"\xc0" * 8), struct.pack(">H", 32)), 192 / 255),
+    "gray, 16 bits": (
+        png(16, 16, 16, 0, half_and_half(struct.pack(">8H", *[1000] * 8), b"\xc0\0" * 8), struct.pack(">H", 1000)),
+        0.75,
+    ),
+    "RGB, 8 bits": (
+        png(16, 16, 8, 2, half_and_half(b"\x20\x30\x40" * 8, b"\xc0" * 24), b"\0\x20\0\x30\0\x40"),
+        192 / 255,
+    ),
+    "RGB, 16 bits": (
+        png(16, 16, 16, 2, half_and_half(b"\x20\0\x30\0\x40\0" * 8, b"\xc0\0" * 24), b"\x20\0\x30\0\x40\0"),
+        0.75,
+    ),
+}
+
+
+@pytest.mark.parametrize("opened", [True, False], ids=["open_image", "Image.open"])
+@pytest.mark.parametrize("kind", TRANSPARENT)
+def test_the_transparent_color_of_a_png_has_the_depth_of_its_pixels(kind, opened):
+    content, right = TRANSPARENT[kind]
+    picture = open_image(content) if opened else Image.open(io.BytesIO(content))
+    pixels = np.asarray(to_pil(picture))
+    assert (pixels[:, :8] == 255).all()
+    assert abs(pixels[:, 8:] / 255 - right).max() < 0.01
+    mask = mask_values(picture)
+    assert (mask[:, :8] == 0).all() and (mask[:, 8:] == 1).all()
+
+
+def twelve_bits(*values: int) -> bytes:
+    bits = "".join(f"{value:012b}" for value in values)
+    return int(bits, 2).to_bytes(len(bits) // 8, "big")
+
+
+# TIFF files whose left half is white and whose right half is dark
+DEEP = {
+    "12 bits": tiff(16, 16, 12, twelve_bits(*[4095] * 8, *[400] * 8) * 16),
+    "16 bits": tiff(16, 16, 16, struct.pack("<16H", *[65535] * 8, *[6400] * 8) * 16),
+    "16 bits, 0 is white": tiff(16, 16, 16, struct.pack("<16H", *[0] * 8, *[59135] * 8) * 16, photometric=0),
+    "8 bits, 0 is white": tiff(16, 16, 8, (b"\0" * 8 + b"\xe6" * 8) * 16, photometric=0),
+    "float": tiff(16, 16, 32, struct.pack("<16f", *[1] * 8, *[0.1] * 8) * 16, format=3),
+    "float, 0 is white": tiff(16, 16, 32, struct.pack("<16f", *[0] * 8, *[0.9] * 8) * 16, format=3, photometric=0),
+}
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_deep_tiff_files_have_their_full_range(kind):
+    for picture in (open_image(DEEP[kind]), Image.open(io.BytesIO(DEEP[kind]))):
+        for pixels in (np.asarray(to_pil(picture)) / 255, mask_values(picture)):
+            assert (pixels[:, :8] == 1).all() and abs(pixels[:, 8:] - 0.1).max() < 0.01
+
+
+def test_a_mask_of_another_size_is_not_converted(monkeypatch):
+    """The conversion of a large mask takes seconds."""
+    monkeypatch.setattr(image_processing_ssr, "mask_values", None)
+    with pytest.raises(ValueError, match="as large as its picture.*40, 30.*but is .*64, 64"):
+        to_mask(Image.new("1", (64, 64)), (30, 40))
+
+
+def test_errors_name_the_path_of_a_picture(tmp_path):
+    for name, content in {"cut.png": encoded(make_picture())[:99], "text.png": b"text"}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"`photo` cannot be decoded: .*{name}"):
+            open_image(tmp_path / name, "photo")
+
+
 def test_exif_orientation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -126,6 +202,37 @@ def test_unknown_resize_mode_raises_an_error():
 def test_too_small_or_too_narrow_pictures_raise_an_error(size):
     with pytest.raises(ValueError, match=f"`subject_image` is {size[0]} x {size[1]} pixels"):
         to_pil(Image.new("RGB", size))
+
+
+# tag, type (of the TIFF format), count and value. Pillow can read them, but cannot write them again.
+ODD_TAGS = {
+    "a negative resolution": (0x11A, 10, 1, struct.pack("<ii", -1, 1)),
+    "a resolution of text": (0x11A, 2, 4, b"abc\0"),
+    "a width below 0": (0x100, 9, 1, struct.pack("<i", -5)),
+    "bits of a float": (0x102, 12, 1, struct.pack("<d", 1.5)),
+    "a unit of a float": (0x128, 11, 1, struct.pack("<f", 1.5)),
+}
+
+
+@pytest.mark.parametrize("tag", ODD_TAGS)
+def test_exif_orientation_is_applied_if_another_tag_is_broken(tag):
+    number, kind, count, value = ODD_TAGS[tag]
+    entries = sorted([(0x112, 3, 1, struct.pack("<I", 6)), (number, kind, count, value)])
+    # a value of more than four bytes is behind the entries
+    fields = b"".join(
+        struct.pack("<HHI", *entry[:3]) + (struct.pack("<I", 38) if len(entry[3]) > 4 else entry[3])
+        for entry in entries
+    )
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0" + fields + b"\0" * 4 + value
+    picture = make_picture(size=(64, 32))
+    assert to_pil(open_image(encoded(picture, "jpeg", exif=exif))).size == (32, 64)
+
+
+def test_an_upright_picture_is_not_rotated_again():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    once = to_pil(open_image(encoded(make_picture(size=(64, 32)), "jpeg", exif=exif)))
+    assert once.size == to_pil(once).size == (32, 64)
 
 
 def test_transparent_pixels_become_white():
@@ -240,8 +347,8 @@ def test_invalid_picture_paths_raise_an_error(tmp_path):
 def test_first_of_several_frames_is_used_with_one_warning(kind, caplog):
     frames = [Image.new("RGB", (32, 32), colour) for colour in ("white", "black", "white")]
     content = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
-    image_processing_ssr._say_animated.cache_clear()
-    image_processing_ssr.logger.propagate = True
+    image_decoding._say_animated.cache_clear()
+    image_decoding.logger.propagate = True
     logging.enable_propagation()
     for _ in range(2):
         assert (np.asarray(to_pil(open_image(content), "photo")) == 255).all()

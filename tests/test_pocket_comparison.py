@@ -17,6 +17,7 @@ from PIL import Image
 from training_options import check_args, parse_args
 
 from tools.pocket.measure import comparison
+from tools.pocket.measure.references import nearest_is_own
 from tools.pocket.methods import COMMON, METHODS
 from tools.pocket.rivals import MeanPatchEncoder, WholePictureEncoder
 from tools.pocket.train.pairs import Rows, rows
@@ -97,16 +98,29 @@ def test_nearest_is_own():
     own = SPLITS["first"][1][0]
     scenes = [SimpleNamespace(instances=[own])] * 400
     designs, variants = np.full((400, len(DESIGNS)), -5.0), np.full((400, NUM_VARIANTS), -5.0)
-    variants[:, own.variant] = 5
+    variants[:, own.variant] = 6
     designs[:, own.design] = 5
     rng = np.random.default_rng(0)
-    assert comparison.nearest_is_own(designs, variants, scenes, rng).all()
+    assert nearest_is_own(designs, variants, scenes, rng).all()
     wrong = np.roll(designs, 1, axis=1)
     # one of 35 other instances has this design and colour, and 15 of them are sampled
-    assert 0.45 < comparison.nearest_is_own(wrong, variants, scenes, rng).mean() < 0.7
+    assert 0.45 < nearest_is_own(wrong, variants, scenes, rng).mean() < 0.7
     noise = np.random.default_rng(1)
     blind = noise.normal(size=designs.shape), noise.normal(size=variants.shape)
-    assert comparison.nearest_is_own(*blind, scenes, rng).mean() < 0.12
+    assert nearest_is_own(*blind, scenes, rng).mean() < 0.12
+
+
+def test_nearest_is_own_counts_equally_near_instances_as_fractions():
+    """A control that ignores the design cannot reach 100 %: a perfect colour fits all candidates of this colour."""
+    own = SPLITS["first"][1][0]
+    scenes = [SimpleNamespace(instances=[own])] * 2000
+    designs, variants = np.full((2000, len(DESIGNS)), -5.0), np.full((2000, NUM_VARIANTS), -5.0)
+    designs[:, own.design], variants[:, own.variant] = 5, 5
+    rng = np.random.default_rng(0)
+    # 2 of the 35 other instances have the same colour, 11 the same design, and 15 of the 35 are candidates
+    assert abs(nearest_is_own(0 * designs, variants, scenes, rng).mean() - 0.63) < 0.03
+    assert abs(nearest_is_own(designs, 0 * variants, scenes, rng).mean() - 0.18) < 0.03
+    assert abs(nearest_is_own(0 * designs, 0 * variants, scenes, rng).mean() - 1 / 16) < 1e-9
 
 
 @pytest.fixture(scope="module")

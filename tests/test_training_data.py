@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import make_image_processor, make_picture
 from PIL import Image
+from training_columns import ERROR_COLUMN
 from training_data import BadSample, Columns, FeatureCache, Preparation, Samples, open_picture, summary
 from training_rows import FiniteRows, StreamedRows, load_rows
 from training_shards import read_shards
@@ -362,7 +363,7 @@ def test_json_does_not_name_files_to_open(tmp_path, monkeypatch, kind, column, f
     monkeypatch.setattr("training_data._read_file", lambda path, name: opened.append(path) or PICTURE)
     with pytest.raises(ValueError, match=f"{column} is (missing|the text)"):
         next(iter(Samples(rows, prepare)))
-    assert not [path for path in opened if "outside" in path]
+    assert not [path for path in opened if "outside" in str(path)]
 
 
 def test_a_dict_of_a_dataset_holds_the_bytes_of_its_picture():
@@ -387,6 +388,39 @@ def test_paths_outside_of_the_folder_are_rejected(tmp_path):
     assert len(rows) == len(names) + 3 and "not a regular file" in samples.bad[str(len(rows) - 1)]
     assert sorted(map(int, samples.bad)) == list(range(2, len(rows)))
     assert all("lies outside of" in samples.bad[str(index)] for index in (2, 3, 4, 5, 11, 13))
+
+
+@pytest.mark.parametrize("folder", [".", "..", "set", "../set"])
+def test_paths_outside_of_a_relative_folder_are_rejected(tmp_path, monkeypatch, folder):
+    (tmp_path / "set" / "a").mkdir(parents=True)
+    (tmp_path / "outside.png").write_bytes(PICTURE)
+    metadata = tmp_path / "set" / "metadata.jsonl"
+    if folder == "..":
+        names = ["../../outside.png"]
+        metadata = tmp_path / "set" / "a" / "metadata.jsonl"
+    else:
+        names = ["../outside.png", "a/../../outside.png"]
+    metadata.write_text("\n".join(json.dumps({"file_name": name, **TEXTS}) for name in names))
+    monkeypatch.chdir(tmp_path / {".": "set", "..": "set/a", "set": "", "../set": "set"}[folder])
+    rows = load_rows(folder)
+    assert len(rows) == len(names) and all("lies outside of" in row[ERROR_COLUMN] for row in rows)
+
+
+def test_a_file_name_is_not_a_chain_of_file_systems(tmp_path):
+    """fsspec would open the pipe behind "::", and wait."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "pipe::x").write_bytes(PICTURE)
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "pipe::x", **TEXTS}))
+    assert len(list(islice(Samples(FiniteRows(load_rows(tmp_path), 0, 1), PREPARE), 2))) == 2
+    (tmp_path / "pipe::x.tar").write_bytes(GOOD)
+    assert len(list(islice(Samples(StreamedRows(load_rows(tmp_path), 0, 1), PREPARE), 2))) == 2
+
+
+def test_a_metadata_file_of_short_lines_is_not_read_to_its_end(tmp_path):
+    content = json.dumps({"file_name": "a.png", **TEXTS}) + "\n" + "[]\n{}\n" * 100_000
+    (tmp_path / "metadata.jsonl").write_text(content)
+    rows = load_rows(tmp_path)
+    assert len(rows) < 2000 and "the rest of this file is left out" in rows[-1][ERROR_COLUMN]
 
 
 @pytest.fixture

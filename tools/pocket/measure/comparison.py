@@ -10,11 +10,10 @@ from PIL import Image
 from transformers import CLIPVisionModel
 
 from ..methods import COMPARISON, METHODS, write_contact_sheet
-from ..world import INSTANCES
+from ..world import CATEGORY_NAMES
 from .references import References, draw, share
 
 
-NUM_CANDIDATES = 16
 FIGURE_COLUMNS = 8
 WITHOUT = "without a reference"
 
@@ -22,21 +21,6 @@ WITHOUT = "without a reference"
 def load_adapter(name: str, folder: Path = COMPARISON) -> SSREncoder:
     """Loads the encoder of a method."""
     return METHODS[name].encoder_class.from_pretrained(folder / name, dtype=torch.float32).eval()
-
-
-def nearest_is_own(designs: np.ndarray, variants: np.ndarray, scenes: list, rng: np.random.Generator) -> np.ndarray:
-    """Returns for each picture whether the queried instance is the nearest of 16 instances of its category. The
-    nearest instance is the one whose design and colour have the highest probability. `designs` of shape (n, designs)
-    and `variants` of shape (n, variants) are the logits of the judge."""
-    designs, variants = (x - np.log(np.exp(x).sum(1, keepdims=True)) for x in (designs, variants))
-    hits = []
-    for scene, design, variant in zip(scenes, designs, variants, strict=True):
-        queried = scene.instances[0]
-        others = [i for i in INSTANCES if i.category == queried.category and i != queried]
-        chosen = rng.choice(len(others), NUM_CANDIDATES - 1, replace=False)
-        candidates = [queried, *(others[c] for c in chosen)]
-        hits.append(np.argmax([design[i.design] + variant[i.variant] for i in candidates]) == 0)
-    return np.array(hits)
 
 
 def comparison(refs: References) -> None:
@@ -48,7 +32,7 @@ def comparison(refs: References) -> None:
     vision = CLIPVisionModel.from_pretrained(folder, subfolder="ssr_image_encoder", dtype=torch.float32).eval()
     methods = [name for name in METHODS if (folder / name).is_dir()]
     queried, other = refs.wanted("category"), refs.wanted("category", 1)
-    rows = {}
+    rows, absent = {}, refs.absent_categories()
     for naming, categories in (("a thing", None), ("its category", queried)):
         for name in (*methods, None):
             label = METHODS[name].label if name else WITHOUT
@@ -59,15 +43,15 @@ def comparison(refs: References) -> None:
             rows.setdefault(label, pictures)
             verdict = refs.judge.look_at(pictures)
             scores = verdict.categories.numpy()
-            logits = (part[refs.rows, queried].numpy() for part in (verdict.designs, verdict.variants))
-            instance = nearest_is_own(*logits, refs.scenes, np.random.default_rng(16))
-            shown = scores.argmax(1) == queried
             print(f"{label}, the prompt names {naming} ({len(pictures)} pictures):")
-            print(f"  right subject (category):              {share(shown)}")
-            print(f"  right instance (nearest of 16):        {share(instance)}")
-            print(f"  both:                                  {share(shown & instance)}")
+            refs.report_instances(verdict)
             print(f"  the wrong subject is there:            {share(scores[refs.rows, other] > 0)}")
             print(f"  the place asked for:                   {share(verdict.places.argmax(1).numpy() == refs.places)}")
+            if name and categories is None:
+                queries = [CATEGORY_NAMES[category] for category in absent]
+                pictures = draw(pipe, refs.args, refs.prompts(None), refs.encode_queries(queries), f"absent, {label}")
+                drawn = refs.judge.look_at(pictures).categories.argmax(1).numpy() == absent
+                print(f"  a queried third thing is drawn:        {share(drawn)}")
     pipe.load_ssr(own[0], image_encoder=own[1], image_processor=processor)
     save_figure(refs, rows)
 

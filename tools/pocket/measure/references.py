@@ -4,6 +4,7 @@ shares."""
 import argparse
 import copy
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from ..judge import Verdict, load_judge
 from ..methods import ROOT
 from ..world import (
     CATEGORY_NAMES,
+    INSTANCES,
     NUM_VARIANTS,
     PLACE_NAMES,
     SPLITS,
@@ -27,6 +29,9 @@ from ..world import (
     load_split,
     sheet,
 )
+
+
+NUM_CANDIDATES = 16
 
 
 def share(hits: np.ndarray) -> str:
@@ -73,6 +78,24 @@ def hue_distance(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return 360 * np.abs((first - second + 0.5) % 1.0 - 0.5)
 
 
+def nearest_is_own(designs: np.ndarray, variants: np.ndarray, scenes: list, rng: np.random.Generator) -> np.ndarray:
+    """Returns for each picture whether the queried instance is the nearest of 16 instances of its category. The
+    nearest instance is the one whose design and colour have the highest probability. If several instances are equally
+    near, each counts as a fraction of a hit. `designs` of shape (n, designs) and `variants` of shape (n, variants) are
+    the logits of the judge; zeros mean that only the other part is compared."""
+    designs, variants = (x - np.log(np.exp(x).sum(1, keepdims=True)) for x in (designs, variants))
+    hits = []
+    for scene, design, variant in zip(scenes, designs, variants, strict=True):
+        queried = scene.instances[0]
+        others = [i for i in INSTANCES if i.category == queried.category and i != queried]
+        chosen = rng.choice(len(others), NUM_CANDIDATES - 1, replace=False)
+        candidates = [queried, *(others[c] for c in chosen)]
+        scores = np.array([design[i.design] + variant[i.variant] for i in candidates])
+        nearest = scores == scores.max()
+        hits.append(nearest[0] / nearest.sum())
+    return np.array(hits)
+
+
 class References:
     """References of two subjects, with the pipeline and the judge."""
 
@@ -83,7 +106,9 @@ class References:
         self.pipe = DiffusionPipeline.from_pretrained(
             args.checkpoint, custom_pipeline=str(ROOT), trust_remote_code=True, dtype=torch.float32
         )
-        self.pipe.load_ssr(args.checkpoint)
+        # a base model can be measured without an SSR-Encoder (`--parts text words pairs`)
+        if (Path(args.checkpoint) / "ssr_encoder").is_dir():
+            self.pipe.load_ssr(args.checkpoint)
         self.pipe.set_progress_bar_config(disable=True)
         self.columns: list[np.ndarray] = []
         self.seen, self.held_out = SPLITS[load_split(args.checkpoint)]
@@ -102,6 +127,13 @@ class References:
         other.columns = []
         other._sample(pool, things)
         return other
+
+    def pools(self, things: int = 2, with_hue: bool = False) -> Iterator[tuple[str, "References"]]:
+        """Yields references of held-out instances, and then those of instances that were seen in training, each with
+        its name. `with_hue` leaves out instances without a hue, which are people."""
+        for name, pool in (("held out", self.held_out), ("seen", self.seen)):
+            pool = tuple(instance for instance in pool if instance.hue is not None or not with_hue)
+            yield name, self if things == 2 and pool == self.held_out else self.of(pool, things)
 
     def wanted(self, part: str, slot: int = 0) -> np.ndarray:
         """Returns the category, design or variant of the first or second subject of each reference. The order is not
@@ -130,6 +162,30 @@ class References:
             )
             for scene in tqdm(self.scenes, desc="encoding")
         ]
+
+    def encode_queries(self, queries: list[str]) -> list:
+        """Encodes each reference with a query of its own."""
+        scenes = zip(tqdm(self.scenes, desc="encoding"), queries, strict=True)
+        return [self.pipe.encode_subject(scene.picture, query=query) for scene, query in scenes]
+
+    def absent_categories(self) -> np.ndarray:
+        """Returns for each reference a category that it does not show."""
+        rng = np.random.default_rng(self.args.seed + 1)
+        shown = zip(self.wanted("category"), self.wanted("category", 1), strict=True)
+        return np.array([rng.choice(np.setdiff1d(np.arange(len(CATEGORY_NAMES)), pair)) for pair in shown])
+
+    def report_instances(self, verdict: Verdict) -> None:
+        """Prints how many pictures show the right category, and the right one of 16 instances of this category, by
+        design and colour, and by only one of them."""
+        queried = self.wanted("category")
+        shown = verdict.categories.argmax(1).numpy() == queried
+        designs, variants = (part[self.rows, queried].numpy() for part in (verdict.designs, verdict.variants))
+        print(f"  right subject:                                  {share(shown)}")
+        for name, design, variant in (("", 1, 1), (", by colour or look alone", 0, 1), (", by design alone", 1, 0)):
+            hits = nearest_is_own(design * designs, variant * variants, self.scenes, np.random.default_rng(16))
+            print(f"  {f'right instance of 16{name}:':47} {share(hits)}")
+            if not name:
+                print(f"  both:                                           {share(shown * hits)}")
 
     def report_queried(self, verdict: Verdict) -> None:
         """Prints how many pictures show the first subject of their reference, and how many show it in its colour."""

@@ -1,9 +1,10 @@
 """Measures text-to-image of the base model, and whether SSR-Encoder generates the queried subject."""
 
+import itertools
+
 import numpy as np
 
 from ..world import CATEGORY_NAMES, PLACE_NAMES, describe
-from .comparison import nearest_is_own
 from .references import References, draw, share
 
 
@@ -41,44 +42,45 @@ def selection(refs: References) -> None:
 def seen(refs: References) -> None:
     """Compares held-out and seen instances. Also measures the nearest of 16 instances by only the colour and only the
     design."""
-    for name, pool in (("held out", refs.held_out), ("seen", refs.seen)):
-        some = refs.of(pool, 2)
+    for name, some in refs.pools():
         queried = some.wanted("category")
         verdict = some.judge.look_at(some.draw(some.prompts(None), some.encode(0), name))
-        logits = [part[some.rows, queried].numpy() for part in (verdict.designs, verdict.variants)]
         shown = verdict.categories.argmax(1).numpy() == queried
+        design, variant = (part[some.rows, queried].argmax(1).numpy() for part in (verdict.designs, verdict.variants))
+        other = verdict.categories.numpy()[some.rows, some.wanted("category", 1)]
         print(f'one query a reference, the prompt names "a thing", {name} ({len(queried)} pictures):')
-        print(f"  right subject:                             {share(shown)}")
-        print(f"  right subject, and clearly:                {share(shown & (verdict.categories.numpy().max(1) > 0))}")
-        for what, (design, variant) in {
-            "": (1, 1),
-            ", by colour or look alone": (0, 1),
-            ", by design alone": (1, 0),
-        }.items():
-            nearest = nearest_is_own(design * logits[0], variant * logits[1], some.scenes, np.random.default_rng(16))
-            print(f"  {f'right instance (nearest of 16){what}:':55} {share(nearest)}")
-        print(f"  its design (of 3):                         {share(logits[0].argmax(1) == some.wanted('design'))}")
-        print(f"  its colour or look (of 12):                {share(logits[1].argmax(1) == some.wanted('variant'))}")
+        some.report_instances(verdict)
+        print(
+            f"  right subject, and clearly:                     {share(shown & (verdict.categories.numpy().max(1) > 0))}"
+        )
+        print(f"  the other subject is there:                     {share(other > 0)}")
+        print(f"  its design (of 3):                              {share(design == some.wanted('design'))}")
+        print(f"  its colour or look (of 12):                     {share(variant == some.wanted('variant'))}")
 
 
 def both_subjects(refs: References) -> None:
     """Measures both queries of each reference with the same seed, by text and by mask."""
-    for by_mask in (False, True):
+    for (name, some), by_mask in itertools.product(refs.pools(), (False, True)):
         own = []
         for slot in (0, 1):
-            subjects = refs.encode(slot, by_mask)
-            verdict = refs.judge.look_at(refs.draw(refs.prompts(None), subjects, "masks" if by_mask else "texts"))
-            category, other = refs.wanted("category", slot), refs.wanted("category", 1 - slot)
+            subjects = some.encode(slot, by_mask)
+            verdict = some.judge.look_at(some.draw(some.prompts(None), subjects, "masks" if by_mask else "texts"))
+            category, other = some.wanted("category", slot), some.wanted("category", 1 - slot)
             scores = verdict.categories.numpy()
-            own.append((scores.argmax(1) == category) & (scores[refs.rows, other] < 0))
-        how = f"masks of weight {refs.args.mask_weight:g}" if by_mask else "text"
-        print(f"both subjects of a reference, the same seed, by {how} ({len(refs.rows)} references):")
+            own.append((scores.argmax(1) == category) & (scores[some.rows, other] < 0))
+        how = f"masks of weight {some.args.mask_weight:g}" if by_mask else "text"
+        print(f"both subjects of a reference, the same seed, by {how}, {name} ({len(some.rows)} references):")
         print(f"  each picture shows its own subject: {share(np.concatenate(own))}")
         print(f"  both pictures of a reference do:    {share(own[0] & own[1])}")
 
 
 def together(refs: References) -> None:
     """Measures the first subjects of two references in one picture, with and without regions, at two scales."""
+    for name, some in refs.pools():
+        _together(some, name)
+
+
+def _together(refs: References, name: str) -> None:
     first, partner = refs.encode(0), np.roll(refs.rows, 1)
     category = refs.wanted("category")
     use = category != category[partner]
@@ -104,6 +106,6 @@ def together(refs: References) -> None:
         for index in (refs.rows[use], partner[use]):
             judged = verdict.variants[rows, category[index]].argmax(1).numpy()
             looks.append(judged == refs.wanted("variant")[index])
-        print(f"subjects of two references in one picture{how} ({len(prompts)} pictures):")
+        print(f"subjects of two references in one picture{how}, {name} ({len(prompts)} pictures):")
         print(f"  both are there:                       {share(both)}")
         print(f"  each in its colour or look (of 12):   {share(np.concatenate(looks))}")

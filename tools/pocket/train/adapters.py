@@ -32,6 +32,7 @@ def main():
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--checkpoint", default=str(ROOT / "pocket"), help="the base model")
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/pocket-training"))
+    parser.add_argument("--pairs_dir", type=Path, help="the training set; default: `pairs` in the work folder")
     parser.add_argument("--output_dir", type=Path, help="default: `adapters` in the work folder")
     parser.add_argument("--max_train_steps", type=int, default=4800)
     parser.add_argument("--train_batch_size", type=int, default=16)
@@ -50,7 +51,7 @@ def main():
         method = METHODS[name]
         own = {
             "pretrained_model_name_or_path": args.checkpoint,
-            "train_data_dir": args.work_dir / "pairs",
+            "train_data_dir": args.pairs_dir or args.work_dir / "pairs",
             "output_dir": (args.output_dir or args.work_dir / "adapters") / name,
             "max_train_steps": args.max_train_steps,
             "train_batch_size": args.train_batch_size,

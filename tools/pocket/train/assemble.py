@@ -1,7 +1,7 @@
 """Assemble `pocket/` from the trained models: a diffusers folder in float16, the judge, and reference pictures.
 
-The SSR-Encoder is the one in `shipped/ssr` of the work folder if there is one, and otherwise the one in `adapters/ssr`.
-If all methods were trained (`train.adapters`), they are written to `--comparison_dir` with their vision encoder.
+The SSR-Encoder is the one of `--ssr_encoder`. Without this option, it is the one in `shipped/ssr` of the work folder if
+there is one, and otherwise the one in `adapters/ssr`. If all methods were trained (`train.adapters`), they are written to `--comparison_dir` with their vision encoder.
 """
 
 import argparse
@@ -97,12 +97,13 @@ def save_vision(trained: Path, folder: Path) -> None:
     CLIPVisionModel.from_pretrained(trained / "clip").half().save_pretrained(folder / "ssr_image_encoder")
 
 
-def save_encoders(trained: Path, output: Path, comparison: Path) -> None:
-    """Saves the SSR-Encoder in the checkpoint, and the methods that are compared if all of them were trained."""
+def save_encoders(trained: Path, output: Path, comparison: Path, chosen: Path | None) -> None:
+    """Saves the SSR-Encoder in the checkpoint (the folder `chosen`, or a trained one), and the methods that are compared
+    if all of them were trained."""
     found = {name: trained / "adapters" / name / "ssr_encoder" for name in METHODS}
     found = {name: encoder for name, encoder in found.items() if encoder.exists()}
-    shipped = trained / "shipped" / "ssr" / "ssr_encoder"
-    if not shipped.exists():
+    shipped = chosen or trained / "shipped" / "ssr" / "ssr_encoder"
+    if chosen is None and not shipped.exists():
         shipped = found.get("ssr")
     if shipped is not None:  # the adapters are trained on a folder that is assembled without them
         SSREncoder.from_pretrained(shipped).half().save_pretrained(output / "ssr_encoder")
@@ -128,6 +129,7 @@ def main():
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/pocket-training"))
     parser.add_argument("--output_dir", type=Path, default=Path("pocket"))
     parser.add_argument("--comparison_dir", type=Path, default=COMPARISON, help="the methods that are compared")
+    parser.add_argument("--ssr_encoder", type=Path, help="the folder of the SSR-Encoder")
     parser.add_argument("--split", choices=SPLITS, default="wide", help="the split that the models were trained with")
     args = parser.parse_args()
     trained, output = args.work_dir, args.output_dir
@@ -147,7 +149,7 @@ def main():
         part.half()
     for name in ("vae", "text_encoder", "unet"):
         getattr(pipe, name).save_pretrained(output / name)
-    save_encoders(trained, output, args.comparison_dir)
+    save_encoders(trained, output, args.comparison_dir, args.ssr_encoder)
     save_vision(trained, output)
     CLIPImageProcessor.from_pretrained(trained / "clip").save_pretrained(output / "ssr_image_processor")
     judge = load_file(trained / "judge" / "model.safetensors")

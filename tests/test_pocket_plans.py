@@ -1,0 +1,99 @@
+"""The plans that train the pocket checkpoint, `make pocket` and `make pocket-gpu`: the options of their commands, the
+time limits on a GPU, and resuming after an interruption."""
+
+import argparse
+import importlib
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from tools.pocket.train import gpu
+
+
+def arguments(folder, **changes) -> argparse.Namespace:
+    return argparse.Namespace(**{"work_dir": folder, "device": "cpu", "dry_run": False, **changes})
+
+
+def test_a_stage_takes_at_most_9_minutes_and_all_stages_at_most_25():
+    longest = [max((job.minutes or 0) for job in stage) for stage in gpu.STAGES]
+    assert max(longest) <= gpu.LONGEST
+    # jobs without a time limit: assembling the checkpoint, and training five encoders for 5,000 steps
+    assert sum(longest) <= 25 - 1 - 5
+    assert len({job.name for stage in gpu.STAGES for job in stage}) == sum(map(len, gpu.STAGES))
+
+
+class Parsed(Exception):
+    pass
+
+
+def parse(module: str, options: list[str], monkeypatch) -> argparse.Namespace:
+    """Returns the options that the script `module` parses, without running it."""
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse_only(parser, *args):
+        raise Parsed(parse_args(parser, *args))
+
+    with monkeypatch.context() as patch, pytest.raises(Parsed) as parsed:
+        patch.setattr(sys, "argv", [module, *options])
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+        importlib.import_module(module).main()
+    return parsed.value.args[0]
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize("job", [job for stage in gpu.STAGES for job in stage], ids=lambda job: job.name)
+def test_every_job_has_valid_options_for_its_script(job, dry_run, monkeypatch, tmp_path):
+    _, _, module, *options = job.command(arguments(tmp_path, dry_run=dry_run))
+    parsed = parse(module, options, monkeypatch)
+    assert parsed.work_dir == tmp_path
+    if not dry_run and job.minutes:
+        assert parsed.minutes == job.minutes and parsed.max_train_steps == 1_000_000
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="requires make; the scripts have tests of their own")
+def test_every_command_of_make_pocket_has_valid_options(monkeypatch):
+    """Each encoder is trained on pairs and on a checkpoint that an earlier command writes, and the last one is
+    shipped."""
+    made = subprocess.run(["make", "-n", "pocket"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    lines = [line.split() for line in made.replace("\\\n", " ").splitlines() if " -m tools.pocket." in line]
+    written = set()
+    for _, _, module, *options in lines:
+        parsed = parse(module, options, monkeypatch)
+        if module.endswith(".adapters"):
+            assert (parsed.pairs_dir or parsed.work_dir / "pairs") in written
+            assert not parsed.continued or Path(parsed.checkpoint) in written
+        name = module.rpartition(".")[2]
+        written.add(getattr(parsed, "output_dir", None) or parsed.work_dir / name)
+    assert module.endswith(".assemble") and parsed.ssr_encoder.parent.parent in written
+    assert len(lines) == 17
+
+
+class Script(gpu.Job):
+    """A job that runs Python code."""
+
+    def command(self, args):
+        return [sys.executable, "-c", self.options, str(args.work_dir)]
+
+
+WRITE = "import sys; open(sys.argv[1] + '/{name}', 'a').write('x')"
+
+
+def test_a_stage_runs_only_unfinished_jobs(tmp_path, monkeypatch):
+    good, bad = Script("good", "", WRITE.format(name="good")), Script("bad", "", "raise SystemExit(3)")
+    monkeypatch.setattr(gpu, "STAGES", ((good, bad),))
+    with pytest.raises(SystemExit, match="bad failed"):
+        gpu.run(1, arguments(tmp_path, dry_run=True))
+    monkeypatch.setattr(gpu, "STAGES", ((good, Script("bad", "", WRITE.format(name="bad"))),))
+    gpu.run(1, arguments(tmp_path))
+    assert [Path(tmp_path / name).read_text() for name in ("good", "bad")] == ["x", "x"]
+
+
+def test_a_stage_that_takes_too_long_is_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "STAGES", ((Script("slow", "", "import time; time.sleep(60)"),),))
+    monkeypatch.setattr(gpu, "LONGEST", 0.01)
+    with pytest.raises(SystemExit, match="goes on"):
+        gpu.run(1, arguments(tmp_path))
