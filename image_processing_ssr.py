@@ -63,7 +63,9 @@ def open_image(file: str | os.PathLike | bytes, name: str = "image", max_pixels:
     # Pillow reads some parts of a file completely, for example texts
     size, most = len(file) if isinstance(file, bytes) else os.stat(file).st_size, max(4 * limit, SMALLEST_BYTE_LIMIT)
     if size > most:
-        raise ValueError(f"`{name}` has {size:,} bytes, more than the {most:,} that are accepted{_named(file)}.")
+        raise ValueError(
+            f"`{name}` has {size:,} bytes, more than the {most:,} that are accepted{_in_file(file, name)}."
+        )
     Image.init()
     formats = [each for each in FORMATS if each in Image.OPEN]
     try:
@@ -71,17 +73,19 @@ def open_image(file: str | os.PathLike | bytes, name: str = "image", max_pixels:
     except Exception as error:  # a parser that meets arbitrary bytes may raise anything
         unknown = isinstance(error, UnidentifiedImageError)
         why = "its format is unknown, or its header is truncated" if unknown else image_decoding.reason(error)
-        raise ValueError(f"`{name}` cannot be decoded: {why}{_named(file)}.") from error
+        raise ValueError(f"`{name}` cannot be decoded: {why}{_in_file(file, name)}.") from error
     with image:
         try:
             image_decoding.decode(image, name, limit)
         except ValueError as error:
-            raise ValueError(f"{str(error).removesuffix('.')}{_named(file)}.") from error
+            raise ValueError(f"{str(error).removesuffix('.')}{_in_file(file, name)}.") from error
     return image
 
 
-def _named(file: str | os.PathLike | bytes) -> str:
-    return "" if isinstance(file, bytes) else f" (in {os.fspath(file)!r:.300})"
+def _in_file(file: str | os.PathLike | bytes, name: str) -> str:
+    """Returns the path for an error message, unless `name` is the name of the file."""
+    known = isinstance(file, bytes) or os.path.basename(file) == name
+    return "" if known else f" (in {os.fspath(file)!r:.300})"
 
 
 def to_pil(image: Any, name: str = "subject_image", max_pixels: int | None = None) -> Image.Image:
