@@ -2,16 +2,34 @@
 
 The pages in docs/ link to other files of the repository with relative paths. These links work on GitHub. The site
 serves the other files under `repository/`.
+
+The API reference is made from a copy of the modules. The repository itself is the package, so mkdocstrings would search
+all of its folders for modules, including environments, which takes minutes.
 """
 
 import re
+import shutil
+import tempfile
 from pathlib import Path, PurePosixPath
 
+from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File
 
 
 ROOT = Path(__file__).resolve().parent.parent
 LINK = re.compile(r"(\]\()([^)#\s:]+)((?:#[^)]*)?\))")
+
+
+@event_priority(100)  # before mkdocstrings, which reads its options in the same event
+def on_config(config):
+    # removed at the end of the process
+    folder = config["package_copy"] = tempfile.TemporaryDirectory(prefix="docs-package-")
+    package = Path(folder.name, "diffusers_ssr")
+    package.mkdir()
+    for module in ROOT.glob("*.py"):
+        shutil.copy(module, package)
+    config.plugins["mkdocstrings"].config["handlers"]["python"]["paths"] = [folder.name]
+    return config
 
 
 def outside_files() -> set[str]:
