@@ -40,7 +40,7 @@ def check_pixels(count: int, name: str, most: int) -> None:
     if count > most:
         raise ValueError(
             f"`{name}` has {count:,} pixels, more than the {most:,} that are accepted: make it smaller, or set"
-            f" `{__name__.replace('decoding', 'processing_ssr')}.MAX_PIXELS`."
+            f" `{__package__}.image_processing_ssr.MAX_PIXELS`."
         )
 
 
@@ -103,12 +103,12 @@ def upright(image: Image.Image, name: str, most: int) -> Image.Image:
 def _check_decoder(image: Image.Image) -> None:
     """Raises a `ValueError` for files of a few bytes that take seconds or gigabytes to decode."""
     pixels, decoders = image.width * image.height, {tile[0] for tile in getattr(image, "tile", ())}
+    if not decoders:  # decoded already
+        return
     if decoders & set(SLOW_DECODERS) and (pixels > MAX_SLOW_PIXELS or image.width > MAX_SLOW_WIDTH):
         raise ValueError(
             f"only pictures of up to {MAX_SLOW_PIXELS:,} pixels can have this encoding of {image.format} files"
         )
-    if not decoders:  # decoded already
-        return
     tags = getattr(image, "tag_v2", {})
     tile = tags.get(_TILE_WIDTH, 0) * tags.get(_TILE_HEIGHT, 0)
     if tile > max(SMALLEST_TILE_LIMIT, pixels):

@@ -96,9 +96,10 @@ def to_pil(image: Any, name: str = "subject_image", max_pixels: int | None = Non
         image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
             The picture. PIL images can have any mode. If a PIL image has several frames, its current frame is used,
             which is the first one after opening. Transparent parts become white, values of 16 bits (mode I;16) are
-            scaled by 65535 (in TIFF files with 12 bits by 4095), and EXIF rotation is applied. Modes I and F have no range, so the smallest one that
-            contains all values is used: 0 to 1, 0 to 255, 0 to 65535, or 0 to the largest value. Arrays have shape `(height, width, 3)` or `(1, height, width, 3)` and
-            hold uint8, uint16, or floats from 0 to 1. Tensors have shape `(3, height, width)` or `(1, 3, height, width)` and hold uint8 or
+            scaled by 65535 (in TIFF files with 12 bits by 4095), and EXIF rotation is applied. Modes I and F have no
+            range, so the smallest one that contains all values is used: 0 to 1, 0 to 255, 0 to 65535, or 0 to the
+            largest value. Arrays have shape `(height, width, 3)` or `(1, height, width, 3)` and hold uint8, uint16, or
+            floats from 0 to 1. Tensors have shape `(3, height, width)` or `(1, 3, height, width)` and hold uint8 or
             floats from 0 to 1.
         name (`str`, defaults to `"subject_image"`):
             The name of the argument in error messages.

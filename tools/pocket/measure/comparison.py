@@ -10,7 +10,6 @@ from PIL import Image
 from transformers import CLIPVisionModel
 
 from ..methods import COMPARISON, METHODS, write_contact_sheet
-from ..world import CATEGORY_NAMES
 from .references import References, draw, share
 
 
@@ -32,7 +31,7 @@ def comparison(refs: References) -> None:
     vision = CLIPVisionModel.from_pretrained(folder, subfolder="ssr_image_encoder", dtype=torch.float32).eval()
     methods = [name for name in METHODS if (folder / name).is_dir()]
     queried, other = refs.wanted("category"), refs.wanted("category", 1)
-    rows, absent = {}, refs.absent_categories()
+    rows = {}
     for naming, categories in (("a thing", None), ("its category", queried)):
         for name in (*methods, None):
             label = METHODS[name].label if name else WITHOUT
@@ -48,9 +47,9 @@ def comparison(refs: References) -> None:
             print(f"  the wrong subject is there:            {share(scores[refs.rows, other] > 0)}")
             print(f"  the place asked for:                   {share(verdict.places.argmax(1).numpy() == refs.places)}")
             if name and categories is None:
-                queries = [CATEGORY_NAMES[category] for category in absent]
-                pictures = draw(pipe, refs.args, refs.prompts(None), refs.encode_queries(queries), f"absent, {label}")
-                drawn = refs.judge.look_at(pictures).categories.argmax(1).numpy() == absent
+                missing, subjects = refs.encode_absent()
+                pictures = draw(pipe, refs.args, refs.prompts(None), subjects, f"absent, {label}")
+                drawn = refs.judge.look_at(pictures).categories.argmax(1).numpy() == missing
                 print(f"  a queried third thing is drawn:        {share(drawn)}")
     pipe.load_ssr(own[0], image_encoder=own[1], image_processor=processor)
     save_figure(refs, rows)

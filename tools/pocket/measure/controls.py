@@ -28,17 +28,13 @@ def alone(refs: References) -> None:
 def absent(refs: References) -> None:
     """Measures queries for a thing that is not in the reference, so that only the word in the query describes it."""
     for name, some in refs.pools():
-        _absent(some, f"two other things, {name}", [scene.picture for scene in some.scenes])
+        _absent(some, f"two other things, {name}")
     rng = np.random.default_rng(refs.args.seed + 2)
     _absent(refs, "an empty place", [draw_scene(refs.world, rng, [], boxes=[]).picture for _ in refs.rows])
 
 
-def _absent(refs: References, name: str, pictures: list[np.ndarray]) -> None:
-    missing = refs.absent_categories()
-    subjects = [
-        refs.pipe.encode_subject(picture, query=CATEGORY_NAMES[category])
-        for picture, category in zip(tqdm(pictures, desc="encoding"), missing, strict=True)
-    ]
+def _absent(refs: References, name: str, pictures: list[np.ndarray] | None = None) -> None:
+    missing, subjects = refs.encode_absent(pictures)
     scores = refs.judge.look_at(refs.draw(refs.prompts(None), subjects, f"absent: {name}")).categories.numpy()
     drawn = scores.argmax(1) == missing
     print(f"the queried thing is not in the reference, which shows {name} ({len(missing)} pictures):")

@@ -163,10 +163,15 @@ class References:
             for scene in tqdm(self.scenes, desc="encoding")
         ]
 
-    def encode_queries(self, queries: list[str]) -> list:
-        """Encodes each reference with a query of its own."""
-        scenes = zip(tqdm(self.scenes, desc="encoding"), queries, strict=True)
-        return [self.pipe.encode_subject(scene.picture, query=query) for scene, query in scenes]
+    def encode_absent(self, pictures: list[np.ndarray] | None = None) -> tuple[np.ndarray, list]:
+        """Encodes each reference, or each of the given pictures, with a query for a category that it does not show.
+        Returns the categories and the subjects."""
+        missing = self.absent_categories()
+        shown = tqdm(pictures or [scene.picture for scene in self.scenes], desc="encoding")
+        return missing, [
+            self.pipe.encode_subject(picture, query=CATEGORY_NAMES[category])
+            for picture, category in zip(shown, missing, strict=True)
+        ]
 
     def absent_categories(self) -> np.ndarray:
         """Returns for each reference a category that it does not show."""
