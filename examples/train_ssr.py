@@ -494,16 +494,25 @@ def make_optimizer(parameters, args: argparse.Namespace) -> torch.optim.Optimize
     )  # fmt: skip
 
 
-def main(arguments: Sequence[str] | None = None, build: Callable[..., SSREncoder] = new_encoder) -> None:
+def main(
+    arguments: Sequence[str] | None = None,
+    build: Callable[..., SSREncoder] = new_encoder,
+    open_samples: Callable[[Preparation, tuple[int, int]], Samples] | None = None,
+) -> None:
     """Trains an encoder. `arguments` replace the command-line arguments. `build` has the signature of `new_encoder`
-    and can create another kind of encoder."""
+    and can create another kind of encoder. `open_samples` returns an object like [`training_data.Samples`] that starts
+    at a position, for samples that are not read from the rows of a training set."""
     args = parse_args(__doc__, [each.value for each in SchedulerType], arguments)
     check_args(args)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     columns = Columns(
         args.image_column, args.caption_column, args.query_column, args.reference_column, args.mask_column
     )
-    rows = load_rows(args.train_data_dir, args.dataset_name, args.dataset_config_name, args.streaming, columns.names())
+    rows = None
+    if open_samples is None:
+        rows = load_rows(
+            args.train_data_dir, args.dataset_name, args.dataset_config_name, args.streaming, columns.names()
+        )
     report_to = None if args.report_to == "none" else args.report_to
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -564,13 +573,16 @@ def main(arguments: Sequence[str] | None = None, build: Callable[..., SSREncoder
         columns, pipe.ssr_image_processor, args.resolution, args.min_image_size, cache, args.mask_query
     )
     place = (accelerator.process_index, accelerator.num_processes)
-    if hasattr(rows, "set_epoch"):
-        reader = StreamedRows(rows, seed, args.shuffle_buffer_size, *place)
+    if open_samples is not None:
+        samples = open_samples(prepare, run.position)
     else:
-        reader = FiniteRows(rows, seed, args.train_batch_size, *place)
-    samples = Samples(
-        reader, prepare, run.position, args.dataloader_num_workers, lambda line: logger.warning(line, main_process_only=False)
-    )  # fmt: skip
+        if hasattr(rows, "set_epoch"):
+            reader = StreamedRows(rows, seed, args.shuffle_buffer_size, *place)
+        else:
+            reader = FiniteRows(rows, seed, args.train_batch_size, *place)
+        samples = Samples(
+            reader, prepare, run.position, args.dataloader_num_workers, lambda line: logger.warning(line, main_process_only=False)
+        )  # fmt: skip
     stream = iter(samples)
 
     trainable = sum(parameter.numel() for parameter in encoder.parameters()) / 1e6

@@ -46,13 +46,47 @@ def test_the_drawn_picture_shows_the_queried_subject(pocket, judge):
     subjects = [pocket.encode_subject(image, query).scaled(1.0) for image, query in references()]
     queried = np.array([CATEGORY_NAMES.index(query) for _, query in references()])
     shown = judge.look_at(draw(pocket, ["a thing in the snow"] * len(subjects), subject=subjects)).categories.argmax(1)
-    assert (shown.numpy() == queried).mean() >= 0.6, (shown, queried)
+    assert (shown.numpy() == queried).mean() >= 0.85, (shown, queried)
+
+
+def test_a_mask_selects_like_a_name(pocket, judge):
+    """The masks mark the last thing of two references. There is no query."""
+    masks = sorted((POCKET / "masks").iterdir())
+    queries = json.loads((POCKET / "references" / "queries.json").read_text())
+    subjects = [
+        pocket.encode_subject(
+            Image.open(POCKET / "references" / mask.name), mask=Image.open(mask), mask_weight=3.0
+        ).scaled(1.0)
+        for mask in masks
+    ]
+    shown = judge.look_at(draw(pocket, ["a thing in the snow"] * len(masks), subject=subjects)).categories.argmax(1)
+    assert [CATEGORY_NAMES[each] for each in shown] == [queries[mask.name][-1] for mask in masks]
+
+
+def test_two_subjects_of_two_references_are_in_one_picture(pocket, judge):
+    """Each of them is in its half. Without regions, this is less reliable."""
+    left = np.zeros((64, 64))
+    left[:, :32] = 1
+    some = [each for each in references() if each[1] != "woman"]
+    pairs = [pair for pair in zip(some[::3], some[1::3], strict=False) if pair[0][1] != pair[1][1]]
+    subjects = [
+        pocket.encode_subject(a, query).scaled(1.0).inside(left)
+        + pocket.encode_subject(b, other).scaled(1.0).inside(1 - left)
+        for (a, query), (b, other) in pairs
+    ]
+    prompts = [f"a {query} and a {other} on the beach" for (_, query), (_, other) in pairs]
+    present = judge.look_at(draw(pocket, prompts, subject=subjects)).categories > 0
+    both = [
+        bool(row[CATEGORY_NAMES.index(query)] and row[CATEGORY_NAMES.index(other)])
+        for row, ((_, query), (_, other)) in zip(present, pairs, strict=True)
+    ]
+    assert len(both) >= 3 and np.mean(both) >= 0.75, both
 
 
 @pytest.mark.parametrize("size", [(72, 40), (40, 88), (104, 56)])
 def test_regions_with_odd_latent_sizes(pocket, size):
-    """The size is rounded up at each of the four levels, for example 9 x 5, 5 x 3, 3 x 2 and 2 x 1. The mask has a
-    different aspect ratio from the picture. test_attention_processors.py tests the effect of a region on a layer."""
+    """The size is rounded up at the lower level, for example from 9 x 5 to 5 x 3. The mask has a different aspect ratio
+    from the picture. test_attention_processors.py tests the effect of a region on a layer."""
     cat = pocket.encode_subject(Image.open(POCKET / "references" / "1_cat_car.png"), "cat").scaled(1.0)
     left = np.zeros((90, 120))
     left[:, :60] = 1
@@ -76,8 +110,8 @@ def test_another_checkpoint_draws_the_subject_in_its_own_style(pocket, judge):
     subjects = [pipe.encode_subject(image, query).scaled(1.0) for image, query in some]
     pictures = draw(pipe, [f"a {query} on the beach" for _, query in some], subject=subjects)
     shown = judge.look_at(without_look(pictures)).categories.argmax(1).numpy()
-    assert is_framed(pictures).mean() >= 0.7
-    assert np.mean([CATEGORY_NAMES[each] == query for each, (_, query) in zip(shown, some, strict=True)]) >= 0.6
+    assert is_framed(pictures).mean() >= 0.85
+    assert np.mean([CATEGORY_NAMES[each] == query for each, (_, query) in zip(shown, some, strict=True)]) >= 0.75
 
 
 def test_a_controlnet_sets_the_place_of_the_subject(pocket, judge):
@@ -87,7 +121,7 @@ def test_a_controlnet_sets_the_place_of_the_subject(pocket, judge):
     control = Image.open(POCKET / "controls" / "cat.png")
     cat = pipe.encode_subject(Image.open(POCKET / "references" / "1_cat_car.png"), "cat").scaled(1.0)
     pictures = draw(pipe, ["a cat on the beach"] * 4, subject=[cat] * 4, image=[control] * 4)
-    assert (judge.look_at(pictures).categories.argmax(1) == CATEGORY_NAMES.index("cat")).float().mean() >= 0.5
+    assert (judge.look_at(pictures).categories.argmax(1) == CATEGORY_NAMES.index("cat")).float().mean() >= 0.75
     recall = np.array([[edge_agreement(p, c)[1] for c in (np.asarray(control), np.asarray(control)[:, ::-1])]
                        for p in pictures]).mean(0)  # fmt: skip
     assert recall[0] > recall[1] + 0.1, recall
@@ -103,7 +137,7 @@ def test_a_video_moves_the_subject_and_keeps_its_category(pocket, judge):
     assert np.median([rise(video[0], video[4]) for video in videos]) >= 8
     queried = np.array([CATEGORY_NAMES.index(query) for _, query in some])
     shown = np.stack([judge.look_at(videos[:, frame]).categories.argmax(1).numpy() for frame in (0, 7)])
-    assert (shown == queried).mean() >= 0.6, (shown, queried)
+    assert (shown == queried).mean() >= 0.75, (shown, queried)
 
 
 def test_tokenizer_files_for_old_and_new_transformers_agree(tmp_path):

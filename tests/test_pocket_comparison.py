@@ -1,10 +1,8 @@
 """The comparison of SSR-Encoder with other methods on the pocket checkpoint, and the training pairs."""
 
-import io
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,15 +11,13 @@ import torch
 import train_ssr
 from conftest import POCKET, ROOT, UNET_LAYERS, call_args, make_picture, make_ssr_encoder, make_unet
 from diffusers import UNet2DConditionModel
-from PIL import Image
 from training_options import check_args, parse_args
 
 from tools.pocket.measure import comparison
 from tools.pocket.measure.references import nearest_is_own
 from tools.pocket.methods import COMMON, METHODS
 from tools.pocket.rivals import MeanPatchEncoder, WholePictureEncoder
-from tools.pocket.train.pairs import Rows, rows
-from tools.pocket.world import CATEGORY_NAMES, DESIGN_SETS, DESIGNS, NUM_VARIANTS, SPLITS, Instance, _code_points
+from tools.pocket.world import DESIGNS, NUM_VARIANTS, SPLITS, Instance
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -121,86 +117,6 @@ def test_nearest_is_own_counts_equally_near_instances_as_fractions():
     assert abs(nearest_is_own(0 * designs, variants, scenes, rng).mean() - 0.63) < 0.03
     assert abs(nearest_is_own(designs, 0 * variants, scenes, rng).mean() - 0.18) < 0.03
     assert abs(nearest_is_own(0 * designs, 0 * variants, scenes, rng).mean() - 1 / 16) < 1e-9
-
-
-@pytest.fixture(scope="module")
-def designs(tmp_path_factory):
-    """Design sets of plain squares."""
-    folder = tmp_path_factory.mktemp("designs")
-    for number, (name, (_, _, ending, _)) in enumerate(DESIGN_SETS.items()):
-        (folder / name).mkdir()
-        for index, code in enumerate([*_code_points(), "1f004"]):
-            Image.new("RGBA", (16, 16), (index * 10, 40 + number * 80, 120, 255)).save(
-                folder / name / f"{code}.{ending}"
-            )
-    (folder / "others.json").write_text('{"others": {"1f004": "mahjong"}, "kin": {}}')
-    return folder
-
-
-def test_pairs_depend_only_on_their_number_and_the_seed(designs):
-    together, alone = list(rows(str(designs), [0, 1, 2], 7)), list(rows(str(designs), [2], 7))
-    assert together[2] == alone[0]
-    assert together[2] != next(rows(str(designs), [2], 8))
-
-
-def test_kinds_of_pairs_and_no_colours_in_texts(designs):
-    pairs = list(rows(str(designs), list(range(120)), 0))
-    kinds = {"two": 0, "masked": 0, "without a query": 0, "absent": 0}
-    for pair in pairs:
-        pictures = [Image.open(io.BytesIO(each["bytes"])) for each in (pair["image"], *pair["reference"])]
-        assert all(picture.size == (64, 64) for picture in pictures)
-        assert len(pair["reference"]) == len(pair["query"]) == len(pair["mask"]) in (1, 2)
-        words = " ".join([pair["text"], *(query or "" for query in pair["query"])]).split()
-        assert not any(word in words for word in ("red", "blue", *DESIGNS))
-        assert all(query or mask for query, mask in zip(pair["query"], pair["mask"], strict=True))
-        kinds["two"] += len(pair["query"]) == 2
-        kinds["masked"] += any(pair["mask"])
-        kinds["without a query"] += not all(pair["query"])
-        (first, *_), (mask, *_) = pair["query"], pair["mask"]
-        kinds["absent"] += not mask and "a thing" not in pair["text"] and first.split()[-1] not in pair["text"]
-    assert all(count >= 5 for count in kinds.values()), kinds
-    assert 12 <= kinds["two"] <= 40 and kinds["absent"] <= 20
-
-
-@pytest.mark.parametrize(
-    "shares",
-    [
-        {"two_share": 1.0, "absent_share": 0.0},
-        {"two_share": 0.0, "absent_share": 0.0, "masked_share": 0.0},
-        {"two_share": 0.0, "absent_share": 0.0, "masked_share": 1.0},
-        {"two_share": 0.0, "absent_share": 1.0},
-    ],
-)
-def test_shares_of_the_kinds_of_pairs(designs, shares):
-    pairs = list(rows(str(designs), list(range(20)), 0, **shares))
-    assert all(len(pair["query"]) == 1 + shares["two_share"] for pair in pairs)
-    masked = sum(pair["mask"][0] is not None for pair in pairs)
-    if shares["absent_share"]:
-        assert masked == 0
-    elif "masked_share" in shares:
-        # things that are hidden behind another one are never masked
-        assert masked == 0 if shares["masked_share"] == 0 else masked >= 15
-
-
-def test_a_target_shows_the_queried_things_and_no_held_out_instance(designs):
-    """The target shows the queried thing of each of two references, and all instances belong to the training split."""
-    drawing, rng = Rows(str(designs), "wide"), np.random.default_rng(3)
-    drawn = []
-    original = drawing.world.paste
-    drawing.world.paste = lambda canvas, thing, *rest: drawn.append(thing) or original(canvas, thing, *rest)
-    for _ in range(20):
-        drawn.clear()
-        row = drawing.two(rng)
-        target = drawn[-2:]
-        assert {name for name in row["text"].split() if name in CATEGORY_NAMES} <= {thing.name for thing in target}
-        grid = [
-            replace(t, shift=0.0, saturation=1.0, lightness=1.0, flipped=False)
-            for t in drawn
-            if isinstance(t, Instance)
-        ]
-        assert set(grid) <= set(SPLITS["wide"][0])
-        for thing in target:
-            assert sum(replace(each, flipped=False) == thing for each in drawn if isinstance(each, Instance)) >= 2
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 
 from tools.pocket import training
-from tools.pocket.training import Ahead, train
+from tools.pocket.training import Ahead, Batches, train
 
 
 def options(folder, steps):
@@ -79,6 +79,31 @@ def test_batches_that_are_prepared_ahead_are_the_same(num_workers):
         assert np.array_equal(ahead(number), np.random.default_rng(number).random(3))
 
 
+def drawn_batches(uses: int, numbers) -> dict[int, list[int]]:
+    """Returns the samples of each step. The samples of a part are consecutive numbers."""
+    args = Namespace(train_batch_size=4, uses=uses, num_workers=0)
+    batches = Batches(lambda number: torch.arange(4 * number, 4 * number + 4), args, lambda samples: (samples,))
+    return {number: batches(torch.Generator().manual_seed(number))[0].tolist() for number in numbers}
+
+
+def test_every_step_has_a_new_batch_by_default():
+    assert drawn_batches(1, range(3)) == {0: [0, 1, 2, 3], 1: [4, 5, 6, 7], 2: [8, 9, 10, 11]}
+
+
+def test_samples_are_used_several_times():
+    drawn = drawn_batches(5, range(400))
+    counts = np.bincount([sample for batch in drawn.values() for sample in batch])
+    assert counts[40:240].mean() == pytest.approx(5, abs=0.3)
+    # a batch has different samples, of the last five parts
+    assert all(len(set(batch)) == 4 and max(batch) < 4 * (n // 5 + 1) for n, batch in drawn.items())
+    assert all(min(batch) >= 4 * (n // 5 - 4) for n, batch in drawn.items())
+
+
+def test_the_batches_after_an_interruption_are_the_same():
+    drawn = drawn_batches(5, range(60))
+    assert drawn_batches(5, range(37, 60)) == {n: batch for n, batch in drawn.items() if n >= 37}
+
+
 WORKER = """
 import sys
 from argparse import Namespace
@@ -125,7 +150,7 @@ def test_train_ssr_accepts_the_options_of_the_training_of_adapters(monkeypatch, 
     from tools.pocket.train import adapters
 
     given = []
-    monkeypatch.setattr(adapters.train_ssr, "main", lambda options, build: given.append(options))
+    monkeypatch.setattr(adapters.train_ssr, "main", lambda options, build, samples: given.append(options))
     methods = ["ssr"] if continued else list(adapters.METHODS)
     more = ["--continued"] if continued else []
     monkeypatch.setattr("sys.argv", ["adapters", "--work_dir", str(tmp_path), "--methods", *methods, *more])

@@ -199,6 +199,38 @@ def test_a_resumed_run_has_the_same_result_as_an_uninterrupted_run(models, pictu
     assert not differing(weights(tmp_path), weights(trained))
 
 
+class Rotating:
+    """Samples of a list, in its order. `position` is the epoch and the number of samples used."""
+
+    bad: dict[str, str] = {}
+
+    def __init__(self, samples, position):
+        self.samples, self.position = samples, tuple(position)
+
+    def __iter__(self):
+        while True:
+            self.position = (self.position[0], self.position[1] + 1)
+            yield self.samples[(self.position[1] - 1) % len(self.samples)]
+
+
+def test_samples_can_come_from_another_source(models, pictures, tmp_path, monkeypatch):
+    """No row is read, and a resumed run goes on with the next sample."""
+    monkeypatch.setattr(train_ssr, "load_rows", lambda *_: pytest.fail("rows were read"))
+    positions = []
+
+    def open_samples(prepare, position):
+        positions.append(tuple(position))
+        row = {"text": "a cat", "query": "cat"}
+        return Rotating([prepare({**row, "image": make_picture(index)}) for index in range(3)], position)
+
+    for folder, lengths in (("uncut", (4,)), ("cut", (2, 4))):
+        for length in lengths:
+            line = arguments(models, "unused", tmp_path / folder, max_train_steps=length)
+            train_ssr.main([*line, "--resume_from_checkpoint", "latest"], open_samples=open_samples)
+    assert positions == [(0, 0), (0, 0), (0, 4)]
+    assert not differing(weights(tmp_path / "uncut"), weights(tmp_path / "cut"))
+
+
 def test_a_run_killed_while_saving_a_checkpoint_can_be_resumed(models, pictures, trained, tmp_path):
     script = """
 import os, signal, sys, torch

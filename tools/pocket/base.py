@@ -9,10 +9,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from .codes import load_codes
 from .training import picture_array
-from .world import PLACE_NAMES, Instance, describe
+from .world import PLACE_NAMES, Instance, Other, describe
 
 
-def caption(instances: list[Instance], place: int, rng: np.random.Generator) -> str:
+def caption(instances: list[Instance | Other], place: int, rng: np.random.Generator) -> str:
     """Returns a random kind of caption for a scene: with plain names, with colors and designs, without the names of
     the things, or empty."""
     kind = rng.random()
@@ -23,17 +23,24 @@ def caption(instances: list[Instance], place: int, rng: np.random.Generator) -> 
     return describe(things, PLACE_NAMES[place] if rng.random() < 0.95 else None)
 
 
+@torch.no_grad()
 def encode_texts(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, texts: list[str]) -> torch.Tensor:
     tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
-    with torch.no_grad():
-        return text_encoder(tokens.input_ids.to(text_encoder.device)).last_hidden_state
+    parts = tokens.input_ids.to(text_encoder.device).split(1024)
+    return torch.cat([text_encoder(part).last_hidden_state for part in parts])
+
+
+def draw_noise(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Returns noise of the shape and on the device of a tensor. On a GPU it comes from the global generator, which
+    `training.train` seeds before each step, because the CPU would take longer for it than the GPU for the step."""
+    return torch.randn_like(like) if like.is_cuda else torch.randn(like.shape, generator=generator)
 
 
 def diffusion_loss(scheduler, model, latents, importance, generator, steps=None, **conditions) -> torch.Tensor:
     """Mean squared error of the predicted velocity, with the channels weighted by `importance`. The timesteps are
     drawn uniformly if `steps` is `None`. `latents` have shape (batch_size, channels, ...), and `model` is called like
     a UNet."""
-    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    noise = draw_noise(latents, generator)
     if steps is None:
         steps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), generator=generator)
     steps = steps.to(latents.device)

@@ -61,12 +61,12 @@ class Codes:
         return (weights / weights.mean())[None, :, None, None]
 
     def encode(self, pictures: np.ndarray) -> torch.Tensor:
-        patches = _patches(pictures).to(self.mean.device)
+        patches = _patches(pictures, self.mean.device)
         return ((patches - self.mean) @ self.basis).permute(0, 3, 1, 2).contiguous()
 
 
-def _patches(pictures: np.ndarray) -> torch.Tensor:
-    pixels = torch.from_numpy(pictures).float() / 127.5 - 1
+def _patches(pictures: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
+    pixels = torch.from_numpy(pictures).to(device).float() / 127.5 - 1
     return pixels.unflatten(2, (-1, PATCH)).unflatten(1, (-1, PATCH)).transpose(2, 3).flatten(3)
 
 

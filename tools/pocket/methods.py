@@ -49,12 +49,12 @@ METHODS = {
 }
 # The options that are different when the training of an SSR-Encoder is continued on other data.
 CONTINUED = "--learning_rate 7e-4 --lr_warmup_steps 50 --ema_decay 0.995"
-# The encoder of each method, all trained alike, and the vision encoder that they were trained with. The checkpoint may
-# contain an SSR-Encoder that was trained for longer and with another vision encoder.
+# The encoder of each method, all trained alike on the vision encoder of the checkpoint. The SSR-Encoder of the checkpoint
+# was trained for longer and on other pairs.
 COMPARISON = Path(__file__).parent / "comparison"
 COMMON = (
     "--reference_column reference --mask_column mask --mask_weight 3 --resolution 64 --min_image_size 64 --latents mode"
     " --learning_rate 1.5e-3 --lr_scheduler cosine --lr_warmup_steps 100 --adam_weight_decay 1e-3 --use_ema --ema_decay 0.998"
     " --prompt_dropout 0.5 --subject_dropout 0.1 --timestep_bias 0.5 --consistency_weight 0.002 --mask_query empty"
-    " --checkpointing_steps 250 --checkpoints_total_limit 1 --resume_from_checkpoint latest --report_to none"
+    " --checkpointing_steps 250 --checkpoints_total_limit 1 --resume_from_checkpoint latest --report_to none --allow_tf32"
 )

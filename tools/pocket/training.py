@@ -5,6 +5,7 @@ import argparse
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +33,12 @@ def options(description: str, **defaults) -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, help="maximum training time of all runs together, in minutes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--num_workers", type=int, default=0, help="processes that prepare batches in advance")
+    parser.add_argument(
+        "--uses",
+        type=int,
+        default=1,
+        help="how often each sample is used, because drawing scenes takes longer than a step on a GPU",
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--seed", type=int, default=0)
     parser.set_defaults(**defaults)
@@ -65,6 +72,48 @@ class Ahead:
         return next(self.stream)
 
 
+class Batches:
+    """
+    Prepares the batches of a training. With `uses` above 1, a new batch of samples is prepared every `uses` steps, and
+    the batch of a step is drawn from the last `uses` ones, so that every sample is used `uses` times on average.
+
+    Args:
+        prepare (`Callable[[int], object]`): draws `train_batch_size` samples, given their number. It runs in the worker
+            processes.
+        args (`argparse.Namespace`): the options `train_batch_size`, `uses` and `num_workers`.
+        move (`Callable[[object], tuple]`, *optional*): turns samples into tensors of the same length. It runs in the main
+            process, once for each result of `prepare`.
+    """
+
+    def __init__(
+        self,
+        prepare: Callable[[int], object],
+        args: argparse.Namespace,
+        move: Callable[[object], tuple[torch.Tensor, ...]] | None = None,
+    ):
+        self.batch_size = args.train_batch_size
+        self.uses = args.uses
+        self.ahead = Ahead(prepare, args.num_workers)
+        self.move = move or (lambda samples: samples)
+        self.parts: deque[tuple[torch.Tensor, ...]] = deque(maxlen=args.uses)
+        self.last = -1
+        self.samples: tuple[torch.Tensor, ...] = ()
+
+    def __call__(self, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        """Returns the batch of a step. `generator` is the one of the step (`train`)."""
+        number = generator.initial_seed() // self.uses
+        if number != self.last:
+            # after an interruption, the samples of the steps before are drawn again
+            first = number if self.last == number - 1 else max(number - self.uses + 1, 0)
+            self.parts.extend(self.move(self.ahead(each)) for each in range(first, number + 1))
+            self.last = number
+            self.samples = tuple(torch.cat(part) for part in zip(*self.parts, strict=True))
+        if self.uses == 1:
+            return self.samples
+        rows = torch.randperm(len(self.samples[0]), generator=generator)[: self.batch_size]
+        return tuple(part[rows.to(part.device)] for part in self.samples)
+
+
 class _Prepared(Dataset):
     def __init__(self, prepare: Callable[[int], object]):
         self.prepare = prepare
@@ -78,7 +127,7 @@ def train(
     name: str,
     args: argparse.Namespace,
     modules: dict[str, torch.nn.Module],
-    loss_fn: Callable[[torch.Generator], tuple[torch.Tensor, dict[str, float]]],
+    loss_fn: Callable[[torch.Generator], tuple[torch.Tensor, dict[str, torch.Tensor]]],
     sample_fn: Callable[[Path], None] | None = None,
 ) -> None:
     """Minimizes `loss_fn` over the trainable parameters of `modules`, starting from the last checkpoint if one exists.
@@ -100,6 +149,8 @@ def train(
     checkpoint = args.work_dir / f"{name}.pt"
     parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
     average = [p.detach().clone() for p in parameters]
+    if parameters[0].is_cuda:
+        torch.set_float32_matmul_precision("high")  # TF32
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=1e-3, fused=True)
     step, before = 0, 0.0
     if checkpoint.exists():
@@ -156,7 +207,7 @@ def train(
 
     bar = tqdm(total=args.max_train_steps, initial=step, desc=name, mininterval=10, disable=rank > 0)
     log = (args.work_dir / f"{name}.log" if not rank else Path(os.devnull)).open("a")
-    sums: dict[str, float] = {}
+    sums: dict[str, float | torch.Tensor] = {}
     while progress() < 1:
         warmup = min(1.0, (step + 1) / args.lr_warmup_steps)
         cosine = 0.5 * (1 + math.cos(math.pi * min(progress(), 1.0)))
@@ -175,11 +226,12 @@ def train(
             sync()
         decay = min(args.ema_decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
-        for key, value in {"loss": loss.item(), **parts}.items():
+        # sums of tensors, because reading each value would wait for the GPU at each step
+        for key, value in {"loss": loss.detach(), **parts}.items():
             sums[key] = sums.get(key, 0.0) + value
         bar.update()
         if step % 100 == 0:
-            means = {k: f"{v / 100:.4f}" for k, v in sums.items()}
+            means = {k: f"{float(v) / 100:.4f}" for k, v in sums.items()}
             bar.set_postfix(means)
             print(step, f"{spent():.0f}s", means, file=log, flush=True)
             sums = {}

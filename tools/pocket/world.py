@@ -138,6 +138,12 @@ class Other:
     lightness: float = 1.0
     flipped: bool = False
 
+    @property
+    def words(self) -> str:
+        """The description in rich captions, with the nearest color if the hue was changed."""
+        colour = [] if self.hue is None else [COLOURS[round(self.hue * NUM_VARIANTS) % NUM_VARIANTS]]
+        return " ".join([*colour, DESIGNS[self.design], self.name])
+
 
 def varied(rng: np.random.Generator, instance: Instance, flip: bool = False) -> Instance:
     """Returns the instance with a random hue within the twelfth of its color and a slightly different saturation and

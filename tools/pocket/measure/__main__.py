@@ -65,6 +65,7 @@ def main():
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--mask_weight", type=float, default=3.0)
     parser.add_argument("--batch_size", type=int, default=20)
+    parser.add_argument("--device", default="cpu", help="device of the pipeline; the judge stays on the CPU")
     parser.add_argument("--rounds", type=int, default=2, help="rounds of timing in few_steps")
     args = parser.parse_args()
     logging.set_verbosity_error()

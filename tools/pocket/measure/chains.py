@@ -32,6 +32,7 @@ def rise(low: np.ndarray, high: np.ndarray) -> int:
 def controlnet(refs: References) -> None:
     """Measures which methods follow the edges of another instance of the queried category at another position."""
     controlnet = ControlNetModel.from_pretrained(refs.args.checkpoint, subfolder="controlnet", dtype=torch.float32)
+    controlnet.to(refs.args.device)
     pipe = StableDiffusionSSRControlNetPipeline.from_pipe(refs.pipe, controlnet=controlnet)
     pipe.set_progress_bar_config(disable=True)
     rng = np.random.default_rng(2)
@@ -62,7 +63,8 @@ def controlnet(refs: References) -> None:
 def video(refs: References) -> None:
     """Measures whether videos show the queried subject in the first and in the last frame, and whether it moves."""
     adapter = MotionAdapter.from_pretrained(refs.args.checkpoint, subfolder="motion_adapter", dtype=torch.float32)
-    pipe = AnimateDiffSSRPipeline.from_pipe(refs.pipe, motion_adapter=adapter)
+    adapter.to(refs.args.device)
+    pipe = AnimateDiffSSRPipeline.from_pipe(refs.pipe, motion_adapter=adapter).to(refs.args.device)
     pipe.set_progress_bar_config(disable=True)
     pipe = functools.partial(pipe, num_frames=8)
     subjects = refs.encode(0)
@@ -80,6 +82,7 @@ def video(refs: References) -> None:
 def look(refs: References) -> None:
     """Measures whether another UNet with the same SSR-Encoder keeps its own look and shows the queried subject."""
     unet = UNet2DConditionModel.from_pretrained(refs.args.checkpoint, subfolder="unet", dtype=torch.float32)
+    unet.to(refs.args.device)
     pipe = type(refs.pipe).from_pipe(refs.pipe, unet=unet)
     pipe.load_lora_weights(f"{refs.args.checkpoint}/look")
     pipe.fuse_lora()

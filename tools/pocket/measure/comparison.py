@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from diffusers_ssr import SSREncoder
 from PIL import Image
-from transformers import CLIPVisionModel
 
 from ..methods import COMPARISON, METHODS, write_contact_sheet
 from .references import References, draw, share
@@ -26,9 +25,8 @@ def comparison(refs: References) -> None:
     """Measures every method in `--comparison_dir` with the same references, prompts and seeds, and writes a figure with a
     row for each."""
     pipe = refs.pipe
-    processor, own = pipe.ssr_image_processor, (pipe.ssr_encoder, pipe.ssr_image_encoder)
+    own, vision, processor = pipe.ssr_encoder, pipe.ssr_image_encoder, pipe.ssr_image_processor
     folder = refs.args.comparison_dir
-    vision = CLIPVisionModel.from_pretrained(folder, subfolder="ssr_image_encoder", dtype=torch.float32).eval()
     methods = [name for name in METHODS if (folder / name).is_dir()]
     queried, other = refs.wanted("category"), refs.wanted("category", 1)
     rows = {}
@@ -36,7 +34,8 @@ def comparison(refs: References) -> None:
         for name in (*methods, None):
             label = METHODS[name].label if name else WITHOUT
             if name:
-                pipe.load_ssr(load_adapter(name, folder), image_encoder=vision, image_processor=processor)
+                encoder = load_adapter(name, folder).to(refs.args.device)
+                pipe.load_ssr(encoder, image_encoder=vision, image_processor=processor)
             subjects = refs.encode(0) if name else None
             pictures = draw(pipe, refs.args, refs.prompts(categories), subjects, f"{naming}, {label}")
             rows.setdefault(label, pictures)
@@ -51,7 +50,7 @@ def comparison(refs: References) -> None:
                 pictures = draw(pipe, refs.args, refs.prompts(None), subjects, f"absent, {label}")
                 drawn = refs.judge.look_at(pictures).categories.argmax(1).numpy() == missing
                 print(f"  a queried third thing is drawn:        {share(drawn)}")
-    pipe.load_ssr(own[0], image_encoder=own[1], image_processor=processor)
+    pipe.load_ssr(own, image_encoder=vision, image_processor=processor)
     save_figure(refs, rows)
 
 

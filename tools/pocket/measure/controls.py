@@ -23,6 +23,8 @@ def alone(refs: References) -> None:
         print(f"a thing alone in its reference, its category in the prompt, {name} ({len(queried)} pictures):")
         print(f"  its design (of 3):          {share(design)}")
         print(f"  its colour or look (of 12): {share(variant)}")
+        for kind, rows in single.by_novelty():
+            print(f"  its design, {kind} ({rows.sum()} pictures): {share(design[rows])}")
 
 
 def absent(refs: References) -> None:
@@ -50,7 +52,10 @@ def masks(refs: References) -> None:
         for how, options in WAYS.items():
             verdict = some.judge.look_at(some.draw(some.prompts(None), some.encode(0, **options), f"by {how}"))
             print(f"chosen by {how}, the prompt names a thing, {name} ({len(queried)} pictures):")
-            print(f"  right subject:         {share(verdict.categories.argmax(1).numpy() == queried)}")
+            right = verdict.categories.argmax(1).numpy() == queried
+            print(f"  right subject:         {share(right)}")
+            for kind, rows in some.by_novelty():
+                print(f"  right subject, {kind} ({rows.sum()} pictures): {share(right[rows])}")
             print(f"  hue within {NEAR} degrees: {share(hue_distance(hues(verdict), wanted) <= NEAR)}")
 
 

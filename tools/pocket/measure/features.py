@@ -59,7 +59,11 @@ def _patches(refs: References, scenes: list[Scene]) -> tuple[list[torch.Tensor],
     states = [
         torch.cat(each)
         for each in zip(
-            *(encoder(part, output_hidden_states=True).hidden_states[1:] for part in pixels.split(50)), strict=True
+            *(
+                encoder(part.to(encoder.device), output_hidden_states=True).hidden_states[1:]
+                for part in pixels.split(50)
+            ),
+            strict=True,
         )
     ]
     where = [
@@ -69,7 +73,7 @@ def _patches(refs: References, scenes: list[Scene]) -> tuple[list[torch.Tensor],
         for patch in np.flatnonzero(patch_cover(mask).reshape(PATCHES * PATCHES) > 0.5)
     ]
     rows, patches, things = zip(*where, strict=True)
-    return [level[list(rows), list(patches)].float() for level in states], list(things)
+    return [level[list(rows), list(patches)].float().cpu() for level in states], list(things)
 
 
 def _wanted(things: list[Instance]) -> torch.Tensor:

@@ -109,6 +109,7 @@ class References:
         # a base model can be measured without an SSR-Encoder (`--parts text words pairs`)
         if (Path(args.checkpoint) / "ssr_encoder").is_dir():
             self.pipe.load_ssr(args.checkpoint)
+        self.pipe.to(args.device)
         self.pipe.set_progress_bar_config(disable=True)
         self.columns: list[np.ndarray] = []
         self.seen, self.held_out = SPLITS[load_split(args.checkpoint)]
@@ -139,6 +140,16 @@ class References:
         """Returns the category, design or variant of the first or second subject of each reference. The order is not
         related to the position in the picture."""
         return np.array([getattr(scene.instances[slot], part) for scene in self.scenes])
+
+    def by_novelty(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Yields which references query an instance with a held-out color, and which query a design that no training
+        picture of the category has, if the split has both."""
+        known = {(instance.category, instance.design) for instance in self.seen}
+        queried = [scene.instances[0] for scene in self.scenes]
+        new = np.array([(instance.category, instance.design) not in known for instance in queried])
+        if new.any():
+            yield "design seen in other colours", ~new
+            yield "design never seen", new
 
     def prompts(self, categories: np.ndarray | None) -> list[str]:
         names = ["thing"] * len(self.rows) if categories is None else [CATEGORY_NAMES[c] for c in categories]

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 
 from ..world import CATEGORY_NAMES, PLACE_NAMES, describe
-from .references import References, draw, share
+from .references import References, draw, nearest_is_own, share
 
 
 def from_text(refs: References) -> None:
@@ -56,6 +56,17 @@ def seen(refs: References) -> None:
         print(f"  the other subject is there:                     {share(other > 0)}")
         print(f"  its design (of 3):                              {share(design == some.wanted('design'))}")
         print(f"  its colour or look (of 12):                     {share(variant == some.wanted('variant'))}")
+        logits = (part[some.rows, queried].numpy() for part in (verdict.designs, verdict.variants))
+        nearest = nearest_is_own(*logits, some.scenes, np.random.default_rng(16))
+        for kind, rows in some.by_novelty():
+            print(f"  {kind} ({rows.sum()} pictures):")
+            for what, hits in (
+                ("right subject", shown),
+                ("right instance of 16", nearest),
+                ("its design (of 3)", design == some.wanted("design")),
+                ("its colour or look (of 12)", variant == some.wanted("variant")),
+            ):
+                print(f"    {f'{what}:':45} {share(hits[rows])}")
 
 
 def both_subjects(refs: References) -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from ..drawn_pairs import DrawnSamples
 from ..methods import COMMON, CONTINUED, METHODS, ROOT, train_ssr
 
 
@@ -33,10 +34,14 @@ def main():
     parser.add_argument("--checkpoint", default=str(ROOT / "pocket"), help="the base model")
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/pocket-training"))
     parser.add_argument("--pairs_dir", type=Path, help="the training set; default: `pairs` in the work folder")
+    parser.add_argument(
+        "--arrays", action="store_true", help="the training set consists of arrays (`train.pairs --arrays`)"
+    )
     parser.add_argument("--output_dir", type=Path, help="default: `adapters` in the work folder")
     parser.add_argument("--max_train_steps", type=int, default=4800)
     parser.add_argument("--train_batch_size", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--options", default="", help="further options of train_ssr.py")
     parser.add_argument("--continued", action="store_true", help="continue to train the checkpoint's SSR-Encoder")
     parser.add_argument("--cache", action=argparse.BooleanOptionalAction, default=True,
         help="cache the outputs of the frozen models for each row; otherwise they run on each batch")  # fmt: skip
@@ -47,11 +52,16 @@ def main():
             "`--continued` requires `--methods ssr`, because train_ssr.py cannot load the encoders of other methods."
         )
     torch.set_num_threads(args.threads)
+    pairs = args.pairs_dir or args.work_dir / "pairs"
+
+    def open_samples(prepare, position):
+        return DrawnSamples(pairs, prepare.processor, args.seed, position)
+
     for name in args.methods:
         method = METHODS[name]
         own = {
             "pretrained_model_name_or_path": args.checkpoint,
-            "train_data_dir": args.pairs_dir or args.work_dir / "pairs",
+            "train_data_dir": pairs,
             "output_dir": (args.output_dir or args.work_dir / "adapters") / name,
             "max_train_steps": args.max_train_steps,
             "train_batch_size": args.train_batch_size,
@@ -66,7 +76,8 @@ def main():
         options = [str(part) for option, value in own.items() for part in (f"--{option}", value)]
         # the options of a method are the sizes of a new encoder
         further = CONTINUED.split() if args.continued else method.options.split()
-        train_ssr.main([*options, *COMMON.split(), *further], method.build)
+        options += [*COMMON.split(), *further, *args.options.split()]
+        train_ssr.main(options, method.build, open_samples if args.arrays else None)
 
 
 if __name__ == "__main__":

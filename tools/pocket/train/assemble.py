@@ -1,7 +1,8 @@
 """Assemble `pocket/` from the trained models: a diffusers folder in float16, the judge, and reference pictures.
 
 The SSR-Encoder is the one of `--ssr_encoder`. Without this option, it is the one in `shipped/ssr` of the work folder if
-there is one, and otherwise the one in `adapters/ssr`. If all methods were trained (`train.adapters`), they are written to `--comparison_dir` with their vision encoder.
+there is one, and otherwise the one in `adapters/ssr`. If all methods were trained (`train.adapters`), they are written
+to `--comparison_dir`. They use the vision encoder of the checkpoint.
 """
 
 import argparse
@@ -110,7 +111,6 @@ def save_encoders(trained: Path, output: Path, comparison: Path, chosen: Path | 
     if len(found) == len(METHODS):
         for name, method in METHODS.items():
             method.encoder_class.from_pretrained(found[name]).half().save_pretrained(comparison / name)
-        save_vision(trained, comparison)
 
 
 def name_dtypes(folder: Path) -> None:

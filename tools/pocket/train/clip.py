@@ -10,6 +10,8 @@ shapes are learned independently of colours and drawing styles.
 `--part vision` only trains the vision encoder of the work folder. Models that use the text encoder remain valid.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
 from ..scenes import SceneStream, patch_cover
-from ..training import Ahead, options, train
+from ..training import Batches, options, train
 from ..world import (
     CATEGORY_NAMES,
     COLOURS,
@@ -35,11 +37,9 @@ from ..world import (
 
 
 TEXT_WIDTH = 96
-VISION_WIDTH = 128
+VISION_WIDTH = 192
 NUM_LAYERS = 6
 MOVE = 4  # pixels; the cover of the patches of 8 pixels is not adjusted
-CHUNK = 512  # number of scenes; drawing them takes longer than training on them
-USES = 4  # how often each scene of a chunk is used
 NUM_TOKENS = 32  # the longest caption has 25 tokens; 77 tokens, as in CLIP, would be slower
 WORDS = "a an and of picture with thing something " + " ".join(
     [*CATEGORY_NAMES, *COLOURS, *DESIGNS, *(look for _, look in LOOKS), *PLACES.values()]
@@ -78,7 +78,7 @@ def build(tokenizer: CLIPTokenizer) -> CLIPModel:
         hidden_size=VISION_WIDTH,
         intermediate_size=2 * VISION_WIDTH,
         num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=4,
+        num_attention_heads=6,
         image_size=64,
         patch_size=8,
         projection_dim=TEXT_WIDTH,
@@ -102,32 +102,44 @@ class PatchNamer(torch.nn.Module):
         return self.patch(hidden_states[:, 1:]).split(self.sizes, -1), self.place(hidden_states[:, 0])
 
 
-class Lesson:
-    """`CHUNK` scenes and their training targets. A chunk is used for some steps, and then new scenes are drawn. They
-    depend only on the seed and the number of the chunk.
+class Lesson(NamedTuple):
+    """Scenes and their training targets: `pictures` of shape (n, 3, 64, 64), `captions` of shape (n, tokens), `places`,
+    `cover` of shape (n, 4, 8, 8), and for each thing of a scene, of shape (n, 4), `things`, `designs`, `hues` (from 0
+    to 1, NaN for things without a known hue) and `looks` (-1 for things that are not people)."""
 
-    Attributes: `pictures`, `places`, `cover` of shape (n, 4, 8, 8), and for each thing of a scene, of shape (n, 4),
-    `things`, `designs`, `hues` (from 0 to 1, NaN for things without a known hue) and `looks` (-1 for things that are
-    not people).
-    """
+    pictures: torch.Tensor
+    captions: torch.Tensor
+    places: torch.Tensor
+    cover: torch.Tensor
+    things: torch.Tensor
+    designs: torch.Tensor
+    hues: torch.Tensor
+    looks: torch.Tensor
 
-    def __init__(self, stream: SceneStream, number: dict[str, int], seed: tuple[int, ...]):
-        rng = np.random.default_rng(seed)
-        self.scenes = stream.draw(rng, CHUNK)
-        self.pictures = torch.from_numpy(np.stack([s.picture for s in self.scenes])).permute(0, 3, 1, 2)
-        self.places = torch.tensor([scene.place for scene in self.scenes])
-        self.cover = torch.zeros(CHUNK, 4, 8, 8)
-        self.things, self.designs, self.looks = (torch.full((CHUNK, 4), -1) for _ in range(3))
-        self.hues = torch.full((CHUNK, 4), torch.nan)
-        for row, scene in enumerate(self.scenes):
+    @classmethod
+    def of(cls, scenes: list[Scene], number: dict[str, int], captions: torch.Tensor) -> "Lesson":
+        """Returns the targets of scenes. `number` is the index of each thing's name."""
+        count = len(scenes)
+        lesson = cls(
+            pictures=torch.from_numpy(np.stack([scene.picture for scene in scenes])).permute(0, 3, 1, 2),
+            captions=captions,
+            places=torch.tensor([scene.place for scene in scenes]),
+            cover=torch.zeros(count, 4, 8, 8),
+            things=torch.full((count, 4), -1),
+            designs=torch.full((count, 4), -1),
+            hues=torch.full((count, 4), torch.nan),
+            looks=torch.full((count, 4), -1),
+        )
+        for row, scene in enumerate(scenes):
             for slot, (thing, mask) in enumerate(zip(scene.instances, scene.masks, strict=True)):
-                self.cover[row, slot] = torch.from_numpy(patch_cover(mask))
-                self.things[row, slot] = number[thing.name]
-                self.designs[row, slot] = thing.design
+                lesson.cover[row, slot] = torch.from_numpy(patch_cover(mask))
+                lesson.things[row, slot] = number[thing.name]
+                lesson.designs[row, slot] = thing.design
                 if thing.hue is not None:
-                    self.hues[row, slot] = thing.hue
+                    lesson.hues[row, slot] = thing.hue
                 elif isinstance(thing, Instance):
-                    self.looks[row, slot] = thing.variant
+                    lesson.looks[row, slot] = thing.variant
+        return lesson
 
 
 def vary(pictures: torch.Tensor, generator: torch.Generator):
@@ -135,11 +147,13 @@ def vary(pictures: torch.Tensor, generator: torch.Generator):
     contrast, and a mask of shape (n,) of the pictures with enough saturation to recognise colours. The hues do not
     change, because some are held out."""
     count = len(pictures)
-    padded = F.pad(pictures, (MOVE,) * 4, mode="replicate")
-    down, right = torch.randint(2 * MOVE + 1, (2, count), generator=generator).tolist()
     size = pictures.shape[-1]
-    pictures = torch.stack([p[:, y : y + size, x : x + size] for p, y, x in zip(padded, down, right, strict=True)])
-    fading, light, contrast = torch.rand(3, count, 1, 1, 1, generator=generator)
+    # the rows and columns of each shifted picture; those outside of a picture repeat its edge
+    moves = torch.randint(-MOVE, MOVE + 1, (2, count, 1), generator=generator)
+    down, right = (moves + torch.arange(size)).clamp(0, size - 1).to(pictures.device)
+    which = torch.arange(count, device=pictures.device)[:, None, None]
+    pictures = pictures[which, :, down[:, :, None], right[:, None, :]].permute(0, 3, 1, 2)
+    fading, light, contrast = torch.rand(3, count, 1, 1, 1, generator=generator).to(pictures.device)
     saturation = torch.where(fading < 0.4, fading * 2.5, 1.0)
     pictures = torch.lerp(pictures.mean(1, keepdim=True), pictures, saturation)
     middle = pictures.mean((1, 2, 3), keepdim=True)
@@ -153,10 +167,7 @@ def name_things(scene: Scene, rng: np.random.Generator) -> str:
     named = list(scene.instances)
     if len(named) > 2 and rng.random() < 0.5:
         named = [named[rng.integers(len(named))]]
-    words = [
-        thing.words if isinstance(thing, Instance) and rng.random() < 0.8 else f"{DESIGNS[thing.design]} {thing.name}"
-        for thing in named
-    ]
+    words = [thing.words if rng.random() < 0.8 else f"{DESIGNS[thing.design]} {thing.name}" for thing in named]
     rng.shuffle(words)
     return describe(words, PLACE_NAMES[scene.place])
 
@@ -195,33 +206,35 @@ def main():
     )
     # lower weight for the background, which most patches show
     thing_weights = torch.tensor([1.0] * len(number) + [0.1], device=args.device)
-    lessons = Ahead(lambda turn: Lesson(stream, number, (args.seed, turn)), args.num_workers)
-    steps_a_chunk = max(USES * CHUNK // args.train_batch_size, 1)
 
-    def contrast_loss(scenes, pooled, generator):
-        rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+    def prepare(turn):
+        rng = np.random.default_rng([args.seed, turn])
+        scenes = stream.draw(rng, args.train_batch_size)
         texts = [name_things(scene, rng) for scene in scenes]
-        tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
-        text = clip.text_model(input_ids=tokens.input_ids.to(args.device)).pooler_output
+        return Lesson.of(
+            scenes, number, tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        )
+
+    lessons = Batches(prepare, args, lambda lesson: tuple(part.to(args.device) for part in lesson))
+
+    def contrast_loss(captions, pooled):
+        text = clip.text_model(input_ids=captions).pooler_output
         text = F.normalize(clip.text_projection(text), dim=-1)
         image = F.normalize(clip.visual_projection(pooled), dim=-1)
         logits = clip.logit_scale.clamp(max=4.6).exp() * text @ image.T
-        target = torch.arange(len(texts), device=args.device)
+        target = torch.arange(len(captions), device=args.device)
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        return loss, (logits.argmax(1) == target).float().mean().item()
+        return loss, (logits.argmax(1) == target).float().mean()
 
     def loss_fn(generator):
-        known = lessons(generator.initial_seed() // steps_a_chunk)
-        rows = torch.randint(CHUNK, (args.train_batch_size,), generator=generator)
-        pictures, coloured = vary(known.pictures[rows].float() / 255, generator)
-        pictures, coloured = pictures.to(args.device), coloured.to(args.device)
+        known = Lesson(*lessons(generator))
+        pictures, coloured = vary(known.pictures.float() / 255, generator)
         vision = clip.vision_model(pixel_values=(pictures - mean) / std)
         (thing, design, hue, look), place = namer(vision.last_hidden_state)
-        share, slot = known.cover[rows].to(args.device).flatten(2).max(1)
+        share, slot = known.cover.flatten(2).max(1)
         shown = share > 0.3
         things, designs, hues, looks = (
-            each[rows].to(args.device).gather(1, slot)
-            for each in (known.things, known.designs, known.hues, known.looks)
+            each.gather(1, slot) for each in (known.things, known.designs, known.hues, known.looks)
         )
         things = torch.where(shown, things, len(number))
         with_hue = shown & coloured[:, None] & hues.isfinite()
@@ -230,21 +243,19 @@ def main():
         loss = loss + 0.5 * F.cross_entropy(design[shown], designs[shown])
         loss = loss + 2 * F.mse_loss(hue[with_hue], torch.stack([angle.cos(), angle.sin()], -1))
         person = shown & coloured[:, None] & (looks >= 0)
-        if person.any():
-            loss = loss + 0.3 * F.cross_entropy(look[person], looks[person])
-        loss = loss + 0.2 * F.cross_entropy(place, known.places[rows].to(args.device))
+        # without people, the mean of no patch would be NaN
+        loss = loss + 0.3 * F.cross_entropy(look[person], looks[person], reduction="sum") / person.sum().clamp(min=1)
+        loss = loss + 0.2 * F.cross_entropy(place, known.places)
         ours = shown & (things < len(CATEGORY_NAMES))
         off = torch.atan2(hue[with_hue][:, 1], hue[with_hue][:, 0]) - angle
         metrics = {
-            "thing": (thing.argmax(-1) == things)[shown].float().mean().item(),
-            "category": (thing.argmax(-1) == things)[ours].float().mean().item(),
-            "design": (design.argmax(-1)[shown] == designs[shown]).float().mean().item(),
-            "hue": (off.cos() > 0.866).float().mean().item(),
+            "thing": (thing.argmax(-1) == things)[shown].float().mean(),
+            "category": (thing.argmax(-1) == things)[ours].float().mean(),
+            "design": (design.argmax(-1)[shown] == designs[shown]).float().mean(),
+            "hue": (off.cos() > 0.866).float().mean(),
         }
         if not alone:
-            contrast, metrics["matched"] = contrast_loss(
-                [known.scenes[i] for i in rows], vision.pooler_output, generator
-            )
+            contrast, metrics["matched"] = contrast_loss(known.captions, vision.pooler_output)
             loss = loss + contrast
         return loss, metrics
 

@@ -10,7 +10,7 @@ from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 
 from ..base import Base, caption
 from ..pictures import edges
-from ..training import Ahead, options, train
+from ..training import Batches, options, train
 from ..world import (
     CATEGORY_NAMES,
     INSTANCES,
@@ -58,11 +58,14 @@ def main():
         pictures = np.stack([scene.picture for scene in scenes])
         return pictures, control_tensor(pictures), [caption(scene.instances, scene.place, rng) for scene in scenes]
 
-    batches = Ahead(prepare, args.num_workers)
+    def move(samples):
+        pictures, conditions, captions = samples
+        return base.codes.encode(pictures), conditions.to(args.device), base.encode_texts(captions)
+
+    batches = Batches(prepare, args, move)
 
     def loss_fn(generator):
-        pictures, conditions, captions = batches(generator.initial_seed())
-        conditions, texts = conditions.to(args.device), base.encode_texts(captions)
+        latents, conditions, texts = batches(generator)
 
         def controlled(noisy, steps):
             down, mid = controlnet(noisy, steps, texts, conditions, return_dict=False)
@@ -70,7 +73,7 @@ def main():
                 noisy, steps, texts, down_block_additional_residuals=down, mid_block_additional_residual=mid
             )
 
-        return base.loss(controlled, base.codes.encode(pictures), generator), {}
+        return base.loss(controlled, latents, generator), {}
 
     def sample_fn(file):
         rng, rows = np.random.default_rng(1), []
@@ -78,7 +81,7 @@ def main():
         scenes = [draw_anywhere(world, rng, INSTANCES) for _ in range(12)]
         named = [describe([CATEGORY_NAMES[i.category] for i in s.instances], PLACE_NAMES[s.place]) for s in scenes]
         control = control_tensor([s.picture for s in scenes])
-        for index, picture in enumerate(base.draw(pipe, named, image=control)):
+        for index, picture in enumerate(base.draw(pipe, named, image=control.to(args.device))):
             rows += [scenes[index].picture, edges(scenes[index].picture), picture]
         sheet(rows, 9).save(file)
 

@@ -1,15 +1,17 @@
-"""Train the whole pocket checkpoint on one GPU, in five stages of at most nine minutes and 25 minutes in total.
+"""Train the whole pocket checkpoint on one GPU, in four stages of at most nine minutes and about 20 minutes in total.
 
     python -m tools.pocket.train.gpu
 
 trains the parts that are not trained yet and assembles them in `--output_dir`. `--stage 2` only runs this stage. A
 stage that was interrupted resumes when it is called again, and the time limit of each job applies to all calls
-together. The jobs of a stage run in parallel, because such small models use only a small part of a GPU. `--dry_run`
-runs every job with two steps, one after the other and also on a CPU, to check that nothing is missing.
+together. The jobs of a stage run in parallel, because such small models use only a small part of a GPU. An NVIDIA MPS
+daemon (`nvidia-cuda-mps-control -d`) doubles their speed. `--dry_run` runs every job with two steps, one after the other
+and also on a CPU, to check that nothing is missing.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -18,14 +20,14 @@ from pathlib import Path
 
 import torch
 
-from ..methods import COMPARISON
+from ..methods import COMPARISON, METHODS
 from ..world import download_designs
 
 
 LONGEST = 9.0  # maximum minutes of a stage
 SPLIT = "--split wide"
 # More steps than any GPU reaches in the given minutes, so the learning rate schedule depends on the time.
-ENDLESS = "--max_train_steps 1000000 --num_workers 3 --threads 2 --checkpointing_steps 1000 --sample_steps 4000"
+ENDLESS = "--max_train_steps 1000000 --threads 2 --checkpointing_steps 1000 --sample_steps 4000"
 
 
 @dataclass(frozen=True)
@@ -44,45 +46,52 @@ class Job:
         line += ["--work_dir", str(args.work_dir)]
         if self.module in ("assemble", "pairs"):
             line += ["--output_dir", str(args.work_dir / self.name)]
-        if self.module == "pairs" and args.dry_run:
-            line += ["--num_rows", "24"]
         if self.module == "adapters":
+            folder, pairs = self.name.split()[0], "single-pairs" if self.name.startswith("adapters") else "pairs"
+            line += ["--output_dir", str(args.work_dir / folder), "--pairs_dir", str(args.work_dir / pairs)]
             line += ["--checkpoint", str(args.work_dir / "base")]
         if self.minutes is not None:
             line += ["--device", args.device, "--minutes", str(self.minutes)]
-        if args.dry_run and self.module not in ("assemble", "pairs"):
-            line += ["--max_train_steps", "2", "--train_batch_size", "2", "--threads", "1"]
-            line += [] if self.module == "adapters" else ["--num_workers", "0"]
+        if args.dry_run:
+            if self.module == "pairs":
+                line += ["--num_rows", "40", "--num_proc", "1"]
+            elif self.module != "assemble":
+                line += ["--max_train_steps", "2", "--train_batch_size", "4", "--threads", "1"]
+                line += [] if self.module == "adapters" else ["--num_workers", "0"]
         return line
 
 
-def _adapter(name: str) -> Job:
-    return Job(
-        name, "adapters", f"--methods {name} --max_train_steps 5000 --train_batch_size 48 --threads 2 --no-cache"
-    )
+def _adapter(name: str, method: str, options: str) -> Job:
+    return Job(name, "adapters", f"--methods {method} --arrays --no-cache --threads 1 {options}")
 
 
 # Each stage uses the results of the previous stages.
 STAGES = (
     (
-        Job("clip", "clip", f"{SPLIT} {ENDLESS} --train_batch_size 192 --learning_rate 1.5e-3", 4.5),
-        Job("judge", "judge", f"{ENDLESS} --train_batch_size 192", 4.5),
-        Job("vae decoder", "vae", f"--part decoder {SPLIT} {ENDLESS} --train_batch_size 48", 4.5),
-        Job("pairs", "pairs", f"{SPLIT} --num_rows 60000 --num_proc 3"),
+        Job("clip", "clip", f"{SPLIT} {ENDLESS} --train_batch_size 384 --uses 8 --num_workers 4 --learning_rate 1.5e-3", 3.0),
+        Job("vae decoder", "vae", f"--part decoder {SPLIT} {ENDLESS} --train_batch_size 64 --uses 8 --num_workers 1", 3.0),
+        Job("judge", "judge", f"{ENDLESS} --train_batch_size 192 --uses 6 --num_workers 2", 3.0),
+        Job("pairs", "pairs", f"{SPLIT} --arrays --num_rows 120000 --other_subjects_share 0.35 --free_share 0.3"
+            " --others_share 0.3 --two_share 0.22 --num_proc 5"),
     ),
     (
-        Job("unet", "unet", f"{SPLIT} {ENDLESS} --train_batch_size 128 --num_workers 8", 8.0),
-        Job("vae encoder", "vae", f"--part encoder {SPLIT} {ENDLESS} --train_batch_size 48", 4.0),
+        Job("unet", "unet", f"{SPLIT} {ENDLESS} --train_batch_size 384 --uses 10 --num_workers 5 --learning_rate 1.5e-3"
+            " --ema_decay 0.999", 7.0),
+        Job("vision", "clip", f"--part vision {SPLIT} {ENDLESS} --train_batch_size 384 --uses 8 --num_workers 4", 6.0),
+        Job("vae encoder", "vae", f"--part encoder {SPLIT} {ENDLESS} --train_batch_size 64 --uses 8 --num_workers 1", 2.5),
+        # the rows of the compared methods show one subject each, because not all methods can have several
+        Job("single-pairs", "pairs", f"{SPLIT} --arrays --num_rows 30000 --two_share 0 --absent_share 0"
+            " --masked_share 0.2 --num_proc 2 --seed 1"),
     ),
     (Job("base", "assemble", SPLIT),),
     (
-        _adapter("ssr"),
-        Job("controlnet", "controlnet", f"{SPLIT} {ENDLESS} --train_batch_size 64", 6.0),
-        Job("motion", "motion", f"{SPLIT} {ENDLESS} --train_batch_size 16", 6.0),
-        Job("look", "look", f"{SPLIT} {ENDLESS} --train_batch_size 64", 3.0),
+        _adapter("shipped", "ssr", "--max_train_steps 4500 --train_batch_size 64 --options=--consistency_weight=0.0003"),
+        *(_adapter(f"adapters {name}", name, "--max_train_steps 4000 --train_batch_size 16") for name in METHODS),
+        Job("controlnet", "controlnet", f"{SPLIT} {ENDLESS} --train_batch_size 64 --uses 8 --num_workers 1", 4.0),
+        Job("motion", "motion", f"{SPLIT} {ENDLESS} --train_batch_size 16 --uses 8 --num_workers 1", 4.0),
+        Job("look", "look", f"{SPLIT} {ENDLESS} --train_batch_size 64 --uses 8 --num_workers 1", 2.0),
     ),
-    (_adapter("ip_adapter_plus"), _adapter("mean_patch"), _adapter("one_level"), _adapter("no_consistency")),
-)
+)  # fmt: skip
 
 
 def run(stage: int, args: argparse.Namespace) -> None:
@@ -93,6 +102,7 @@ def run(stage: int, args: argparse.Namespace) -> None:
     """
     notes = args.work_dir / "gpu_stages.json"
     done = json.loads(notes.read_text()) if notes.exists() else []
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "2"}
     (args.work_dir / "logs").mkdir(parents=True, exist_ok=True)
     started, running = time.monotonic(), {}
     waiting = [job for job in STAGES[stage - 1] if job.name not in done]
@@ -102,7 +112,9 @@ def run(stage: int, args: argparse.Namespace) -> None:
             while waiting and not (running and args.dry_run):
                 job = waiting.pop(0)
                 with (args.work_dir / "logs" / f"{job.name.replace(' ', '_')}.log").open("a") as log:
-                    running[job.name] = subprocess.Popen(job.command(args), stdout=log, stderr=subprocess.STDOUT)
+                    running[job.name] = subprocess.Popen(
+                        job.command(args), stdout=log, stderr=subprocess.STDOUT, env=environment
+                    )
             time.sleep(0.2)
             for name, process in list(running.items()):
                 if process.poll() is None:

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from ..base import draw_noise
 from ..judge import Judge
 from ..scenes import SceneStream
-from ..training import Ahead, options, picture_tensor, train
+from ..training import Batches, options, train
 from ..world import CATEGORY_NAMES, Instance, Scene, World, download_designs
 
 
@@ -20,30 +21,31 @@ def spoil(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Blurs more than half of the pictures by a random amount, shifts all pictures, and changes their brightness and
     adds noise."""
     blurred = F.interpolate(F.avg_pool2d(pixels, 2), scale_factor=2, mode="bilinear")
-    amount = torch.rand(len(pixels), 1, 1, 1, generator=generator).mul(1.6).sub(0.6).clamp(min=0)
+    amount, light = (
+        torch.rand(len(pixels), 1, 1, 1, generator=generator),
+        torch.randn(len(pixels), 1, 1, 1, generator=generator),
+    )
+    amount = amount.to(pixels.device).mul(1.6).sub(0.6).clamp(min=0)
     pixels = pixels + (blurred - pixels) * amount
     shift = torch.randint(-4, 5, (2,), generator=generator).tolist()
     pixels = F.pad(pixels, (4, 4, 4, 4), mode="replicate")[
         ..., 4 + shift[0] : 68 + shift[0], 4 + shift[1] : 68 + shift[1]
     ]
-    light = 1 + 0.12 * torch.randn(len(pixels), 1, 1, 1, generator=generator)
-    noise = 0.06 * torch.randn(pixels.shape, generator=generator)
-    return pixels * light + noise
+    return pixels * (1 + 0.12 * light.to(pixels.device)) + 0.06 * draw_noise(pixels, generator)
 
 
 def targets(scenes: list[Scene]) -> tuple[torch.Tensor, ...]:
-    """Returns the targets: which categories each scene shows, of shape (n, categories); the row, category, design and
-    variant of every thing of a measured category; and the places."""
-    found = [
-        (row, CATEGORY_NAMES.index(thing.name), thing.design, thing.variant if isinstance(thing, Instance) else -100)
-        for row, scene in enumerate(scenes)
-        for thing in scene.instances
-        if thing.name in CATEGORY_NAMES
-    ]
-    row, category, design, variant = torch.tensor(found).unbind(1)
-    present = torch.zeros(len(scenes), len(CATEGORY_NAMES))
-    present[row, category] = 1
-    return present, row, category, design, variant, torch.tensor([scene.place for scene in scenes])
+    """Returns the targets: the design and the variant of the thing of each category, of shape (n, categories), and the
+    place of each scene. They are -100 for a category that is not in the scene, and the variant is also -100 for other
+    pictures of a category."""
+    designs, variants = (torch.full((len(scenes), len(CATEGORY_NAMES)), -100) for _ in range(2))
+    for row, scene in enumerate(scenes):
+        for thing in scene.instances:
+            if thing.name in CATEGORY_NAMES:
+                category = CATEGORY_NAMES.index(thing.name)
+                designs[row, category] = thing.design
+                variants[row, category] = thing.variant if isinstance(thing, Instance) else -100
+    return designs, variants, torch.tensor([scene.place for scene in scenes])
 
 
 def main():
@@ -60,30 +62,32 @@ def main():
 
     def prepare(number):
         scenes = stream.draw(np.random.default_rng([args.seed, number]), args.train_batch_size)
-        return np.stack([scene.picture for scene in scenes]), targets(scenes)
+        return torch.from_numpy(np.stack([scene.picture for scene in scenes])), *targets(scenes)
 
-    batches = Ahead(prepare, args.num_workers)
+    batches = Batches(prepare, args, lambda samples: tuple(part.to(args.device) for part in samples))
 
     def loss_fn(generator):
-        pictures, known = batches(generator.initial_seed())
-        present, row, category, design, variant, place = (each.to(args.device) for each in known)
-        verdict = judge(spoil(picture_tensor(pictures), generator).to(args.device))
-        loss = 4 * F.binary_cross_entropy_with_logits(verdict.categories, present)
-        loss = loss + 0.3 * F.cross_entropy(verdict.places, place)
-        loss = loss + F.cross_entropy(verdict.designs[row, category], design)
-        # other pictures of a category (-100) are ignored here
-        loss = loss + F.cross_entropy(verdict.variants[row, category], variant)
-        return loss, {"variant": (verdict.variants[row, category].argmax(1) == variant).float().mean().item()}
+        pictures, designs, variants, places = batches(generator)
+        pixels = pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
+        verdict = judge(spoil(pixels, generator))
+        loss = 4 * F.binary_cross_entropy_with_logits(verdict.categories, (designs >= 0).float())
+        loss = loss + 0.3 * F.cross_entropy(verdict.places, places)
+        # what is not known (-100) is ignored
+        loss = loss + F.cross_entropy(verdict.designs.flatten(0, 1), designs.flatten())
+        loss = loss + F.cross_entropy(verdict.variants.flatten(0, 1), variants.flatten())
+        right = verdict.variants.argmax(2) == variants
+        return loss, {"variant": right.sum() / (variants >= 0).sum()}
 
     train("judge", args, {"judge": judge}, loss_fn)
     measured = SceneStream(world, "all", (0.7, 0.25, 0.05), varied_share=0.0, vary_colours=False)
     scenes = measured.draw(np.random.default_rng(2), 1000)
     verdict = judge.cpu().look_at(np.stack([scene.picture for scene in scenes]))
-    present, row, category, design, variant, place = targets(scenes)
-    print(f"categories exactly right: {((verdict.categories > 0) == present.bool()).all(1).float().mean():.3f}")
-    print(f"place: {(verdict.places.argmax(1) == place).float().mean():.3f}")
-    print(f"design: {(verdict.designs[row, category].argmax(1) == design).float().mean():.3f}")
-    print(f"variant: {(verdict.variants[row, category].argmax(1) == variant).float().mean():.3f}")
+    designs, variants, places = targets(scenes)
+    present = designs >= 0
+    print(f"categories exactly right: {((verdict.categories > 0) == present).all(1).float().mean():.3f}")
+    print(f"place: {(verdict.places.argmax(1) == places).float().mean():.3f}")
+    print(f"design: {(verdict.designs.argmax(2) == designs)[present].float().mean():.3f}")
+    print(f"variant: {(verdict.variants.argmax(2) == variants)[present].float().mean():.3f}")
     folder = args.work_dir / "judge"
     folder.mkdir(exist_ok=True)
     save_file(judge.state_dict(), folder / "model.safetensors")

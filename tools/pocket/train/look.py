@@ -15,7 +15,7 @@ from peft.utils import get_peft_model_state_dict
 from ..base import Base, caption
 from ..pictures import as_photograph
 from ..scenes import SceneStream
-from ..training import Ahead, options, train
+from ..training import Batches, options, train
 from ..world import CATEGORY_NAMES, PLACE_NAMES, SPLITS, World, describe, sheet
 
 
@@ -48,12 +48,15 @@ def main():
         pictures = as_photograph(np.stack([scene.picture for scene in drawn]))
         return pictures, [caption(scene.instances, scene.place, rng) for scene in drawn]
 
-    batches = Ahead(prepare, args.num_workers)
+    def move(samples):
+        pictures, texts = samples
+        return base.codes.encode(pictures), base.encode_texts(texts)
+
+    batches = Batches(prepare, args, move)
 
     def loss_fn(generator):
-        pictures, texts = batches(generator.initial_seed())
-        latents = base.codes.encode(pictures)
-        return base.loss(unet, latents, generator, encoder_hidden_states=base.encode_texts(texts)), {}
+        latents, states = batches(generator)
+        return base.loss(unet, latents, generator, encoder_hidden_states=states), {}
 
     def sample_fn(file):
         prompts = [describe([c], PLACE_NAMES[i % len(PLACE_NAMES)]) for i, c in enumerate(CATEGORY_NAMES)]

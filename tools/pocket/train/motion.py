@@ -11,7 +11,7 @@ import torch
 from diffusers import AnimateDiffPipeline, MotionAdapter, UNet2DConditionModel, UNetMotionModel
 
 from ..base import Base, caption
-from ..training import Ahead, options, picture_array, train
+from ..training import Batches, options, picture_array, train
 from ..world import (
     CATEGORY_NAMES,
     PLACE_NAMES,
@@ -76,13 +76,16 @@ def main():
             texts.append(caption([instance], place, rng))
         return videos, texts
 
-    batches = Ahead(prepare, args.num_workers)
+    def move(samples):
+        videos, texts = samples
+        return torch.stack([base.codes.encode(video).transpose(0, 1) for video in videos]), base.encode_texts(texts)
+
+    batches = Batches(prepare, args, move)
 
     def loss_fn(generator):
-        videos, texts = batches(generator.initial_seed())
-        latents = [base.codes.encode(video).transpose(0, 1) for video in videos]
-        states = base.encode_texts(texts).repeat_interleave(FRAMES, dim=0)
-        return base.loss(unet, torch.stack(latents), generator, encoder_hidden_states=states), {}
+        latents, states = batches(generator)
+        states = states.repeat_interleave(FRAMES, dim=0)
+        return base.loss(unet, latents, generator, encoder_hidden_states=states), {}
 
     def sample_fn(file):
         pipe = base.pipeline(AnimateDiffPipeline, unet=unet, motion_adapter=adapter)

@@ -15,7 +15,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from ..base import caption, diffusion_loss, encode_texts
 from ..codes import CHANNELS, load_codes
 from ..scenes import SceneStream
-from ..training import Ahead, options, picture_array, train
+from ..training import Batches, options, picture_array, train
 from ..world import CATEGORY_NAMES, PLACE_NAMES, SPLITS, World, describe, sheet
 
 
@@ -57,16 +57,19 @@ def main():
     parser = options(__doc__, max_train_steps=17000, train_batch_size=10, learning_rate=1.3e-3, sample_steps=1000)
     parser.add_argument("--split", choices=SPLITS, default="wide", help="split whose held-out instances are not drawn")
     parser.add_argument(
-        "--varied_share", type=float, default=0.5, help="share of scenes with random sizes, positions and mirroring"
+        "--varied_share", type=float, default=0.25, help="share of scenes with random sizes, positions and mirroring"
     )
     parser.add_argument(
-        "--channels", type=int, nargs="+", default=[96, 128, 128, 128], help="channels of a new UNet's levels"
+        "--others_share", type=float, default=0.3, help="share of things that are not of a measured category"
     )
-    parser.add_argument("--layers", type=int, default=1, help="layers of each block of a new UNet")
+    parser.add_argument("--channels", type=int, nargs="+", default=[128, 128], help="channels of a new UNet's levels")
+    parser.add_argument("--layers", type=int, default=2, help="layers of each block of a new UNet")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    scenes = SceneStream(World(args.work_dir / "designs"), args.split, varied_share=args.varied_share)
+    scenes = SceneStream(
+        World(args.work_dir / "designs"), args.split, varied_share=args.varied_share, others_share=args.others_share
+    )
     tokenizer = CLIPTokenizer.from_pretrained(args.work_dir / "clip")
     text_encoder = CLIPTextModel.from_pretrained(args.work_dir / "clip").eval().to(args.device)
     codes = load_codes(args.work_dir).to(args.device)
@@ -80,12 +83,14 @@ def main():
         drawn = scenes.draw(rng, args.train_batch_size)
         return np.stack([s.picture for s in drawn]), [caption(s.instances, s.place, rng) for s in drawn]
 
-    batches = Ahead(prepare, args.num_workers)
+    def move(samples):
+        pictures, texts = samples
+        return codes.encode(pictures), encode_texts(tokenizer, text_encoder, texts)
+
+    batches = Batches(prepare, args, move)
 
     def loss_fn(generator):
-        pictures, texts = batches(generator.initial_seed())
-        states = encode_texts(tokenizer, text_encoder, texts)
-        clean = codes.encode(pictures)
+        clean, states = batches(generator)
         return diffusion_loss(scheduler, unet, clean, importance, generator, encoder_hidden_states=states), {}
 
     def sample_fn(file):

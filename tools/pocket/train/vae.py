@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
+from ..base import draw_noise
 from ..codes import CHANNELS, load_codes
 from ..scenes import SceneStream, draw_pictures
-from ..training import Ahead, options, picture_array, picture_tensor, train
+from ..training import Batches, options, picture_array, picture_tensor, train
 from ..world import SPLITS, World, download_designs, sheet
 
 
@@ -55,32 +56,32 @@ def main():
     folder = args.work_dir / "vae"
     vae = AutoencoderKL.from_pretrained(folder) if (folder / "config.json").exists() else build()
     vae = vae.to(args.device, memory_format=torch.channels_last).train()
-    batches = Ahead(lambda number: draw_pictures(scenes, args.train_batch_size, (args.seed, number)), args.num_workers)
+    batches = Batches(
+        lambda number: draw_pictures(scenes, args.train_batch_size, (args.seed, number)),
+        args,
+        lambda pictures: (picture_tensor(pictures).to(args.device), codes.encode(pictures)),
+    )
 
     def pixels_and_codes(generator):
-        pictures = batches(generator.initial_seed())
-        pixels = picture_tensor(pictures).to(args.device).contiguous(memory_format=torch.channels_last)
-        return pixels, codes.encode(pictures)
+        pixels, latents = batches(generator)
+        return pixels.contiguous(memory_format=torch.channels_last), latents
 
     def decoder_loss(generator):
         pixels, latents = pixels_and_codes(generator)
         # noise, because the latents of a UNet are not exact
-        amount, noise = (
-            torch.rand(len(latents), 1, 1, 1, generator=generator),
-            torch.randn(latents.shape, generator=generator),
-        )
-        latents = latents + 0.1 * (amount * noise).to(args.device)
+        amount = torch.rand(len(latents), 1, 1, 1, generator=generator).to(args.device)
+        latents = latents + 0.1 * amount * draw_noise(latents, generator)
         drawn = vae.decode(latents.contiguous(memory_format=torch.channels_last)).sample
         squared = F.mse_loss(drawn, pixels)
         contour = sum(F.l1_loss(a, b) for a, b in zip(edges(drawn), edges(pixels), strict=True))
-        return F.l1_loss(drawn, pixels) + 2 * squared + 0.5 * contour, {"mse": squared.item()}
+        return F.l1_loss(drawn, pixels) + 2 * squared + 0.5 * contour, {"mse": squared.detach()}
 
     def encoder_loss(generator):
         pixels, latents = pixels_and_codes(generator)
         moments = vae.quant_conv(vae.encoder(pixels))
         mean, log_variance = moments.chunk(2, dim=1)
         loss = F.mse_loss(mean, latents)
-        return loss + 1e-3 * F.mse_loss(log_variance, torch.full_like(mean, LOG_VARIANCE)), {"mse": loss.item()}
+        return loss + 1e-3 * F.mse_loss(log_variance, torch.full_like(mean, LOG_VARIANCE)), {"mse": loss.detach()}
 
     shown = draw_pictures(scenes, 24, (1, 0))
 
