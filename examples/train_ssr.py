@@ -500,8 +500,9 @@ def main(
     open_samples: Callable[[Preparation, tuple[int, int]], Samples] | None = None,
 ) -> None:
     """Trains an encoder. `arguments` replace the command-line arguments. `build` has the signature of `new_encoder`
-    and can create another kind of encoder. `open_samples` returns an object like [`training_data.Samples`] that starts
-    at a position, for samples that are not read from the rows of a training set."""
+    and can create another kind of encoder. `open_samples` is for samples that are not read from the rows of a training
+    set. It gets the [`Preparation`] of the run and the position to start at, and returns an iterable like
+    [`training_data.Samples`], with the attributes `position` and `bad`, of samples like those of the [`Preparation`]."""
     args = parse_args(__doc__, [each.value for each in SchedulerType], arguments)
     check_args(args)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
@@ -543,6 +544,11 @@ def main(
     if args.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
     encoder.to(accelerator.device)
+    if open_samples is not None and (args.cache_features is not None or accelerator.num_processes > 1):
+        raise ValueError(
+            "`open_samples` cannot be combined with `cache_features`, which needs the files of each row, or with several"
+            " processes, which would all train on the same samples."
+        )
     cache = None
     if args.cache_features is not None:
         names = ("pretrained_model_name_or_path", "revision", "variant", "image_encoder_name_or_path",

@@ -1,4 +1,4 @@
-"""The comparison of SSR-Encoder with other methods on the pocket checkpoint, and the training pairs."""
+"""The comparison of SSR-Encoder with other methods on the pocket checkpoint."""
 
 import os
 import subprocess

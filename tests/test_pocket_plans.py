@@ -15,7 +15,9 @@ from tools.pocket.train import gpu
 
 
 def arguments(folder, **changes) -> argparse.Namespace:
-    return argparse.Namespace(**{"work_dir": folder, "device": "cpu", "dry_run": False, **changes})
+    return argparse.Namespace(
+        **{"work_dir": folder, "comparison_dir": folder / "comparison", "device": "cpu", "dry_run": False, **changes}
+    )
 
 
 def test_a_stage_takes_at_most_9_minutes_and_all_stages_at_most_25():
@@ -70,6 +72,35 @@ def test_every_command_of_make_pocket_has_valid_options(monkeypatch):
         written.add(getattr(parsed, "output_dir", None) or parsed.work_dir / name)
     assert module.endswith(".assemble") and parsed.work_dir / "shipped" in written
     assert len(lines) == 15
+
+
+def test_the_gpu_jobs_write_where_the_last_step_reads(tmp_path):
+    """`assemble` reads `shipped/ssr` and `adapters/<method>`, and the adapters are trained on `base` and on pairs that
+    another job writes."""
+    jobs = {job.name: job.command(arguments(tmp_path)) for stage in gpu.STAGES for job in stage}
+    written = {line[line.index("--output_dir") + 1] for line in jobs.values() if "--output_dir" in line}
+    assert {str(tmp_path / name) for name in ("shipped", "adapters", "base", "pairs", "single-pairs")} <= written
+    for name, line in jobs.items():
+        if "--pairs_dir" in line:
+            assert line[line.index("--pairs_dir") + 1] in written and line[line.index("--checkpoint") + 1] in written
+            single = name.startswith("adapters")
+            assert line[line.index("--pairs_dir") + 1].endswith("single-pairs") == single
+    trained = {line[line.index("--methods") + 1] for name, line in jobs.items() if name.startswith("adapters")}
+    assert trained == set(gpu.METHODS)
+
+
+def test_a_dry_run_does_not_touch_the_checkpoint(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr(gpu, "download_designs", lambda folder: None)
+    monkeypatch.setattr(
+        gpu, "run", lambda stage, args: lines.extend(job.command(args) for job in gpu.STAGES[stage - 1])
+    )
+    monkeypatch.setattr(gpu.subprocess, "run", lambda line, check: lines.append(line))
+    monkeypatch.setattr(sys, "argv", ["gpu", "--dry_run", "--work_dir", str(tmp_path)])
+    gpu.main()
+    folders = [line[index + 1] for line in lines for index, each in enumerate(line) if each.endswith("_dir")]
+    assert len(lines) == 1 + sum(map(len, gpu.STAGES)) and len(folders) > len(lines)
+    assert all(folder.startswith(str(tmp_path / "dry-run")) for folder in folders)
 
 
 class Script(gpu.Job):

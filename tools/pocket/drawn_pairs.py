@@ -31,6 +31,7 @@ def write_arrays(folder: Path, drawing: Callable[[], object], num_rows: int, see
     """Draws rows in `num_proc` processes. `drawing()` creates an object like [`train.pairs.Rows`] in each process. Each row
     depends only on the object, the seed and its number."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "texts.json").unlink(missing_ok=True)  # it is written last, so it marks complete arrays
     for name, shape in SHAPES.items():
         np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.uint8, (num_rows, *shape)).flush()
     starts = range(0, num_rows, PART)

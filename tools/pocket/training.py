@@ -100,7 +100,8 @@ class Batches:
         self.samples: tuple[torch.Tensor, ...] = ()
 
     def __call__(self, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
-        """Returns the batch of a step. `generator` is the one of the step (`train`)."""
+        """Returns the batch of a step. `generator` is the one of the step (`train`). With `torchrun` and several uses, the
+        processes draw different batches from the same samples."""
         number = generator.initial_seed() // self.uses
         if number != self.last:
             # after an interruption, the samples of the steps before are drawn again

@@ -147,7 +147,7 @@ class References:
         known = {(instance.category, instance.design) for instance in self.seen}
         queried = [scene.instances[0] for scene in self.scenes]
         new = np.array([(instance.category, instance.design) not in known for instance in queried])
-        if new.any():
+        if new.any() and not new.all():
             yield "design seen in other colours", ~new
             yield "design never seen", new
 

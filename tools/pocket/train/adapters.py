@@ -2,7 +2,7 @@
 an adapter in the style of IP-Adapter Plus and three ablations. All use the same pairs, steps and batches, and their
 numbers of parameters differ by at most a tenth.
 
-    python -m tools.pocket.train.pairs
+    python -m tools.pocket.train.pairs --two_share 0 --absent_share 0
     python -m tools.pocket.train.adapters
 
 The base model is loaded from `--checkpoint` and the vision encoder from the work folder. Training of each method
@@ -38,7 +38,7 @@ def main():
         "--arrays", action="store_true", help="the training set consists of arrays (`train.pairs --arrays`)"
     )
     parser.add_argument("--output_dir", type=Path, help="default: `adapters` in the work folder")
-    parser.add_argument("--max_train_steps", type=int, default=4800)
+    parser.add_argument("--max_train_steps", type=int, default=4000)
     parser.add_argument("--train_batch_size", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--options", default="", help="further options of train_ssr.py")
@@ -47,6 +47,8 @@ def main():
         help="cache the outputs of the frozen models for each row; otherwise they run on each batch")  # fmt: skip
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()
+    if args.arrays and args.cache:
+        parser.error("`--arrays` requires `--no-cache`, because the cache needs the files of each row.")
     if args.continued and args.methods != ["ssr"]:
         parser.error(
             "`--continued` requires `--methods ssr`, because train_ssr.py cannot load the encoders of other methods."

@@ -98,9 +98,9 @@ def save_vision(trained: Path, folder: Path) -> None:
     CLIPVisionModel.from_pretrained(trained / "clip").half().save_pretrained(folder / "ssr_image_encoder")
 
 
-def save_encoders(trained: Path, output: Path, comparison: Path, chosen: Path | None) -> None:
+def save_encoders(trained: Path, output: Path, comparison: Path, chosen: Path | None) -> bool:
     """Saves the SSR-Encoder in the checkpoint (the folder `chosen`, or a trained one), and the methods that are compared
-    if all of them were trained."""
+    if all of them were trained. Returns whether they were."""
     found = {name: trained / "adapters" / name / "ssr_encoder" for name in METHODS}
     found = {name: encoder for name, encoder in found.items() if encoder.exists()}
     shipped = chosen or trained / "shipped" / "ssr" / "ssr_encoder"
@@ -111,6 +111,7 @@ def save_encoders(trained: Path, output: Path, comparison: Path, chosen: Path | 
     if len(found) == len(METHODS):
         for name, method in METHODS.items():
             method.encoder_class.from_pretrained(found[name]).half().save_pretrained(comparison / name)
+    return len(found) == len(METHODS)
 
 
 def name_dtypes(folder: Path) -> None:
@@ -149,7 +150,7 @@ def main():
         part.half()
     for name in ("vae", "text_encoder", "unet"):
         getattr(pipe, name).save_pretrained(output / name)
-    save_encoders(trained, output, args.comparison_dir, args.ssr_encoder)
+    compared = save_encoders(trained, output, args.comparison_dir, args.ssr_encoder)
     save_vision(trained, output)
     CLIPImageProcessor.from_pretrained(trained / "clip").save_pretrained(output / "ssr_image_processor")
     judge = load_file(trained / "judge" / "model.safetensors")
@@ -167,7 +168,7 @@ def main():
     draw_references(world, output / "references", output / "masks", SPLITS[args.split][1])
     draw_controls(world, output / "controls", SPLITS[args.split][1])
     (output / "world.json").write_text(json.dumps({"split": args.split}) + "\n")
-    for folder in (output, args.comparison_dir):
+    for folder in (output, args.comparison_dir) if compared else (output,):
         name_dtypes(folder)
     name_ssr_components(output)
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())

@@ -5,8 +5,8 @@
 trains the parts that are not trained yet and assembles them in `--output_dir`. `--stage 2` only runs this stage. A
 stage that was interrupted resumes when it is called again, and the time limit of each job applies to all calls
 together. The jobs of a stage run in parallel, because such small models use only a small part of a GPU. An NVIDIA MPS
-daemon (`nvidia-cuda-mps-control -d`) doubles their speed. `--dry_run` runs every job with two steps, one after the other
-and also on a CPU, to check that nothing is missing.
+daemon (`nvidia-cuda-mps-control -d`) doubles their speed. The pairs need 6 GB on the disk. `--dry_run` runs every job with
+two steps in a folder of its own, one after the other and also on a CPU, to check that nothing is missing.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from ..world import download_designs
 LONGEST = 9.0  # maximum minutes of a stage
 SPLIT = "--split wide"
 # More steps than any GPU reaches in the given minutes, so the learning rate schedule depends on the time.
-ENDLESS = "--max_train_steps 1000000 --threads 2 --checkpointing_steps 1000 --sample_steps 4000"
+ENDLESS = "--max_train_steps 1000000 --threads 2 --checkpointing_steps 250 --sample_steps 4000"
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class Job:
         line += ["--work_dir", str(args.work_dir)]
         if self.module in ("assemble", "pairs"):
             line += ["--output_dir", str(args.work_dir / self.name)]
+        if self.module == "assemble":
+            line += ["--comparison_dir", str(args.comparison_dir)]
         if self.module == "adapters":
             folder, pairs = self.name.split()[0], "single-pairs" if self.name.startswith("adapters") else "pairs"
             line += ["--output_dir", str(args.work_dir / folder), "--pairs_dir", str(args.work_dir / pairs)]
@@ -103,6 +105,8 @@ def run(stage: int, args: argparse.Namespace) -> None:
     notes = args.work_dir / "gpu_stages.json"
     done = json.loads(notes.read_text()) if notes.exists() else []
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "2"}
+    if args.device == "cpu":
+        environment["ACCELERATE_USE_CPU"] = "1"
     (args.work_dir / "logs").mkdir(parents=True, exist_ok=True)
     started, running = time.monotonic(), {}
     waiting = [job for job in STAGES[stage - 1] if job.name not in done]
@@ -142,13 +146,16 @@ def run(stage: int, args: argparse.Namespace) -> None:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work_dir", type=Path, default=Path("outputs/pocket-gpu"))
+    parser.add_argument("--work_dir", type=Path, default=Path("outputs/pocket-training-gpu"))
     parser.add_argument("--output_dir", type=Path, default=Path("pocket"), help="the finished checkpoint")
     parser.add_argument("--comparison_dir", type=Path, default=COMPARISON, help="the methods that are compared")
     parser.add_argument("--stage", type=int, choices=range(1, len(STAGES) + 1), help="run only this stage")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dry_run", action="store_true", help="run every job with two steps")
     args = parser.parse_args()
+    if args.dry_run:
+        args.work_dir /= "dry-run"
+        args.output_dir, args.comparison_dir = args.work_dir / "result", args.work_dir / "comparison"
     if args.device == "cpu" and not args.dry_run:
         raise SystemExit("No GPU is available. `make pocket` trains on a CPU, which takes hours.")
     download_designs(args.work_dir / "designs")

@@ -1,7 +1,7 @@
 """Train the UNet of the pocket checkpoint, with the architecture of SD 1.5, on captions, linear codes and a frozen
 text encoder.
 
-Captions name category and place. Nearly half of them also name colour and design, as real captions do. A base model
+Captions name category and place. More than half of them also name colour and design, as real captions do. A base model
 that was trained without colours in captions would not be able to use the colour of a subject.
 """
 
