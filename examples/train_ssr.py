@@ -531,6 +531,11 @@ def main(
             f"`WORLD_SIZE` is {started}, but accelerate sees {accelerator.num_processes} process: on CPUs it needs"
             " ACCELERATE_USE_CPU=1 in the environment."
         )
+    if open_samples is not None and (args.cache_features is not None or accelerator.num_processes > 1):
+        raise ValueError(
+            "`open_samples` cannot be combined with `cache_features`, which needs the files of each row, or with several"
+            " processes, which would all train on the same samples."
+        )
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     seed = 0 if args.seed is None else args.seed
     set_seed(seed)
@@ -544,11 +549,6 @@ def main(
     if args.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
     encoder.to(accelerator.device)
-    if open_samples is not None and (args.cache_features is not None or accelerator.num_processes > 1):
-        raise ValueError(
-            "`open_samples` cannot be combined with `cache_features`, which needs the files of each row, or with several"
-            " processes, which would all train on the same samples."
-        )
     cache = None
     if args.cache_features is not None:
         names = ("pretrained_model_name_or_path", "revision", "variant", "image_encoder_name_or_path",

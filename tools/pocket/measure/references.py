@@ -141,12 +141,12 @@ class References:
         related to the position in the picture."""
         return np.array([getattr(scene.instances[slot], part) for scene in self.scenes])
 
-    def by_novelty(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Yields which references query an instance with a held-out color, and which query a design that no training
-        picture of the category has, if the split has both."""
+    def by_novelty(self, instances: list[Instance] | None = None) -> Iterator[tuple[str, np.ndarray]]:
+        """Yields which of the instances (by default the queried ones) have a held-out color, and which have a design
+        that no training picture of the category has, if there are both."""
         known = {(instance.category, instance.design) for instance in self.seen}
-        queried = [scene.instances[0] for scene in self.scenes]
-        new = np.array([(instance.category, instance.design) not in known for instance in queried])
+        instances = [scene.instances[0] for scene in self.scenes] if instances is None else instances
+        new = np.array([(instance.category, instance.design) not in known for instance in instances])
         if new.any() and not new.all():
             yield "design seen in other colours", ~new
             yield "design never seen", new

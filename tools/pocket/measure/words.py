@@ -20,12 +20,9 @@ def words(refs: References) -> None:
         print(f"  category:            {share((verdict.categories.argmax(1) == category).numpy())}")
         print(f"  design (of 3):       {share((verdict.designs[refs.rows, category].argmax(1) == design).numpy())}")
         print(f"  colour or look:      {share((verdict.variants[refs.rows, category].argmax(1) == variant).numpy())}")
-        known = {(i.category, i.design) for i in refs.seen}
-        seen = np.array([(i.category, i.design) in known for i in asked])
         right = (verdict.designs[refs.rows, category].argmax(1) == design).numpy()
-        for kind, rows in (("seen in other colours", seen), ("never seen", ~seen)):
-            if rows.any() and not rows.all():
-                print(f"  design {kind} ({rows.sum()} pictures): {share(right[rows])}")
+        for kind, rows in refs.by_novelty(asked):
+            print(f"  {kind} ({rows.sum()} pictures): {share(right[rows])}")
 
 
 def pairs(refs: References) -> None:
