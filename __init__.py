@@ -1,16 +1,16 @@
-"""SSR-Encoder for diffusers: select a subject in a picture with a text query, and generate new pictures of it."""
+"""SSR-Encoder for diffusers: select a subject in a reference image, and generate new images of it."""
 
-from . import versions_ssr  # noqa: F401  (first, see that module)
-from .attention_map import SubjectAttentionMap
+from . import internals_ssr  # noqa: F401  # isort: skip  (first, because it checks the versions of the libraries)
 from .attention_processors import SSRAttnProcessor2_0
+from .encoding_ssr import SubjectAttentionMap
+from .hooks_ssr import subject_in_unet
 from .mixin_ssr import SSRPipelineMixin
 from .modeling_ssr import SSREncoder
-from .pipeline_classes import ssr_pipeline_class
+from .pipeline_classes_ssr import ssr_pipeline_class
 from .pipeline_ssr import StableDiffusionSSRPipeline
 from .pipeline_ssr_animatediff import AnimateDiffSSRPipeline
 from .pipeline_ssr_controlnet import StableDiffusionSSRControlNetPipeline
-from .shared_components import set_max_concurrent_calls
-from .subject_embeds import SubjectEmbeds
+from .subject_embeds_ssr import SubjectEmbeds
 
 
 __version__ = "0.1.0"
@@ -24,6 +24,11 @@ __all__ = [
     "StableDiffusionSSRPipeline",
     "SubjectAttentionMap",
     "SubjectEmbeds",
-    "set_max_concurrent_calls",
     "ssr_pipeline_class",
+    "subject_in_unet",
 ]
+
+
+def __dir__() -> list[str]:
+    """Returns the public names, without the modules, for tab completion."""
+    return [*__all__, "__doc__", "__version__"]

@@ -1,6 +1,8 @@
-"""Adds a subject's attention to the UNet's cross-attention layers (equation 5 of the paper), with any processor."""
+"""Adds a subject's attention to the UNet's cross-attention layers (equation 5 of the paper), next to any processor."""
 
+import functools
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -11,26 +13,21 @@ from torch import nn
 
 
 class LayerSubject(NamedTuple):
-    """The subject tokens that one cross-attention layer attends to in addition to the text.
+    """What the cross-attention layers of one transformer get instead of `encoder_hidden_states`: the hidden states of
+    the text, and the subject.
 
-    `key` and `value` have the shape `(num_rows, num_tokens, width)`; the values are already multiplied by the scale.
-    `mask` has the shape `(num_rows, 1, num_positions or 1, num_tokens)`: a float mask is added to the logits, and a
-    boolean mask is True for the tokens that a position may attend to. `reached`, of shape
-    `(num_rows, num_positions, 1)`, is 1 at each position where a subject may appear. Several consecutive pictures or
-    frames of the batch can share a row."""
-
-    key: torch.Tensor
-    value: torch.Tensor
-    mask: torch.Tensor | None = None
-    reached: torch.Tensor | None = None
-
-
-class TextAndSubject(NamedTuple):
-    """Replaces `encoder_hidden_states` between a transformer and its cross-attention layer. It holds the text's hidden
-    states (with those of an IP-Adapter, if one is loaded) and the layer's subject."""
+    `text` is the original `encoder_hidden_states` (a tuple with an IP-Adapter). `keys` and `values` have one tensor of
+    shape `(num_rows, num_tokens, width)` for each block of the transformer, or `None` for a block without a subject.
+    The values are already multiplied by the scale. `mask` has the shape
+    `(num_rows, 1, num_positions or 1, num_tokens)`: a float mask is added to the logits, and a boolean mask is True for
+    the tokens that a position may attend to. `reached`, of shape `(num_rows, num_positions, 1)`, is 1 at each position
+    where a subject may appear. Several consecutive images or frames of the batch can share a row."""
 
     text: torch.Tensor | tuple
-    subject: LayerSubject
+    keys: tuple[torch.Tensor | None, ...]
+    values: tuple[torch.Tensor | None, ...]
+    mask: torch.Tensor | None = None
+    reached: torch.Tensor | None = None
 
 
 class _Visit:
@@ -64,37 +61,43 @@ class SSRAttnProcessor2_0:
 
         Z = Attention(Q, K_text, V_text) + Attention(Q, K_subject, V_subject)
 
-    Both terms use the layer's queries, heads and scale, and the sum goes through the layer's output projection. This
-    class does not replace the layer's attention processor. The layer keeps its own processor (plain, sliced, fused,
-    IP-Adapter, Custom Diffusion or user-defined), which computes the first term. Forward hooks add the second term.
-    They are registered on three modules: the layer (`enter` and `leave`), its query projection (`keep_query`) and its
-    output projection (`add_subject`).
+    Both terms use the layer's queries, heads and scale, and the sum goes through the layer's output projection.
+
+    This is not an attention processor that can be set in a UNet, but a set of forward hooks: the layer keeps its own
+    processor (plain, sliced, fused, IP-Adapter, Custom Diffusion or user-defined), which computes the first term, and
+    the hooks add the second term. The methods are hooks on three modules: the layer (`enter` and `leave`), its query
+    projection (`keep_query`) and its output projection (`add_subject`). [`subject_in_unet`] registers them.
 
     One object is used for all layers of all UNets, because it has no weights and keeps the state of a forward pass
     separately for each thread. This allows `torch.compile` to reuse one compiled block for all layers of the same
     width.
+
+    Args:
+        index (`int`, defaults to 0):
+            The index of the layer's block in its transformer. In Stable Diffusion 1.5, each transformer has one block.
     """
 
-    def __init__(self):
+    def __init__(self, index: int = 0):
+        self.index = index
         self.visits: dict[int, _Visit] = {}
+
+    # The last arguments of the hooks have defaults because of threads: if one thread removes the hooks while another
+    # one runs the same module, torch may call a hook that it has already looked up without `kwargs`.
 
     def enter(self, attn: Attention, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
         """Forward pre-hook of a cross-attention layer. Takes the subject out of `encoder_hidden_states`, so that the
         layer's processor gets only the text. Without a subject, this hook and the hooks below do nothing."""
         # an interrupted forward pass of this thread may not have removed its visit
         self.visits.pop(_thread(), None)
-        if kwargs is None or not isinstance(kwargs.get("encoder_hidden_states"), TextAndSubject):
+        subject = None if kwargs is None else kwargs.get("encoder_hidden_states")
+        if kwargs is None or not isinstance(subject, LayerSubject):
             return None
-        text, subject = kwargs["encoder_hidden_states"]
-        if subject.key.shape[1] > 0:
+        key = subject.keys[self.index]
+        if key is not None and key.shape[1] > 0:
             self.visits[_thread()] = _Visit(attn, subject)
-        return args, {**kwargs, "encoder_hidden_states": text}
+        return args, {**kwargs, "encoder_hidden_states": subject.text}
 
-    # `kwargs` and the last arguments have defaults because of threads: if one thread removes the hooks while another
-    # thread (without a subject) runs the same module, torch still calls the hooks it has already looked up, possibly
-    # without `kwargs`.
-
-    def keep_query(self, to_q: nn.Module, args: tuple, kwargs: dict | None = None, query=None) -> None:
+    def keep_query(self, to_q: nn.Module, args: tuple, query: torch.Tensor) -> None:
         """Forward hook of a query projection. Stores the queries."""
         visit = self.visits.get(_thread())
         if visit is not None:
@@ -105,60 +108,71 @@ class SSRAttnProcessor2_0:
         """Forward pre-hook of an output projection. Adds the attention to the subject to the hidden states that the
         layer's processor computed."""
         visit = self.visits.get(_thread())
-        if visit is None or kwargs is None:
+        if visit is None:
             return None
         visit.num_outputs += 1
         if visit.query is None or not args or args[0].shape != visit.query.shape:
             return None
         visit.added = True
-        return (args[0] + attend_to_subject(visit.query, visit.subject, visit.heads, visit.scale), *args[1:]), kwargs
+        added = attend_to_subject(visit.query, visit.subject, visit.heads, visit.scale, self.index)
+        return (args[0] + added, *args[1:]), kwargs or {}
 
-    def forget(self) -> None:
-        """Removes the state that an interrupted forward pass of this thread left."""
-        self.visits.pop(_thread(), None)
-
-    def leave(self, attn: Attention, args: tuple, kwargs: dict | None = None, output=None) -> None:
+    def leave(self, attn: Attention, args: tuple, output: torch.Tensor) -> None:
         """Forward hook of a cross-attention layer. Raises a `ValueError` if the subject was not added exactly once in
         this forward pass."""
         visit = self.visits.pop(_thread(), None)
-        problem = None if visit is None or output is None else visit.problem()
+        problem = None if visit is None else visit.problem()
         if problem is not None:
             raise ValueError(
                 f"A subject cannot be used with the attention processor {type(attn.processor).__name__}: {problem}."
             )
 
+    def forget(self) -> None:
+        """Removes the state that an interrupted forward pass of this thread left."""
+        self.visits.pop(_thread(), None)
 
-def attend_to_subject(query: torch.Tensor, subject: LayerSubject, heads: int, scale: float) -> torch.Tensor:
+
+@functools.cache
+def processor_of_block(index: int) -> SSRAttnProcessor2_0:
+    """Returns the hooks of a block's layer. They are the same object in each call, because compiled code is only valid
+    for the same hooks."""
+    return SSRAttnProcessor2_0(index)
+
+
+def attend_to_subject(
+    query: torch.Tensor, subject: LayerSubject, heads: int, scale: float, index: int = 0
+) -> torch.Tensor:
     """Returns the second term of equation 5 for queries of shape `(batch_size, sequence_length, width)`, in the same
     shape."""
-    # The queries of all pictures and frames of a row are concatenated, so that keys and values need not be repeated.
-    rows = subject.key.shape[0]
+    rows = subject.keys[index].shape[0]  # type: ignore[union-attr]  # `enter` checks that the block has a subject
     if query.shape[0] % rows:
         raise ValueError(f"The UNet's layers got a batch of {query.shape[0]} for {rows} rows of subjects.")
-    positions = query.unflatten(0, (rows, -1)).flatten(1, 2)
-    if subject.mask is not None and subject.mask.shape[2] not in (1, positions.shape[1]):
+    # The queries of all images and frames of a row are concatenated, so that keys and values need not be repeated.
+    q, k, v = (
+        states.reshape(rows, -1, heads, states.shape[-1] // heads).transpose(1, 2)  # type: ignore[union-attr]
+        for states in (query, subject.keys[index], subject.values[index])
+    )
+    if subject.mask is not None and subject.mask.shape[2] not in (1, q.shape[2]):
         raise ValueError(
-            f"A subject with a region needs layers whose positions form the picture's grid, but one has"
-            f" {query.shape[1]} positions instead: something merges them (ToMe's `merge_crossattn`)."
+            f"A subject with a region needs layers whose positions form the image's grid, but one has {query.shape[1]}"
+            " positions instead: something merges them (ToMe's `merge_crossattn`)."
         )
-    q, k, v = (each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in (positions, subject.key, subject.value))
-    found = F.scaled_dot_product_attention(q, k, v, attn_mask=subject.mask, scale=scale).transpose(1, 2).flatten(2)
+    output = F.scaled_dot_product_attention(q, k, v, attn_mask=subject.mask, scale=scale).transpose(1, 2).flatten(2)
     if subject.reached is not None:
-        found = found * subject.reached
-    return found.unflatten(1, (-1, query.shape[1])).flatten(0, 1)
+        output = output * subject.reached
+    return output.view(query.shape)
 
 
 @dataclass(eq=False)
 class SubjectConditions:
     r"""
-    The subjects of a forward pass. They are passed to the UNet's cross-attention layers as
-    `cross_attention_kwargs["ssr_subject"]`.
+    The subjects of one forward pass of the UNet: keys and values for all layers, and masks.
 
     Args:
         pairs (`dict[str, tuple[torch.Tensor, torch.Tensor]]`):
             Key and value for each layer name, each of shape `(num_rows, num_subject_tokens, width)`, or
             `(num_rows, num_keyframes, num_subject_tokens, width)` with keyframes. The values are already multiplied by
-            the scale. A layer with zero tokens is not changed. A row is used for one picture or video, or for several
+            the scale. A layer with zero tokens is not changed. A row is used for one image or video, or for several
             consecutive ones in the batch.
         token_subject (`torch.Tensor` of shape `(num_rows, num_subject_tokens)`, *optional*):
             The index of the subject in its row that each token belongs to, -1 for padding. Required if the rows have
@@ -184,33 +198,38 @@ class SubjectConditions:
     keyframes: torch.Tensor | None = None
     _masks: dict = field(default_factory=dict, repr=False)
 
-    def for_layer(self, name: str, batch_size: int, grid: tuple[int, int]) -> LayerSubject:
+    def for_transformer(
+        self, layers: Sequence[str], text: torch.Tensor | tuple, batch_size: int, grid: tuple[int, int]
+    ) -> LayerSubject:
         r"""
-        Returns the subject tokens and masks of one layer.
+        Returns what the cross-attention layers of one transformer get.
 
         Args:
-            name (`str`):
-                The layer's name in the UNet.
+            layers (`Sequence[str]`):
+                The names of the transformer's cross-attention layers in the UNet, one for each block.
+            text (`torch.Tensor` or `tuple`):
+                The `encoder_hidden_states` of the transformer.
             batch_size (`int`):
-                The number of pictures (or frames, for videos) in the layer's batch.
+                The number of images (or frames, for videos) in the batch.
             grid (`tuple[int, int]`):
-                The height and width of the layer's grid of positions.
+                The height and width of the transformer's grid of positions.
         """
-        key, value = self.pairs[name]
+        pairs = [self.pairs.get(name, (None, None)) for name in layers]
         if self.keyframes is not None:
-            key, value = (_between_keyframes(states, self.keyframes) for states in (key, value))
-        per_row = batch_size // key.shape[0]
-        return LayerSubject(key, value, *self._mask(per_row, grid))
+            pairs = [(_between_keyframes(k, self.keyframes), _between_keyframes(v, self.keyframes)) for k, v in pairs]
+        keys, values = zip(*pairs, strict=True)
+        rows = next((key.shape[0] for key in keys if key is not None), 1)
+        return LayerSubject(text, keys, values, *self._mask(batch_size // rows, grid))
 
     def _mask(self, per_row: int, grid: tuple[int, int]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Returns `LayerSubject.mask` and `LayerSubject.reached`. They are computed once for each grid."""
-        known = self._masks.get((per_row, grid))
-        if known is None:
-            known = self._make_mask(per_row, grid)
+        masks = self._masks.get((per_row, grid))
+        if masks is None:
+            masks = self._make_mask(per_row, grid)
             # tensors made inside a compiled graph are only valid during that run of the graph
             if not torch.compiler.is_dynamo_compiling():
-                self._masks[per_row, grid] = known
-        return known
+                self._masks[per_row, grid] = masks
+        return masks
 
     def _make_mask(self, per_row: int, grid: tuple[int, int]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         allowed, reached = self._allowed(per_row, grid)
@@ -224,18 +243,21 @@ class SubjectConditions:
         return _frames_as_rows(allowed, self.frames, 2), _frames_as_rows(reached, self.frames, 1)
 
     def _allowed(self, per_row: int, grid: tuple[int, int]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Returns which tokens each position may attend to, and which positions a subject may appear at."""
         if self.token_subject is None:
             return None, None
         present = self.token_subject[:, None, None, :] >= 0
         if self.regions is None:
             return present, None
-        fitted = self._fit_regions(self.regions, grid, self.token_subject.device)
-        index = self.token_subject.clamp(min=0).long()[:, :, None].expand(-1, -1, fitted.shape[2])
-        allowed = fitted.gather(1, index).transpose(1, 2)[:, None] & present
-        reached = allowed.any(-1)
+        # the region of each token's subject, over the positions of the grid
+        regions = self._fit_regions(self.regions, grid, self.token_subject.device)
+        index = self.token_subject.clamp(min=0).long()[:, :, None].expand(-1, -1, regions.shape[2])
+        allowed = regions.gather(1, index).transpose(1, 2)[:, None] & present
         # A position that no subject may reach attends to all tokens, and `reached` sets its result to 0 afterwards.
         # Without any token, its softmax would be NaN.
+        reached = allowed.any(-1)
         allowed = allowed | ~reached[..., None] & present
+        # the same for each image of the row
         repeats = per_row // self.frames if self.keyframes is None else 1
         reached = reached[:, 0, :, None].to(self._dtype)
         return allowed.repeat(1, 1, repeats, 1), reached.repeat(1, repeats, 1)
@@ -245,16 +267,14 @@ class SubjectConditions:
     ) -> torch.Tensor:
         """Returns the regions resized to a layer's grid, as booleans of shape
         `(num_rows, num_subjects, frames * positions)`."""
-        everywhere = torch.ones(1, self.frames * grid[0] * grid[1], dtype=torch.bool, device=device)
+        everywhere = torch.ones(1, *grid, device=device)
         slots = max(map(len, regions))
-        rows = []
-        for row in regions:
-            fitted = [everywhere[0] if region is None else self._fit(region, grid, device) for region in row]
-            rows.append(torch.stack(fitted + [everywhere[0]] * (slots - len(row))))
-        return torch.stack(rows)
+        rows = [[everywhere if region is None else region for region in row] for row in regions]
+        padded = [[*row, *[everywhere] * (slots - len(row))] for row in rows]
+        return torch.stack([torch.stack([self._fit(region.to(device), grid) for region in row]) for row in padded])
 
-    def _fit(self, region: torch.Tensor, grid: tuple[int, int], device) -> torch.Tensor:
-        return fit_region(region.to(device), grid).expand(self.frames, -1, -1).flatten()
+    def _fit(self, region: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        return fit_region(region, grid).expand(self.frames, -1, -1).flatten()
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -267,9 +287,11 @@ def fit_region(region: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     return F.adaptive_avg_pool2d(region[None], grid)[0] > 0.5
 
 
-def _between_keyframes(states: torch.Tensor, keyframes: torch.Tensor) -> torch.Tensor:
+def _between_keyframes(states: torch.Tensor | None, keyframes: torch.Tensor) -> torch.Tensor | None:
     """Interpolates the keys or values of keyframes, `(num_rows, num_keyframes, ...)`, to those of all frames,
     `(num_rows * frames, ...)`."""
+    if states is None:
+        return None
     before = keyframes.floor().long()
     after = (before + 1).clamp(max=states.shape[1] - 1)
     share = (keyframes - before).to(states.dtype)[:, None, None]

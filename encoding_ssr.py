@@ -1,50 +1,28 @@
-"""Encodes reference pictures and queries into subject embeddings (section 3.2 of the paper)."""
+"""Encodes reference images and queries into subject embeddings (section 3.2 of the paper), and shows which parts of an
+image a query attends to."""
 
-from dataclasses import replace
+from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from diffusers.loaders import TextualInversionLoaderMixin
-from transformers import CLIPImageProcessor, PreTrainedModel
+from PIL import Image
+from transformers import CLIPImageProcessor
 
-from . import (
-    attention_map,
-    checks_ssr,
-    image_processing_ssr,
-    loading_ssr,
-    modeling_ssr,
-    shared_components,
-    subject_cache,
-    subject_embeds,
-)
+from . import components_ssr, images_ssr, internals_ssr, subject_embeds_ssr
 
 
-# the cache of each SSR-Encoder, which several pipelines may share
-_caches: WeakKeyDictionary = WeakKeyDictionary()
+@dataclass(eq=False)
+class _Reference:
+    """A reference image with the query or mask that selects a subject in it."""
+
+    image: Image.Image
+    query: str
+    mask: Image.Image | None
 
 
-def _copied_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns a copy that autograd can use, even in `torch.inference_mode`."""
-    with torch.inference_mode(False):
-        return tensor.detach().clone()
-
-
-def _copied(subject: subject_embeds.Subject) -> subject_embeds.Subject:
-    return replace(
-        subject, embeds=_copied_tensor(subject.embeds), negative_embeds=_copied_tensor(subject.negative_embeds)
-    )
-
-
-def _vision_levels(
-    vision: PreTrainedModel, encoder: modeling_ssr.SSREncoder, pixels: torch.Tensor, device
-) -> list[torch.Tensor]:
-    """Returns the hidden states of the vision encoder at the levels that the SSR-Encoder uses, lowest level first."""
-    hidden_states = vision(pixels.to(device, vision.dtype), output_hidden_states=True).hidden_states
-    return [hidden_states[level].to(encoder.dtype) for level in encoder.config.image_levels]
-
-
-class SubjectEncodingMixin(loading_ssr.SSRComponents):
+class SubjectEncodingMixin(components_ssr.SSRComponents):
     """`encode_subject` and `subject_attention_map` for [`SSRPipelineMixin`]."""
 
     def encode_subject(
@@ -56,26 +34,26 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
         resize_mode: str = "pad",
         lora_scale: float | None = None,
         clip_skip: int | None = None,
-    ) -> subject_embeds.SubjectEmbeds | list[subject_embeds.SubjectEmbeds]:
+    ) -> subject_embeds_ssr.SubjectEmbeds | list[subject_embeds_ssr.SubjectEmbeds]:
         r"""
-        Encodes one or several subjects of a picture (section 3.2 of the paper).
+        Encodes one or several subjects of an image (section 3.2 of the paper).
 
         Args:
             image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
-                The reference picture.
+                The reference image.
             query (`str` or `list[str]`, *optional*):
-                A text that names the subject in the picture. A list encodes the picture once and returns a list of
+                A text that names the subject in the image. A list encodes the image once and returns a list of
                 subjects. The pipeline's text encoder encodes the query like a prompt. With a mask, the query is
-                optional; the authors used a caption of the whole picture.
+                optional; the authors used a caption of the whole image.
             mask (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`, *optional*):
-                A mask of the subject, of shape `(height, width)` and the size of the picture: white, or 1, where the
+                A mask of the subject, of shape `(height, width)` and the size of the image: white, or 1, where the
                 subject is.
             mask_weight (`float`, defaults to 1.0):
                 How strongly the mask increases the attention inside it, 0 or more. It needs a mask.
             resize_mode (`str`, defaults to `"pad"`):
-                `"pad"` passes the whole picture to the encoder, with a margin if the picture is not square. `"crop"`
+                `"pad"` passes the whole image to the encoder, with a margin if the image is not square. `"crop"`
                 passes only the central square, as the released code does: the subject is larger, but the ends of a
-                long picture are lost.
+                long image are lost.
             lora_scale (`float`, *optional*), clip_skip (`int`, *optional*):
                 Arguments of `encode_prompt`, which are used for the query. A pipeline call passes the values that it
                 uses for its prompt.
@@ -85,8 +63,8 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
             SSR-Encoder.
 
         Raises:
-            `ValueError`: if no SSR-Encoder or text encoder is loaded, `image` is not a picture, `query` is not a text
-            or is empty, or `mask` does not have the size of the picture or marks nothing in the part that
+            `ValueError`: if no SSR-Encoder or text encoder is loaded, `image` is not an image, `query` is not a text
+            or is empty, or `mask` does not have the size of the image or marks nothing in the part that
             `resize_mode` keeps.
 
         Example:
@@ -97,83 +75,54 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
         ```
         """
         text = {"lora_scale": lora_scale, "clip_skip": clip_skip}
-        encoded = self._encode_subjects(
-            self._encoders(), image, query, mask, mask_weight, resize_mode, text, prefix=""
-        )
-        return encoded if isinstance(query, list) or isinstance(image, list) or isinstance(mask, list) else encoded[0]
+        references = parse_references(image, query, mask, prefix="")
+        encoded = self._encode_references(references, mask_weight, resize_mode, text, prefix="")
+        return encoded if any(isinstance(value, list) for value in (image, query, mask)) else encoded[0]
 
     @torch.no_grad()
-    def _encode_subjects(
-        self,
-        encoders: tuple[CLIPImageProcessor, PreTrainedModel, modeling_ssr.SSREncoder],
-        subject_image,
-        subject_query,
-        subject_mask,
-        mask_weight: float,
-        resize_mode: str,
-        text: dict,
-        prefix: str = "subject_",
-    ) -> list[subject_embeds.SubjectEmbeds]:
-        """Encodes each (picture, query, mask) that is not in the cache. The vision encoder encodes each picture once.
-        `encoders` are those of `_encoders`. `text` has further arguments of `encode_prompt`. `prefix` begins the names
-        of the arguments in error messages."""
-        processor, vision, encoder = encoders
-        references = checks_ssr.check_references(subject_image, subject_query, subject_mask, prefix)
-        mask_weight = checks_ssr.check_mask_weight(mask_weight, [mask for *_, mask in references])
-        image_processing_ssr.check_resize_mode(resize_mode, f"{prefix}resize_mode")
-        pixels = {
-            id(image): image_processing_ssr.preprocess(picture, processor, resize_mode)
-            for image, picture, _, _ in references
-        }
-        masks = [
-            None if m is None else image_processing_ssr.preprocess_mask(m, processor, resize_mode, f"{prefix}mask")
-            for *_, m in references
-        ]
-        device = self._execution_device
-        query_states = self._encode_queries(["", *(query for *_, query, _ in references)], device, text).to(
-            encoder.dtype
-        )
-        # never `None`, because the encoder has image levels
-        fingerprint: Any = encoder.fingerprint(device)
-        # the hidden states of the query, which are part of the keys as well, have the SSR-Encoder's precision
-        weights = (subject_cache.version(vision), subject_cache.digest(fingerprint), subject_cache.hooks(encoder))
-        digests = {key: subject_cache.digest(each) for key, each in pixels.items()}
-        keys = [
-            (
-                digests[id(image)],
-                subject_cache.digest(query_states[[0, index + 1]]),
-                subject_cache.digest(mask),
-                mask_weight,
-                *weights,
-            )
-            for index, ((image, *_), mask) in enumerate(zip(references, masks, strict=True))
-        ]
-        cache = _caches.setdefault(encoder, subject_cache.SubjectCache())
-        subjects = {key: cache.get(key) for key in keys}
+    def _encode_references(
+        self, references: list[_Reference], mask_weight: float, resize_mode: str, text: dict, prefix: str = "subject_"
+    ) -> list[subject_embeds_ssr.SubjectEmbeds]:
+        """Encodes each reference. The vision encoder encodes each image once. `text` has further arguments of
+        `encode_prompt`. `prefix` begins the names of the arguments in error messages."""
+        # 1. the components are read once, because another thread may exchange them during the call
+        processor, vision, encoder = self._loaded_image_encoder()
+        mask_weight = _parse_mask_weight(mask_weight, references)
+        images_ssr.check_resize_mode(resize_mode, f"{prefix}resize_mode")
 
-        missing = {id(image): None for (image, *_), key in zip(references, keys, strict=True) if subjects[key] is None}
-        place = {key: index + 1 for index, key in enumerate(missing)}
-        if missing:
-            # The unconditional branch uses an empty query and a picture of zeros after normalisation (section 3.3).
-            batch = [torch.zeros_like(next(iter(pixels.values()))), *(pixels[key] for key in missing)]
-            levels = torch.stack(_vision_levels(vision, encoder, torch.cat(batch), device))
-        for index, ((image, _, query, _), mask, key) in enumerate(zip(references, masks, keys, strict=True)):
-            if subjects[key] is None:
-                mask = None if mask is None else mask.to(device).expand(2, -1, -1, -1)
-                embeds = encoder(query_states[[0, index + 1]], levels[:, [0, place[id(image)]]], mask, mask_weight)
-                subjects[key] = subject_embeds.Subject(embeds[1:], embeds[:1], query)
-                cache.keep(key, _copied(subjects[key]))
-        # copies, so that a change in place of a returned tensor changes neither the cache nor another subject
-        return [subject_embeds.SubjectEmbeds((_copied(subjects[key]),), _copied_tensor(fingerprint)) for key in keys]
+        # 2. Images and masks to pixels. The first image is that of the unconditional branch, which gets an image of
+        # zeros after normalization (section 3.3).
+        images = list({id(reference.image): reference.image for reference in references}.values())
+        pixels = [images_ssr.preprocess(image, processor, resize_mode) for image in images]
+        pixels = torch.cat([torch.zeros_like(pixels[0]), *pixels])
+        masks = [
+            r.mask and images_ssr.preprocess_mask(r.mask, processor, resize_mode, f"{prefix}mask") for r in references
+        ]
+
+        # 3. Queries and images to hidden states. The first query is the empty one of the unconditional branch.
+        device = self._execution_device
+        query_states = self._encode_queries(["", *(reference.query for reference in references)], device, text)
+        query_states = query_states.to(encoder.dtype)
+        levels = torch.stack(_vision_levels(vision, encoder, pixels, device))
+
+        # 4. hidden states to subject embeddings, together with those of the unconditional branch
+        fingerprint = encoder.fingerprint(device)
+        subjects = []
+        for index, (reference, mask) in enumerate(zip(references, masks, strict=True), 1):
+            place = 1 + next(place for place, image in enumerate(images) if image is reference.image)
+            mask = None if mask is None else mask.to(device).expand(2, -1, -1, -1)
+            embeds = encoder(query_states[[0, index]], levels[:, [0, place]], mask, mask_weight)
+            subjects.append(subject_embeds_ssr.Subject(embeds[1:], embeds[:1], reference.query))
+        return [subject_embeds_ssr.SubjectEmbeds((subject,), fingerprint) for subject in subjects]
 
     def _encode_queries(self, queries: list[str], device, text: dict) -> torch.Tensor:
         """Returns the text hidden states of the queries. The pipeline's text encoder encodes them in the same way as a
         prompt. The first query is the empty query of the unconditional branch."""
-        given = {name: value for name, value in text.items() if value is not None}
+        arguments = {name: value for name, value in text.items() if value is not None}
         if hasattr(self, "encode_prompt"):
-            return self.encode_prompt(queries, device, 1, False, **given)[0]
-        given.pop("clip_skip", None)
-        return self._encode_prompt(queries, device, 1, False, **given)  # InstructPix2Pix has no other
+            return self.encode_prompt(queries, device, 1, False, **arguments)[0]
+        arguments.pop("clip_skip", None)
+        return self._encode_prompt(queries, device, 1, False, **arguments)  # InstructPix2Pix has no other
 
     @torch.no_grad()
     def subject_attention_map(
@@ -184,9 +133,9 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
         mask_weight: float = 1.0,
         resize_mode: str = "pad",
         tokens: str = "all",
-    ) -> attention_map.SubjectAttentionMap:
+    ) -> "SubjectAttentionMap":
         r"""
-        Returns the attention of a query to each part of a picture. It takes the arguments of `encode_subject`, with a
+        Returns the attention of a query to each part of a reference image. It takes the arguments of `encode_subject`, with a
         single query, and:
 
         Args:
@@ -196,7 +145,7 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
                 tokens of the query's words and scales the map to its maximum, as in figure 5 of the paper.
 
         Returns:
-            [`SubjectAttentionMap`]: a heat map and an overlay at the size of the picture, one map for each token, and
+            [`SubjectAttentionMap`]: a heat map and an overlay at the size of the image, one map for each token, and
             the share of its attention that the query directs elsewhere than an empty query does.
 
         Raises:
@@ -210,65 +159,219 @@ class SubjectEncodingMixin(loading_ssr.SSRComponents):
         >>> attention.gathered
         ```
         """
-        processor, vision, encoder = self._encoders()
+        processor, vision, encoder = self._loaded_image_encoder()
         for name, value in {"image": image, "query": query, "mask": mask}.items():
             if isinstance(value, list):
                 raise ValueError(
-                    f"`{name}` is a list of {len(value)}, but an attention map is of one query in one picture: call"
+                    f"`{name}` is a list of {len(value)}, but an attention map is of one query in one image: call"
                     " `subject_attention_map` for each."
                 )
-        ((_, picture, query, mask),) = checks_ssr.check_references(image, query, mask, prefix="")
-        mask_weight = checks_ssr.check_mask_weight(mask_weight, [mask])
-        image_processing_ssr.check_resize_mode(resize_mode)
+        (reference,) = parse_references(image, query, mask, prefix="")
+        mask_weight = _parse_mask_weight(mask_weight, [reference])
+        images_ssr.check_resize_mode(resize_mode)
         if tokens not in ("all", "own"):
             raise ValueError(f'`tokens` has to be "all" or "own", but is {tokens!r}.')
         device = self._execution_device
+        mask = reference.mask
         if mask is not None:
-            mask = image_processing_ssr.preprocess_mask(mask, processor, resize_mode, "mask").to(device)
-        levels = _vision_levels(
-            vision, encoder, image_processing_ssr.preprocess(picture, processor, resize_mode), device
-        )
-        query_states = self._encode_queries(["", query], device, {}).to(encoder.dtype)
-        # The empty query attends to the picture without the mask, so that the map also shows the effect of the mask.
+            mask = images_ssr.preprocess_mask(mask, processor, resize_mode, "mask").to(device)
+        pixels = images_ssr.preprocess(reference.image, processor, resize_mode)
+        levels = _vision_levels(vision, encoder, pixels, device)
+        query_states = self._encode_queries(["", reference.query], device, {}).to(encoder.dtype)
+        # The empty query attends to the image without the mask, so that the map also shows the effect of the mask.
         probs, empty_probs = (
-            encoder.attention_probs(states, levels[-1], each, mask_weight)[0].float().mean(0).cpu()
-            for states, each in ((query_states[1:], mask), (query_states[:1], None))
+            encoder.attention_probs(states, levels[-1], at, mask_weight)[0].float().mean(0).cpu()
+            for states, at in ((query_states[1:], mask), (query_states[:1], None))
         )
-        return attention_map.make_attention_map(
-            probs, empty_probs, self._own_tokens(query), picture, resize_mode, tokens
-        )
+        own_tokens = self._own_tokens(reference.query)
+        return _make_attention_map(probs, empty_probs, own_tokens, reference.image, resize_mode, tokens)
 
     def _own_tokens(self, query: str) -> dict[int, str]:
         """Returns the tokens of a query's words by position, without the start, end and padding tokens."""
+        tokenizer = self.tokenizer
+        if isinstance(self, TextualInversionLoaderMixin):
+            # like `encode_prompt`: a textual inversion with several vectors has one token for each
+            query = self.maybe_convert_prompt(query, tokenizer)
+        with components_ssr.tokenizer_lock(tokenizer):
+            ids = tokenizer(query, truncation=True).input_ids
+        own = [i for i, token in enumerate(ids) if token not in tokenizer.all_special_ids]
+        return dict(zip(own, tokenizer.convert_ids_to_tokens([ids[i] for i in own]), strict=True))
 
-        def tokenize(pipeline) -> list[int]:
-            text, tokenizer = query, pipeline.tokenizer
-            if isinstance(pipeline, TextualInversionLoaderMixin):
-                # like `encode_prompt`: a textual inversion with several vectors has one token for each
-                text = pipeline.maybe_convert_prompt(query, tokenizer)
-            return tokenizer(text, truncation=True).input_ids
-
-        ids = shared_components.with_own_tokenizer(self, tokenize)
-        own = [i for i, token in enumerate(ids) if token not in self.tokenizer.all_special_ids]
-        return dict(zip(own, self.tokenizer.convert_ids_to_tokens([ids[i] for i in own]), strict=True))
-
-    def _encoders(self) -> tuple[CLIPImageProcessor, PreTrainedModel, modeling_ssr.SSREncoder]:
-        """Returns the components that encode references, each read once, because another thread may exchange them
-        while a subject is encoded. Raises a `ValueError` if one is missing or does not fit."""
-        vision, encoder, text_encoder = self.ssr_image_encoder, self.ssr_encoder, self.text_encoder
-        if encoder is None:
-            raise ValueError(
-                "There is no SSR-Encoder in this pipeline yet: call `load_ssr` before encoding a subject."
-            )
-        checks_ssr.check_fits(self.unet, encoder, vision, text_encoder)
+    def _loaded_image_encoder(self) -> tuple[CLIPImageProcessor, Any, Any]:
+        """Returns the components that encode reference images. Raises a `ValueError` if one is missing or does not
+        fit."""
+        encoder, vision = self._loaded_encoder(), self.ssr_image_encoder
         if vision is None or not encoder.config.image_levels:
             raise ValueError(
                 "The encoders of this pipeline are not loaded, or were dropped: call `load_ssr` before encoding a subject."
             )
-        if text_encoder is None:
+        if self.text_encoder is None:
             raise ValueError("`text_encoder` is None, but a query needs it: encode subjects before removing it.")
-        processor = self.ssr_image_processor
-        if processor is None:
-            processor = image_processing_ssr.default_image_processor(vision)
-            self.register_modules(ssr_image_processor=processor)
-        return processor, vision, encoder
+        return self.ssr_image_processor or images_ssr.default_image_processor(vision), vision, encoder
+
+
+def parse_references(image: Any, query: Any, mask: Any, prefix: str = "subject_") -> list[_Reference]:
+    """Reads reference images, queries and masks. An argument that is not a list is used for all references. In error
+    messages, the names of the arguments begin with `prefix`."""
+    arguments = {f"{prefix}image": image, f"{prefix}query": query, f"{prefix}mask": mask}
+    lengths = {name: len(value) for name, value in arguments.items() if isinstance(value, list)}
+    if len(set(lengths.values())) > 1 or 0 in lengths.values():
+        raise ValueError(f"Lists of subjects have to be of one length, and not empty, but got {lengths}.")
+    count = max(lengths.values(), default=1)
+    columns = [value if isinstance(value, list) else [value] * count for value in arguments.values()]
+    images: dict[int, Image.Image] = {}
+    references = []
+    for image, query, mask in zip(*columns, strict=True):
+        _check_reference(image, query, mask, prefix)
+        if id(image) not in images:
+            images[id(image)] = images_ssr.to_pil(image, f"{prefix}image")
+        mask = None if mask is None else images_ssr.to_mask(mask, images[id(image)].size, f"{prefix}mask")
+        references.append(_Reference(images[id(image)], query or "", mask))
+    return references
+
+
+def _check_reference(image: Any, query: Any, mask: Any, prefix: str) -> None:
+    """Raises a `ValueError` if the image, or both the query and the mask are missing, or if the query is not a text."""
+    if image is None and query is None and mask is None:
+        hint = ", or encode the subjects and pass `subject=[cat, None]` for a prompt without one" if prefix else ""
+        raise ValueError(f"`{prefix}image` is missing: pass the reference image of the subject{hint}.")
+    if image is None:
+        what = f"`{prefix}query` is {query!r}" if mask is None else f"`{prefix}mask` is given"
+        raise ValueError(f"{what}, but `{prefix}image` is missing: pass the reference image of the subject.")
+    if query is None and mask is None:
+        raise ValueError(
+            f"`{prefix}image` is given, but `{prefix}query` is missing: pass the name of the subject, or a mask of it"
+            f" in `{prefix}mask`."
+        )
+    if query is not None and (not isinstance(query, str) or not query.strip() and mask is None):
+        hint = ": pass several queries as a list" if isinstance(query, tuple) else ""
+        raise ValueError(f"`{prefix}query` has to be a text that names the subject, but is {query!r}{hint}.")
+
+
+def _parse_mask_weight(mask_weight: Any, references: list[_Reference]) -> float:
+    weight = internals_ssr.check_scale("mask_weight", mask_weight)
+    if weight < 0:
+        raise ValueError(f"`mask_weight` has to be 0 or more, but is {mask_weight!r}.")
+    if weight != 1 and all(reference.mask is None for reference in references):
+        raise ValueError(f"`mask_weight` is {mask_weight!r}, but there is no mask.")
+    return weight
+
+
+def _vision_levels(vision, encoder, pixels: torch.Tensor, device) -> list[torch.Tensor]:
+    """Returns the hidden states of the vision encoder at the levels that the SSR-Encoder uses, lowest level first."""
+    hidden_states = vision(pixels.to(device, vision.dtype), output_hidden_states=True).hidden_states
+    return [hidden_states[level].to(encoder.dtype) for level in encoder.config.image_levels]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SubjectAttentionMap:
+    r"""
+    The token-to-patch attention of a query to its reference image, averaged over the heads. The subject embeddings are
+    computed with this attention, so it shows which parts of the image are used. The attention of an empty query is
+    subtracted, because every query attends to some parts of an image, such as a horizon or the brightest object.
+
+    Args:
+        heat (`np.ndarray` of shape `(height, width)`):
+            A map of the size of the image, from 0 to 1. By default, it shows how much more attention the query's
+            tokens, including the padding, pay to each place than the tokens of an empty query. The map is scaled to a
+            maximum of twice `gathered` (at most 1). A query that attends to no particular place gives a faint map.
+            With `tokens="own"`, it shows the attention of the tokens of the query's words instead, as in figure 5 of
+            the paper. This map is scaled to a maximum of 1, and the attention of an empty query is not subtracted.
+        tokens (`list[tuple[str, np.ndarray]]`):
+            The text and the map of each token of the query's words. A textual inversion with several vectors has one
+            token for each vector.
+        image (`PIL.Image.Image`):
+            The reference image, upright and in RGB.
+        gathered (`float`):
+            The share of the query's attention, from 0 to 1, that goes to other places than the attention of an empty
+            query. It tends to be lower if the image does not contain the queried subject. The typical values depend
+            on the checkpoint.
+
+    Example:
+
+    ```py
+    >>> attention = pipe.subject_attention_map(photo, query="cat")
+    >>> attention.overlay().save("where_is_the_cat.png")
+    >>> attention.gathered
+    ```
+    """
+
+    heat: np.ndarray
+    tokens: list[tuple[str, np.ndarray]]
+    image: Image.Image = field(repr=False)
+    gathered: float = 0.0
+
+    def __repr__(self) -> str:
+        height, width = self.heat.shape
+        tokens = [token.removesuffix("</w>") for token, _ in self.tokens]
+        shown = tokens if len(tokens) <= 8 else [*tokens[:8], f"... {len(tokens) - 8} more"]
+        return (
+            f"SubjectAttentionMap({' '.join(shown)!r}, {len(tokens)} tokens, {width} x {height} pixels,"
+            f" gathered={self.gathered:.2f})"
+        )
+
+    def overlay(self, heat: np.ndarray | None = None) -> Image.Image:
+        r"""
+        Returns the image with the map over it: red where the attention is high, and gray where it is low.
+
+        Args:
+            heat (`np.ndarray` of shape `(height, width)`, *optional*):
+                The map to show, for example the map of one token. Defaults to the map of the whole query.
+
+        Returns:
+            `PIL.Image.Image` with the size of the image.
+        """
+        heat = (self.heat if heat is None else heat)[..., None]
+        pixels = np.asarray(self.image).astype(np.float32)
+        grey = pixels.mean(-1, keepdims=True).repeat(3, -1) * 0.6
+        mixed = grey * (1 - heat) + (0.55 * pixels + 0.45 * np.array([255, 40, 0])) * heat
+        return Image.fromarray(mixed.round().clip(0, 255).astype(np.uint8))
+
+
+def _make_attention_map(
+    probs: torch.Tensor,
+    empty_probs: torch.Tensor,
+    own_tokens: dict[int, str],
+    image: Image.Image,
+    resize_mode: str,
+    tokens: str,
+) -> SubjectAttentionMap:
+    r"""
+    Creates an attention map from the attention of a query and the attention of an empty query.
+
+    Args:
+        probs (`torch.Tensor` of shape `(num_tokens, 1 + num_patches)`):
+            The attention of the query, averaged over the heads, class token first.
+        empty_probs (`torch.Tensor` of the same shape):
+            The attention of the empty query.
+        own_tokens (`dict[int, str]`):
+            The tokens of the query's words, by their index in the first dimension of `probs`.
+        image (`PIL.Image.Image`):
+            The reference image.
+        resize_mode (`str`):
+            The `resize_mode` with which the image was preprocessed.
+        tokens (`str`):
+            `"all"` or `"own"`, see [`SubjectAttentionMap`].
+    """
+    empty = empty_probs.mean(0)
+    own = probs[list(own_tokens)]
+    if tokens == "own":
+        attention = torch.cat([(own if len(own) else probs).mean(0, keepdim=True), own])
+        peaks = torch.ones(len(attention))
+    else:
+        whole = torch.cat([probs.mean(0, keepdim=True), own])
+        attention, peaks = (whole - empty).clamp(min=0), (2 * _distance(whole, empty)).clamp(max=1)
+    side = round((probs.shape[1] - 1) ** 0.5)
+    maps = images_ssr.postprocess_map(attention[:, 1:].unflatten(1, (side, side)), image.size, resize_mode)
+    # the clamp prevents a division by 0 for a map that is 0 everywhere
+    maps = maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-12) * peaks[:, None, None]
+    gathered = float(_distance(probs.mean(0), empty))
+    return SubjectAttentionMap(
+        maps[0].numpy(), list(zip(own_tokens.values(), maps[1:].numpy(), strict=True)), image, gathered
+    )
+
+
+def _distance(probs: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Returns the total variation distance: the share of the attention that two distributions do not have in
+    common."""
+    return (probs - others).abs().sum(-1) / 2

@@ -5,68 +5,23 @@ import inspect
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.utils import logging
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files
 from diffusers.utils.torch_utils import is_compiled_module
 from huggingface_hub.utils import EntryNotFoundError, validate_hf_hub_args
-from PIL import Image
 from torch import nn
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
+from transformers import CLIPImageProcessor, CLIPVisionModel, PreTrainedModel
 
-from . import checks_ssr, file_utils, image_processing_ssr, library_internals, modeling_ssr, unet_hooks, weight_files
-
-
-logger = logging.get_logger(__name__)
-
-COMPONENTS = ("ssr_encoder", "ssr_image_encoder", "ssr_image_processor")
-DEFAULT_SCALE = 0.65
-
-# Upper limits for the config of a vision encoder, above the sizes of the largest CLIP.
-MAX_VISION_SIDE = 4096
-MAX_VISION_LAYERS = 256
-MAX_VISION_WIDTH = 2**17
-MAX_VISION_PARAMETERS = 2**33
-# the limits of the mean and the standard deviation of an image processor, for pixels from 0 to 1
-MAX_PIXEL_VALUE = 1000.0
+from . import components_ssr, hooks_ssr, images_ssr, internals_ssr, modeling_ssr
 
 
-# For type checkers the mixins are subclasses of `DiffusionPipeline`, because they are mixed into pipelines. At run
-# time they must not be, because diffusers refuses a file of custom code that contains two pipeline classes.
-if TYPE_CHECKING:
-    _Pipeline = DiffusionPipeline
-else:
-    _Pipeline = object
-
-
-class SSRComponents(_Pipeline):
-    """Declares the pipeline's attributes that the mixins use. The SSR components are `None` until `load_ssr` is
-    called; `_loaded_encoder` raises an error in that case."""
-
-    unet: Any
-    text_encoder: Any
-    tokenizer: Any
-    ssr_encoder: modeling_ssr.SSREncoder
-    ssr_image_encoder: PreTrainedModel
-    ssr_image_processor: CLIPImageProcessor
-
-    if TYPE_CHECKING:
-        controlnet: Any
-        __call__: Callable[..., Any]
-        _encode_prompt: Callable[..., Any]
-        _offload_device: Any
-
-        def _loaded_encoder(self) -> modeling_ssr.SSREncoder: ...
-
-
-class SSRLoaderMixin(SSRComponents):
+class SSRLoaderMixin(components_ssr.SSRComponents):
     """`load_ssr`, `unload_ssr`, `drop_ssr_encoders`, `from_pretrained`, `from_pipe` and `save_pretrained` for
     [`SSRPipelineMixin`]."""
 
@@ -82,7 +37,7 @@ class SSRLoaderMixin(SSRComponents):
         **kwargs,
     ) -> None:
         r"""
-        Load an SSR-Encoder, and the vision encoder that it was trained with, into the pipeline. Offloading is disabled
+        Loads an SSR-Encoder, and the vision encoder that it was trained with, into the pipeline. Offloading is disabled
         while the components are replaced and enabled again afterwards, as in the loaders of diffusers.
 
         Args:
@@ -98,7 +53,7 @@ class SSRLoaderMixin(SSRComponents):
                 A vision encoder that is already in memory. By default, it is loaded from `image_encoder_folder`.
             image_encoder_folder (`str`, *optional*, defaults to `"ssr_image_encoder"`):
                 The subfolder with the vision encoder. If `None`, no vision encoder is loaded, and the pipeline can
-                only draw subjects that are already encoded.
+                only use subjects that are already encoded.
             image_processor (`CLIPImageProcessor`, *optional*):
                 The image processor with the vision encoder's input size and normalization. If it is not given and not
                 in the repository, it is created from the config of the vision encoder.
@@ -112,9 +67,8 @@ class SSRLoaderMixin(SSRComponents):
         Raises:
             `ValueError`: if `pretrained_model_name_or_path` or `image_encoder` is something else, if an argument is
             unknown, if the encoder does not fit the UNet, the text encoder or the vision encoder, if an encoder in
-            memory is on another device than the pipeline, or is given to a pipeline with sequential offloading, if a
-            file is broken or too large, if a weight is missing, or of a wrong shape, or not finite, or if the image
-            processor does not fit the vision encoder. The pipeline is not changed in this case.
+            memory is on another device than the pipeline, or if a weight is missing, unexpected, of the wrong shape, or
+            not finite. The pipeline is not changed in this case.
 
         Example:
 
@@ -122,19 +76,20 @@ class SSRLoaderMixin(SSRComponents):
         >>> pipe.load_ssr("<owner>/<repo>")
         ```
         """
+        # 1. arguments; a pipeline without a UNet can encode subjects
         source = pretrained_model_name_or_path
         _check_load_arguments(source, image_encoder, kwargs)
-        # a pipeline without a UNet can encode subjects
-        precise = self.text_encoder if self.unet is None else unet_hooks.find_unet(self.unet)
-        kwargs = library_internals.precision_arguments(kwargs, default=getattr(precise, "dtype", None))
-        loaded = []
-        named = "`image_processor`"
+        precise = self.text_encoder if self.unet is None else hooks_ssr.find_unet(self.unet)
+        kwargs = internals_ssr.precision_arguments(kwargs, default=getattr(precise, "dtype", None))
+
+        # 2. load what is not in memory
+        loaded: list[nn.Module] = []
         if isinstance(source, nn.Module):
             encoder: Any = source
             if image_encoder is None and image_encoder_folder is not None:
                 raise ValueError(
                     "`image_encoder` has to be given with an SSREncoder that is already in memory, or"
-                    " `image_encoder_folder=None` to draw only subjects that are encoded already."
+                    " `image_encoder_folder=None` to use only subjects that are encoded already."
                 )
         else:
             encoder = modeling_ssr.SSREncoder.from_pretrained(source, subfolder=subfolder, **kwargs)
@@ -144,48 +99,42 @@ class SSRLoaderMixin(SSRComponents):
                 loaded.append(image_encoder)
             if image_processor is None and image_processor_folder is not None:
                 image_processor = _load_image_processor(source, image_processor_folder, kwargs)
-                named = f"`image_processor_folder`: {image_processor_folder!r} of {source}"
-        checks_ssr.check_fits(self.unet, encoder, image_encoder, self.text_encoder)
-        if image_processor is not None:
-            check_image_processor(image_processor, image_encoder, named)
-        elif image_encoder is not None:
-            image_processor = image_processing_ssr.default_image_processor(image_encoder)
-        models: list[nn.Module] = [encoder] if image_encoder is None else [encoder, image_encoder]
-        for model in models:
-            if model not in loaded:
+        if image_processor is None and image_encoder is not None:
+            image_processor = images_ssr.default_image_processor(image_encoder)
+
+        # 3. do the parts fit each other
+        components_ssr.check_fits(self.unet, encoder, image_encoder, self.text_encoder)
+        _check_image_processor(image_processor, image_encoder)
+        for model in (encoder, image_encoder):
+            if model is not None and not any(model is new for new in loaded):
                 self._check_device(model)
+
+        # 4. replace the components
         with self._offloading_disabled() as offloaded:
-            for model in models:
-                model.eval()
-                if model in loaded:
-                    model.to("cpu" if offloaded else self._execution_device)
+            for model in loaded:
+                model.to("cpu" if offloaded else self._execution_device)
+            for model in (encoder, image_encoder):
+                if model is not None:
+                    model.eval()
             self.register_modules(
                 ssr_encoder=encoder, ssr_image_encoder=image_encoder, ssr_image_processor=image_processor
             )
 
     def _check_device(self, model: nn.Module) -> None:
-        """Raises a `ValueError` if the pipeline would have to move a model that another pipeline may use."""
-        name = type(_without_compilation(model)).__name__
-        offloaded, sequential = library_internals.offloading(self)
-        if offloaded and any(model is own for own in (self.ssr_encoder, self.ssr_image_encoder)):
-            return
-        if sequential:
+        """Raises a `ValueError` if a model in memory is on another device than the pipeline, which moves no models that
+        other pipelines may use. With offloading, diffusers moves all components."""
+        offloaded = any(hasattr(part, "_hf_hook") for part in self.components.values())
+        device = torch.device(self._execution_device)
+        if not offloaded and model.device.type not in ("meta", device.type):
+            name = type(_without_compilation(model)).__name__
             raise ValueError(
-                f"`{name}` is already in memory, but sequential offloading would take its weights away, also for other"
-                " pipelines: pass the name of a folder or repository to `load_ssr`, or call `load_ssr` before"
-                " `enable_sequential_cpu_offload`."
-            )
-        device = torch.device("cpu") if offloaded else torch.device(self._execution_device)
-        if model.device.type not in ("meta", device.type):
-            where = "keeps its models on cpu" if offloaded else f"runs on {device}"
-            raise ValueError(
-                f"`{name}` is on {model.device}, but the pipeline {where}: move it there with"
+                f"`{name}` is on {model.device}, but the pipeline runs on {device}: move it there with"
                 f' `.to("{device}")` before `load_ssr`. Models that are already in memory are not moved.'
             )
 
     def unload_ssr(self) -> None:
         r"""
-        Remove the SSR-Encoder and its vision encoder from the pipeline. The pipeline then behaves like the stock
+        Removes the SSR-Encoder and its vision encoder from the pipeline. The pipeline then behaves like the stock
         pipeline.
 
         Example:
@@ -195,13 +144,13 @@ class SSRLoaderMixin(SSRComponents):
         ```
         """
         with self._offloading_disabled():
-            self.register_modules(**dict.fromkeys(COMPONENTS))
-        self._ssr_scale = DEFAULT_SCALE
+            self.register_modules(**dict.fromkeys(components_ssr.COMPONENTS))
+        self._ssr_scale = components_ssr.DEFAULT_SCALE
 
     def drop_ssr_encoders(self) -> None:
         r"""
-        Free the memory of the vision encoder and of the part of the SSR-Encoder that encodes pictures. Subjects that
-        are already encoded, or loaded from a file, can still be drawn. Call `load_ssr` again to encode another
+        Frees the memory of the vision encoder and of the part of the SSR-Encoder that encodes images. Subjects that
+        are already encoded, or loaded from a file, can still be used. Call `load_ssr` again to encode another
         subject. Other pipelines that share the encoders are not affected.
 
         Raises:
@@ -225,7 +174,7 @@ class SSRLoaderMixin(SSRComponents):
     def _offloading_disabled(self) -> Iterator[bool]:
         """Disables offloading, so that components can be replaced while they have no offloading hooks, and enables it
         again afterwards, as in the loaders of diffusers. Yields whether offloading keeps the models on the CPU."""
-        model, sequential, group = library_internals.disable_offloading(self)
+        model, sequential, group = internals_ssr.disable_offloading(self)
         try:
             yield model or sequential
         finally:
@@ -236,96 +185,74 @@ class SSRLoaderMixin(SSRComponents):
             elif group:
                 for component in self.components.values():
                     if isinstance(component, nn.Module):
-                        library_internals.reapply_group_offloading(component)
+                        internals_ssr.reapply_group_offloading(component)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         r"""
-        Save the whole pipeline with its code. `DiffusionPipeline.from_pretrained(save_directory,
+        Saves the whole pipeline with its code. `DiffusionPipeline.from_pretrained(save_directory,
         trust_remote_code=True)` can load it without this package. The arguments are those of
-        `DiffusionPipeline.save_pretrained`. If an error occurs, the folder is not changed.
-
-        A class that is defined in a notebook, in an interactive session, or in the script that is running, is not in a
-        module that can be saved. In this case the pipeline is saved as the nearest class that it is derived from, and a
-        warning names this class. To load it as the first class, call `from_pretrained` of that class.
+        `DiffusionPipeline.save_pretrained`. All files are written to a temporary folder first, so that an error does
+        not change a folder that exists.
 
         Raises:
-            `ValueError`: if a class is not in a module that can be saved, and is not derived from a Stable Diffusion
-                1.5 pipeline of one.
+            `ValueError`: if `save_directory` is a file, or if the pipeline's class is not defined in a module whose
+                code can be saved, for example in a notebook.
         """
-        saved = self._saved_class()
-        if saved is not type(self):
-            logger.warning(
-                f"{type(self).__name__} is not defined in a module that can be saved with the pipeline: it is saved as"
-                f" {saved.__name__}. `{type(self).__name__}.from_pretrained` loads it as {type(self).__name__}."
-            )
-        with file_utils.atomic_folder(save_directory) as folder:
-            super().save_pretrained(os.fspath(folder), *args, **kwargs)
-            self._save_index_and_code(folder, saved)
-
-    def _saved_class(self) -> Any:
-        """Returns the class that `model_index.json` names: the pipeline's class, or the nearest class that it is derived
-        from and whose code can be saved."""
-        from . import pipeline_classes  # imported here, because that module imports this one
-
-        pipelines = [each for each in type(self).__mro__ if issubclass(each, DiffusionPipeline)]
-        for each in pipelines:
-            if issubclass(each, SSRLoaderMixin) and _has_code(vars(each).get("_stock_class", each)):
-                return each
-        stock: Any = next(each for each in pipelines if not issubclass(each, SSRLoaderMixin) and _has_code(each))
-        try:
-            return pipeline_classes.ssr_pipeline_class(stock)
-        except ValueError as error:
+        stock = vars(type(self)).get("_stock_class", type(self))
+        if stock.__module__ == "__main__" or stock.__qualname__ != stock.__name__:
             raise ValueError(
-                f"{type(self).__name__} cannot be saved, because it is not defined in a module whose code can be saved"
-                f" with it: move it to a module and import it. ({error})"
-            ) from error
+                f"{stock.__name__} cannot be saved with the pipeline, because it is not defined at the top of a module:"
+                " move it to a file and import it, or save `StableDiffusionSSRPipeline.from_pipe(pipe)`."
+            )
+        target = Path(save_directory).resolve()
+        if target.is_file():
+            raise ValueError(f"`save_directory`: {target} is a file, not a folder.")
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=target) as staging:
+            # with the same name, because diffusers uses the folder's name as that of the repository in `push_to_hub`
+            folder = Path(staging, target.name)
+            super().save_pretrained(os.fspath(folder), *args, **kwargs)
+            self._save_index_and_code(folder)
+            for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+                destination = target / file.relative_to(folder)
+                destination.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, destination)
+                # an index of earlier, sharded weights would have priority over the new weights
+                destination.with_name(f"{file.name}.index.json").unlink(missing_ok=True)
 
-    def _save_index_and_code(self, folder: Path, saved: Any) -> None:
+    def _save_index_and_code(self, folder: Path) -> None:
         """Copies the pipeline's modules to the folder and writes their names to `model_index.json`."""
-        entry = self._save_code(folder, saved)
+        entry = self._save_code(folder)
         model_index = folder / self.config_name
         config = json.loads(model_index.read_text())
-        config["_class_name"] = [entry.stem, saved.__name__]
+        config["_class_name"] = [entry.stem, type(self).__name__]
         if self.ssr_encoder is not None:
-            model = _without_compilation(self.ssr_encoder)
-            encoder = next(each for each in type(model).__mro__ if _has_code(each))
+            encoder = type(_without_compilation(self.ssr_encoder))
             code = Path(inspect.getfile(encoder))
-            _copy_code(code, folder / "ssr_encoder")
+            shutil.copy(code, folder / "ssr_encoder")
             config["ssr_encoder"] = [code.stem, encoder.__name__]
         model_index.write_text(json.dumps(config, indent=2) + "\n")
 
-    def _save_code(self, folder: Path, saved: Any) -> Path:
-        """Copy the modules that the class needs, and return the one in which diffusers looks for the class."""
-        # Any pipeline file that imports all modules will do. A folder of custom code contains only one of them, the
-        # one that was requested.
+    def _save_code(self, folder: Path) -> Path:
+        """Copies the modules that the pipeline needs, and returns the one in which diffusers looks for its class."""
+        # A pipeline file that imports all modules. A folder of custom code contains only the one that was requested.
         files = sorted(Path(__file__).parent.glob("pipeline*.py"), reverse=True)
         listing = next(file for file in files if "from .mixin_ssr import" in file.read_text())
-        if "_stock_class" in vars(saved):  # a class made by `ssr_pipeline_class` is not defined in a file
-            entry = folder / f"pipeline_{saved.__name__.lower()}.py"
-            stock, lines = saved._stock_class, _import_lines(listing)
+        stock = vars(type(self)).get("_stock_class")
+        if stock is None:
+            entry = Path(inspect.getfile(type(self)))
+            shutil.copy(entry, folder)
+        else:  # a class made by `ssr_pipeline_class` is not defined in a file
+            lines = "\n".join(line for line in listing.read_text().splitlines() if line.startswith("from ."))
+            entry = folder / f"pipeline_{type(self).__name__.lower()}.py"
             entry.write_text(
-                f'"""{saved.__name__}, as `ssr_pipeline_class` makes it."""\n\n'
+                f'"""{type(self).__name__}, as `ssr_pipeline_class` makes it."""\n\n'
                 f"from {stock.__module__} import {stock.__name__}\n\n{lines}\n\n"
-                f"{saved.__name__} = ssr_pipeline_class({stock.__name__})\n"
+                f"{type(self).__name__} = ssr_pipeline_class({stock.__name__})\n"
             )
-        else:
-            entry = Path(inspect.getfile(saved))
-        for file in {entry, *map(Path, get_relative_import_files(listing))}:
-            _copy_code(file, folder)
+        for file in get_relative_import_files(listing):
+            shutil.copy(file, folder)
         return entry
-
-    def __getstate__(self) -> dict:
-        """Makes the pipeline picklable, for example to send it to another process."""
-        state = dict(self.__dict__)
-        if state.get("ssr_image_encoder") is not None:
-            state["ssr_image_encoder"] = library_internals.without_capturing_hooks(state["ssr_image_encoder"])
-        return state
-
-    def __copy__(self):
-        # `copy.copy` would use `__getstate__`, and the copy would not share the vision encoder
-        copied = type(self).__new__(type(self))
-        copied.__dict__.update(self.__dict__)
-        return copied
 
     # The `model_index.json` of a saved pipeline names the class and the code that it was saved with. The next two
     # methods replace these names if the pipeline is loaded with one of the package's classes, for example with
@@ -349,23 +276,13 @@ class SSRLoaderMixin(SSRComponents):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """Same as `DiffusionPipeline.from_pretrained`, but accepts `dtype` in all supported versions of diffusers, and
-        raises a `ValueError` if the vision encoder has weights that are not finite, or if the image processor does not
-        fit it."""
-        kwargs = library_internals.precision_arguments(kwargs)
-        made = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        named = f"`pretrained_model_name_or_path`: {pretrained_model_name_or_path}"
-        image_encoder, processor = (getattr(made, name, None) for name in COMPONENTS[1:])
-        if image_encoder is not None:
-            _check_finite(image_encoder, f"{named}: `ssr_image_encoder`")
-        if processor is not None:
-            check_image_processor(processor, image_encoder, f"{named}: `ssr_image_processor`")
-        return made
+        """Same as `DiffusionPipeline.from_pretrained`, but accepts `dtype` in all supported versions of diffusers."""
+        return super().from_pretrained(pretrained_model_name_or_path, **internals_ssr.precision_arguments(kwargs))
 
     @classmethod
     def from_pipe(cls, pipeline, **kwargs):
         r"""
-        Create this pipeline from the components of another pipeline, including its SSR-Encoder and the scale that was
+        Creates this pipeline from the components of another pipeline, including its SSR-Encoder and the scale that was
         set with `set_ssr_scale`. The arguments are
         those of `DiffusionPipeline.from_pipe`. Only the default of `dtype` is different: `DiffusionPipeline.from_pipe`
         casts the shared components to float32, and this method keeps their dtype if all of them have the same one.
@@ -386,14 +303,16 @@ class SSRLoaderMixin(SSRComponents):
         >>> pipe = StableDiffusionSSRPipeline.from_pipe(stock_pipe)
         ```
         """
-        ours = {name: getattr(pipeline, name) for name in COMPONENTS if getattr(pipeline, name, None) is not None}
+        ours = {
+            name: getattr(pipeline, name)
+            for name in components_ssr.COMPONENTS
+            if getattr(pipeline, name, None) is not None
+        }
         models = (each for each in pipeline.components.values() if isinstance(each, nn.Module))
         dtypes = {getattr(each, "dtype", None) for each in models} - {None}
         default = dtypes.pop() if len(dtypes) == 1 else None
-        made = super().from_pipe(
-            pipeline, **{**ours, **library_internals.precision_arguments(kwargs, default=default)}
-        )
-        made._ssr_scale = getattr(pipeline, "_ssr_scale", DEFAULT_SCALE)
+        made = super().from_pipe(pipeline, **{**ours, **internals_ssr.precision_arguments(kwargs, default=default)})
+        made._ssr_scale = getattr(pipeline, "_ssr_scale", components_ssr.DEFAULT_SCALE)
         return made
 
 
@@ -440,170 +359,54 @@ def _load_image_encoder(source, folder: str, kwargs: dict) -> CLIPVisionModel:
         if not (beside / folder).is_dir():
             raise ValueError(
                 f"`image_encoder_folder`: {source} holds no folder {folder!r}: pass the vision encoder that the SSR-Encoder"
-                " was trained on as `image_encoder`, or `image_encoder_folder=None` to draw only encoded subjects."
+                " was trained on as `image_encoder`, or `image_encoder_folder=None` to use only encoded subjects."
             )
         source = beside
-    kwargs = library_internals.precision_arguments(kwargs, "transformers")
-    named = f"`image_encoder_folder`: {folder!r} of {source}"
+    kwargs = internals_ssr.precision_arguments(kwargs, "transformers")
+    name = f"`image_encoder_folder`: {folder!r} of {source}"
     vision: Any = CLIPVisionModel
     try:
-        kwargs = _check_image_encoder_files(source, folder, kwargs)
         model, info = vision.from_pretrained(source, subfolder=folder, output_loading_info=True, **kwargs)
     except (OSError, ImportError):
         raise
     except Exception as error:  # transformers raises a `RuntimeError` for a wrong shape, and others for a wrong config
-        reason = str(error) or type(error).__name__
-        raise ValueError(f"{named} holds no usable vision encoder: {reason}") from error
+        raise ValueError(f"{name} holds no usable vision encoder: {error or type(error).__name__}") from error
     # transformers only warns about missing weights and initializes them with random numbers
     missing = sorted(info["missing_keys"])
     if missing:
-        raise ValueError(f"{named} lacks weights of its vision encoder: {weight_files.some_names(missing)}.")
-    _check_finite(model, named)
+        raise ValueError(f"{name} lacks weights of its vision encoder: {internals_ssr.shorten_names(missing)}.")
+    broken = [name for name, parameter in model.named_parameters() if not internals_ssr.is_finite(parameter)]
+    if broken:
+        raise ValueError(f"{name} holds weights that are not finite numbers: {internals_ssr.shorten_names(broken)}.")
     return model
 
 
-def _check_finite(model: nn.Module, named: str) -> None:
-    broken = [name for name, parameter in model.named_parameters() if not modeling_ssr.is_finite(parameter)]
-    if broken:
-        raise ValueError(f"{named} holds weights that are not finite numbers: {weight_files.some_names(broken)}.")
-
-
-def _check_image_encoder_files(source: Any, folder: str, kwargs: dict) -> dict:
-    """Raises a `ValueError` if the config or the weights cannot be those of a vision encoder, before they are loaded.
-    Returns the arguments with which `from_pretrained` loads the files that were checked."""
-    file, kwargs = weight_files.check_config(source, folder, kwargs)
-    if file is None:
-        return kwargs
-    try:
-        config = CLIPVisionConfig.from_pretrained(file)
-    except OSError as error:  # it is not JSON
-        raise ValueError(str(error)) from error
-    if getattr(config, "quantization_config", None):  # a quantized encoder has other weights
-        return kwargs
-    _check_vision_config(config)
-    with torch.device("meta"):
-        model = CLIPVisionModel(config)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    names = SAFE_WEIGHTS_NAME, WEIGHTS_NAME
-    weight_files.check_weights(source, folder, names, kwargs, shapes, strict=False)
-    return {**kwargs, "force_download": False}  # the check has downloaded the files
-
-
-def _check_vision_config(config: Any) -> None:
-    """Raises a `ValueError` if a size is not a positive whole number, or too large. transformers would allocate memory
-    for any size."""
-    most = {
-        "hidden_size": MAX_VISION_WIDTH,
-        "intermediate_size": MAX_VISION_WIDTH,
-        "num_hidden_layers": MAX_VISION_LAYERS,
-        "num_attention_heads": MAX_VISION_WIDTH,
-        "num_channels": 4,
-        "image_size": MAX_VISION_SIDE,
-        "patch_size": MAX_VISION_SIDE,
-    }
-    for name, largest in most.items():
-        modeling_ssr.check_number(name, getattr(config, name), largest)
-    width = config.hidden_size
-    if width % config.num_attention_heads:
-        raise ValueError(
-            f"`hidden_size` has to be a multiple of `num_attention_heads`, but is {width} with"
-            f" {config.num_attention_heads} heads."
-        )
-    patches = (config.image_size // config.patch_size) ** 2
-    count = config.num_hidden_layers * width * (4 * width + 2 * config.intermediate_size) + patches * width
-    if not patches or count > MAX_VISION_PARAMETERS:
-        raise ValueError(
-            f"A vision encoder of these sizes has {patches:,} patches and about {count:,} weights; it has to have at"
-            f" least 1 patch and at most {MAX_VISION_PARAMETERS:,} weights."
-        )
-
-
-def check_image_processor(processor: Any, image_encoder: Any, named: str = "`image_processor`") -> None:
-    r"""
-    Raise an error if an image processor does not fit a vision encoder, or would give pixels that are not numbers.
-
-    Args:
-        processor (`CLIPImageProcessor`):
-            The image processor.
-        image_encoder (`CLIPVisionModel`, *optional*):
-            The vision encoder. Without it, the sizes only have to be equal and not too large.
-        named (`str`, defaults to "`image_processor`"):
-            What the image processor is called in error messages.
-
-    Raises:
-        `ValueError`: if `size` or `crop_size` is not the size that the vision encoder takes, or if `image_mean`,
-            `image_std` or `resample` has a value that cannot be used.
-    """
-    side = getattr(getattr(image_encoder, "config", None), "image_size", None)
-    try:
-        size, crop = processor.size["shortest_edge"], processor.crop_size
-        sizes = [size, crop["height"], crop["width"]]
-        values = {name: [float(value) for value in getattr(processor, name)] for name in ("image_mean", "image_std")}
-        Image.Resampling(processor.resample)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{named} has to be a CLIPImageProcessor with `size`, `crop_size`, `image_mean`, `image_std` and"
-            f" `resample`, but one of them cannot be used: {error!r:.80}."
-        ) from error
-    wanted = sizes[0] if side is None else side
-    if sizes != [wanted] * 3 or not 1 <= wanted <= MAX_VISION_SIDE:
-        largest = f"one size of at most {MAX_VISION_SIDE}" if side is None else f"{side}, as the vision encoder takes,"
-        raise ValueError(
-            f"{named} has to have {largest} in `size` and `crop_size`, but has a shortest edge of {sizes[0]!r:.20} and a"
-            f" crop of {sizes[1]!r:.20} x {sizes[2]!r:.20}."
-        )
-    for name, numbers in values.items():
-        least = -MAX_PIXEL_VALUE if name == "image_mean" else 1 / MAX_PIXEL_VALUE
-        # NaN fails the comparison
-        if len(numbers) != 3 or not all(least <= number <= MAX_PIXEL_VALUE for number in numbers):
-            raise ValueError(
-                f"{named} has to have three numbers from {least:g} to {MAX_PIXEL_VALUE:g} in `{name}`, but has"
-                f" {numbers!r:.80}."
-            )
-
-
-def _load_image_processor(path, subfolder: str, kwargs) -> CLIPImageProcessor | None:
-    if os.path.isdir(path) and not os.path.isdir(os.path.join(path, subfolder)):
+def _load_image_processor(source, subfolder: str, kwargs: dict) -> CLIPImageProcessor | None:
+    if os.path.isdir(source) and not os.path.isdir(os.path.join(source, subfolder)):
         return None
     others = ("dtype", "torch_dtype", "variant", "use_safetensors")
     kwargs = {name: value for name, value in kwargs.items() if name not in others}
-    named = f"`image_processor_folder`: {subfolder!r} of {path}"
     try:
-        file, kwargs = weight_files.check_config(path, subfolder, kwargs, "preprocessor_config.json")
-    except ValueError as error:
-        raise ValueError(f"{named} holds no usable image processor: {error}") from error
-    try:
-        return CLIPImageProcessor.from_pretrained(path, subfolder=subfolder, **kwargs)
-    except Exception as error:
-        if file is None and isinstance(error, (EntryNotFoundError, OSError)):
-            logger.info(f"{path} has no {subfolder}: the image processor is created from the vision encoder's config.")
-            return None
-        reason = str(error) or type(error).__name__
-        raise ValueError(f"{named} holds no usable image processor: {reason}") from error
+        return CLIPImageProcessor.from_pretrained(source, subfolder=subfolder, **kwargs)
+    except (EntryNotFoundError, OSError) as error:
+        if os.path.isdir(source):
+            raise ValueError(f"`image_processor_folder`: {subfolder!r} of {source}: {error}") from error
+        return None  # the repository has none: it is created from the config of the vision encoder
+
+
+def _check_image_processor(processor: Any, image_encoder: Any) -> None:
+    """Raises a `ValueError` if an image processor does not give images of the size that the vision encoder takes."""
+    if processor is None or image_encoder is None:
+        return
+    side = image_encoder.config.image_size
+    size, crop = getattr(processor, "size", None) or {}, getattr(processor, "crop_size", None) or {}
+    if (size.get("shortest_edge"), crop.get("height"), crop.get("width")) != (side, side, side):
+        raise ValueError(
+            f"`image_processor` has to have the size of the vision encoder, {side}, in `size` and `crop_size`, but has"
+            f" {size} and {crop}."
+        )
 
 
 def _without_compilation(model: Any) -> Any:
     """Returns the model inside `torch.compile`, or the object itself."""
     return model._orig_mod if isinstance(model, nn.Module) and is_compiled_module(model) else model
-
-
-def _has_code(defined: type) -> bool:
-    """Returns whether a class is at the top of a module with a file, so that other programs can import it. A class in
-    `__main__` is defined in a notebook, in an interactive session, or in a script that runs when it is imported."""
-    if defined.__module__ == "__main__" or defined.__qualname__ != defined.__name__:
-        return False
-    try:
-        return Path(inspect.getfile(defined)).is_file()
-    except (OSError, TypeError):  # the module does not exist, or has no file
-        return False
-
-
-def _import_lines(entry: Path) -> str:
-    """Returns the relative imports of a pipeline file. They import all modules of the package."""
-    return "\n".join(line for line in entry.read_text().splitlines() if line.startswith("from ."))
-
-
-def _copy_code(file: Path, folder: Path) -> None:
-    target = folder / file.name
-    if not target.exists() or not target.samefile(file):
-        shutil.copyfile(file, target)

@@ -1,5 +1,6 @@
 """The mixin class of all SSR pipelines: its components and its `__call__`."""
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -8,31 +9,28 @@ from typing import Any, Optional
 
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.models import UNet2DConditionModel, UNetMotionModel
 from diffusers.models.modeling_utils import ModelMixin
-from PIL import Image
 from transformers import CLIPImageProcessor, PreTrainedModel
 
 from . import (
-    checks_ssr,
+    arguments_ssr,
+    components_ssr,
     encoding_ssr,
-    library_internals,
+    hooks_ssr,
+    internals_ssr,
     loading_ssr,
-    modeling_ssr,
-    shared_components,
-    subject_embeds,
-    subject_request,
-    unet_hooks,
+    request_ssr,
+    subject_embeds_ssr,
 )
 
 
 def _in_own_pipeline(call: Callable) -> Callable:
-    """Decorator of a pipeline's `__call__`. The call waits until it may begin, and runs on a copy of the pipeline if
-    the pipeline is already in a call."""
+    """Decorator of a pipeline's `__call__`. The call runs on a copy of the pipeline if the pipeline is already in a
+    call."""
 
     @functools.wraps(call)
     def method(self, *args, **kwargs):
-        with shared_components.turn_to_run(), shared_components.own_pipeline(self) as pipeline:
+        with components_ssr.own_pipeline(self) as pipeline:
             return call(pipeline, *args, **kwargs)
 
     return method
@@ -42,21 +40,14 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
     r"""
     Adds SSR-Encoder to a Stable Diffusion 1.5 pipeline of diffusers. With
     `class MyPipeline(SSRPipelineMixin, StockPipeline)`, the new class has the arguments and components of the stock
-    pipeline and those documented here. docs/how_it_works.md describes how the modules process a picture and a query.
+    pipeline and those documented here. docs/how_it_works.md describes how the modules process an image and a query.
 
-    **When the hooks are in the UNet.** The weights are in the `ssr_encoder` component and are never copied into the
-    UNet. The subject is added by forward hooks. They are on the UNet's layers only during the forward passes of a call
-    with a subject. Between these passes, two hooks on the UNet detect the next one. In the call's callbacks, between
-    calls and after an error, the UNet is stock. Any number of threads, SSR pipelines and stock pipelines can use one
-    UNet at the same time.
-
-    **How the subject is passed to the UNet.** The subject's keys and values are projected once per call, and the
-    values are multiplied by the scale. They are passed in an argument that every pipeline passes on to its UNet:
-    `cross_attention_kwargs["ssr_subject"]`.
+    The weights are in the `ssr_encoder` component and are never copied into the UNet. The subject's keys and values are
+    projected once per call, and forward hooks add the attention to them. The hooks are in the UNet during a call with a
+    subject, and act only in the forward passes of this call. In the call's callbacks, in other threads, between calls
+    and after an error, the UNet is stock. Any number of threads, SSR pipelines and stock pipelines can use one UNet at
+    the same time.
     """
-
-    _ssr_scale: float | dict = loading_ssr.DEFAULT_SCALE
-    set_max_concurrent_calls = staticmethod(shared_components.set_max_concurrent_calls)
 
     def __init__(
         self,
@@ -75,10 +66,11 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        # also the methods that a user's own class overrides
+        # the methods that use the tokenizer, also those that a user's own class overrides
         for name in ("encode_prompt", "_encode_prompt"):
-            if inspect.isfunction(vars(cls).get(name)):
-                setattr(cls, name, _with_own_tokenizer(vars(cls)[name]))
+            method = vars(cls).get(name, getattr(super(), name, None))
+            if inspect.isfunction(method):
+                setattr(cls, name, _with_tokenizer_lock(method))
         if any(issubclass(base, SSRPipelineMixin) for base in cls.__bases__ if base is not SSRPipelineMixin):
             return  # the class inherits all of this
         # diffusers reads a class's components and arguments from its signatures. With only `*args, **kwargs`,
@@ -87,11 +79,8 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
             if name not in vars(cls):
                 setattr(cls, name, _with_signature(getattr(cls, name), getattr(super(), name)))
         stock: Any = super()
-        for name in ("encode_prompt", "_encode_prompt"):
-            if name not in vars(cls) and hasattr(stock, name):
-                setattr(cls, name, _with_own_tokenizer(getattr(stock, name)))
-        library_internals.register_auto_pipeline(cls, _stock_class_of(cls))
-        cls._optional_components = [*stock._optional_components, *loading_ssr.COMPONENTS]
+        internals_ssr.register_auto_pipeline(cls, _stock_class_of(cls))
+        cls._optional_components = [*stock._optional_components, *components_ssr.COMPONENTS]
         if stock.model_cpu_offload_seq is not None:  # a user's own pipeline may not support offloading
             order = stock.model_cpu_offload_seq.replace("unet", "ssr_image_encoder->ssr_encoder->unet")
             cls.model_cpu_offload_seq = order
@@ -105,7 +94,7 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
         subject_mask=None,
         mask_weight: float = 1.0,
         subject_scale: float | dict | None = None,
-        subject: subject_embeds.SubjectEmbeds | dict | list | None = None,
+        subject: subject_embeds_ssr.SubjectEmbeds | dict | list | None = None,
         subject_start: float = 0.0,
         subject_end: float = 1.0,
         subject_resize_mode: str = "pad",
@@ -113,21 +102,21 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
         **kwargs,
     ):
         r"""
-        Generates pictures or videos like the stock pipeline, with subjects from reference pictures. It accepts all
+        Generates images or videos like the stock pipeline, with subjects from reference images. It accepts all
         arguments of the stock pipeline. Without a subject, the stock call runs unchanged.
 
         `subject_image`, `subject_query` and `subject_mask` can be lists. With a list of prompts, they have one element
-        for each prompt. With a single prompt, they are several subjects that appear together in the generated picture.
+        for each prompt. With a single prompt, they are several subjects that appear together in the generated image.
 
         Args:
             subject_image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or `list`, *optional*):
-                The reference picture. It may contain several objects. Arrays have the shape `(height, width, 3)`, in
+                The reference image. It may contain several objects. Arrays have the shape `(height, width, 3)`, in
                 uint8 or as floats from 0 to 1. Tensors have the shape `(3, height, width)`, with values from 0 to 1.
             subject_query (`str` or `list[str]`, *optional*):
-                A text that names the subject in the picture, for example "cat" or "the woman on the left". With a
-                mask, the query is optional; the authors used a caption of the whole picture.
+                A text that names the subject in the image, for example "cat" or "the woman on the left". With a
+                mask, the query is optional; the authors used a caption of the whole image.
             subject_mask (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or `list`, *optional*):
-                A mask of the subject in the reference picture, of shape `(height, width)` and the size of the picture:
+                A mask of the subject in the reference image, of shape `(height, width)` and the size of the image:
                 white, or 1, where the subject is.
             mask_weight (`float`, defaults to 1.0):
                 How strongly the mask increases the attention inside it, 0 or more. It needs a mask.
@@ -144,9 +133,9 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
                 them. `None` at a frame fades the subject out.
             subject_start (`float`, defaults to 0.0), subject_end (`float`, defaults to 1.0):
                 The part of the denoising process in which the subject is used, as fractions of the steps. Early steps
-                determine layout and colours, late steps determine details.
+                determine layout and colors, late steps determine details.
             subject_resize_mode (`str`, defaults to `"pad"`):
-                `"pad"` passes the whole reference picture to the encoder. `"crop"` passes the central square, as the
+                `"pad"` passes the whole reference image to the encoder. `"crop"` passes the central square, as the
                 released code does.
             subject_in_controlnet (`bool`, defaults to `False`):
                 Whether the subject's tokens are appended to the text that a ControlNet gets, as in the released demo.
@@ -167,101 +156,82 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
         >>> image = pipe("a cat on the beach", subject_image=photo, subject_query="cat").images[0]
         ```
         """
+        # 1. parse: read the arguments, and check those that need no model
         stock_call = super().__call__
-        stock_parameters = inspect.signature(stock_call).parameters
-        checks_ssr.check_unknown_arguments(kwargs, stock_parameters, _OWN_ARGUMENTS)
-        references = {"subject_image": subject_image, "subject_query": subject_query, "subject_mask": subject_mask}
-        of_references = {"mask_weight": mask_weight, "subject_resize_mode": subject_resize_mode}
-        of_subjects = {
+        own = {
+            "subject_image": subject_image,
+            "subject_query": subject_query,
+            "subject_mask": subject_mask,
+            "mask_weight": mask_weight,
             "subject_scale": subject_scale,
+            "subject": subject,
             "subject_start": subject_start,
             "subject_end": subject_end,
+            "subject_resize_mode": subject_resize_mode,
             "subject_in_controlnet": subject_in_controlnet,
         }
-        if subject is None and all(value is None for value in references.values()):
-            checks_ssr.check_unused({**of_subjects, **of_references}, _OWN_ARGUMENTS, "there is no subject")
-            # another kind of UNet works without a subject
-            if isinstance(self.unet, (UNet2DConditionModel, UNetMotionModel)):
-                checks_ssr.check_precision(self.text_encoder, self.unet)
+        if not arguments_ssr.check_own_arguments(own, _OWN_ARGUMENTS, kwargs, stock_call):
             return stock_call(*args, **kwargs)
-
-        arguments = _by_name(stock_call, args, kwargs)
-        if arguments.get("num_inference_steps") is not None:
-            subject_embeds.check_count("num_inference_steps", arguments["num_inference_steps"])
-        # read once, because another thread may exchange the encoder during the call
+        arguments = arguments_ssr.arguments_by_name(stock_call, args, kwargs)
+        window = arguments_ssr.parse_window(subject_start, subject_end, stock_call)
         encoder = self._loaded_encoder()
+        components_ssr.check_precision(self.text_encoder, self.unet)
+        components_ssr.check_controlnet(getattr(self, "controlnet", None), encoder)
         scale = self._layer_scales("subject_scale", self._ssr_scale if subject_scale is None else subject_scale)
-        window = checks_ssr.check_window(subject_start, subject_end)
-        if window is not None and "callback_on_step_end" not in stock_parameters:
-            raise ValueError("`subject_start` and `subject_end` need a pipeline with `callback_on_step_end`.")
-        num_prompts = _num_prompts(arguments)
+
+        # 2. rows: the subjects of each prompt
+        num_prompts = arguments_ssr.num_prompts(arguments)
+        num_frames = arguments_ssr.num_frames(stock_call, arguments)
         if subject is None:
-            text, encoders = _text_arguments(arguments), self._encoders()
-            encoder = encoders[-1]
-            encoded = self._encode_subjects(
-                encoders, subject_image, subject_query, subject_mask, mask_weight, subject_resize_mode, text
-            )
-            if num_prompts > 1 or isinstance(arguments.get("prompt"), list):
-                names = ", ".join(f"`{name}`" for name in references)
-                rows = [
-                    subject_request.SubjectRow((each,))
-                    for each in checks_ssr.one_for_each(names, encoded, num_prompts)
-                ]
-            else:
-                rows = [subject_request.SubjectRow((functools.reduce(subject_embeds.SubjectEmbeds.__add__, encoded),))]
-        else:
-            given = [name for name, value in references.items() if value is not None]
-            if given:
-                raise ValueError(f"Pass either `subject` or `{given[0]}`, but not both.")
-            checks_ssr.check_unused(
-                of_references, _OWN_ARGUMENTS, "`subject` is encoded already: pass it to `encode_subject`"
-            )
-            rows = checks_ssr.check_subjects(subject, num_prompts, self._check_encoded_by(encoder))
-        rows = [subject_request.without_disabled_subjects(row, scale) for row in rows]
-        if subject_in_controlnet:
-            has_controlnet = getattr(self, "controlnet", None) is not None
-            checks_ssr.check_in_controlnet(rows, has_controlnet, type(self).__name__)
-        if arguments.get("padding_mask_crop") is not None:
-            checks_ssr.check_no_regions(rows, "`padding_mask_crop` draws a part of the picture")
-        num_frames = _num_frames(stock_parameters, arguments)
-        for row in rows:
-            subject_request.check_frames(row, num_frames)
-        if not checks_ssr.acts(rows, scale):
+            own["subject"] = self._encode_for_prompts(own, arguments, num_prompts)
+        rows = arguments_ssr.parse_subjects(own["subject"], num_prompts)
+        self._check_encoded_by(encoder, rows)
+        rows = [arguments_ssr.without_disabled_subjects(row, scale) for row in rows]
+        arguments_ssr.check_rows(rows, num_frames, own, arguments, self)
+        if not arguments_ssr.has_effect(rows, scale):
             return stock_call(**arguments)
 
-        request = subject_request.SubjectRequest(
-            rows,
-            num_prompts * (arguments.get("num_images_per_prompt") or 1),
-            encoder,
-            unet_hooks.find_unet(self.unet).dtype,
-            scale,
-            functools.partial(_branches, self),
-            num_frames,
-        )
-        return self._draw(stock_call, arguments, request, window, subject_in_controlnet)
+        # 3. generate
+        num_images = num_prompts * (arguments.get("num_images_per_prompt") or 1)
+        dtype, branches = hooks_ssr.find_unet(self.unet).dtype, functools.partial(_branches, self)
+        request = request_ssr.SubjectRequest(rows, num_images, encoder, dtype, scale, branches, num_frames)
+        return self._generate(stock_call, arguments, request, window, subject_in_controlnet)
 
-    def _draw(self, stock_call, arguments: dict, request: subject_request.SubjectRequest, window, in_controlnet: bool):
-        """Runs the stock call, with a subject added to the UNet's forward passes."""
-        passes = unet_hooks.SubjectPasses(self.unet, request.encoder.config.attention_layers, request.conditions)
-        if in_controlnet:
-            passes.watch_controlnet(self.controlnet, request.tokens)
-        attention_kwargs = arguments.get("cross_attention_kwargs") or {}
-        arguments = {**arguments, "cross_attention_kwargs": {**attention_kwargs, unet_hooks.SUBJECT: passes}}
-        steps = inspect.signature(stock_call).parameters.get("num_inference_steps")
-        arguments.update(_callbacks(passes, request, window, arguments, steps.default if steps is not None else 0))
-        try:
-            with passes:
-                output = stock_call(**arguments)
-        finally:
-            # a second time, in case Ctrl-C interrupted `stop` at the end of the `with` block
-            passes.stop()
-            # otherwise the pipeline would keep the encoder and the keys and values in memory until its next call
-            if (getattr(self, "_cross_attention_kwargs", None) or {}).get(unet_hooks.SUBJECT) is passes:
-                self._cross_attention_kwargs = attention_kwargs or None
-        if passes.count == 0:
+    def _encode_for_prompts(self, own: dict, arguments: dict, num_prompts: int):
+        """Encodes the reference images of a call. Returns one subject for each prompt of a list, or the subjects that
+        appear together for a single prompt."""
+        names = ("subject_image", "subject_query", "subject_mask")
+        references = encoding_ssr.parse_references(*(own[name] for name in names))
+        text = arguments_ssr.text_arguments(arguments)
+        encoded: Any = self._encode_references(references, own["mask_weight"], own["subject_resize_mode"], text)
+        if num_prompts > 1 or isinstance(arguments.get("prompt"), list):
+            return arguments_ssr.check_one_for_each(", ".join(f"`{name}`" for name in names), encoded, num_prompts)
+        return sum(encoded)
+
+    def _generate(
+        self, stock_call: Callable, arguments: dict, request: request_ssr.SubjectRequest, window, in_controlnet: bool
+    ):
+        """Runs the stock call, with the subject in the UNet's forward passes."""
+        with contextlib.ExitStack() as stack:
+            models: list[Any] = [None, None]
+
+            def follow(pipeline) -> None:
+                """Adds the subject to the UNet and the ControlNet, again if a callback replaced them."""
+                controlnet = pipeline.controlnet if in_controlnet else None
+                if models[0] is pipeline.unet and models[1] is controlnet:
+                    return
+                if models[0] is not None:
+                    components_ssr.check_fits_unet(pipeline.unet, request.encoder)
+                    components_ssr.check_controlnet(controlnet, request.encoder)
+                models[:] = pipeline.unet, controlnet
+                stack.enter_context(hooks_ssr.subject_in_unet(pipeline.unet, request.encoder, request, controlnet))
+
+            follow(self)
+            output = stock_call(**{**arguments, **_callbacks(follow, request, window, stock_call, arguments)})
+        if request.passes == 0:
             raise ValueError(
-                f"{type(self).__name__} drew without its subject: no forward pass of the UNet was given"
-                f" `cross_attention_kwargs`. Something is between the pipeline and `unet` ({type(self.unet).__name__})."
+                f"{type(self).__name__} generated without its subject: the call did not run `unet`"
+                f" ({type(self.unet).__name__}) in its own thread."
             )
         return output
 
@@ -298,44 +268,32 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
                 " `subject=[cat.scaled(0.5), dog.scaled(0.8)]`."
             )
         if not isinstance(scale, dict):
-            return subject_embeds.check_scale(name, scale)
+            return internals_ssr.check_scale(name, scale)
         if self.ssr_encoder is None:
-            raise ValueError(f"`{name}` names blocks, but there is no SSR-Encoder yet: call `load_ssr` first.")
+            raise ValueError(
+                f"`{name}` has scales for blocks, but there is no SSR-Encoder yet: call `load_ssr` first."
+            )
         layers = self.ssr_encoder.config.attention_layers
-        checks_ssr.check_block_scales(name, scale, layers)
-        expanded = library_internals.expand_block_scales(unet_hooks.find_unet(self.unet), scale)
+        arguments_ssr.check_block_scales(name, scale, layers)
+        expanded = internals_ssr.expand_block_scales(hooks_ssr.find_unet(self.unet), scale)
         return {
             layer: float(next((s for block, s in expanded.items() if layer.startswith(block)), 0.0))
             for layer in layers
         }
 
-    def _loaded_encoder(self) -> modeling_ssr.SSREncoder:
-        """Returns the SSR-Encoder. Raises a `ValueError` if the pipeline's components cannot generate a subject.
-        Components that are only needed to encode a reference picture may be absent."""
-        encoder = self.ssr_encoder
-        if encoder is None:
-            raise ValueError("There is no SSR-Encoder in this pipeline yet: call `load_ssr` before drawing a subject.")
-        checks_ssr.check_fits(self.unet, encoder, self.ssr_image_encoder, self.text_encoder)
-        checks_ssr.check_precision(self.text_encoder, self.unet)
-        checks_ssr.check_controlnet(getattr(self, "controlnet", None), encoder)
-        return encoder
-
-    def _check_encoded_by(self, encoder: modeling_ssr.SSREncoder) -> Callable[[subject_embeds.SubjectEmbeds], None]:
-        """Returns a function that checks whether a [`SubjectEmbeds`] was encoded by an SSR-Encoder. The encoder's
-        fingerprint is only computed if it is needed."""
+    def _check_encoded_by(self, encoder, rows: list[request_ssr.Row]) -> None:
+        """Raises a `ValueError` if a subject was encoded by another SSR-Encoder. The encoder's fingerprint is only
+        computed if it is needed."""
         fingerprint = functools.cache(lambda: encoder.fingerprint(self._execution_device))
-
-        def check(subject: subject_embeds.SubjectEmbeds) -> None:
-            known = subject.fingerprint is not None
+        for subject in (subject for row in rows for subject in row.values() if subject is not None):
             width = subject.subjects[0].embeds.shape[-1]
             if width != encoder.config.cross_attention_dim or (
-                known and not subject_embeds.same_fingerprint(subject.fingerprint, fingerprint())
+                subject.fingerprint is not None
+                and not subject_embeds_ssr.same_fingerprint(subject.fingerprint, fingerprint())
             ):
                 raise ValueError(
-                    "`subject` was encoded by another SSR-Encoder than this pipeline's: encode its picture again."
+                    "`subject` was encoded by another SSR-Encoder than this pipeline's: encode its image again."
                 )
-
-        return check
 
 
 # the names and default values of the arguments that this class adds to those of the stock call
@@ -344,56 +302,6 @@ _OWN_ARGUMENTS = {
     for name, parameter in inspect.signature(SSRPipelineMixin.__call__).parameters.items()
     if parameter.kind is inspect.Parameter.KEYWORD_ONLY
 }
-
-
-def _by_name(call: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:
-    """Returns the arguments of a call by name, those that it takes as `**kwargs` included."""
-    signature = inspect.signature(call)
-    arguments = signature.bind_partial(*args, **kwargs).arguments
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            arguments.update(arguments.pop(name, {}))
-        elif parameter.kind is inspect.Parameter.VAR_POSITIONAL and arguments.pop(name, ()):
-            # the prompts are among them, and their number is needed
-            raise ValueError(
-                f"The call of this pipeline takes `*{name}`, so with a subject its arguments have to be passed by name:"
-                " `prompt=...`."
-            )
-    return arguments
-
-
-def _num_prompts(arguments: dict) -> int:
-    prompt, prompt_embeds = arguments.get("prompt"), arguments.get("prompt_embeds")
-    return len(prompt) if isinstance(prompt, list) else 1 if prompt_embeds is None else len(prompt_embeds)
-
-
-def _num_frames(parameters, arguments: dict) -> int:
-    """Returns the number of frames that a call generates. It is 1 for pictures."""
-    latents: Any = arguments.get("latents")
-    if getattr(latents, "ndim", 0) == 5:
-        return latents.shape[2]  # a call that gets the latents of a video draws their frames
-    if "num_frames" in parameters:
-        return arguments.get("num_frames", parameters["num_frames"].default)
-    videos = (arguments.get(name) for name in ("video", "conditioning_frames"))
-    return next((_length(video) for video in videos if video is not None), 1)
-
-
-def _length(video) -> int:
-    """Returns the number of frames of a video in one of the formats of `VideoProcessor.preprocess_video`: frames, or a
-    batch of videos."""
-    if isinstance(video, list) and video:
-        first = video[0]
-        is_frame = isinstance(first, Image.Image) or getattr(first, "ndim", 0) in (2, 3)
-        return len(video) if is_frame else _length(first)
-    if getattr(video, "ndim", 0) == 5:
-        return video.shape[1]
-    return len(video) if getattr(video, "ndim", 0) == 4 else 1
-
-
-def _text_arguments(arguments: dict) -> dict:
-    """Returns the arguments that the call passes to `encode_prompt` for its prompts. They are used for queries too."""
-    lora_scale = (arguments.get("cross_attention_kwargs") or {}).get("scale")
-    return {"lora_scale": lora_scale, "clip_skip": arguments.get("clip_skip")}
 
 
 def _branches(pipeline) -> list[tuple[bool, ...]]:
@@ -410,36 +318,35 @@ def _branches(pipeline) -> list[tuple[bool, ...]]:
 
 
 def _callbacks(
-    passes: unet_hooks.SubjectPasses,
-    request: subject_request.SubjectRequest,
-    window,
-    arguments: dict,
-    default_steps: int,
+    follow: Callable, request: request_ssr.SubjectRequest, window, stock_call: Callable, arguments: dict
 ) -> dict:
     """Returns the callback arguments of the stock call: the user's callbacks, during which the UNet is stock, and a
     callback that disables the subject outside its window."""
     changed: dict[str, Any] = {}
     if arguments.get("callback") is not None:  # deprecated in most pipelines, the only one in some
-        changed["callback"] = _while_paused(passes, arguments["callback"])
+        changed["callback"] = _marked(request, arguments["callback"])
     callback = arguments.get("callback_on_step_end")
     if callback is None and window is None:
         return changed
     start, end = window or (0.0, 1.0)
     request.active = start == 0
-    num_inference_steps = arguments.get("num_inference_steps", default_steps)
+    steps = inspect.signature(stock_call).parameters.get("num_inference_steps")
+    num_inference_steps = arguments.get("num_inference_steps", 0 if steps is None else steps.default)
 
     def on_step_end(pipeline, step, timestep, callback_kwargs):
+        num_steps = pipeline.num_timesteps
         # FreeInit with fast sampling denoises with fewer steps first; the last time has all steps
-        if step == 0 and not (
-            getattr(pipeline, "_free_init_use_fast_sampling", False) and pipeline.num_timesteps < num_inference_steps
-        ):
-            checks_ssr.check_window_has_steps(start, end, pipeline.num_timesteps)
+        partial = getattr(pipeline, "_free_init_use_fast_sampling", False) and num_steps < num_inference_steps
+        if step == 0 and not partial and not any(start * num_steps <= s < end * num_steps for s in range(num_steps)):
+            raise ValueError(
+                f"`subject_start` = {start} and `subject_end` = {end} are between two steps, so that the subject would"
+                f" not be used: {num_steps} steps begin at multiples of {1 / num_steps:.3g}."
+            )
         if callback is not None:
-            callback_kwargs = _while_paused(passes, callback)(pipeline, step, timestep, callback_kwargs)
-            _follow(pipeline, passes)
+            callback_kwargs = _marked(request, callback)(pipeline, step, timestep, callback_kwargs)
+            follow(pipeline)
         # FreeInit denoises several times, so that the last step is followed by the first step
-        following = (step + 1) % pipeline.num_timesteps
-        request.active = start * pipeline.num_timesteps <= following < end * pipeline.num_timesteps
+        request.active = start * num_steps <= (step + 1) % num_steps < end * num_steps
         return callback_kwargs
 
     changed["callback_on_step_end"] = on_step_end
@@ -448,42 +355,35 @@ def _callbacks(
     return changed
 
 
-def _while_paused(passes: unet_hooks.SubjectPasses, callback: Callable) -> Callable:
-    def paused(*args, **kwargs):
-        with passes.paused():
+def _marked(request: request_ssr.SubjectRequest, callback: Callable) -> Callable:
+    """Returns the callback, during which the UNet is stock."""
+
+    def marked(*args, **kwargs):
+        request.in_callback = True
+        try:
             return callback(*args, **kwargs)
+        finally:
+            request.in_callback = False
 
-    return paused
-
-
-def _follow(pipeline, passes: unet_hooks.SubjectPasses) -> None:
-    """Handles changes that a callback made to the pipeline's UNet, its ControlNet or its `cross_attention_kwargs`."""
-    if pipeline.unet is not passes.wrapped_unet:
-        checks_ssr.check_fits_unet(pipeline.unet, pipeline.ssr_encoder)
-        with passes.paused():
-            passes.watch(pipeline.unet)
-    if passes.controlnet is not None and pipeline.controlnet is not passes.controlnet:
-        checks_ssr.check_controlnet(pipeline.controlnet, pipeline.ssr_encoder)
-        with passes.paused():
-            passes.watch_controlnet(pipeline.controlnet, passes.tokens)
-    attention_kwargs = getattr(pipeline, "_cross_attention_kwargs", None) or {}
-    if hasattr(pipeline, "_cross_attention_kwargs") and attention_kwargs.get(unet_hooks.SUBJECT) is not passes:
-        pipeline._cross_attention_kwargs = {**attention_kwargs, unet_hooks.SUBJECT: passes}
+    return marked
 
 
 def _stock_class_of(pipeline_class: type) -> type:
     """Returns the class of diffusers, or the user-defined class, to which the mixin was added."""
     return next(
-        each
-        for each in pipeline_class.__mro__
-        if not issubclass(each, SSRPipelineMixin) and each not in SSRPipelineMixin.__mro__
+        base
+        for base in pipeline_class.__mro__
+        if not issubclass(base, SSRPipelineMixin) and base not in SSRPipelineMixin.__mro__
     )
 
 
-def _with_own_tokenizer(encode_prompt: Callable) -> Callable:
+def _with_tokenizer_lock(encode_prompt: Callable) -> Callable:
     @functools.wraps(encode_prompt)
     def method(self, *args, **kwargs):
-        return shared_components.with_own_tokenizer(self, lambda pipeline: encode_prompt(pipeline, *args, **kwargs))
+        if self.tokenizer is None:
+            return encode_prompt(self, *args, **kwargs)
+        with components_ssr.tokenizer_lock(self.tokenizer):
+            return encode_prompt(self, *args, **kwargs)
 
     return method
 

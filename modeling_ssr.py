@@ -1,12 +1,10 @@
 """The SSR-Encoder model: the token-to-patch aligner, the detail-preserving subject encoder, and the projections to the
 keys and values of the UNet's cross-attention layers."""
 
-import inspect
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-import diffusers
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -14,7 +12,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
-from . import library_internals, weight_files
+from . import internals_ssr, released_weights_ssr
 
 
 # The cross-attention layers of SD 1.5's UNet and their widths, in the order of `unet.attn_processors`.
@@ -33,16 +31,6 @@ SD15_ATTENTION_LAYERS = {
 }
 
 
-# Upper limits, far above the sizes of any real encoder. They are checked first, because an untrusted config with
-# larger sizes would fill the memory before the weights are loaded.
-MAX_WIDTH = 2**15
-MAX_LEVELS = 64
-MAX_LAYERS = 1024
-MAX_PARAMETERS = 2**30
-
-_LARGEST_FLOAT = torch.finfo(torch.float32).max
-
-
 class _Layers(nn.ModuleDict):
     """Projects subject embeddings to the keys and values of the layers. It is a module with its own `forward`, because
     group offloading loads the weights in a hook on `forward`."""
@@ -54,10 +42,10 @@ class _Layers(nn.ModuleDict):
 
 class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers types `config_name` in two ways
     r"""
-    Turns a query and the hidden states of a picture into subject embeddings, and projects these to keys and values for
+    Turns a query and the hidden states of an image into subject embeddings, and projects these to keys and values for
     the UNet's cross-attention (SSR-Encoder, https://arxiv.org/abs/2312.16272, sections 3.2 and 3.3).
 
-    In the token-to-patch aligner, each token of the query attends to the picture's patches; this locates the subject.
+    In the token-to-patch aligner, each token of the query attends to the image's patches; this locates the subject.
     The subject encoder applies the same attention to several levels of the vision encoder, which preserves both the
     meaning and the fine details of the subject. The defaults are for SD 1.5 with CLIP ViT-L/14.
 
@@ -81,8 +69,7 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
             for encoders without image levels, which cannot compute it.
 
     Raises:
-        `ValueError`: if a size is not a positive whole number, or exceeds the limits of this module, or if
-            `known_fingerprint` is not a fingerprint or is given although there are `image_levels`.
+        `ValueError`: if `inner_dim` is not a multiple of `num_attention_heads`.
 
     Example:
 
@@ -116,11 +103,11 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
         if attention_layers is None:
             attention_layers = SD15_ATTENTION_LAYERS
             self.register_to_config(attention_layers=dict(attention_layers))
-        _check_widths(cross_attention_dim, vision_hidden_size, inner_dim, num_attention_heads)
-        _check_levels(image_levels)
-        _check_layers(attention_layers)
-        _check_parameters(cross_attention_dim, vision_hidden_size, inner_dim, len(image_levels), attention_layers)
-        _check_fingerprint(known_fingerprint, cross_attention_dim, len(image_levels))
+        if inner_dim % num_attention_heads:
+            raise ValueError(
+                f"`inner_dim` has to be a multiple of `num_attention_heads`, but is {inner_dim} with"
+                f" {num_attention_heads} heads."
+            )
 
         self.to_q = nn.Linear(cross_attention_dim, inner_dim, bias=False)
         self.to_k = nn.Linear(vision_hidden_size, inner_dim, bias=False)
@@ -190,7 +177,7 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
         output_attentions: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         r"""
-        Computes the subject embeddings of the queried subject in a picture (section 3.2 of the paper, equations 2 to
+        Computes the subject embeddings of the queried subject in an image (section 3.2 of the paper, equations 2 to
         4).
 
         Args:
@@ -233,7 +220,7 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
         if not self.config.image_levels:
             raise ValueError(
                 "`image_levels` of this SSREncoder is empty, so it only projects subjects that are encoded already:"
-                " load the whole encoder to encode a picture."
+                " load the whole encoder to encode an image."
             )
 
     @apply_forward_hook
@@ -254,7 +241,7 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
 
     def layers_alone(self) -> "SSREncoder":
         r"""
-        Returns an encoder that only projects subject embeddings to keys and values. It cannot encode pictures.
+        Returns an encoder that only projects subject embeddings to keys and values. It cannot encode images.
 
         Returns:
             [`SSREncoder`] that shares the key and value weights with this encoder and has no image levels. It has the
@@ -315,17 +302,9 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
         return torch.cat(parts).float().cpu()
 
     @classmethod
-    def from_config(cls, config: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Same as `ConfigMixin.from_config`, but raises a `ValueError` if the config is a list. `ConfigMixin` would
-        treat a list as the name of a repository."""
-        if isinstance(config, list):
-            raise ValueError(f"The config has to be a dict, but is {config!r:.80}.")
-        return super().from_config(config, *args, **kwargs)
-
-    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, **kwargs: Any) -> "SSREncoder":
         r"""
-        Load an encoder that was saved with `save_pretrained`. The arguments are those of
+        Loads an encoder that was saved with `save_pretrained`. The arguments are those of
         `ModelMixin.from_pretrained`.
 
         Returns:
@@ -334,56 +313,32 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
 
         Raises:
             `OSError`: if the file or repository does not exist.
-            `ValueError`: if the config is not valid for an encoder, if a file is broken or too large, or if a weight is
-                missing, unexpected, of a wrong dtype or shape, or not finite. The sizes are checked before memory is
-                allocated.
+            `ValueError`: if a weight is missing, unexpected, of the wrong shape, or not finite.
         """
         source = f"`pretrained_model_name_or_path`: {pretrained_model_name_or_path}"
         with_info = kwargs.pop("output_loading_info", False)
-        kwargs = library_internals.precision_arguments(kwargs)
+        kwargs = internals_ssr.precision_arguments(kwargs)
         try:
-            kwargs = cls._check_files(pretrained_model_name_or_path, kwargs)
             loaded = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         except (OSError, ImportError):
             raise
-        except Exception as error:
-            reason = str(error) or type(error).__name__
-            raise ValueError(f"{source} holds no usable SSREncoder: {reason}") from error
-        info: dict[str, Any] = {}
-        model, info = loaded if isinstance(loaded, tuple) else (loaded, info)
+        except Exception as error:  # diffusers raises different errors for a wrong config, name or shape
+            raise ValueError(f"{source} holds no usable SSREncoder: {error or type(error).__name__}") from error
+        # a quantized encoder is returned without the info
+        model, info = loaded if isinstance(loaded, tuple) else (loaded, {})
         # diffusers only warns about missing weights and initializes them with random numbers
-        missing = sorted(info.get("missing_keys", ()))
-        if missing:
-            raise ValueError(f"{source} lacks weights of its SSREncoder: {weight_files.some_names(missing)}.")
-        broken = [name for name, parameter in model.named_parameters() if not is_finite(parameter)]
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            names = sorted(str(name) for name in info.get(kind, ()))
+            if names:
+                raise ValueError(
+                    f"{source} holds no usable SSREncoder: {kind.replace('_', ' ')} {internals_ssr.shorten_names(names)}."
+                )
+        broken = [name for name, parameter in model.named_parameters() if not internals_ssr.is_finite(parameter)]
         if broken:
-            raise ValueError(f"{source} holds weights that are not finite numbers: {weight_files.some_names(broken)}.")
+            raise ValueError(
+                f"{source} holds weights that are not finite numbers: {internals_ssr.shorten_names(broken)}."
+            )
         return (model, info) if with_info else model  # type: ignore[return-value]  # same as in diffusers
-
-    @classmethod
-    def _check_files(cls, source: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Raises a `ValueError` if the config or the weights cannot be those of an encoder, before they are loaded.
-        Returns the arguments with which `ModelMixin.from_pretrained` loads the files that were checked."""
-        if source is None:
-            return kwargs
-        subfolder = kwargs.get("subfolder")
-        file, kwargs = weight_files.check_config(source, subfolder, kwargs)
-        if file is None or kwargs.get("use_flashpack") or kwargs.get("ignore_mismatched_sizes"):
-            return kwargs
-        try:
-            config = cls.load_config(os.fspath(file))
-        except OSError as error:  # it is not JSON
-            raise ValueError(str(error)) from error
-        # a quantized encoder has other weights
-        if not isinstance(config, dict) or config.get("quantization_config"):
-            return kwargs
-        known = inspect.signature(cls.__init__).parameters
-        with torch.device("meta"):
-            model = cls(**{name: value for name, value in {**config, **kwargs}.items() if name in known})
-        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        names = diffusers.utils.SAFETENSORS_WEIGHTS_NAME, diffusers.utils.WEIGHTS_NAME
-        weight_files.check_weights(source, subfolder, names, kwargs, shapes)
-        return {**kwargs, "force_download": False}  # the check has downloaded the files
 
     @classmethod
     def from_released(
@@ -393,7 +348,7 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
         **config: Any,
     ) -> "SSREncoder":
         r"""
-        Load an encoder from the two files in which the authors of SSR-Encoder released their weights.
+        Loads an encoder from the two files in which the authors of SSR-Encoder released their weights.
 
         Args:
             aligner (`str`, `os.PathLike` or `dict[str, torch.Tensor]`):
@@ -421,11 +376,7 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
         # on the meta device, so that names and shapes are checked before memory is allocated for the encoder
         with torch.device("meta"):
             model = cls(**config)
-        # imported here, because the folder of a saved encoder does not contain this module, and the encoder can be
-        # loaded and run without it
-        from . import released_weights
-
-        state_dict = released_weights.read_released_weights(
+        state_dict = released_weights_ssr.read_released_weights(
             aligner, layers, model.state_dict(), [_module_name(name) for name in model.config.attention_layers]
         )
         # `to_empty` does not initialize the weights; `load_state_dict` overwrites all of them
@@ -434,125 +385,5 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
         return model.eval()
 
 
-def consistency_loss(
-    subject_embeds: torch.Tensor, query_hidden_states: torch.Tensor, form: str = "released"
-) -> torch.Tensor:
-    r"""
-    The embedding consistency loss, which keeps the subject embeddings close to the meaning of the query (section 3.4
-    of the paper, equation 7).
-
-    Args:
-        subject_embeds (`torch.Tensor` of shape `(batch_size, num_tokens * num_levels, cross_attention_dim)`):
-            The output of [`SSREncoder`].
-        query_hidden_states (`torch.Tensor` of shape `(batch_size, num_tokens, cross_attention_dim)`):
-            The query hidden states that the encoder was called with. They are detached and receive no gradient.
-        form (`"released"` or `"paper"`, defaults to `"released"`):
-            `"released"` compares each token with the query's token and sums over the levels, as the released code
-            does. `"paper"` compares the means over all tokens, as the paper describes.
-
-    Returns:
-        `torch.Tensor` with a single value. It is 0 if the directions of both embeddings are equal.
-
-    Raises:
-        `ValueError`: if `form` has another value.
-
-    Example:
-
-    ```py
-    >>> loss = F.mse_loss(noise_pred, noise) + 0.1 * consistency_loss(subject_embeds, query_hidden_states)
-    ```
-    """
-    query = query_hidden_states.detach()
-    if form == "paper":
-        return (1 - F.cosine_similarity(subject_embeds.mean(1), query.mean(1), dim=-1)).mean()
-    if form != "released":
-        raise ValueError(f'`form` has to be "released" or "paper", but is {form!r}.')
-    levels = subject_embeds.unflatten(1, (-1, query.shape[1]))
-    return (1 - F.cosine_similarity(levels, query[:, None], dim=-1)).mean((0, 2)).sum()
-
-
 def _module_name(layer: str) -> str:
     return layer.replace(".", "_")
-
-
-def check_number(name: str, value: Any, most: int, least: int = 1) -> None:
-    """Raises a `ValueError` if a value is not a whole number from `least` to `most`."""
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise ValueError(f"`{name}` has to be a whole number from {least} to {most}, but is {value!r:.80}.")
-
-
-def _check_widths(cross_attention_dim: Any, vision_hidden_size: Any, inner_dim: Any, num_attention_heads: Any) -> None:
-    check_number("cross_attention_dim", cross_attention_dim, MAX_WIDTH)
-    check_number("vision_hidden_size", vision_hidden_size, MAX_WIDTH)
-    check_number("inner_dim", inner_dim, MAX_WIDTH)
-    check_number("num_attention_heads", num_attention_heads, MAX_WIDTH)
-    if inner_dim % num_attention_heads:
-        raise ValueError(
-            f"`inner_dim` has to be a multiple of `num_attention_heads`, but is {inner_dim} with {num_attention_heads}"
-            " heads."
-        )
-
-
-def _check_levels(image_levels: Any) -> None:
-    if not isinstance(image_levels, (list, tuple)) or len(image_levels) > MAX_LEVELS:
-        raise ValueError(f"`image_levels` has to be a list of at most {MAX_LEVELS}, but is {image_levels!r:.80}.")
-    for level in image_levels:
-        check_number("image_levels", level, MAX_LAYERS, least=0)
-
-
-def _check_layers(attention_layers: Any) -> None:
-    if not isinstance(attention_layers, dict) or len(attention_layers) > MAX_LAYERS:
-        raise ValueError(
-            f"`attention_layers` has to be a dict with the widths of at most {MAX_LAYERS} layers, but is"
-            f" {attention_layers!r:.80}."
-        )
-    for name, width in attention_layers.items():
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"`attention_layers` has to name layers of the UNet, but names {name!r:.80}.")
-        check_number(f"attention_layers[{name!r:.80}]", width, MAX_WIDTH)
-    if len({_module_name(name) for name in attention_layers}) < len(attention_layers):
-        raise ValueError("`attention_layers` names two layers that differ only in '.' and '_'.")
-
-
-def _check_fingerprint(fingerprint: Any, cross_attention_dim: int, num_levels: int) -> None:
-    if fingerprint is None:
-        return
-    if num_levels:
-        raise ValueError(
-            f"`known_fingerprint` is only for an encoder without image levels, but this one has {num_levels}."
-        )
-    width = min(8, cross_attention_dim)
-    rows = fingerprint if isinstance(fingerprint, (list, tuple)) and len(fingerprint) <= MAX_LEVELS + 1 else []
-    if not rows or not all(isinstance(row, (list, tuple)) and len(row) == width for row in rows):
-        raise ValueError(
-            f"`known_fingerprint` has to be a list of 1 to {MAX_LEVELS + 1} lists of {width} numbers, but is"
-            f" {fingerprint!r:.80}."
-        )
-    for value in (value for row in rows for value in row):
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        # NaN fails the comparison
-        if not number or not abs(value) <= _LARGEST_FLOAT:
-            raise ValueError(f"`known_fingerprint` has to hold finite float32 numbers, but holds {value!r:.80}.")
-
-
-def _check_parameters(
-    cross_attention_dim: int, vision_hidden_size: int, inner_dim: int, num_levels: int, layers: dict[str, int]
-) -> None:
-    of_levels = (num_levels + 1) * inner_dim * (cross_attention_dim + vision_hidden_size)
-    count = of_levels + 2 * cross_attention_dim * (sum(layers.values()) + 1)
-    if count > MAX_PARAMETERS:
-        raise ValueError(
-            f"An encoder of these sizes has {count:,} weights, more than the maximum of {MAX_PARAMETERS:,}."
-        )
-
-
-def is_finite(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Whether all values are finite, also after a conversion to `dtype`. Tensors on the meta device, integer tensors,
-    and tensors of packed numbers with 4 bits are not checked and count as finite."""
-    packed = tensor.element_size() < 2 and not str(tensor.dtype).startswith("torch.float8")
-    if tensor.is_meta or not tensor.is_floating_point() or packed or not tensor.numel():
-        return True
-    if tensor.element_size() < 2:
-        dtype = dtype or torch.float32  # there are no computations with float8
-    # NaN spreads to both. This is about 20 times as fast as `torch.isfinite` of each value, and needs no memory.
-    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor.detach().to(dtype or tensor.dtype)))).all())

@@ -1,30 +1,22 @@
 """Text-to-video generation with a subject, using AnimateDiff."""
 
-from . import versions_ssr  # noqa: F401  # isort: skip  (first, see that module)
+from . import internals_ssr  # noqa: F401  # isort: skip  (first, see that module)
 from diffusers import AnimateDiffPipeline
 
-from .attention_map import SubjectAttentionMap  # noqa: F401  (see pipeline.py)
+from .arguments_ssr import parse_subjects  # noqa: F401  (see pipeline.py)
 from .attention_processors import SSRAttnProcessor2_0  # noqa: F401
-from .checks_ssr import check_fits  # noqa: F401
+from .components_ssr import SSRComponents  # noqa: F401
 from .encoding_ssr import SubjectEncodingMixin  # noqa: F401
-from .file_utils import atomic_folder  # noqa: F401
-from .image_decoding import decode  # noqa: F401
-from .image_processing_ssr import preprocess  # noqa: F401
-from .library_internals import disable_offloading  # noqa: F401
+from .hooks_ssr import subject_in_unet  # noqa: F401
+from .images_ssr import to_pil  # noqa: F401
+from .internals_ssr import check_versions  # noqa: F401
 from .loading_ssr import SSRLoaderMixin  # noqa: F401
 from .mixin_ssr import SSRPipelineMixin
 from .modeling_ssr import SSREncoder  # noqa: F401
-from .pipeline_classes import ssr_pipeline_class  # noqa: F401
-from .released_weights import read_released_weights  # noqa: F401
-from .shared_components import own_pipeline  # noqa: F401
-from .subject_cache import SubjectCache  # noqa: F401
-from .subject_embeds import SubjectEmbeds  # noqa: F401
-from .subject_file import read_subject_file  # noqa: F401
-from .subject_request import SubjectRequest  # noqa: F401
-from .token_merging import merge_tokens  # noqa: F401
-from .unet_hooks import SubjectPasses  # noqa: F401
-from .versions_ssr import check_versions  # noqa: F401
-from .weight_files import read_header  # noqa: F401
+from .pipeline_classes_ssr import ssr_pipeline_class  # noqa: F401
+from .released_weights_ssr import read_released_weights  # noqa: F401
+from .request_ssr import SubjectRequest  # noqa: F401
+from .subject_embeds_ssr import SubjectEmbeds  # noqa: F401
 
 
 class AnimateDiffSSRPipeline(SSRPipelineMixin, AnimateDiffPipeline):

@@ -1,116 +1,47 @@
-"""Converts pictures and masks of many formats to the pixel values of the vision encoder, and attention maps back to
-the size of the picture."""
+"""Converts reference images and masks to the pixel values of the vision encoder, and attention maps back to the size of
+the image."""
 
-import os
+import threading
 from collections.abc import Sequence
-from io import BytesIO
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import Image, ImageOps
 from transformers import CLIPImageProcessor
-
-from . import file_utils, image_decoding
 
 
 RESIZE_MODES = ("pad", "crop")
 SMALLEST_SIDE = 8
 LARGEST_RATIO = 16
-# The largest picture that is decoded, in pixels; 200 MB in RGB. It is read at each call, so it can be changed at run
-# time.
-MAX_PIXELS = 2**26
-# A file may have four bytes for each pixel of this limit, and at least so many.
-SMALLEST_BYTE_LIMIT = 2**24
-# The formats that `open_image` accepts. Other formats of Pillow start programs (EPS starts Ghostscript) or do not
-# contain pictures.
-FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 
-# How far float values may be outside of their range
+# how far float values may be outside of their range, because bicubic resizing overshoots
 _SLACK = 1e-3
 
+# An image from `Image.open` is decoded when it is first used. Two threads that share such an image would both seek and
+# read in the same file.
+_decoding = threading.Lock()
 
-def open_image(file: str | os.PathLike | bytes, name: str = "image", max_pixels: int | None = None) -> Image.Image:
+
+def to_pil(image: Any, name: str = "subject_image") -> Image.Image:
     r"""
-    Open and decode a picture from an untrusted source.
-
-    Args:
-        file (`str`, `os.PathLike` or `bytes`):
-            The path of a file, or its content as `bytes`.
-        name (`str`, defaults to `"image"`):
-            The name of the argument in error messages.
-        max_pixels (`int`, *optional*):
-            The maximum number of pixels. Defaults to `MAX_PIXELS` of this module, 67 million.
-
-    Returns:
-        `PIL.Image.Image`, decoded, in the mode of the file.
-
-    Raises:
-        `FileNotFoundError`: if the file does not exist.
-        `ValueError`: if it is not a regular file, is not a picture, is larger than `max_pixels`, is truncated, or
-            would take far more time or memory to decode than a picture of its size. The message has the path.
-
-    Example:
-
-    ```py
-    >>> photo = open_image("photo.jpg", "subject_image")
-    ```
-    """
-    limit = _limit(max_pixels)
-    if not isinstance(file, bytes):
-        file_utils.check_regular_file(file, name)
-    # Pillow reads some parts of a file completely, for example texts
-    size, most = len(file) if isinstance(file, bytes) else os.stat(file).st_size, max(4 * limit, SMALLEST_BYTE_LIMIT)
-    if size > most:
-        raise ValueError(
-            f"`{name}` has {size:,} bytes, more than the {most:,} that are accepted{_in_file(file, name)}."
-        )
-    Image.init()
-    formats = [each for each in FORMATS if each in Image.OPEN]
-    try:
-        image = Image.open(BytesIO(file) if isinstance(file, bytes) else file, formats=formats)
-    except Exception as error:  # a parser that meets arbitrary bytes may raise anything
-        unknown = isinstance(error, UnidentifiedImageError)
-        why = "its format is unknown, or its header is truncated" if unknown else image_decoding.reason(error)
-        raise ValueError(f"`{name}` cannot be decoded: {why}{_in_file(file, name)}.") from error
-    with image:
-        try:
-            image_decoding.decode(image, name, limit)
-        except ValueError as error:
-            raise ValueError(f"{str(error).removesuffix('.')}{_in_file(file, name)}.") from error
-    return image
-
-
-def _in_file(file: str | os.PathLike | bytes, name: str) -> str:
-    """Returns the path for an error message, unless `name` is the name of the file."""
-    known = isinstance(file, bytes) or os.path.basename(file) == name
-    return "" if known else f" (in {os.fspath(file)!r:.300})"
-
-
-def to_pil(image: Any, name: str = "subject_image", max_pixels: int | None = None) -> Image.Image:
-    r"""
-    Convert a picture to an upright RGB picture.
+    Converts a reference image to an upright RGB image.
 
     Args:
         image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
-            The picture. PIL images can have any mode. If a PIL image has several frames, its current frame is used,
-            which is the first one after opening. Transparent parts become white, values of 16 bits (mode I;16) are
-            scaled by 65535 (in TIFF files with 12 bits by 4095), and EXIF rotation is applied. Modes I and F have no
-            range, so the smallest one that contains all values is used: 0 to 1, 0 to 255, 0 to 65535, or 0 to the
-            largest value. Arrays have shape `(height, width, 3)` or `(1, height, width, 3)` and hold uint8, uint16, or
-            floats from 0 to 1. Tensors have shape `(3, height, width)` or `(1, 3, height, width)` and hold uint8 or
-            floats from 0 to 1.
+            The image. PIL images can have any mode. Transparent parts become white, and EXIF rotation is applied.
+            Modes with more than 8 bits are scaled by the smallest of 1, 255 and 65535 that contains all values (I;16
+            always by 65535). Arrays have shape `(height, width, 3)` or `(1, height, width, 3)`, tensors
+            `(3, height, width)` or `(1, 3, height, width)`. They hold uint8, uint16, or floats from 0 to 1.
         name (`str`, defaults to `"subject_image"`):
             The name of the argument in error messages.
-        max_pixels (`int`, *optional*):
-            The maximum number of pixels. Defaults to `MAX_PIXELS` of this module, 67 million.
 
     Returns:
         `PIL.Image.Image` in mode RGB. It does not share memory with `image`.
 
     Raises:
-        `ValueError`: if it is not a picture, is truncated, or is too small, too narrow or too large.
+        `ValueError`: if it is not an image, is truncated, or is too small or too narrow.
 
     Example:
 
@@ -122,10 +53,11 @@ def to_pil(image: Any, name: str = "subject_image", max_pixels: int | None = Non
     if isinstance(image, torch.Tensor):
         image = _channels_last(image, name)
     if isinstance(image, np.ndarray):
-        image = _picture_of_array(image, name, max_pixels)
+        image = _image_of_array(image, name)
     if not isinstance(image, Image.Image):
+        hint = ": open a path or a URL with `diffusers.utils.load_image`" if isinstance(image, str) else ""
         raise ValueError(
-            f"`{name}` has to be a PIL image, a numpy array or a torch tensor, but is {type(image).__name__}."
+            f"`{name}` has to be a PIL image, a numpy array or a torch tensor, but is {type(image).__name__}{hint}."
         )
     width, height = image.size
     if min(width, height) < SMALLEST_SIDE or max(width, height) > LARGEST_RATIO * min(width, height):
@@ -133,24 +65,22 @@ def to_pil(image: Any, name: str = "subject_image", max_pixels: int | None = Non
             f"`{name}` is {width} x {height} pixels: it has to be at least {SMALLEST_SIDE} on each side, and at most"
             f" {LARGEST_RATIO} times as long as wide."
         )
-    return _to_rgb(image_decoding.upright(image, name, _limit(max_pixels)), name)
+    return _to_rgb(_upright(image, name), name)
 
 
-def mask_values(mask: Any, name: str = "subject_mask", max_pixels: int | None = None) -> np.ndarray:
+def mask_values(mask: Any, name: str = "subject_mask") -> np.ndarray:
     r"""
-    Convert a mask to numbers. The formats that common image editors and libraries write are accepted.
+    Converts a mask to numbers. The formats that common image editors and libraries write are accepted.
 
     Args:
         mask (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
-            White, or 1, inside. PIL images can have any mode. If parts of a picture are transparent, its alpha channel
+            White, or 1, inside. PIL images can have any mode. If parts of an image are transparent, its alpha channel
             is the mask, and its colors are ignored. Otherwise the largest color channel is the mask, so that pure
             colors count as white. Arrays and tensors hold booleans, values from 0 to 1, or values from 0 to 255
             (uint16 also from 0 to 65535). Their shape is `(height, width)` or `(frames, height, width)`, with optional
             dimensions of size 1. RGB and RGBA arrays have 3 or 4 channels in their last dimension.
         name (`str`, defaults to `"subject_mask"`):
             The name of the argument in error messages.
-        max_pixels (`int`, *optional*):
-            The maximum number of values. Defaults to `MAX_PIXELS` of this module, 67 million.
 
     Returns:
         `np.ndarray` of float32 from 0 to 1, with shape `(height, width)`, or `(frames, height, width)` if there is
@@ -167,7 +97,7 @@ def mask_values(mask: Any, name: str = "subject_mask", max_pixels: int | None = 
     ```
     """
     if isinstance(mask, Image.Image):
-        return _mask_of_picture(image_decoding.upright(mask, name, _limit(max_pixels)), name)
+        return _mask_of_image(_upright(mask, name), name)
     if isinstance(mask, torch.Tensor):
         mask = _to_numpy(mask, name)
     if not isinstance(mask, np.ndarray):
@@ -175,33 +105,27 @@ def mask_values(mask: Any, name: str = "subject_mask", max_pixels: int | None = 
             f"`{name}` has to be a PIL image, a numpy array or a torch tensor, but is {type(mask).__name__}."
         )
     if mask.size and mask.ndim == 3 and mask.shape[2] in (3, 4) and mask.shape[0] > 1:
-        image_decoding.check_pixels(mask.shape[0] * mask.shape[1], name, _limit(max_pixels))
-        return _mask_of_colours(mask, name)
-    image_decoding.check_pixels(mask.size, name, _limit(max_pixels))
+        return _mask_of_colors(mask, name)
     return _unit(mask.reshape(_mask_shape(mask.shape, name)), name)
 
 
-def to_mask(
-    mask: Any, size: tuple[int, int], name: str = "subject_mask", max_pixels: int | None = None
-) -> Image.Image:
+def to_mask(mask: Any, size: tuple[int, int], name: str = "subject_mask") -> Image.Image:
     r"""
-    Convert the mask of a picture to a black and white picture.
+    Converts the mask of an image to a black and white image.
 
     Args:
         mask (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
             The mask, see [`mask_values`].
         size (`tuple[int, int]`):
-            Width and height of the picture that the mask belongs to.
+            Width and height of the image that the mask belongs to.
         name (`str`, defaults to `"subject_mask"`):
             The name of the argument in error messages.
-        max_pixels (`int`, *optional*):
-            The maximum number of values, see [`mask_values`].
 
     Returns:
         `PIL.Image.Image` in mode L: 255 where the subject is, 0 elsewhere.
 
     Raises:
-        `ValueError`: if it is not a valid mask, does not have the size of the picture, or marks nothing or everything.
+        `ValueError`: if it is not a valid mask, does not have the size of the image, or marks nothing or everything.
 
     Example:
 
@@ -209,22 +133,17 @@ def to_mask(
     >>> mask = to_mask(Image.open("mask.png"), photo.size)
     ```
     """
-    if isinstance(mask, Image.Image) and sorted(mask.size) != sorted(size):
-        # before it is decoded; EXIF rotation can exchange width and height
-        shape = mask.size[::-1]
-    else:
-        values = mask_values(mask, name, max_pixels)
-        shape = values.shape
-    if shape != size[::-1]:
-        hint = ": pass one mask or one color channel of it" if shape[1:] == size[::-1] else ""
+    values = mask_values(mask, name)
+    if values.shape != size[::-1]:
+        hint = ": pass one mask or one color channel of it" if values.shape[1:] == size[::-1] else ""
         raise ValueError(
-            f"`{name}` has to be as large as its picture, (height, width) = {size[::-1]}, but is {shape}{hint}."
+            f"`{name}` has to be as large as its image, (height, width) = {size[::-1]}, but is {values.shape}{hint}."
         )
     marked = values > 0.5
     if not marked.any():
         raise ValueError(f"`{name}` is empty: it has to mark the subject.{hint_for_labels(mask)}")
     if marked.all():
-        raise ValueError(f"`{name}` marks the whole picture: leave it out to select the whole picture.")
+        raise ValueError(f"`{name}` marks the whole image: leave it out to select the whole image.")
     return Image.fromarray(marked.astype(np.uint8) * 255)
 
 
@@ -240,20 +159,20 @@ def hint_for_labels(mask: Any) -> str:
 
 def preprocess(image: Image.Image, processor: CLIPImageProcessor, resize_mode: str = "pad") -> torch.Tensor:
     r"""
-    Resize a picture to the square input of the vision encoder and normalize it.
+    Resizes an image to the square input of the vision encoder and normalize it.
 
     This function always uses PIL. The image backend of transformers depends on the installed packages, and different
     backends give different pixel values.
 
     Args:
         image (`PIL.Image.Image`):
-            A picture in RGB.
+            An image in RGB.
         processor (`CLIPImageProcessor`):
             The image processor with the vision encoder's input size and normalization.
         resize_mode (`str`, defaults to `"pad"`):
-            "pad" keeps the whole picture: its longer edge is resized to the side of the square, and the rest of the
+            "pad" keeps the whole image: its longer edge is resized to the side of the square, and the rest of the
             square is filled with the mean color. "crop" resizes the shorter edge and takes a center crop, as CLIP and
-            the released code do; the parts outside the crop are lost. Both give the same result for square pictures.
+            the released code do; the parts outside the crop are lost. Both give the same result for square images.
 
     Returns:
         `torch.Tensor` of shape `(1, 3, height, width)`.
@@ -270,7 +189,7 @@ def preprocess_mask(
     mask: Image.Image, processor: CLIPImageProcessor, resize_mode: str = "pad", name: str = "subject_mask"
 ) -> torch.Tensor:
     r"""
-    Resize a mask in the same way as [`preprocess`] resizes its picture, so that it marks the same patches.
+    Resizes a mask in the same way as [`preprocess`] resizes its image, so that it marks the same patches.
 
     Args:
         mask (`PIL.Image.Image`):
@@ -301,23 +220,23 @@ def preprocess_mask(
 
 def postprocess_map(attention_map: torch.Tensor, size: tuple[int, int], resize_mode: str) -> torch.Tensor:
     r"""
-    Resize attention maps from the square input of the vision encoder to the size of the picture.
+    Resizes attention maps from the square input of the vision encoder to the size of the image.
 
     Args:
         attention_map (`torch.Tensor` of shape `(count, side, side)`):
             Maps over the square input.
         size (`tuple[int, int]`):
-            Width and height of the picture.
+            Width and height of the image.
         resize_mode (`str`):
             The `resize_mode` that was passed to [`preprocess`].
 
     Returns:
-        `torch.Tensor` of shape `(count, height, width)`: maps over the picture, with 0 in the parts that were cropped.
+        `torch.Tensor` of shape `(count, height, width)`: maps over the image, with 0 in the parts that were cropped.
     """
     width, height = size
     edge = max(size) if resize_mode == "pad" else min(size)
     resized = F.interpolate(attention_map[None], (edge, edge), mode="bilinear")[0]
-    # The position of the square relative to the picture. With "pad" the square is larger than the picture: the values
+    # The position of the square relative to the image. With "pad" the square is larger than the image: the values
     # are negative or 0, and `F.pad` crops.
     left, top = (width - edge) // 2, (height - edge) // 2
     return F.pad(resized, (left, width - edge - left, top, height - edge - top))
@@ -330,8 +249,14 @@ def check_resize_mode(resize_mode: Any, name: str = "resize_mode") -> None:
         raise ValueError(f"`{name}` has to be one of {RESIZE_MODES}, but is {resize_mode!r}.")
 
 
-def _limit(max_pixels: int | None) -> int:
-    return MAX_PIXELS if max_pixels is None else max_pixels
+def _upright(image: Image.Image, name: str) -> Image.Image:
+    """Decodes an image if necessary, and returns a copy to which the EXIF rotation is applied."""
+    try:
+        with _decoding:
+            image.load()
+        return ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, ValueError) as error:  # the errors of Pillow's decoders
+        raise ValueError(f"`{name}` cannot be decoded: {error}.") from error
 
 
 def _to_numpy(tensor: torch.Tensor, name: str) -> np.ndarray:
@@ -351,12 +276,11 @@ def _channels_last(tensor: torch.Tensor, name: str) -> np.ndarray:
     return _to_numpy(image, name).transpose(1, 2, 0)
 
 
-def _picture_of_array(array: np.ndarray, name: str, max_pixels: int | None) -> Image.Image:
+def _image_of_array(array: np.ndarray, name: str) -> Image.Image:
     shape = array.shape
     array = array[0] if array.ndim == 4 and shape[0] == 1 else array
     if array.ndim != 3 or array.shape[2] != 3 or not array.size:
         raise ValueError(f"`{name}` as an array has to be of shape (height, width, 3), but is {shape}.")
-    image_decoding.check_pixels(array.shape[0] * array.shape[1], name, _limit(max_pixels))
     if array.dtype.str[1:] == "u2":  # uint16 in any byte order
         array = array / 65535
     if array.dtype != np.uint8:
@@ -374,47 +298,24 @@ def _picture_of_array(array: np.ndarray, name: str, max_pixels: int | None) -> I
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
         pixels = np.asarray(image)
-        # modes I and F have no range; they also hold pictures of 8 bits, for example after `convert("I")`
+        # modes I and F have no range; they also hold images of 8 bits, for example after `convert("I")`
         values = pixels / np.float32(65535) if image.mode.startswith("I;16") else _unit(pixels, name, deep=True)
-        if "transparency" in image.info:
-            values = np.where(pixels == image.info["transparency"], np.float32(1), values)
         return Image.fromarray((values * 255).round().astype(np.uint8)).convert("RGB")
-    if image.mode == "LAB":
-        # Pillow can convert LAB to RGB only with color profiles
-        lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        image = ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB") or image
-    if _has_alpha(image):
-        image = _to_rgba(image)
-        canvas = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(canvas, image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def _has_alpha(image: Image.Image) -> bool:
-    """Same as `Image.has_transparency_data`, which was added in Pillow 10.1."""
-    palette_mode = getattr(getattr(image, "palette", None), "mode", "")
-    return (
-        image.mode in ("LA", "La", "PA", "RGBA", "RGBa")
-        or "transparency" in image.info
-        or (image.mode == "P" and palette_mode.endswith("A"))
+def _mask_of_image(image: Image.Image, name: str) -> np.ndarray:
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _unit(np.asarray(image), name, deep=image.mode.startswith("I"))
+    return _mask_of_colors(
+        np.asarray(image.convert("RGBA") if image.has_transparency_data else _to_rgb(image, name)), name
     )
 
 
-def _to_rgba(image: Image.Image) -> Image.Image:
-    # premultiplied gray ("La") can only be converted to "LA"
-    return (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-
-
-def _mask_of_picture(image: Image.Image, name: str) -> np.ndarray:
-    if image.mode == "F" or image.mode.startswith("I"):
-        pixels, transparent = np.asarray(image), image.info.get("transparency")
-        if transparent is not None and (pixels == transparent).any():
-            return (pixels != transparent).astype(np.float32)
-        return _unit(pixels, name, deep=image.mode.startswith("I"))
-    return _mask_of_colours(np.asarray(_to_rgba(image) if _has_alpha(image) else _to_rgb(image, name)), name)
-
-
-def _mask_of_colours(pixels: np.ndarray, name: str) -> np.ndarray:
+def _mask_of_colors(pixels: np.ndarray, name: str) -> np.ndarray:
     """Converts pixels of shape `(height, width, 3 or 4)` to a mask. The mask is the alpha channel if it has different
     values or is zero everywhere, and otherwise the largest color channel."""
     if pixels.shape[2] == 4:
@@ -459,7 +360,7 @@ def _unit(values: np.ndarray, name: str, deep: bool = False) -> np.ndarray:
 
 
 def _resized(image: Image.Image, processor: CLIPImageProcessor, resize_mode: str) -> torch.Tensor:
-    """Returns the resized picture before cropping or padding, with shape `(channels, height, width)`, from 0 to 1."""
+    """Returns the resized image before cropping or padding, with shape `(channels, height, width)`, from 0 to 1."""
     check_resize_mode(resize_mode)
     edge = max(image.size) if resize_mode == "pad" else min(image.size)
     ratio = processor.size["shortest_edge"] / edge

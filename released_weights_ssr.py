@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from . import modeling_ssr, weight_files
+from . import internals_ssr
 
 
 def read_released_weights(
@@ -45,12 +45,7 @@ def read_released_weights(
             for part in ("to_k", "to_v")
         },
     }
-    # in float64, and with as much again for the structure of the file
-    most = 16 * sum(tensor.numel() for tensor in expected.values()) + 2**20
-    released = {
-        "aligner": _read_state_dict("aligner", aligner, most),
-        "layers": _read_state_dict("layers", layers, most),
-    }
+    released = {"aligner": _read_state_dict("aligner", aligner), "layers": _read_state_dict("layers", layers)}
     _check_released_names(released, names)
     state_dict = {}
     for argument in released:
@@ -77,20 +72,10 @@ _KINDS: dict[str, Callable[[set[str]], bool]] = {
     "an encoder that `save_pretrained` wrote, which `SSREncoder.from_pretrained` loads": lambda names: (
         any(name.startswith("layers.") for name in names) and "to_q.weight" in names or "to_out.0.weight" in names
     ),
-    "weights behind the prefix `module.`, as DataParallel saves them": lambda names: (
-        bool(names) and all(name.startswith("module.") for name in names)
-    ),
     "a LoRA": lambda names: any("lora" in name.lower() for name in names),
     "an IP-Adapter": lambda names: any(name.startswith(("ip_adapter", "image_proj")) for name in names),
     "a whole Stable Diffusion checkpoint": lambda names: any(
         name.startswith("model.diffusion_model.") for name in names
-    ),
-    "a ControlNet": lambda names: any(name.startswith("controlnet_") for name in names),
-    "a UNet": lambda names: any(name.startswith(("down_blocks.", "up_blocks.")) for name in names),
-    "a VAE": lambda names: any(name.startswith(("decoder.", "quant_conv.")) for name in names),
-    "a CLIP model": lambda names: any("vision_model." in name or "text_model." in name for name in names),
-    "a training's state, with the weights in one of its entries": lambda names: bool(
-        names & {"state_dict", "model", "optimizer", "epoch", "global_step"}
     ),
 }
 _ALIGNER, _LAYERS = list(_KINDS)[:2]
@@ -116,7 +101,8 @@ def _check_released_names(
             raise ValueError(f"`{argument}` has to be {wanted}, but is {kinds[argument]}{twice}.")
         if missing or extra:
             raise ValueError(
-                f"`{argument}` does not hold the released tensors: missing {weight_files.some_names(missing)}, unexpected {weight_files.some_names(extra)}."
+                f"`{argument}` does not hold the released tensors: missing {internals_ssr.shorten_names(missing) or 'none'},"
+                f" unexpected {internals_ssr.shorten_names(extra) or 'none'}."
             )
 
 
@@ -128,42 +114,26 @@ def _check_released_tensor(argument: str, name: str, tensor: Any, expected: torc
     if tensor.shape != shape:
         raise ValueError(f"`{argument}` holds {name} of shape {tuple(tensor.shape)}, but {tuple(shape)} was expected.")
     # the weights are converted to the dtype of the encoder
-    if tensor.is_meta or not modeling_ssr.is_finite(tensor, expected.dtype):
+    if tensor.is_meta or not internals_ssr.is_finite(tensor, expected.dtype):
         raise ValueError(f"`{argument}` holds {name} with values that are not finite numbers in {expected.dtype}.")
 
 
-def _read_state_dict(argument: str, source: Any, most: int) -> Mapping[str, torch.Tensor]:
+def _read_state_dict(argument: str, source: Any) -> Mapping[str, torch.Tensor]:
     state_dict = source
     if not isinstance(source, Mapping):
         try:
             path = os.fspath(source)
-            # opening a named pipe would block
-            if os.path.exists(path) and not os.path.isfile(path):
-                raise ValueError("it is not a file")
-            state_dict = (_load_safetensors if path.endswith(".safetensors") else _load_pickle)(path, most)
+            if path.endswith(".safetensors"):
+                state_dict = load_file(path)
+            else:
+                state_dict = torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             raise
-        except Exception as error:  # a parser that meets arbitrary bytes may raise anything
-            # The message of an `UnpicklingError` advises to load the file with code execution enabled.
-            told = not isinstance(error, pickle.UnpicklingError) and str(error).splitlines()
-            reason = told[0] if told else "it is not a file of tensors"
+        except Exception as error:  # a parser that reads arbitrary bytes may raise anything
+            # the message of an `UnpicklingError` advises to load the file with code execution enabled
+            lines = not isinstance(error, pickle.UnpicklingError) and str(error).splitlines()
+            reason = lines[0] if lines else "it is not a file of tensors"
             raise ValueError(f"`{argument}`: {source} holds no weights that can be read: {reason}") from error
     if not isinstance(state_dict, Mapping) or not all(isinstance(name, str) for name in state_dict):
         raise ValueError(f"`{argument}` has to hold tensors by name, but holds {type(state_dict).__name__}.")
     return state_dict
-
-
-def _load_safetensors(path: str, most: int) -> Mapping[str, torch.Tensor]:
-    with open(path, "rb") as file:
-        _, entries = weight_files.read_header(file, weight_files.MAX_HEADER_BYTES)
-    if sum(entry.num_bytes for entry in entries.values()) > most:
-        # it cannot hold the released weights, and the names and shapes are enough for the error
-        return {name: torch.empty(entry.shape, device="meta") for name, entry in entries.items()}
-    return load_file(path)
-
-
-def _load_pickle(path: str, most: int) -> Any:
-    """Loads a torch pickle without executing code from it. The tensors are memory-mapped if the format allows it, so
-    that unused tensors are not read."""
-    archive = weight_files.check_pickle(path, most, limit_archives=False)
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)

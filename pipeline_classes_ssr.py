@@ -1,6 +1,5 @@
 """Creates SSR versions of diffusers' pipeline classes on demand."""
 
-import copyreg
 import functools
 import inspect
 import typing
@@ -9,13 +8,13 @@ from typing import Any
 from diffusers import DiffusionPipeline, UNet2DConditionModel, UNetMotionModel
 from transformers import CLIPTextModel
 
-from . import library_internals, mixin_ssr
+from . import internals_ssr, mixin_ssr
 
 
 _OWN_PROCESSORS = "it replaces the UNet's attention processors itself"
 _STABLE_DIFFUSION_2 = "it is for Stable Diffusion 2"
 _UNSUITABLE = {
-    "CycleDiffusionPipeline": "it draws a source prompt in the same batch",
+    "CycleDiffusionPipeline": "it generates a source prompt in the same batch",
     "SemanticStableDiffusionPipeline": "its guidance uses its own editing prompts",
     "StableDiffusionAttendAndExcitePipeline": _OWN_PROCESSORS,
     "StableDiffusionControlNetXSPipeline": "its UNet has other layers",
@@ -35,19 +34,6 @@ _UNSUITABLE = {
 _MODELS = {"unet": (UNet2DConditionModel, UNetMotionModel), "text_encoder": (CLIPTextModel,)}
 
 
-class _MadeClass(type):
-    """The metaclass of the classes that `ssr_pipeline_class` makes. pickle looks for a class by its name in a module,
-    where these classes are not. Their metaclass makes pickle call `ssr_pipeline_class` instead."""
-
-
-def _reduce_class(made: Any) -> Any:
-    # a class that a user derives from a made one has the same metaclass, but is in a module
-    return (ssr_pipeline_class, (made._stock_class,)) if "_stock_class" in vars(made) else made.__qualname__
-
-
-copyreg.pickle(_MadeClass, _reduce_class)
-
-
 def ssr_pipeline_class(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
     r"""
     Returns the SSR version of a Stable Diffusion 1.5 pipeline class. It has the arguments and components of the class
@@ -59,8 +45,7 @@ def ssr_pipeline_class(pipeline_class: type[DiffusionPipeline]) -> type[Diffusio
 
     Returns:
         `type`: a subclass of [`SSRPipelineMixin`] and `pipeline_class`. Every call with the same class returns the
-        same subclass. Its name is "SSR" followed by the name of `pipeline_class`. It can be pickled if
-        `pipeline_class` can.
+        same subclass. Its name is "SSR" followed by the name of `pipeline_class`.
 
     Raises:
         `ValueError`: if `pipeline_class` is not a Stable Diffusion 1.5 pipeline, or does not work with a subject.
@@ -90,31 +75,22 @@ def _made_class(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipeli
         )
     for component, models in _MODELS.items():
         annotated = _annotated_classes(components[component].annotation)
-        if annotated and not any(issubclass(each, models) for each in annotated):
+        if annotated and not any(issubclass(model, models) for model in annotated):
             raise ValueError(
                 f"`pipeline_class` has to be a pipeline of Stable Diffusion 1.5, whose `{component}` is a"
                 f" {models[0].__name__}, but that of {name} is a {annotated[0].__name__}."
             )
-    taken = inspect.signature(pipeline_class.__call__).parameters
-    passed_on = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in taken.values())
-    if "cross_attention_kwargs" not in taken and not passed_on:
-        raise ValueError(
-            f"`pipeline_class` has to be a pipeline whose call takes `cross_attention_kwargs`, in which a subject is passed"
-            f" to the UNet, but the call of {name} does not."
-        )
     doc = f"[`{name}`] that also takes a subject; see [`SSRPipelineMixin`]."
     namespace = {"__doc__": doc, "__module__": __name__, "_stock_class": pipeline_class}
-    # a class with a metaclass of its own needs that one
-    metaclass: Any = _MadeClass if type(pipeline_class) is type else type(pipeline_class)
-    return metaclass(f"SSR{name}", (mixin_ssr.SSRPipelineMixin, pipeline_class), namespace)
+    return type(pipeline_class)(f"SSR{name}", (mixin_ssr.SSRPipelineMixin, pipeline_class), namespace)
 
 
 def _annotated_classes(annotation: Any) -> list[type]:
     """Returns the classes of an annotation, without `None`. The list is empty if there is no annotation, or a text."""
     parts = typing.get_args(annotation) or (annotation,)
-    return [each for each in parts if isinstance(each, type) and each not in (type(None), inspect.Parameter.empty)]
+    return [part for part in parts if isinstance(part, type) and part not in (type(None), inspect.Parameter.empty)]
 
 
 # creating these classes registers them for `AutoPipelineForImage2Image.from_pipe` and similar methods
-for _stock in library_internals.auto_pipeline_classes():
+for _stock in internals_ssr.auto_pipeline_classes():
     ssr_pipeline_class(_stock)
