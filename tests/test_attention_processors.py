@@ -17,7 +17,7 @@ from diffusers.models.attention_processor import (
     SlicedAttnProcessor,
 )
 from diffusers_ssr.attention_processors import LayerSubject, SSRAttnProcessor2_0, SubjectConditions, TextAndSubject
-from diffusers_ssr.unet_hooks import SUBJECT, _Hooks, _Loop
+from diffusers_ssr.hooks_ssr import SUBJECT, _Hooks, _Loop
 from safetensors.torch import load_file
 from torch import nn
 

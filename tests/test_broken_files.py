@@ -20,7 +20,7 @@ import torch
 from broken_pictures import BOMBS, SPARSE_BOMBS, huge_png
 from conftest import make_components, make_image_processor, make_picture, make_ssr_components, make_ssr_encoder
 from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline, SubjectEmbeds
-from diffusers_ssr.image_processing_ssr import open_image
+from diffusers_ssr.images_ssr import open_image
 from safetensors.torch import load_file, save_file
 from test_modeling_ssr import BAD_CONFIGS, OTHER_FILES, TWO_LAYERS, small_released
 from test_training_data import BAD_SHARDS, BAD_TABLES, GOOD, TEXTS, gzipped, write_bad_table

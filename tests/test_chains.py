@@ -35,7 +35,7 @@ from diffusers_ssr import (
     mixin_ssr,
     ssr_pipeline_class,
 )
-from diffusers_ssr.pipeline_classes import _UNSUITABLE
+from diffusers_ssr.pipeline_classes_ssr import _UNSUITABLE
 from packaging import version
 from PIL import Image
 from transformers import CLIPProcessor, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection

@@ -11,7 +11,7 @@ from diffusers_ssr import (
     AnimateDiffSSRPipeline,
     StableDiffusionSSRControlNetPipeline,
     StableDiffusionSSRPipeline,
-    image_processing_ssr,
+    images_ssr,
     subject_cache,
     subject_embeds,
     subject_request,
@@ -74,7 +74,7 @@ def fake_gpu(monkeypatch, parts):
     monkeypatch.setattr(subject_cache, "digest", lambda tensor: object())
     monkeypatch.setattr(subject_embeds, "same_fingerprint", lambda first, second: True)
     monkeypatch.setattr(subject_request, "check_regions", lambda row, grid: None)
-    monkeypatch.setattr(image_processing_ssr, "preprocess_mask", with_values(image_processing_ssr.preprocess_mask))
+    monkeypatch.setattr(images_ssr, "preprocess_mask", with_values(images_ssr.preprocess_mask))
     # the scheduler uses the value of the timestep as an index
     monkeypatch.setattr(
         DDIMScheduler, "step", lambda self, output, t, sample, **_: DDIMSchedulerOutput(sample + output)

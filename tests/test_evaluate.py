@@ -101,7 +101,7 @@ def test_features_match_the_models(models):
 
 
 def evaluate_pixels(picture):
-    from diffusers_ssr.image_processing_ssr import preprocess
+    from diffusers_ssr.images_ssr import preprocess
 
     return preprocess(picture, make_image_processor(), "crop")
 

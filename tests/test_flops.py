@@ -5,7 +5,7 @@ import torch
 from diffusers import UNet2DConditionModel, UNetMotionModel
 from diffusers_ssr import SSREncoder
 from diffusers_ssr.attention_processors import SubjectConditions
-from diffusers_ssr.unet_hooks import subject_in_unet
+from diffusers_ssr.hooks_ssr import subject_in_unet
 from torch.utils.flop_counter import FlopCounterMode
 
 

@@ -44,7 +44,7 @@ from diffusers_ssr import (
     SSREncoder,
     StableDiffusionSSRControlNetPipeline,
     StableDiffusionSSRPipeline,
-    library_internals,
+    internals_ssr,
     mixin_ssr,
     ssr_pipeline_class,
     versions_ssr,
@@ -625,7 +625,7 @@ def auto_class(auto, pipe, switches: dict) -> type | None:
         return None
 
 
-@pytest.mark.parametrize("stock_class", library_internals.auto_pipeline_classes(), ids=lambda each: each.__name__)
+@pytest.mark.parametrize("stock_class", internals_ssr.auto_pipeline_classes(), ids=lambda each: each.__name__)
 @pytest.mark.parametrize("auto", AUTO_CLASSES, ids=lambda each: each.__name__)
 def test_auto_pipelines_convert_like_those_of_stock_pipelines(components, stock_class, auto):
     """With every combination of `enable_pag` and `controlnet`, from the SSR version of every class."""
@@ -701,8 +701,8 @@ def test_default_device_and_dtype_of_torch_do_not_affect_subjects(pipe, default)
     """Checks pictures, masks, the fingerprint, regions, and keys and values. The text is encoded by the stock
     pipeline."""
     from diffusers_ssr.checks_ssr import check_references
-    from diffusers_ssr.image_processing_ssr import preprocess, preprocess_mask
-    from diffusers_ssr.subject_request import SubjectRequest, SubjectRow
+    from diffusers_ssr.images_ssr import preprocess, preprocess_mask
+    from diffusers_ssr.request_ssr import SubjectRequest, SubjectRow
 
     subject = pipe.encode_subject(make_picture(), "cat")
     left = np.zeros((32, 40))
@@ -746,12 +746,12 @@ def test_entry_files_import_every_module():
         assert not get_relative_imports(ROOT / f"{module}.py"), module
 
 
-def test_only_library_internals_imports_private_names_of_libraries():
+def test_only_internals_ssr_imports_private_names_of_libraries():
     import ast
 
     for file in ROOT.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.level == 0 and file.stem != "library_internals":
+            if isinstance(node, ast.ImportFrom) and node.level == 0 and file.stem != "internals_ssr":
                 parts = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
                 private = [part for part in parts if part.startswith("_") and part != "__future__"]
                 assert not private, f"{file.name} imports {private}"
@@ -1070,13 +1070,13 @@ def test_versions_are_compared_as_numbers(version, monkeypatch):
 @pytest.mark.parametrize("library", ["diffusers", "transformers"])
 @pytest.mark.parametrize("known", ["dtype", "torch_dtype"])
 def test_dtype_argument_has_the_name_that_the_library_expects(given, library, known, monkeypatch):
-    monkeypatch.setattr(library_internals, f"_{library.upper()}_DTYPE", known)
+    monkeypatch.setattr(internals_ssr, f"_{library.upper()}_DTYPE", known)
     dtype = torch.float16 if any(given.values()) else torch.float32
-    assert library_internals.precision_arguments({**given, "variant": "x"}, library, torch.float32) == {
+    assert internals_ssr.precision_arguments({**given, "variant": "x"}, library, torch.float32) == {
         "variant": "x",
         known: dtype,
     }
-    assert library_internals.precision_arguments({}, library) == {}
+    assert internals_ssr.precision_arguments({}, library) == {}
 
 
 def test_no_deprecation_warnings(pipe, tmp_path):
@@ -1112,5 +1112,5 @@ def test_no_deprecation_warnings(pipe, tmp_path):
     deprecations = (DeprecationWarning, FutureWarning, PendingDeprecationWarning)
     assert [str(each.message) for each in caught if issubclass(each.category, deprecations)] == []
     # diffusers before 0.40 uses deprecated names of transformers
-    if library_internals._DIFFUSERS_DTYPE == "dtype":
+    if internals_ssr._DIFFUSERS_DTYPE == "dtype":
         assert [text for text in said if "deprecat" in text] == []

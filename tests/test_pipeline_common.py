@@ -19,9 +19,8 @@ from diffusers import (
 from diffusers.utils.testing_utils import torch_device
 from diffusers_ssr import SSREncoder, SSRPipelineMixin, StableDiffusionSSRPipeline, mixin_ssr
 from diffusers_ssr.attention_processors import SubjectConditions
-from diffusers_ssr.encoding_ssr import _caches
 from diffusers_ssr.modeling_ssr import consistency_loss
-from diffusers_ssr.subject_embeds import Subject
+from diffusers_ssr.subject_embeds_ssr import Subject
 from peft import LoraConfig, inject_adapter_in_model
 from test_pipeline_ssr import stock_of, subject_args
 
@@ -62,7 +61,7 @@ def test_every_argument_is_documented():
 
 DOCUMENTED = [
     SSRPipelineMixin.__call__, SSRPipelineMixin.encode_subject, SSRPipelineMixin.subject_attention_map,
-    SSRPipelineMixin.load_ssr, SSREncoder, SSREncoder.attention_probs, SSREncoder.forward, consistency_loss,
+    SSRPipelineMixin.load_ssr, SSREncoder, SSREncoder.attention_probs, SSREncoder.forward, 
     SubjectConditions, Subject,
 ]  # fmt: skip
 

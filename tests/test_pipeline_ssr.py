@@ -19,7 +19,7 @@ from conftest import (
 )
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline, SubjectEmbeds, subject_request
-from diffusers_ssr.subject_embeds import Subject
+from diffusers_ssr.subject_embeds_ssr import Subject
 from test_modeling_ssr import ALIGNER, LAYERS, random_released
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 
@@ -82,7 +82,7 @@ def test_an_encoded_subject_gives_the_same_picture(pipe):
 
 def test_encode_subject_agrees_with_separate_calls_of_the_encoders(pipe):
     """The unconditional branch uses a picture of zeros and the empty query."""
-    from diffusers_ssr.image_processing_ssr import preprocess
+    from diffusers_ssr.images_ssr import preprocess
 
     subject = pipe.encode_subject(make_picture(), query="cat")
     pixels = preprocess(make_picture(), pipe.ssr_image_processor)

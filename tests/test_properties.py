@@ -17,7 +17,7 @@ import torch
 import training_data
 from conftest import make_image_processor, make_ssr_encoder
 from diffusers_ssr import SSREncoder, SubjectEmbeds
-from diffusers_ssr.image_processing_ssr import (
+from diffusers_ssr.images_ssr import (
     mask_values,
     open_image,
     postprocess_map,
@@ -26,7 +26,7 @@ from diffusers_ssr.image_processing_ssr import (
     to_mask,
     to_pil,
 )
-from diffusers_ssr.subject_embeds import Subject, check_count, check_scale
+from diffusers_ssr.subject_embeds_ssr import Subject, check_count, check_scale
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import POCKET, ROOT, call_args, make_components, make_picture, make_ssr_components
-from diffusers_ssr import StableDiffusionSSRPipeline, library_internals
-from diffusers_ssr.encoding_ssr import _caches
+from diffusers_ssr import StableDiffusionSSRPipeline, internals_ssr
 from PIL import Image
 from test_pipeline_ssr import subject_args
 
@@ -86,7 +85,7 @@ def test_a_batch_and_single_calls_differ_only_by_rounding(pipe):
 
 def load_pocket(dtype):
     pipe = StableDiffusionSSRPipeline.from_pretrained(
-        POCKET, safety_checker=None, **library_internals.precision_arguments({"dtype": dtype})
+        POCKET, safety_checker=None, **internals_ssr.precision_arguments({"dtype": dtype})
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe

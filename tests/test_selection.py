@@ -17,8 +17,8 @@ from conftest import (
 from diffusers import HeunDiscreteScheduler, StableDiffusionInstructPix2PixPipeline
 from diffusers.callbacks import PipelineCallback
 from diffusers_ssr import StableDiffusionSSRPipeline, SubjectEmbeds, ssr_pipeline_class
-from diffusers_ssr.attention_map import make_attention_map
-from diffusers_ssr.image_processing_ssr import preprocess
+from diffusers_ssr.encoding_ssr import _make_attention_map as make_attention_map
+from diffusers_ssr.images_ssr import preprocess
 from PIL import Image
 from test_pipeline_ssr import stock_of, subject_args
 
@@ -47,7 +47,7 @@ def test_a_mask_changes_the_subject_with_and_without_a_query(pipe, query):
 
 def test_the_encoder_gets_the_mask_in_the_geometry_of_the_picture(pipe):
     """The expected result is computed with the mask that `preprocess_mask` returns."""
-    from diffusers_ssr.image_processing_ssr import preprocess, preprocess_mask
+    from diffusers_ssr.images_ssr import preprocess, preprocess_mask
 
     subject = pipe.encode_subject(make_picture(), "cat", mask=MASK, mask_weight=2.0).subjects[0]
     mask = preprocess_mask(Image.fromarray(MASK), pipe.ssr_image_processor)
@@ -223,7 +223,7 @@ def test_scale_per_block(pipe, scale, expected):
 def test_a_scale_of_zero_is_the_stock_call(pipe, scale, monkeypatch):
     """The call adds no hooks and no projections, so it has exactly the FLOPs of the stock pipeline."""
     expected = stock_of(pipe)(**call_args()).images
-    monkeypatch.setattr("diffusers_ssr.unet_hooks.SubjectPasses", None)
+    monkeypatch.setattr("diffusers_ssr.hooks_ssr.SubjectPasses", None)
     assert np.array_equal(pipe(**subject_args(subject_scale=scale)).images, expected)
 
 
@@ -655,7 +655,6 @@ def test_a_batch_without_any_subject_is_the_stock_batch(pipe, subject):
 
 
 def test_the_cache_has_a_maximum_size(pipe):
-    from diffusers_ssr.encoding_ssr import _caches
 
     for seed in range(20):
         pipe.encode_subject(make_picture(seed), "cat")

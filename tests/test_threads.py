@@ -27,12 +27,11 @@ from diffusers.utils import logging
 from diffusers_ssr import (
     SSRPipelineMixin,
     StableDiffusionSSRPipeline,
-    library_internals,
+    internals_ssr,
     set_max_concurrent_calls,
     shared_components,
 )
-from diffusers_ssr import unet_hooks as hooks_of_the_package
-from diffusers_ssr.encoding_ssr import _caches
+from diffusers_ssr import hooks_ssr as hooks_of_the_package
 from PIL import Image
 from test_chains import make_controlnet, make_pipeline
 
@@ -188,7 +187,7 @@ def test_the_copied_tokenizer_follows_changes_of_the_original(pipe):
 )
 def test_the_state_of_the_shared_tokenizer_does_not_change(name, method):
     _, pipe = make_pipeline(name)
-    state = library_internals.tokenizer_backend(pipe.tokenizer)
+    state = internals_ssr.tokenizer_backend(pipe.tokenizer)
     if state is None:
         pytest.skip("the CLIP tokenizer of transformers 4 is written in Python and has no such state")
     state.no_padding()
@@ -212,7 +211,7 @@ class OverridesOurs(StableDiffusionSSRPipeline):
 @pytest.mark.parametrize("own_class", [OverridesStock, OverridesOurs])
 def test_an_own_encode_prompt_gets_a_copied_tokenizer(pipe, monkeypatch, own_class):
     """Also if it calls the method that it overrides, for which the copy is not copied again."""
-    if library_internals.tokenizer_backend(pipe.tokenizer) is None:
+    if internals_ssr.tokenizer_backend(pipe.tokenizer) is None:
         pytest.skip("the CLIP tokenizer of transformers 4 is written in Python and is not copied")
     own, copies = own_class.from_pipe(pipe), []
     original = shared_components._copied
@@ -275,7 +274,7 @@ def test_hooks_removed_during_a_forward_pass_of_another_thread(pipe, subject):
     expected, gone = stock(**call_args()).images, []
 
     def remove(module, *_):
-        library_internals.clear_forward_hooks(module, hooks_of_the_package._KEY)
+        internals_ssr.clear_forward_hooks(module, hooks_of_the_package._KEY)
         gone.append(module)
 
     handles = []

@@ -27,7 +27,7 @@ from conftest import (
 )
 from diffusers import StableDiffusionPipeline
 from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline
-from diffusers_ssr.unet_hooks import subject_in_unet
+from diffusers_ssr.hooks_ssr import subject_in_unet
 from hub_server import Hub
 from PIL import Image
 from safetensors.torch import load_file

@@ -18,7 +18,7 @@ import torch
 import transformers
 from diffusers import ControlNetModel
 from diffusers_ssr import StableDiffusionSSRPipeline, set_max_concurrent_calls
-from diffusers_ssr.library_internals import precision_arguments
+from diffusers_ssr.internals_ssr import precision_arguments
 from PIL import Image
 
 from tools.mixed_requests import Request, mixed_requests, wrong_outcomes

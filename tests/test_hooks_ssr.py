@@ -10,8 +10,8 @@ from conftest import UNET_LAYERS, call_args, make_picture, make_unet, snapshot
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.callbacks import IPAdapterScaleCutoffCallback, MultiPipelineCallbacks, SDCFGCutoffCallback
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
-from diffusers_ssr import StableDiffusionSSRPipeline, unet_hooks
-from diffusers_ssr.unet_hooks import find_unet, subject_in_unet
+from diffusers_ssr import StableDiffusionSSRPipeline, hooks_ssr
+from diffusers_ssr.hooks_ssr import find_unet, subject_in_unet
 from peft import LoraConfig, get_peft_model
 from test_ip_adapter import fresh_pipe, ip_args, load
 from torch import nn
@@ -294,8 +294,8 @@ def test_the_outermost_compiled_module_gets_the_hooks():
         (unet, unet), (wrapped, unet), (PassingObject(unet), unet), (in_place, in_place), (optimized, optimized),
         (Passing(optimized), optimized), (Passing(in_place), in_place),
     ):  # fmt: skip
-        assert unet_hooks._outermost_compiled(given, unet) is watched
-    assert unet_hooks._outermost_compiled(Passing(with_compiled_block(unet)), unet) is unet
+        assert hooks_ssr._outermost_compiled(given, unet) is watched
+    assert hooks_ssr._outermost_compiled(Passing(with_compiled_block(unet)), unet) is unet
 
 
 def test_a_module_that_is_not_a_unet_is_rejected(pipe, subject):

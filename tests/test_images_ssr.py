@@ -10,8 +10,8 @@ import torch
 from broken_pictures import png, tiff
 from conftest import make_image_processor, make_picture
 from diffusers.utils import logging
-from diffusers_ssr import image_decoding, image_processing_ssr
-from diffusers_ssr.image_processing_ssr import (
+from diffusers_ssr import image_decoding, images_ssr
+from diffusers_ssr.images_ssr import (
     mask_values,
     open_image,
     postprocess_map,
@@ -137,7 +137,7 @@ def test_deep_tiff_files_have_their_full_range(kind):
 
 def test_a_mask_of_another_size_is_not_converted(monkeypatch):
     """The conversion of a large mask takes seconds."""
-    monkeypatch.setattr(image_processing_ssr, "mask_values", None)
+    monkeypatch.setattr(images_ssr, "mask_values", None)
     with pytest.raises(ValueError, match="as large as its picture.*40, 30.*but is .*64, 64"):
         to_mask(Image.new("1", (64, 64)), (30, 40))
 
@@ -285,7 +285,7 @@ def test_too_many_pixels_raise_an_error(convert, monkeypatch):
     with pytest.raises(ValueError, match="`photo` has 400 pixels, more than the 399"):
         to_pil(image, "photo", max_pixels=399)
     assert to_pil(image, max_pixels=400).size == (20, 20)
-    monkeypatch.setattr(image_processing_ssr, "MAX_PIXELS", 399)
+    monkeypatch.setattr(images_ssr, "MAX_PIXELS", 399)
     with pytest.raises(ValueError, match="`subject_image` has 400 pixels.*MAX_PIXELS"):
         to_pil(image)
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import UNET_LAYERS, make_ssr_encoder
 from diffusers_ssr import SubjectEmbeds
-from diffusers_ssr.subject_embeds import Subject
-from diffusers_ssr.subject_request import SubjectRequest, SubjectRow, without_disabled_subjects
+from diffusers_ssr.subject_embeds_ssr import Subject
+from diffusers_ssr.request_ssr import SubjectRequest, SubjectRow, without_disabled_subjects
 
 
 LEFT = torch.tensor([[1.0, 0.0], [1.0, 0.0]])

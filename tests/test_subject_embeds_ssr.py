@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import make_picture, make_ssr_encoder
 from diffusers_ssr import SubjectEmbeds, subject_embeds, subject_file
-from diffusers_ssr.subject_embeds import same_fingerprint
+from diffusers_ssr.subject_embeds_ssr import same_fingerprint
 from PIL import Image
 from safetensors import safe_open
 
