@@ -11,7 +11,7 @@ import torch
 from accelerate import cpu_offload
 from conftest import make_image_encoder, make_ssr_encoder, make_unet
 from diffusers_ssr import SSREncoder, modeling_ssr
-from diffusers_ssr.modeling_ssr import SD15_ATTENTION_LAYERS, consistency_loss
+from diffusers_ssr.modeling_ssr import SD15_ATTENTION_LAYERS
 from safetensors.torch import load_file, save_file
 
 

@@ -229,9 +229,7 @@ def test_an_own_encode_prompt_gets_a_copied_tokenizer(pipe, monkeypatch, own_cla
 def test_components_that_change_during_a_call_do_not_change_it(pipe, subject, action):
     """Another thread exchanges the vision encoder, or removes the SSR-Encoder, while a query or a prompt is
     encoded."""
-    _caches.clear()
     expected = pipe.encode_subject(make_picture(), "cat").subjects[0].embeds
-    _caches.clear()
     vision, encoder = pipe.ssr_image_encoder, pipe.ssr_encoder
 
     def change(*_):
@@ -241,7 +239,6 @@ def test_components_that_change_during_a_call_do_not_change_it(pipe, subject, ac
             pipe.unload_ssr()
 
     def changed(function):
-        _caches.clear()
         hook = pipe.text_encoder.register_forward_hook(change)
         result = function()
         hook.remove()
@@ -692,13 +689,11 @@ def test_ctrl_c_in_the_standard_library(pipe, subject, way):
         if way == "wait":
             set_max_concurrent_calls(1)
         if way == "encode":
-            _caches.clear()
             pipe.encode_subject(as_file(make_picture(1)), "dog")
         else:
             pipe(**call_args(subject=subject, num_inference_steps=1))
 
     def beside():
-        _caches.clear()
         pipe.encode_subject(as_file(make_picture(2)), "cat")
         return pipe(**call_args(subject=subject)).images
 
