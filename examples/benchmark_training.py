@@ -17,13 +17,13 @@ from extras import needs
 
 import numpy as np
 import torch
-from benchmark import pocket_pipeline, sd15_pipeline
-from command_line import HelpFormatter, picture_side, positive, run_script
+from command_line import image_side, make_parser, positive, run_script
 from diffusers import DDPMScheduler
 from diffusers_ssr import SSREncoder
 from diffusers_ssr.image_processing_ssr import preprocess
 from diffusers_ssr.unet_hooks import subject_in_unet
 from PIL import Image
+from random_models import PRESETS
 from tqdm.auto import tqdm
 
 
@@ -33,20 +33,16 @@ with needs("train"):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument(
-        "--preset",
-        choices=("sd15", "pocket"),
-        default="sd15",
-        help="Stable Diffusion 1.5's sizes with random weights, or the pocket checkpoint",
-    )
-    parser.add_argument("--size", type=picture_side, default=512, help="size of the pictures in pixels")
-    parser.add_argument("--train_batch_size", type=positive, default=2, help="samples per step")
-    parser.add_argument("--steps", type=positive, default=3, help="number of steps in each round")
-    parser.add_argument("--rounds", type=positive, default=3, help="number of rounds")
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, default="sd15", help="the sizes of SD 1.5, or the pocket checkpoint")
+    add("--size", type=image_side, default=512, help="size of the images in pixels")
+    add("--train_batch_size", type=positive, default=2, help="samples per step")
+    add("--steps", type=positive, default=3, help="number of steps in each round")
+    add("--rounds", type=positive, default=3, help="number of rounds")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pipe = sd15_pipeline() if args.preset == "sd15" else pocket_pipeline()
+    pipe = PRESETS[args.preset]()
     pipe.to(device)
     encoder: SSREncoder = pipe.ssr_encoder.train()
     for model in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.ssr_image_encoder):

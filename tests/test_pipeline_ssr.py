@@ -5,7 +5,6 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from benchmark import random_model
 from conftest import (
     UNET_LAYERS,
     call_args,
@@ -20,6 +19,7 @@ from conftest import (
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline, SubjectEmbeds, subject_request
 from diffusers_ssr.subject_embeds import Subject
+from random_models import random_model
 from test_modeling_ssr import ALIGNER, LAYERS, random_released
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 
