@@ -45,8 +45,9 @@ def _whole(least: int, most: int = 2**63 - 1, multiple: int = 1) -> Callable[[st
 
     def convert(text: str) -> int:
         if not text.isdecimal() or not least <= int(text) <= most or int(text) % multiple:
+            limits = f"of {least} or more" if most == 2**63 - 1 else f"from {least} to {most}"
             step = f", a multiple of {multiple}" if multiple > 1 else ""
-            raise argparse.ArgumentTypeError(f"has to be a whole number from {least} to {most}{step}, but is {text!r}")
+            raise argparse.ArgumentTypeError(f"has to be a whole number {limits}{step}, but is {text!r}")
         return int(text)
 
     return convert
