@@ -43,7 +43,7 @@ with needs("demo"):
 PROMPTS = Path(__file__).resolve().parent / "evaluation_prompts.txt"
 
 
-def image_files(folder: Path) -> list[Path]:
+def list_images(folder: Path) -> list[Path]:
     """Returns the image files in a folder, sorted by name. Subfolders are not searched."""
     return sorted(file for file in folder.glob("*") if file.suffix.lower() in SUFFIXES)
 
@@ -73,7 +73,6 @@ def class_name(subject: str, classes: dict[str, str]) -> str:
 
 
 def make_rows(args: argparse.Namespace, folders: list[Path]) -> list[dict]:
-    """Returns rows for generate_batch.py: each prompt for the first image of each subject."""
     templates = read_lines(args.prompts, "prompts")
     if not templates or not all("{}" in template for template in templates):
         raise ValueError(f"`prompts`: each line of {args.prompts} has to hold {{}} where the subject is named.")
@@ -81,7 +80,7 @@ def make_rows(args: argparse.Namespace, folders: list[Path]) -> list[dict]:
     names = {folder: class_name(folder.name, classes) for folder in folders}
     return [
         {
-            "image": str(image_files(folder)[0].resolve()),
+            "image": str(list_images(folder)[0].resolve()),
             "query": names[folder],
             "prompt": template.replace("{}", names[folder]),
             "seed": args.seed + index,
@@ -93,13 +92,16 @@ def make_rows(args: argparse.Namespace, folders: list[Path]) -> list[dict]:
     ]
 
 
-def generate(args: argparse.Namespace, rows: list[dict]) -> None:
+def generate(args: argparse.Namespace, folders: list[Path]) -> dict[Path, str]:
+    """Generates each prompt for the first image of each subject. Returns the prompt of each file."""
+    rows = make_rows(args, folders)
     options = {"table": args.subjects_dir, "output_dir": args.generated_dir}
     for name in ("pretrained_model_name_or_path", "ssr", "scale", "num_inference_steps", "guidance_scale"):
         options[name] = getattr(args, name)
     arguments = [f"--{name}={value}" for name, value in options.items() if value is not None]
     if message := generate_batch.generate_table(rows, generate_batch.parse_args(arguments)):
         print(message, file=sys.stderr)
+    return {args.generated_dir / row["name"]: row["prompt"] for row in rows}
 
 
 def read_prompts(generated_dir: Path) -> dict[Path, str]:
@@ -116,7 +118,7 @@ def measure_subject(
     folder: Path, generated: dict[Path, Image.Image], prompts: dict[Path, str], models: dict, left_out: dict[str, str]
 ) -> list[dict]:
     """Returns a row with DINO, CLIP-I and CLIP-T of a subject."""
-    real = open_all(image_files(folder), left_out)
+    real = open_all(list_images(folder), left_out)
     if not real or not generated:
         left_out[folder.name] = f"{len(real)} real images and {len(generated)} generated ones"
         return []
@@ -135,14 +137,14 @@ def measure_selection(
     reference: Path, generated_dir: Path, models: dict[str, ImageFeatures], left_out: dict[str, str]
 ) -> list[dict]:
     """Returns for each subject of a reference how similar its generated images are to it and to the other subjects."""
-    subjects = open_all(image_files(reference / "crops"), left_out)
+    subjects = open_all(list_images(reference / "crops"), left_out)
     if len(subjects) < 2:
         left_out[reference.name] = f"{len(subjects)} subjects, but selection needs two or more"
         return []
     crops = {name: model(list(subjects.values())) for name, model in models.items()}
     rows = []
     for index, query in enumerate(file.stem for file in subjects):
-        generated = open_all(image_files(generated_dir / reference.name / query), left_out)
+        generated = open_all(list_images(generated_dir / reference.name / query), left_out)
         if not generated:
             left_out[f"{reference.name}/{query}"] = "no generated images"
             continue
@@ -213,27 +215,24 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_args(arguments)
     source = args.subjects_dir or args.selective_dir
-    folders = sorted(path for path in source.glob("*") if image_files(path) or image_files(path / "crops"))
+    crops = "" if args.selective_dir is None else "crops"
+    folders = sorted(path for path in source.glob("*") if list_images(path / crops))
     if not folders:
         raise ValueError(f"--subjects_dir or --selective_dir: {source} holds no subjects with images.")
     state = start_processes()
-    names = None
-    if args.pretrained_model_name_or_path is not None:
-        rows = make_rows(args, folders)
-        generate(args, rows)
-        names = {args.generated_dir / row["name"] for row in rows}
+    stored = args.pretrained_model_name_or_path is None
+    prompts = read_prompts(args.generated_dir) if stored else generate(args, folders)
     models = {}
     for name, kind in (("dino", DinoFeatures), ("clip", ClipFeatures)):
         if (source_of := getattr(args, name)) != "none":
             with naming(f"--{name}", source_of):
                 models[name] = kind.from_pretrained(source_of, state.device)
-    prompts = read_prompts(args.generated_dir)
     rows, left_out = [], {}
     for folder in own_share(state, folders, "subjects"):
         if args.subjects_dir is None:
             rows += measure_selection(folder, args.generated_dir, models, left_out)
             continue
-        files = [file for file in image_files(args.generated_dir / folder.name) if names is None or file in names]
+        files = [file for file in list_images(args.generated_dir / folder.name) if stored or file in prompts]
         rows += measure_subject(folder, open_all(files, left_out), prompts, models, left_out)
     rows, left_out = gather_object(rows), dict(gather_object(list(left_out.items())))
     if not state.is_main_process:

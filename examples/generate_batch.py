@@ -212,7 +212,7 @@ def generate_table(rows: list[dict], args: argparse.Namespace) -> str | None:
         base, option = args.pretrained_model_name_or_path, "--pretrained_model_name_or_path"
         no_checker = {"safety_checker": None, "requires_safety_checker": False}
         pipe = load_pipeline(base, args.ssr, option, state.device, DTYPES.get(args.dtype), **no_checker)
-    failed = []
+    failed = [(index, str(file)) for index, file in enumerate(files) if isinstance(file, ValueError)]
     with tqdm(total=len(own), desc="images", disable=not state.is_local_main_process) as bar:
         for start in range(0, len(own), args.batch_size):
             batch = own[start : start + args.batch_size]
@@ -223,8 +223,7 @@ def generate_table(rows: list[dict], args: argparse.Namespace) -> str | None:
                 except Exception as error:
                     failed.append((index, f"{type(error).__name__}: {error}"))
                 bar.update()
-    invalid = {index: str(file) for index, file in enumerate(files) if isinstance(file, ValueError)}
-    errors = {**invalid, **dict(gather_object(failed))}
+    errors = dict(gather_object(failed))
     return finish(args.output_dir, rows, files, errors) if state.is_main_process else None
 
 
