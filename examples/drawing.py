@@ -31,26 +31,20 @@ def options(description: str | None) -> argparse.ArgumentParser:
     """Creates a parser with options for generation and for the output folder."""
     parser = make_parser(description)
     call_options(parser)
-    parser.add_argument(
-        "--output_dir", type=output_folder, default=Path("outputs"), help="where the results are written"
-    )
+    help_text = "where the results are written"
+    parser.add_argument("--output_dir", type=output_folder, default=Path("outputs"), help=help_text)
     return parser
 
 
 def call_options(parser: argparse.ArgumentParser) -> None:
     """Adds options for generation. The defaults are for the pocket checkpoint."""
-    parser.add_argument(
-        "--checkpoint", default=str(POCKET), help="folder or repository with base model and SSR-Encoder"
-    )
-    parser.add_argument(
-        "--scale", type=float, default=1.0, help="subject scale; 0.5 to 0.8 is usual with full-size checkpoints"
-    )
-    parser.add_argument("--num_inference_steps", type=positive, default=25, help="denoising steps")
-    parser.add_argument("--guidance_scale", type=float, default=3.0, help="scale of classifier-free guidance")
-    parser.add_argument(
-        "--eta", type=share, default=0.9, help="eta of DDIM: how much noise is added in each step, from 0 to 1"
-    )
-    parser.add_argument("--seed", type=seed, default=0, help="seed of the initial noise")
+    add = parser.add_argument
+    add("--checkpoint", default=str(POCKET), help="folder or repository with base model and SSR-Encoder")
+    add("--scale", type=float, default=1.0, help="subject scale; 0.5 to 0.8 is usual with full-size checkpoints")
+    add("--num_inference_steps", type=positive, default=25, help="denoising steps")
+    add("--guidance_scale", type=float, default=3.0, help="scale of classifier-free guidance")
+    add("--eta", type=share, default=0.9, help="eta of DDIM: how much noise is added in each step, from 0 to 1")
+    add("--seed", type=seed, default=0, help="seed of the initial noise")
 
 
 def reference_options(parser: argparse.ArgumentParser, place: str) -> None:
@@ -75,13 +69,12 @@ def hide_library_output() -> None:
 
 def _is_important(record: LogRecord) -> bool:
     message = record.getMessage()
-    start, found, texts = message.partition("truncated because CLIP can only handle sequences up to ")
-    if found:
+    start, _, texts = message.partition(" tokens: ")
+    if "was truncated because CLIP" in start and texts[:1] + texts[-1:] == "[]":
         # of a batch, diffusers lists all prompts, and only the padding of those that are not too long
-        length, _, texts = texts.partition(" tokens: ")
         new = {text.replace("<|endoftext|>", "") for text in ast.literal_eval(texts)} - _reported - {""}
         _reported.update(new)
-        record.msg = f"{start}{found}{length} tokens: {sorted(new)}"
+        record.msg = f"{start} tokens: {sorted(new)}"
         return bool(new)
     return not any(text in message for text in _UNIMPORTANT)
 
@@ -121,12 +114,7 @@ def named(thing: str) -> str:
 
 
 def load_pipeline(
-    checkpoint: str,
-    ssr: str | None = None,
-    option: str = "--checkpoint",
-    device: torch.device | None = None,
-    dtype: torch.dtype | None = None,
-    **kwargs,
+    checkpoint: str, ssr: str | None = None, option: str = "--checkpoint", device: torch.device | None = None, **kwargs
 ) -> StableDiffusionSSRPipeline:
     """Loads the SSR pipeline of a checkpoint, which is the value of `option`. The SSR-Encoder is that of the
     checkpoint, or the one in `ssr` if it is given. By default, the pipeline is on the GPU in half precision if there is
@@ -135,11 +123,11 @@ def load_pipeline(
     check_source("--ssr", ssr)
     hide_library_output()
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.float16)
+    kwargs["dtype"] = kwargs.get("dtype") or (torch.float32 if device.type == "cpu" else torch.float16)
     if ssr is not None:
         kwargs |= {"ssr_encoder": None, "ssr_image_encoder": None}
     with naming(option, checkpoint):
-        pipe = StableDiffusionSSRPipeline.from_pretrained(checkpoint, trust_remote_code=True, dtype=dtype, **kwargs)
+        pipe = StableDiffusionSSRPipeline.from_pretrained(checkpoint, trust_remote_code=True, **kwargs)
     if ssr is not None:
         with naming("--ssr", ssr):
             pipe.load_ssr(ssr)

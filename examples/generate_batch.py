@@ -211,7 +211,7 @@ def generate_table(rows: list[dict], args: argparse.Namespace) -> str | None:
     if own:
         base, option = args.pretrained_model_name_or_path, "--pretrained_model_name_or_path"
         no_checker = {"safety_checker": None, "requires_safety_checker": False}
-        pipe = load_pipeline(base, args.ssr, option, state.device, DTYPES.get(args.dtype), **no_checker)
+        pipe = load_pipeline(base, args.ssr, option, state.device, dtype=DTYPES.get(args.dtype), **no_checker)
     failed = [(index, str(file)) for index, file in enumerate(files) if isinstance(file, ValueError)]
     with tqdm(total=len(own), desc="images", disable=not state.is_local_main_process) as bar:
         for start in range(0, len(own), args.batch_size):

@@ -10,13 +10,10 @@ from typing import Any, TextIO
 
 
 # UTF-32 is checked before UTF-16, because its byte order mark begins with the one of UTF-16
-_MARKS = (
-    (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
+_ENCODINGS = {
+    codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
 # Lines are read completely, so a file without line breaks could otherwise fill the memory.
 MAX_LINE = 2**20
 MAX_COLUMNS = 1024
@@ -32,7 +29,7 @@ def open_text(file: Path, name: str = "file", errors: str = "strict") -> TextIO:
         start = content.read(4)
     if start == b"PK\3\4":
         raise ValueError(f"`{name}`: {file} is a workbook (such as .xlsx) or a zip file, but has to be text: {_HINT}.")
-    encoding = next((encoding for mark, encoding in _MARKS if start.startswith(mark)), "utf-8")
+    encoding = next((encoding for mark, encoding in _ENCODINGS.items() if start.startswith(mark)), "utf-8")
     return open(file, encoding=encoding, errors=errors, newline="")
 
 
