@@ -57,9 +57,9 @@ def main():
 
     samples = []
     for index in range(args.train_batch_size):
-        picture = Image.effect_noise((args.size, args.size), 30 + index).convert("RGB")
-        pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float() / 127.5 - 1
-        reference = preprocess(picture, pipe.ssr_image_processor)[0]
+        image = Image.effect_noise((args.size, args.size), 30 + index).convert("RGB")
+        pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 127.5 - 1
+        reference = preprocess(image, pipe.ssr_image_processor)[0]
         samples.append(
             {"pixel_values": pixels, "reference_values": reference[None], "masks": [None],
              "caption": "a cat on the beach", "queries": ["cat"], "digest": f"{index:040x}"}
