@@ -165,30 +165,6 @@ def snapshot(unet):
     )
 
 
-def random_model(make) -> torch.nn.Module:
-    """Creates a large model with weights of a typical magnitude. All weights are copied from one random vector,
-    because it would take minutes to sample each weight."""
-    with torch.device("meta"):
-        model = make()
-    model = model.to_empty(device="cpu").eval()
-    noise = torch.randn(4_000_000, generator=torch.Generator().manual_seed(0))
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 1:
-            parameter.data.fill_(float("norm" in name and name.endswith("weight")))
-            continue
-        flat = parameter.data.view(-1)
-        for start in range(0, len(flat), len(noise)):
-            part = flat[start : start + len(noise)]
-            part.copy_(noise[: len(part)])
-        parameter.data *= parameter[0].numel() ** -0.5
-    for name, buffer in model.named_buffers():
-        if name.endswith("position_ids"):
-            buffer.copy_(torch.arange(buffer.shape[-1])[None])
-        else:
-            buffer.zero_()
-    return model
-
-
 @pytest.fixture
 def components() -> dict:
     return make_components()

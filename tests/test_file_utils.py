@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from conftest import make_components
 from diffusers import StableDiffusionPipeline
-from diffusers_ssr.file_utils import atomic_file, atomic_folder, check_regular_file
+from diffusers_ssr.internals_ssr import atomic_file, atomic_folder, check_regular_file
 
 
 def contents(folder) -> dict[str, bytes]:

@@ -60,7 +60,7 @@ def test_every_argument_is_documented():
 
 DOCUMENTED = [
     SSRPipelineMixin.__call__, SSRPipelineMixin.encode_subject, SSRPipelineMixin.subject_attention_map,
-    SSRPipelineMixin.load_ssr, SSREncoder, SSREncoder.attention_probs, SSREncoder.forward, 
+    SSRPipelineMixin.load_ssr, SSREncoder, SSREncoder.attention_probs, SSREncoder.forward,
     SubjectConditions, Subject,
 ]  # fmt: skip
 

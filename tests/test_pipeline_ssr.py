@@ -14,12 +14,12 @@ from conftest import (
     make_ssr_components,
     make_ssr_encoder,
     make_unet,
-    random_model,
     snapshot,
 )
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline, SubjectEmbeds, hooks_ssr, request_ssr
 from diffusers_ssr.subject_embeds_ssr import Subject
+from random_models import random_model
 from test_modeling_ssr import ALIGNER, LAYERS, random_released
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import UNET_LAYERS, make_ssr_encoder
 from diffusers_ssr import SubjectEmbeds
-from diffusers_ssr.subject_embeds_ssr import Subject
 from diffusers_ssr.arguments_ssr import parse_subjects, without_disabled_subjects
 from diffusers_ssr.request_ssr import Row, SubjectRequest
+from diffusers_ssr.subject_embeds_ssr import Subject
 
 
 LEFT = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
