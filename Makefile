@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 WORK_DIR ?= outputs/pocket-training
 POCKET = $(BIN)/python -m tools.pocket
 
-.PHONY: demo test test-oldest test-middle test-newest lint docs pocket pocket-gpu measure compare
+.PHONY: demo test test-slow census test-oldest test-middle test-newest lint docs pocket pocket-gpu measure compare
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -15,13 +15,21 @@ demo: $(VENV)/.demo
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal --cov --cov-report=term
 
+# the tests that take longer: thread marathons, full-size models
+test-slow: $(VENV)/.installed
+	RUN_SLOW=1 $(BIN)/python -m pytest -q -n 2 tests/test_threads.py tests/test_full_size.py
+
+# how large the project is, against its limits
+census: $(VENV)/.installed
+	$(BIN)/python tools/census.py
+
 # The tests of the root modules with other versions of the libraries, in separate environments: the oldest supported versions, some
 # in between, and the newest including pre-releases. There the package is not installed but imported through a link.
 OLDEST_PYTHON ?= python3.10
 VERSIONS = tests/versions
-VERSION_TESTS = $(addprefix tests/test_,attention_processors.py chains.py compile.py image_processing_ssr.py ip_adapter.py \
-	loading.py loading_ssr.py modeling_ssr.py pipeline_common.py pipeline_ssr.py selection.py subject_cache.py \
-	subject_embeds.py subject_request.py threads.py token_merging.py unet_hooks.py)
+VERSION_TESTS = $(addprefix tests/test_,attention_processors.py chains.py compile.py hooks_ssr.py images_ssr.py internals_ssr.py \
+	ip_adapter.py loading.py loading_ssr.py modeling_ssr.py pipeline_common.py pipeline_ssr.py request_ssr.py selection.py \
+	subject_embeds_ssr.py threads.py)
 
 test-oldest: PYTHON = $(OLDEST_PYTHON)
 test-oldest: PIP_ARGS = -c $(VERSIONS)/oldest.txt
