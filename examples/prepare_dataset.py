@@ -13,7 +13,7 @@ import argparse
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -35,11 +35,13 @@ with needs("train"):
     from training_data import FilePath, text_of
 
 
+TEXT = datasets.Value("string")
+FEATURES = datasets.Features({"__key__": TEXT, "image": datasets.Image(), "text": TEXT, "query": TEXT})
 OPENINGS = re.compile(
-    r"^(there (is|are)|this is|(an?|the)? ?(close ?up|photo|photograph|picture|image|view|painting|drawing|shot|portrait)s? of)\s+"
+    r"^((there (is|are)|this is|(an?|the)? ?(close ?up|photo|photograph|picture|image|view|painting|drawing|shot|portrait)s? of)\s+)*"
 )
 ARTICLES = {"a", "an", "the", "one", "two", "three", "four", "some", "several", "many", "his", "her", "their", "its"}
-# Words that end the name of a thing in a caption, because they begin a place, an action or another thing.
+# words that begin a place, an action or another thing
 ENDINGS = set(
     "about above across after against along among and are around as at before behind below beneath beside between by"
     " down during for from has have having in inside into is laid lays lies near next of off on onto or out outside over"
@@ -52,9 +54,7 @@ NOUNS_IN_ING = {"building", "painting", "drawing", "ceiling", "king", "ring", "w
 def query_from_caption(caption: str) -> str:
     """Returns the first thing that an English caption names: "brown dog" for "a brown dog sitting on a couch". These are
     the words after the first article, up to the first word that begins a place or an action."""
-    text = caption.lower()
-    while OPENINGS.match(text):
-        text = OPENINGS.sub("", text, count=1)
+    text = OPENINGS.sub("", caption.lower())
     found = []
     for word in re.findall(r"[\w'-]+|[.,;:!?]", text):
         ended = word in ENDINGS or not word[0].isalnum()
@@ -68,34 +68,32 @@ def query_from_caption(caption: str) -> str:
     return " ".join(found)
 
 
-class Captioner:
-    """Captions images with an image-to-text model such as BLIP."""
-
-    def __init__(self, name_or_path: str, device: torch.device):
-        dtype = torch.float16 if device.type == "cuda" else torch.float32
-        self.model = AutoModelForImageTextToText.from_pretrained(name_or_path, dtype=dtype).to(device).eval()
-        self.processor = AutoProcessor.from_pretrained(name_or_path)
+def load_captioner(name_or_path: str, device: torch.device) -> Callable[[list[Image.Image]], list[str]]:
+    """Loads an image-to-text model such as BLIP. Returns a function that captions images."""
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    model = AutoModelForImageTextToText.from_pretrained(name_or_path, dtype=dtype).to(device).eval()
+    processor = AutoProcessor.from_pretrained(name_or_path)
 
     @torch.no_grad()
-    def __call__(self, images: list[Image.Image], max_new_tokens: int) -> list[str]:
-        """Returns one caption for each image."""
-        pixels = self.processor(images=images, return_tensors="pt").pixel_values
-        pixels = pixels.to(self.model.device, self.model.dtype)
-        tokens = self.model.generate(pixel_values=pixels, max_new_tokens=max_new_tokens)
-        return [text.strip() for text in self.processor.batch_decode(tokens, skip_special_tokens=True)]
+    def captioner(images: list[Image.Image]) -> list[str]:
+        pixels = processor(images=images, return_tensors="pt").pixel_values.to(device, dtype)
+        tokens = model.generate(pixel_values=pixels, max_new_tokens=40)
+        return [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
+
+    return captioner
 
 
-def read_source(args: argparse.Namespace) -> tuple[Sequence[dict] | datasets.IterableDataset, dict[str, str]]:
+def read_source(args: argparse.Namespace) -> tuple[Iterable[dict], dict[str, str]]:
     """Returns the rows to prepare, and a dict with the names and reasons of the files that are left out."""
     if (args.source is None) == (args.dataset_name is None):
         raise ValueError(f"Pass either `source` or `dataset_name`: got {args.source} and {args.dataset_name!r}.")
-    if args.source is not None and not args.source.is_dir():
+    if args.source and not args.source.is_dir():
         raise ValueError(f"`source`: there is no folder {args.source}.")
     columns = training_data.Columns(args.image_column, args.caption_column, args.query_column)
     files = sorted(file for file in args.source.rglob("*") if file.is_file()) if args.source else []
     known = any(file.suffix in (".tar", ".parquet") or file.name in training_data.METADATA_FILES for file in files)
     if args.dataset_name is not None or known:
-        options = (args.dataset_name, args.dataset_config_name, args.streaming, columns)
+        options = (args.dataset_name, args.dataset_config_name, args.streaming or known, columns)
         return training_data.load_rows(args.source, *options), {}
     names = {file: str(file.relative_to(args.source)) for file in files}
     images = [file for file in files if file.suffix.lower() in SUFFIXES]
@@ -107,21 +105,13 @@ def read_source(args: argparse.Namespace) -> tuple[Sequence[dict] | datasets.Ite
 
 
 def chunks(rows, size: int) -> Iterator[list[tuple[str, Callable[[], dict]]]]:
-    """Yields the rows in chunks. Each row is a default name and a function that reads the row."""
-    is_stream = isinstance(rows, datasets.IterableDataset)
-    reads = (
-        (partial(dict, row) for row in rows)
-        if is_stream
-        else map(partial(partial, rows.__getitem__), range(len(rows)))
-    )
-    named = ((f"row {number}", read) for number, read in enumerate(reads))
-    while chunk := list(islice(named, size)):
-        yield chunk
+    """Yields the rows in chunks. Each row is a default name and a function that returns the row."""
+    named = ((f"row {number}", partial(dict, row)) for number, row in enumerate(rows))
+    yield from iter(lambda: list(islice(named, size)), [])
 
 
 def sidecar(cell, suffix: str) -> str | None:
-    """Returns the text in the file with the name of the image and this suffix, or `None` if there is none or it is
-    empty."""
+    """Returns the text in the file with the name of the image and this suffix, or `None` without such a text."""
     file = Path(cell).with_suffix(suffix) if isinstance(cell, FilePath) else None
     return text_of(file.read_bytes(), file.name) if file and file.is_file() and file.stat().st_size else None
 
@@ -146,10 +136,8 @@ def finish_sample(sample: dict, args: argparse.Namespace) -> dict:
     if sample["text"] is None:
         raise ValueError("there is no caption, and no `caption_model` to write one")
     text = text_of(sample["text"], args.caption_column)
-    if args.query_from == "caption":
-        query = query_from_caption(text)
-    else:
-        query = sidecar(sample["cell"], ".query.txt") if args.query_from == "file" else sample.get(args.query_column)
+    query = query_from_caption(text) if args.query_from == "caption" else sample.get(args.query_column)
+    query = sidecar(sample["cell"], ".query.txt") if args.query_from == "file" else query
     buffer = io.BytesIO()
     sample["image"].save(buffer, "jpeg", quality=args.jpeg_quality, subsampling=0)
     query = text_of(query, f"the query in the {args.query_from}")
@@ -171,8 +159,7 @@ def prepare(chunk: list, args: argparse.Namespace, captioner) -> tuple[list[dict
         rows = [training_data.read_row(read, name) for name, read in chunk[start : start + args.batch_size]]
         samples = [sample for name, row in rows for sample in attempt(name, open_sample, row)]
         without = [sample for _, sample in samples if sample["text"] is None]
-        images = [sample["image"] for sample in without]
-        captions = captioner(images, args.max_new_tokens) if captioner and images else []
+        captions = captioner([sample["image"] for sample in without]) if captioner and without else []
         for sample, text in zip(without, captions, strict=False):
             sample["text"] = text
         finished = [row for name, sample in samples for row in attempt(name, finish_sample, sample)]
@@ -182,18 +169,12 @@ def prepare(chunk: list, args: argparse.Namespace, captioner) -> tuple[list[dict
 
 def write_whole(file: Path, write: Callable[[Path], object]) -> None:
     """Writes a file under a temporary name, and renames it when it is complete."""
-    partial_file = file.with_suffix(".part")
-    write(partial_file)
-    partial_file.replace(file)
+    write(file.with_suffix(".part"))
+    file.with_suffix(".part").replace(file)
 
 
 def write_json(file: Path, content: dict) -> None:
     write_whole(file, lambda partial_file: partial_file.write_text(json.dumps(content, indent=1) + "\n"))
-
-
-def write_shard(file: Path, rows: list[dict]) -> None:
-    features = {"image": datasets.Image(), **dict.fromkeys(("__key__", "text", "query"), datasets.Value("string"))}
-    write_whole(file, datasets.Dataset.from_list(rows, datasets.Features(features)).to_parquet)
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -208,18 +189,15 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--image_column", default="image", help="the image")
     add("--caption_column", default="text", help="column with captions; empty cells are captioned")
     add("--query_column", default="query", help="column with queries, for `--query_from column`")
-    add("--query_from", choices=("caption", "column", "file"), default="caption",
-        help="source of the query: the first thing in the caption, the query column, or the .query.txt of the image")  # fmt: skip
+    add("--query_from", choices=("caption", "column", "file"), default="caption", help="source of the query")
     add("--caption_model", help="model for images without a caption, such as Salesforce/blip-image-captioning-large")
-    add("--max_new_tokens", type=positive, default=40, help="maximum number of tokens of a caption")
-    add("--batch_size", type=positive, default=16, help="number of images that are captioned and scored together")
+    add("--batch_size", type=positive, default=16, help="number of images that are captioned together")
     add("--min_image_size", type=positive, default=512, help="images with a shorter side are skipped")
     add("--max_image_size", type=positive, help="length of the shorter side; larger images are resized to it")
     add("--max_aspect_ratio", type=float, default=2.0, help="maximum aspect ratio; longer images are skipped")
     add("--jpeg_quality", type=positive, default=95, help="JPEG quality of the images in the shards")
     args = parser.parse_args(arguments)
-    companions = {"dataset_name": ("dataset_config_name", "streaming"), "caption_model": ("max_new_tokens",)}
-    check_companions(parser, args, companions)
+    check_companions(parser, args, {"dataset_name": ("dataset_config_name", "streaming")})
     return args
 
 
@@ -243,19 +221,18 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     captioner = kept = None
     if args.caption_model is not None:
         with naming("--caption_model", args.caption_model):
-            captioner = Captioner(args.caption_model, state.device)
+            captioner = load_captioner(args.caption_model, state.device)
     check_settings(args, state)  # after the model was loaded, because it writes to the output folder
 
-    bar = tqdm(desc="rows", disable=not state.is_local_main_process)
-    for number, chunk in enumerate(chunks(rows, args.shard_size)):
+    shards = tqdm(chunks(rows, args.shard_size), desc="shards", disable=not state.is_local_main_process)
+    for number, chunk in enumerate(shards):
         report = args.output_dir / "reports" / f"{number:06d}.json"
         if not report.exists() and number % state.num_processes == state.process_index:
             samples, left_out = prepare(chunk, args, captioner)
             if samples:
-                write_shard(args.output_dir / f"{number:06d}.parquet", samples)
+                table = datasets.Dataset.from_list(samples, FEATURES)
+                write_whole(args.output_dir / f"{number:06d}.parquet", table.to_parquet)
             write_json(report, {"kept": len(samples), "bad": left_out})  # marks the shard as done
-        bar.update(len(chunk))
-    bar.close()
 
     state.wait_for_everyone()
     if state.is_main_process:

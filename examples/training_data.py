@@ -78,10 +78,6 @@ def load_rows(
     if tables:
         options = {"path": "parquet", "data_files": tables}
         return _load_dataset(f"`train_data_dir`: {folder}", options, streaming, columns)
-    if streaming:
-        raise ValueError(
-            "`streaming` is for shards, Parquet files and datasets of the Hub, not for a folder of images."
-        )
     return read_metadata([file for file in files if file.name in METADATA_FILES], folder)
 
 

@@ -21,6 +21,7 @@ from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration
 def cache(tmp_path, monkeypatch):
     """An empty cache of `datasets`."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ TEXT = "a café"
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
-@pytest.mark.parametrize("name", ["1.txt", "1.query.txt", "1.json", "metadata.csv"])
+@pytest.mark.parametrize("name", ["1.txt", "1.query.txt", "metadata.csv"])
 def test_texts_that_are_not_utf8_are_named(tmp_path, name, encoding):
     """A text in another encoding is a bad sample, or an error. It is never decoded with replacement characters."""
     photos = tmp_path / "photos"
@@ -109,7 +110,7 @@ def test_texts_that_are_not_utf8_are_named(tmp_path, name, encoding):
     elif name == "metadata.csv":
         with pytest.raises(ValueError, match="metadata.csv is not UTF-8"):
             prepare_dataset.main(arguments(photos, tmp_path / "out", **options))
-    elif name != "1.json":  # is not read
+    else:
         assert prepare_dataset.main(arguments(photos, tmp_path / "out", **options)) == 0
         bad = json.loads((tmp_path / "out" / "bad_samples.json").read_text())
         assert f"{name} is not UTF-8" in bad["1.png"]
@@ -197,10 +198,10 @@ def test_captions_from_a_model(photos, tmp_path):
     blip.save_pretrained(model)
     processor = BlipImageProcessor(size={"height": 32, "width": 32})
     BlipProcessor(processor, BertTokenizer(str(model / "vocab.txt"))).save_pretrained(model)
-    prepare_dataset.main(arguments(photos, tmp_path / "out", caption_model=model, max_new_tokens=2))
+    prepare_dataset.main(arguments(photos, tmp_path / "out", caption_model=model))
     captions = {row["__key__"]: row["text"] for row in rows_of(tmp_path / "out")}
     assert captions["0.png"] == "a brown dog sitting on couch 0", "an existing caption was replaced"
-    assert captions["alone.png"] == "cat cat"
+    assert set(captions["alone.png"].split()) == {"cat"}
 
 
 def test_large_images_are_scaled_down(photos, tmp_path):
