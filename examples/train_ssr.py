@@ -45,7 +45,7 @@ with needs("train"):
     from accelerate import Accelerator
     from accelerate.logging import get_logger
     from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, gather_object, set_seed
-    from training_data import Columns, FeatureCache, Preparation, Samples, load_rows, summary
+    from training_data import Columns, FeatureCache, Preparation, Samples, Tensors, load_rows, summary
     from training_options import check_args, parse_args
 
 
@@ -65,7 +65,6 @@ def subject_in_unet(unet: nn.Module, encoder: SSREncoder, conditions: SubjectCon
 
 
 logger = get_logger(__name__, log_level="INFO")
-Tensors = dict[str, torch.Tensor]
 
 
 def new_encoder(
@@ -95,30 +94,32 @@ def new_encoder(
 def load_models(args: argparse.Namespace, build: Callable[..., SSREncoder] = new_encoder):
     """Returns the frozen pipeline and the encoder to train, in full precision. `build` creates a new encoder. Raises a
     `ValueError` if the models do not fit together."""
-    base, start = args.pretrained_model_name_or_path, args.ssr_encoder_name_or_path
+    base, vision, start = (
+        args.pretrained_model_name_or_path, args.image_encoder_name_or_path, args.ssr_encoder_name_or_path,
+    )  # fmt: skip
     with naming("--pretrained_model_name_or_path", base):
         pipe = StableDiffusionSSRPipeline.from_pretrained(
             base, revision=args.revision, variant=args.variant, dtype=torch.float32, safety_checker=None,
             requires_safety_checker=False, ssr_encoder=None, ssr_image_encoder=None,
         )  # fmt: skip
-    source, folders = args.image_encoder_name_or_path, ("", "")
-    if source is None:
-        source, folders = start, ("ssr_image_encoder", "ssr_image_processor")
-    with naming("--ssr_encoder_name_or_path" if source == start else "--image_encoder_name_or_path", source):
-        vision = CLIPVisionModel.from_pretrained(source, subfolder=folders[0])
-        processor = CLIPImageProcessor.from_pretrained(source, subfolder=folders[1])
+    models = {}
+    if vision is not None:
+        with naming("--image_encoder_name_or_path", vision):
+            models["image_encoder"] = CLIPVisionModel.from_pretrained(vision).float()
+            models["image_processor"] = CLIPImageProcessor.from_pretrained(vision)
     if start is not None:
         with naming("--ssr_encoder_name_or_path", start):
-            encoder = SSREncoder.from_pretrained(start, subfolder="ssr_encoder", dtype=torch.float32)
-    elif args.released_aligner is not None:
-        encoder = SSREncoder.from_released(args.released_aligner, args.released_layers)
+            pipe.load_ssr(start, dtype=torch.float32, **models)
     else:
-        encoder = build(pipe.unet, pipe.text_encoder.config.hidden_size, vision.config, args)
-    # the copy is only needed for the checks in `load_ssr`
-    pipe.load_ssr(copy.deepcopy(encoder), image_encoder=vision.float(), image_processor=processor)
+        if args.released_aligner is not None:
+            encoder = SSREncoder.from_released(args.released_aligner, args.released_layers)
+        else:
+            encoder = build(pipe.unet, pipe.text_encoder.config.hidden_size, models["image_encoder"].config, args)
+        pipe.load_ssr(encoder, **models)
+    encoder = pipe.ssr_encoder
     pipe.register_modules(ssr_encoder=None)
     pipe.set_progress_bar_config(disable=True)
-    for model in (pipe.unet, pipe.vae, pipe.text_encoder, vision):
+    for model in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.ssr_image_encoder):
         model.requires_grad_(False).eval()
     args.resolution = args.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
     return pipe, encoder.float().train()
@@ -177,13 +178,6 @@ class FrozenFeatures:
             "mask": torch.stack(masks),
         }
 
-    def _cached(self, sample: dict) -> Tensors:
-        features = sample.get("features")
-        if features is None:
-            features = self._compute([sample])
-            self.cache.save(sample["digest"], features)
-        return features
-
     def __call__(self, samples: list[dict], mask_weight: float = 1.0) -> Tensors:
         """
         Returns `latent_mean`, `latent_std` and `caption_states` of shape `(batch_size, ...)` for the samples, and
@@ -192,7 +186,8 @@ class FrozenFeatures:
         the dict also has `mask`, and subjects without a mask get a mask that has no effect.
         """
         device = self.pipe.unet.device
-        parts = [self._compute(samples)] if self.cache is None else [self._cached(sample) for sample in samples]
+        compute = self._compute
+        parts = [self.cache(sample, compute) for sample in samples] if self.cache else [compute(samples)]
         features = {name: torch.cat([part[name].to(device) for part in parts]) for name in parts[0]}
         counts = torch.tensor([len(sample["queries"]) for sample in samples])
         features["row"] = torch.arange(len(samples)).repeat_interleave(counts).to(device)
@@ -429,8 +424,7 @@ def make_cache(args: argparse.Namespace, pipe, encoder: SSREncoder, dtype: torch
     # the weights themselves, because those in a folder can change while its path stays the same
     weights = [sum(weight.abs().sum(dtype=torch.float64).item() for weight in model.parameters()) for model in models]
     settings = {"weights": weights, "levels": list(encoder.config.image_levels), "dtype": str(dtype)}
-    # `form` is the version of the cache format; files in another format are not read
-    return FeatureCache(args.cache_features, {**settings, "resolution": args.resolution, "form": 3})
+    return FeatureCache(args.cache_features, settings)
 
 
 def main(
@@ -453,9 +447,8 @@ def main(
     rows = load_rows(*source, columns) if open_samples is None else []
     accelerator = make_accelerator(args)
     process, num_processes = accelerator.process_index, accelerator.num_processes
-    if open_samples is not None and (args.cache_features is not None or num_processes > 1):
-        # the cache needs the files of each row, and all processes would train on the same samples
-        raise ValueError("`open_samples` cannot be combined with `cache_features` or with several processes.")
+    if open_samples is not None and num_processes > 1:
+        raise ValueError("`open_samples` is for one process: several would all train on the same samples.")
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     set_seed(args.seed)
 
@@ -491,9 +484,7 @@ def main(
     accelerator.init_trackers("train_ssr", config=plain)
 
     # samples
-    prepare = Preparation(
-        columns, pipe.ssr_image_processor, args.resolution, args.min_image_size, cache, args.mask_query
-    )
+    prepare = Preparation(columns, pipe.ssr_image_processor, args.resolution, args.min_image_size, args.mask_query)
     if open_samples is not None:
         samples = open_samples(prepare, run.position)
     else:
@@ -504,8 +495,6 @@ def main(
         samples.bad = run.bad
     stream = iter(samples)
 
-    trainable = sum(parameter.numel() for parameter in encoder.parameters()) / 1e6
-    logger.info(f"Training {trainable:.1f} M parameters to step {args.max_train_steps}")
     bar = tqdm(total=args.max_train_steps, initial=run.step, desc="steps", disable=not accelerator.is_main_process)
     while run.step < args.max_train_steps:
         logs = {}

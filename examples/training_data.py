@@ -37,6 +37,7 @@ ERROR_COLUMN = "__error__"  # if a row could not be read, this column holds the 
 MAX_SUBJECTS = 16
 SHARD_FILE = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")  # the key of the row, and the column
 Position = tuple[int, int]
+Tensors = dict[str, torch.Tensor]
 
 
 class FilePath(str):
@@ -283,15 +284,14 @@ class Preparation:
     shape `(1, height, width)` or `None` for each subject. Raises a `ValueError` if the row cannot be used.
 
     If the target itself is the reference, the reference is cropped like the target, so that it does not show anything
-    that is missing in the target. With a [`FeatureCache`], the dict also has `digest`, and cached `features` replace
-    pixels and masks. `mask_query` is the query of a subject that has a mask and no query, `"caption"` or `"empty"`.
+    that is missing in the target. `mask_query` is the query of a subject that has a mask and no query, `"caption"` or
+    `"empty"`.
     """
 
     columns: Columns
     processor: CLIPImageProcessor
     resolution: int
     min_image_size: int = 1
-    cache: "FeatureCache | None" = None
     mask_query: str = "caption"
 
     def __call__(self, row: dict) -> dict:
@@ -300,22 +300,17 @@ class Preparation:
             raise ValueError(str(row[ERROR_COLUMN]))
         caption = text_of(row.get(columns.caption), columns.caption)
         subjects = self._subjects(row)
-        sample = {"caption": caption, "queries": [self._query(subject, caption) for subject in subjects]}
-        if self.cache is not None:
-            cells = [(row.get(columns.image), columns.image)]
-            cells += [
-                (subject[part], getattr(columns, part)) for subject in subjects for part in ("reference", "mask")
-            ]
-            contents = [b"" if value is None else read_bytes(value, name) for value, name in cells]
-            sample["digest"] = self.cache.digest(*contents, *map(str.encode, (caption, *sample["queries"])))
-            features = self.cache.load(sample["digest"])
-            if features is not None:
-                return {**sample, "features": features}
+        queries = [self._query(subject, caption) for subject in subjects]
         image = open_rgb(row.get(columns.image), columns.image, self.min_image_size)
         pixels = torch.from_numpy(np.array(crop_square(image, self.resolution)))
         references, masks = zip(*(self._reference(subject, image) for subject in subjects), strict=True)
-        sample |= {"reference_values": torch.stack(references), "masks": list(masks)}
-        return {**sample, "pixel_values": pixels.permute(2, 0, 1).float() / 127.5 - 1}
+        return {
+            "caption": caption,
+            "queries": queries,
+            "pixel_values": pixels.permute(2, 0, 1).float() / 127.5 - 1,
+            "reference_values": torch.stack(references),
+            "masks": list(masks),
+        }
 
     def _subjects(self, row: dict) -> list[dict]:
         """Returns the query, reference and mask of each subject. Empty cells become `None`."""
@@ -441,35 +436,29 @@ def map_ahead(function: Callable, items: Iterable, threads: int) -> Iterator:
 
 
 class FeatureCache:
-    """Stores tensors on disk, in one safetensors file for each sample. The file name is a hash of the content and of
-    `settings`, which is everything else that the tensors depend on. Several processes can share the folder."""
+    """Stores the features of each sample on disk. The name of the file is a hash of the sample and of `settings`, which
+    is everything else that the features depend on. Several processes can share the folder."""
 
     def __init__(self, folder: Path, settings: dict):
-        self.folder = Path(folder)
-        self.settings = json.dumps(settings, sort_keys=True, default=str).encode()
+        self.folder, self.settings = Path(folder), settings
 
-    def digest(self, *contents: bytes) -> str:
-        """Returns the hash of `contents` and the settings, which is the file name of the sample."""
-        digest = hashlib.blake2b(self.settings, digest_size=20)
-        for content in contents:
-            digest.update(len(content).to_bytes(8, "little") + content)
-        return digest.hexdigest()
-
-    def _file(self, digest: str) -> Path:
-        return self.folder / digest[:2] / f"{digest}.safetensors"
-
-    def load(self, digest: str) -> dict[str, torch.Tensor] | None:
-        """Loads the tensors, or returns `None` if they are not in the cache."""
+    def __call__(self, sample: dict, compute: Callable[[list[dict]], Tensors]) -> Tensors:
+        """Loads the features, or computes and saves them."""
+        tensors = [sample["pixel_values"], sample["reference_values"], *sample["masks"]]
+        texts = [sample["caption"], sample["queries"], [None if each is None else each.shape for each in tensors]]
+        digest = hashlib.blake2b(json.dumps([self.settings, texts]).encode(), digest_size=20)
+        for tensor in tensors:
+            digest.update(b"" if tensor is None else tensor.numpy().tobytes())
+        name = digest.hexdigest()
+        file = self.folder / name[:2] / f"{name}.safetensors"
         try:
-            return load_file(self._file(digest))
-        except (OSError, SafetensorError):
-            return None
-
-    def save(self, digest: str, tensors: dict[str, torch.Tensor]) -> None:
-        """Saves the tensors."""
-        self._file(digest).parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(self._file(digest)) as partial:
-            save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial)
+            return load_file(file)
+        except (OSError, SafetensorError):  # missing, or damaged
+            features = compute([sample])
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(file) as partial_file:
+                save_file({name: tensor.contiguous().cpu() for name, tensor in features.items()}, partial_file)
+            return features
 
 
 def summary(bad: dict[str, str], most: int = 20) -> str:

@@ -10,6 +10,8 @@ import sys
 import tarfile
 from types import SimpleNamespace
 
+from extras import is_installed
+
 import pytest
 import torch
 import train_ssr
@@ -27,7 +29,6 @@ from conftest import (
 )
 from diffusers import StableDiffusionPipeline
 from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline
-from extras import is_installed
 from PIL import Image
 from safetensors.torch import load_file
 from training_options import check_args, parse_args
@@ -220,9 +221,6 @@ def test_samples_can_come_from_another_source(models, pictures, tmp_path, monkey
             train_ssr.main([*line, "--resume_from_checkpoint", "latest"], open_samples=open_samples)
     assert positions == [(0, 0), (0, 0), (0, 4)]
     assert not differing(weights(tmp_path / "uncut"), weights(tmp_path / "cut"))
-    with pytest.raises(ValueError, match="cache_features"):
-        line = arguments(models, "unused", tmp_path / "cached", cache_features=tmp_path / "cache")
-        train_ssr.main(line, open_samples=open_samples)
 
 
 def test_a_run_killed_while_saving_a_checkpoint_can_be_resumed(models, pictures, trained, tmp_path):

@@ -509,16 +509,23 @@ def test_images_are_opened_upright_and_without_transparency():
     assert open_rgb(encoded(Image.new("RGB", (20, 10)), "jpeg", exif=exif), "image").size == (10, 20)
 
 
-def test_cache_entries_depend_on_content_and_settings(tmp_path):
-    cache = FeatureCache(tmp_path, {"resolution": 16})
-    digest = cache.digest(b"image", b"a cat")
-    assert cache.load(digest) is None
-    cache.save(digest, {"a": torch.arange(3)})
-    assert torch.equal(cache.load(digest)["a"], torch.arange(3))
-    others = [cache.digest(b"image", b"a dog"), cache.digest(b"imagea", b" cat")]
-    others.append(FeatureCache(tmp_path, {"resolution": 32}).digest(b"image", b"a cat"))
-    assert len({digest, *others}) == 4
-    # a truncated file is treated like a missing file
-    file = next(tmp_path.rglob("*.safetensors"))
-    file.write_bytes(file.read_bytes()[:20])
-    assert cache.load(digest) is None
+def test_cached_features_depend_on_the_sample_and_the_settings(tmp_path):
+    computed = []
+
+    def compute(samples):
+        computed.append(samples)
+        return {"a": torch.full((3,), len(computed))}
+
+    row = {"image": PICTURE, **TEXTS}
+    sample, other = PREPARE(row), PREPARE({**row, "image": encoded(make_picture(1))})
+    caches = [FeatureCache(tmp_path, {"resolution": resolution}) for resolution in (16, 32)]
+    masked = {**sample, "masks": [torch.eye(32)[None]]}
+    samples = [sample, other, {**sample, "caption": "a dog"}, {**sample, "queries": ["dog"]}, masked]
+    results = [cache(each, compute)["a"][0].item() for cache in caches for each in samples]
+    assert results == list(range(1, 11))
+    again = [cache(each, compute)["a"][0].item() for cache in caches for each in samples]
+    assert again == results
+    # a damaged file is treated like a missing file
+    for file in tmp_path.rglob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:20])
+    assert caches[0](sample, compute)["a"][0] == caches[0](sample, compute)["a"][0] == 11
