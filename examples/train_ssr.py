@@ -440,9 +440,8 @@ def main(
     args = parse_args(__doc__, [scheduler.value for scheduler in SchedulerType], arguments)
     check_args(args)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    columns = Columns(
-        *(getattr(args, f"{name}_column") for name in ("image", "caption", "query", "reference", "mask"))
-    )
+    names = ("image", "caption", "query", "reference", "mask")
+    columns = Columns(*(getattr(args, f"{name}_column") for name in names))
     source = (args.train_data_dir, args.dataset_name, args.dataset_config_name, args.streaming)
     rows = load_rows(*source, columns) if open_samples is None else []
     accelerator = make_accelerator(args)
@@ -497,7 +496,6 @@ def main(
 
     bar = tqdm(total=args.max_train_steps, initial=run.step, desc="steps", disable=not accelerator.is_main_process)
     while run.step < args.max_train_steps:
-        logs = {}
         for micro_step in range(args.gradient_accumulation_steps):
             batch = [next(stream) for _ in range(args.train_batch_size)]
             run.position = samples.position
@@ -521,10 +519,10 @@ def main(
                 if accelerator.sync_gradients:
                     lr_scheduler.step()
                 optimizer.zero_grad()
-            logs = {"loss": loss.item(), "mse": mse.item(), "consistency": consistency.item()}
         run.step += 1
         run.update_average()
         bar.update()
+        logs = {"loss": loss.item(), "mse": mse.item(), "consistency": consistency.item()}
         bar.set_postfix({name: f"{value:.4f}" for name, value in logs.items()}, refresh=False)
         accelerator.log({**logs, "lr": lr_scheduler.get_last_lr()[0]}, step=run.step)
         if run.step % args.checkpointing_steps == 0:

@@ -217,7 +217,8 @@ def read_bytes(value, name: str) -> bytes:
     """Returns the bytes of an image cell: bytes, a dict with bytes (the format of `datasets`), or a [`FilePath`]. The path
     in a dict comes from an untrusted file, and is only opened if it is on the Hub or in its cache."""
     if isinstance(value, dict):
-        path = os.path.abspath(str(value.get("path"))) if "://" not in str(value.get("path")) else value["path"]
+        path = str(value.get("path") or "")
+        path = path if "://" in path else os.path.abspath(path)
         cached = path.startswith((HF_HUB_CACHE, str(datasets.config.HF_DATASETS_CACHE), "hf://datasets/"))
         value = value.get("bytes") or (FilePath(path) if cached and "::" not in path else None)
     if isinstance(value, FilePath):
@@ -319,9 +320,7 @@ class Preparation:
         lengths = {names[part]: len(cell) for part, cell in cells.items() if isinstance(cell, list)}
         count = max(lengths.values(), default=1)
         if not 0 < count <= MAX_SUBJECTS or len(set(lengths.values())) > 1:
-            raise ValueError(
-                f"lists of subjects have to be of one length, from 1 to {MAX_SUBJECTS}, but are {lengths}"
-            )
+            raise ValueError(f"lists of subjects have to be of one length, 1 to {MAX_SUBJECTS}, but are {lengths}")
         cells = {part: cell if isinstance(cell, list) else [cell] * count for part, cell in cells.items()}
         return [{part: None if is_blank(cell[i]) else cell[i] for part, cell in cells.items()} for i in range(count)]
 

@@ -131,25 +131,16 @@ def check_args(args: argparse.Namespace) -> None:
     check(not (released[0] and start), "Pass either `ssr_encoder_name_or_path` or the released files, but not both.")
     check(bool(vision or start), "`image_encoder_name_or_path` is missing: pass the CLIP encoder for the references.")
     sources = (args.train_data_dir, args.dataset_name)
-    check(
-        sources.count(None) == 1,
-        f"Pass either `train_data_dir` or `dataset_name`: got {sources[0]!r} and {sources[1]!r}.",
-    )
-
+    check(sources.count(None) == 1, f"Pass either `train_data_dir` or `dataset_name`, but not {sources}.")
     for name in ("released_aligner", "released_layers") if released[0] else ():
         check(getattr(args, name).is_file(), f"`{name}`: there is no file {getattr(args, name)}.")
     resume = args.resume_from_checkpoint
-    check(
-        resume in (None, "latest") or (Path(resume) / "run_0.json").is_file(),
-        f'`resume_from_checkpoint` has to be "latest" or a folder `checkpoint-...` of an earlier run, but is {resume!r}.',
-    )
+    valid = resume in (None, "latest") or (Path(resume) / "run_0.json").is_file()
+    check(valid, f'`resume_from_checkpoint` has to be "latest" or the folder of a checkpoint, but is {resume!r}.')
 
     # optional packages: accelerate only skips trackers that are not installed
-    trackers = [str(each.value if hasattr(each, "value") else each) for each in get_available_trackers()]
-    check(
-        args.report_to in ("none", "all", *trackers),
-        f"`report_to`: {args.report_to!r} is no tracker of accelerate, or its package is not installed. Available are"
-        f' {trackers}, "all" and "none".',
-    )
+    trackers = ["none", "all", *map(str, get_available_trackers())]
+    unknown = f"`report_to` is {args.report_to!r}, which is unknown or not installed: choose one of {trackers}."
+    check(args.report_to in trackers, unknown)
     installed = not args.use_8bit_adam or importlib.util.find_spec("bitsandbytes") is not None
     check(installed, "`use_8bit_adam` needs the package bitsandbytes, which is not installed.")
