@@ -99,9 +99,10 @@ def read_source(args: argparse.Namespace) -> tuple[Iterable[dict], dict[str, str
     images = [file for file in files if file.suffix.lower() in SUFFIXES]
     if not images:
         raise ValueError(f"`source`: the folder {args.source} holds no images.")
-    others = [names[file] for file in files if file.suffix.lower() not in (".txt", *SUFFIXES)]
+    texts = {file.with_suffix(suffix) for file in images for suffix in (".txt", ".query.txt")}
+    others = [names[file] for file in files if file not in {*images, *texts}]
     rows = [{"__key__": names[file], args.image_column: FilePath(file)} for file in images]
-    return rows, dict.fromkeys(others, "not an image file that can be opened, by its suffix")
+    return rows, dict.fromkeys(others, "neither an image file, by its suffix, nor the text of one")
 
 
 def chunks(rows, size: int) -> Iterator[list[tuple[str, Callable[[], dict]]]]:
@@ -223,7 +224,6 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
         with naming("--caption_model", args.caption_model):
             captioner = load_captioner(args.caption_model, state.device)
     check_settings(args, state)  # after the model was loaded, because it writes to the output folder
-
     shards = tqdm(chunks(rows, args.shard_size), desc="shards", disable=not state.is_local_main_process)
     for number, chunk in enumerate(shards):
         report = args.output_dir / "reports" / f"{number:06d}.json"

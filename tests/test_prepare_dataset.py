@@ -38,7 +38,7 @@ def photos(tmp_path):
     make_picture(7, (90, 20)).save(folder / "long.png")
     (folder / "broken.jpg").write_bytes(b"nothing")
     (folder / "movie.mp4").write_bytes(b"nothing")
-    (folder / "list").write_bytes(b"nothing")
+    (folder / "0.TXT").write_bytes(b"nothing")
     return folder
 
 
@@ -68,7 +68,7 @@ def test_prepared_shards_can_be_used_for_training(photos, tmp_path, capsys):
     assert Image.open(io.BytesIO(rows[0]["image"]["bytes"])).size == (40, 32)
     bad = json.loads((out / "bad_samples.json").read_text())
     reasons = {"alone.png": "caption", "small.png": "less than 16", "long.png": "to 1", "broken.jpg": "cannot be decoded",
-               "movie.mp4": "suffix", "list": "suffix"}  # fmt: skip
+               "movie.mp4": "suffix", "0.TXT": "suffix"}  # fmt: skip
     assert bad.keys() == reasons.keys()
     assert all(reasons[name] in reason for name, reason in bad.items())
     for streaming in (False, True):
