@@ -14,7 +14,6 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -105,9 +104,9 @@ def read_source(args: argparse.Namespace) -> tuple[Iterable[dict], dict[str, str
     return rows, dict.fromkeys(others, "neither an image file, by its suffix, nor the text of one")
 
 
-def chunks(rows, size: int) -> Iterator[list[tuple[str, Callable[[], dict]]]]:
-    """Yields the rows in chunks. Each row is a default name and a function that returns the row."""
-    named = ((f"row {number}", partial(dict, row)) for number, row in enumerate(rows))
+def chunks(rows: Iterable, size: int) -> Iterator[list[tuple]]:
+    """Yields the rows with default names, in chunks."""
+    named = ((row, f"row {number}") for number, row in enumerate(rows))
     yield from iter(lambda: list(islice(named, size)), [])
 
 
@@ -157,7 +156,7 @@ def prepare(chunk: list, args: argparse.Namespace, captioner) -> tuple[list[dict
             return []
 
     for start in range(0, len(chunk), args.batch_size):
-        rows = [training_data.read_row(read, name) for name, read in chunk[start : start + args.batch_size]]
+        rows = [training_data.read_row(row, name) for row, name in chunk[start : start + args.batch_size]]
         samples = [sample for name, row in rows for sample in attempt(name, open_sample, row)]
         without = [sample for _, sample in samples if sample["text"] is None]
         captions = captioner([sample["image"] for sample in without]) if captioner and without else []

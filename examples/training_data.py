@@ -36,6 +36,7 @@ METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 ERROR_COLUMN = "__error__"  # if a row could not be read, this column holds the reason
 MAX_SUBJECTS = 16
 SHARD_FILE = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")  # the key of the row, and the column
+Rows = list[dict] | datasets.Dataset | datasets.IterableDataset
 Position = tuple[int, int]
 Tensors = dict[str, torch.Tensor]
 
@@ -56,13 +57,7 @@ class Columns:
     mask: str | None = None
 
 
-def load_rows(
-    train_data_dir: str | Path | None,
-    dataset_name: str | None = None,
-    dataset_config_name: str | None = None,
-    streaming: bool = False,
-    columns: Columns = Columns(),
-) -> list[dict] | datasets.Dataset | datasets.IterableDataset:
+def load_rows(train_data_dir, dataset_name=None, dataset_config_name=None, streaming=False, columns=Columns()) -> Rows:
     """Opens a training set: a folder with one of `METADATA_FILES`, Parquet files or WebDataset shards, or a dataset of
     the Hub. Shards are always streamed. Raises a `ValueError` if there is none or if it cannot be read."""
     if dataset_name is not None:
@@ -82,31 +77,20 @@ def load_rows(
     return read_metadata([file for file in files if file.name in METADATA_FILES], folder)
 
 
-def _load_dataset(source: str, options: dict, streaming: bool, columns: Columns):
-    """Loads the used columns of a dataset, without decoding images and texts: `datasets` raises an error at the first
-    bad one."""
+def _load_dataset(source: str, options: dict, streaming: bool, columns: Columns) -> Rows:
     try:
         dataset = datasets.load_dataset(**options, split="train", streaming=streaming)
     except Exception as error:  # `datasets` and the parsers that it uses raise many kinds of errors
         raise ValueError(f"{source} cannot be read: {error.__cause__ or error}") from error
-    features = dataset.features or {}
+    features = sorted(dataset.features or ())
     shards = "__url__" in features  # with columns that are named by suffixes, see `shard_columns`
     suffixes = {".json", ".txt", *SUFFIXES} if shards else ()
     used = {"__key__", "__url__", *vars(columns).values()}
     used = [name for name in features if name in used or f".{name.rpartition('.')[2].lower()}" in suffixes]
     if not shards and columns.image not in used:
-        raise ValueError(f"{source} has no column {columns.image!r}, only {sorted(features)}: pass `--image_column`.")
-    dataset = dataset.select_columns(used)
-    for name in used:
-        feature = features[name]
-        item = plain = getattr(feature, "feature", feature)  # of a list
-        if isinstance(item, datasets.Image):
-            plain = datasets.Image(decode=False)
-        elif streaming and item in (datasets.Value("string"), datasets.Value("large_string")):
-            plain = datasets.Value(item.dtype.replace("string", "binary"))
-        if plain != item:
-            dataset = dataset.cast_column(name, plain if item is feature else datasets.List(plain))
-    return dataset
+        raise ValueError(f"{source} has no column {columns.image!r}, only {features}: pass `--image_column`.")
+    # tables, because `datasets` would raise an error at the first image or text that it cannot decode
+    return dataset.select_columns(used).with_format("arrow")
 
 
 def read_metadata(files: list[Path], root: Path) -> list[dict]:
@@ -195,17 +179,17 @@ def shard_columns(row: dict) -> dict:
     return columns | {stem: [values[number] for number in sorted(values)] for stem, values in lists.items()}
 
 
-def read_row(read: Callable[[], dict], name: str) -> tuple[str, dict]:
+def read_row(row: dict | pyarrow.Table | Callable, name: str) -> tuple[str, dict]:
     """Returns the name and the columns of a row, or its name and the reason in `ERROR_COLUMN`. `name` is the name of a
-    row that has none."""
+    row that has none. `row` can be a function that reads the row."""
     try:
-        row = read()
+        row = row() if callable(row) else row
+        row = row.to_pylist()[0] if isinstance(row, pyarrow.Table) else row
         if "__url__" in row:
             name = f"{row['__url__']}:{row['__key__']}"
             row = shard_columns(row)
         else:
-            name = row.get("__key__") or name
-            name = name.decode(errors="backslashreplace") if isinstance(name, bytes) else str(name)
+            name = str(row.get("__key__") or name)
     except UnicodeDecodeError as error:
         row = {ERROR_COLUMN: f"not UTF-8: {error}"}
     except Exception as error:  # the readers of untrusted files can raise any exception
@@ -213,33 +197,27 @@ def read_row(read: Callable[[], dict], name: str) -> tuple[str, dict]:
     return repr(name)[1:-1][-1000:], row  # without line breaks and characters that cannot be printed
 
 
-def read_bytes(value, name: str) -> bytes:
-    """Returns the bytes of an image cell: bytes, a dict with bytes (the format of `datasets`), or a [`FilePath`]. The path
+def open_cell(value, name: str) -> Image.Image:
+    """Opens the image of a cell: an image, bytes, a dict with bytes (the format of `datasets`), or a [`FilePath`]. The path
     in a dict comes from an untrusted file, and is only opened if it is on the Hub or in its cache."""
+    if isinstance(value, Image.Image):
+        return value
     if isinstance(value, dict):
         path = str(value.get("path") or "")
         path = path if "://" in path else os.path.abspath(path)
         cached = path.startswith((HF_HUB_CACHE, str(datasets.config.HF_DATASETS_CACHE), "hf://datasets/"))
         value = value.get("bytes") or (FilePath(path) if cached and "::" not in path else None)
-    if isinstance(value, FilePath):
+    if isinstance(value, FilePath) and "://" in value:
         try:
-            if "://" not in value and Path(value).exists() and not Path(value).is_file():
-                raise ValueError(f"{value} is not a regular file")  # a named pipe could block forever
-            # fsspec takes "::" in the name of a local file for several file systems
-            with fsspec.open(value, "rb") if "://" in value else open(value, "rb") as file:
+            with fsspec.open(value, "rb") as file:
                 value = file.read(MAX_BYTES + 1)
         except Exception as error:  # each fsspec file system raises other exceptions
             raise ValueError(f"{name} cannot be read: {error}") from error
-    if isinstance(value, str) and value:
+    if isinstance(value, str) and value and not isinstance(value, FilePath):
         raise ValueError(f"{name} is the text {value!r:.80}, not an image; in a folder, `file_name` names images")
-    if not isinstance(value, bytes) or not value:
+    if not isinstance(value, (bytes, FilePath)) or not value:
         raise ValueError(f"{name} is missing")
-    return value
-
-
-def open_cell(value, name: str) -> Image.Image:
-    """Opens the image of a cell, see [`read_bytes`]."""
-    return value if isinstance(value, Image.Image) else open_image(read_bytes(value, name), name)
+    return open_image(value, name)
 
 
 def open_rgb(value, name: str, min_size: int = 1) -> Image.Image:
@@ -285,8 +263,7 @@ class Preparation:
     shape `(1, height, width)` or `None` for each subject. Raises a `ValueError` if the row cannot be used.
 
     If the target itself is the reference, the reference is cropped like the target, so that it does not show anything
-    that is missing in the target. `mask_query` is the query of a subject that has a mask and no query, `"caption"` or
-    `"empty"`.
+    that is missing in the target. `mask_query` ("caption" or "empty") is the query of a subject with only a mask.
     """
 
     columns: Columns
@@ -305,13 +282,8 @@ class Preparation:
         image = open_rgb(row.get(columns.image), columns.image, self.min_image_size)
         pixels = torch.from_numpy(np.array(crop_square(image, self.resolution)))
         references, masks = zip(*(self._reference(subject, image) for subject in subjects), strict=True)
-        return {
-            "caption": caption,
-            "queries": queries,
-            "pixel_values": pixels.permute(2, 0, 1).float() / 127.5 - 1,
-            "reference_values": torch.stack(references),
-            "masks": list(masks),
-        }
+        sample = {"caption": caption, "queries": queries, "reference_values": torch.stack(references)}
+        return {**sample, "masks": list(masks), "pixel_values": pixels.permute(2, 0, 1).float() / 127.5 - 1}
 
     def _subjects(self, row: dict) -> list[dict]:
         """Returns the query, reference and mask of each subject. Empty cells become `None`."""
@@ -351,18 +323,13 @@ class Preparation:
 
 class Samples:
     """
-    Yields usable samples endlessly. Bad rows are left out, logged, and recorded in `bad`.
+    Yields usable samples endlessly. Bad rows, for which `prepare` raises a `ValueError`, are logged and kept in `bad`.
 
     The order of the rows depends only on the seed and the epoch. With random access, each epoch is a new permutation.
     In a stream, each epoch shuffles the shards, and the rows within a buffer. Several processes take turns, or read
-    different shards. `position` is the epoch and the number of rows up to the last sample. A run that resumes there
-    continues with the next row; in a stream, the rows before it are read again, but not decoded.
-
-    Args:
-        rows: what [`load_rows`] returns.
-        prepare ([`Preparation`]): turns a row into a sample, or raises a `ValueError`.
-        threads (`int`): the number of threads that prepare rows ahead. The order does not change.
-        process (`tuple[int, int]`): the index of this process and the number of processes.
+    different shards; `process` is the index and the number of processes. `position` is the epoch and the number of
+    rows up to the last sample. A run that resumes there continues with the next row; in a stream, the rows before it
+    are read again, but not decoded. `threads` prepare rows ahead.
     """
 
     def __init__(
@@ -394,23 +361,19 @@ class Samples:
     def _rows(self) -> Iterator[tuple[Position, str, dict]]:
         (epoch, start), (index, count) = self.position, self.process
         while True:
+            if self.is_stream:
+                self.rows.set_epoch(epoch)
+                rows = ((f"row {place} of epoch {epoch}", row) for place, row in enumerate(self.rows))
+            else:
+                order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows)).tolist()
+                rows = ((f"row {number}", partial(self.rows.__getitem__, number)) for number in order)
             place = None
-            for place, name, read in self._epoch(epoch, start):
+            for place, (name, row) in enumerate(islice(rows, start, None), start):
                 if self.is_stream or (epoch * len(self.rows) + place) % count == index:
-                    yield (epoch, place + 1), *read_row(read, name)
+                    yield (epoch, place + 1), *read_row(row, name)
             if place is None and start == 0:
                 raise ValueError("The training set has no rows for this process: it needs more rows or more shards.")
             epoch, start = epoch + 1, 0
-
-    def _epoch(self, epoch: int, start: int) -> Iterator[tuple[int, str, Callable[[], dict]]]:
-        if self.is_stream:
-            self.rows.set_epoch(epoch)
-            for place, row in enumerate(islice(self.rows, start, None), start):
-                yield place, f"row {place} of epoch {epoch}", partial(dict, row)
-        else:
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows)).tolist()
-            for place, number in enumerate(order[start:], start):
-                yield place, f"row {number}", partial(self.rows.__getitem__, number)
 
     def _prepared(self, item: tuple[Position, str, dict]) -> tuple[Position, str, dict | ValueError]:
         position, name, row = item

@@ -27,18 +27,8 @@ def parse_args(
     add("--released_layers", type=Path, help="pytorch_model_1.bin of the authors")
     add("--inner_dim", type=positive, default=512, help="width of a new encoder's aligner")
     add("--num_attention_heads", type=positive, default=8, help="heads of a new encoder's aligner")
-    add(
-        "--image_levels",
-        type=int,
-        nargs="+",
-        help="vision encoder levels of a new encoder; default: six, evenly spaced",
-    )
-    add(
-        "--init_from_text",
-        action=BooleanOptionalAction,
-        default=True,
-        help="start from the UNet's projections for text",
-    )
+    add("--image_levels", type=int, nargs="+", help="levels of a new encoder; default: six of the vision encoder")
+    add("--init_from_text", action=BooleanOptionalAction, default=True, help="start from the UNet's text projections")
 
     # training set
     add("--train_data_dir", help="folder with metadata.jsonl, Parquet files (*.parquet) or WebDataset shards (*.tar)")
@@ -87,8 +77,7 @@ def parse_args(
     add("--prompt_dropout", type=share, default=0.8, help="share of samples with an empty prompt")
     add("--subject_dropout", type=share, default=0.05, help="share of samples with an empty query and zero pixels")
     add("--timestep_bias", type=float, default=1.0, help="timestep = T * u ** timestep_bias: below 1, more noise")
-    add("--latents", choices=("sample", "mode"), default="sample",
-        help="how latents are taken from the VAE's distribution; use mode for a VAE with an untrained standard deviation")  # fmt: skip
+    add("--latents", choices=("sample", "mode"), default="sample", help="mode: without the VAE's standard deviation")
     add("--prediction_type", choices=("epsilon", "v_prediction", "sample"), help="default: that of the scheduler")
 
     # checkpoints

@@ -13,7 +13,7 @@ import torch
 from conftest import make_image_processor, make_picture
 from PIL import Image
 from prepare_dataset import query_from_caption
-from training_data import Columns, Preparation, Samples, load_rows
+from training_data import Columns, Preparation, Samples, load_rows, read_row
 from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor, BlipProcessor
 
 
@@ -55,7 +55,7 @@ def arguments(source, output_dir, **changes) -> list[str]:
 
 
 def rows_of(folder) -> list[dict]:
-    return list(load_rows(folder)) if list(folder.glob("*.parquet")) else []
+    return [read_row(row, "")[1] for row in load_rows(folder)] if list(folder.glob("*.parquet")) else []
 
 
 def test_prepared_shards_can_be_used_for_training(photos, tmp_path, capsys):

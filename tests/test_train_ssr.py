@@ -565,7 +565,7 @@ def test_bad_samples_are_left_out_and_reported(models, pictures, tmp_path):
     bad = json.loads((tmp_path / "out" / "bad_samples.json").read_text())
     assert len(bad) == 3
     assert {reason.split(":")[0] for reason in bad.values()} == {
-        "image cannot be read", "not JSON", "text is missing or empty",
+        "`image` cannot be read", "not JSON", "text is missing or empty",
     }  # fmt: skip
 
 
