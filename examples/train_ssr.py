@@ -94,9 +94,7 @@ def new_encoder(
 def load_models(args: argparse.Namespace, build: Callable[..., SSREncoder] = new_encoder):
     """Returns the frozen pipeline and the encoder to train, in full precision. `build` creates a new encoder. Raises a
     `ValueError` if the models do not fit together."""
-    base, vision, start = (
-        args.pretrained_model_name_or_path, args.image_encoder_name_or_path, args.ssr_encoder_name_or_path,
-    )  # fmt: skip
+    base, vision = args.pretrained_model_name_or_path, args.image_encoder_name_or_path
     with naming("--pretrained_model_name_or_path", base):
         pipe = StableDiffusionSSRPipeline.from_pretrained(
             base, revision=args.revision, variant=args.variant, dtype=torch.float32, safety_checker=None,
@@ -107,6 +105,7 @@ def load_models(args: argparse.Namespace, build: Callable[..., SSREncoder] = new
         with naming("--image_encoder_name_or_path", vision):
             models["image_encoder"] = CLIPVisionModel.from_pretrained(vision).float()
             models["image_processor"] = CLIPImageProcessor.from_pretrained(vision)
+    start = args.ssr_encoder_name_or_path
     if start is not None:
         with naming("--ssr_encoder_name_or_path", start):
             pipe.load_ssr(start, dtype=torch.float32, **models)
@@ -180,10 +179,9 @@ class FrozenFeatures:
 
     def __call__(self, samples: list[dict], mask_weight: float = 1.0) -> Tensors:
         """
-        Returns `latent_mean`, `latent_std` and `caption_states` of shape `(batch_size, ...)` for the samples, and
-        `levels` and `query_states` of shape `(num_subjects, ...)` for the subjects of all samples. `row` of shape
-        `(num_subjects,)` is the index of the sample that each subject belongs to. If at least one subject has a mask,
-        the dict also has `mask`, and subjects without a mask get a mask that has no effect.
+        Returns `latent_mean`, `latent_std` and `caption_states` of the samples, and of the subjects of all samples
+        `levels`, `query_states` and `row`, the index of the sample of each subject. If a subject has a mask, there is also
+        `mask`, in which subjects without a mask have one without an effect.
         """
         device = self.pipe.unet.device
         compute = self._compute
@@ -387,14 +385,12 @@ def replace_folder(new: Path, target: Path) -> None:
     new.rename(target)
 
 
-def save_result(run: Run, pipe: StableDiffusionSSRPipeline) -> None:
-    """Saves the files that `load_ssr` loads: encoder, vision encoder and image processor."""
-    parts = {name: getattr(pipe, name) for name in ("ssr_image_encoder", "ssr_image_processor")}
-    for name, part in {"ssr_encoder": run.encoder if run.average is None else run.average, **parts}.items():
-        partial = run.args.output_dir / f"{name}.part"
-        shutil.rmtree(partial, ignore_errors=True)
-        part.save_pretrained(partial)
-        replace_folder(partial, run.args.output_dir / name)
+def save_part(folder: Path, name: str, part) -> None:
+    """Saves a model in `folder / name`, where `load_ssr` finds it."""
+    partial_folder = folder / f"{name}.part"
+    shutil.rmtree(partial_folder, ignore_errors=True)
+    part.save_pretrained(partial_folder)
+    replace_folder(partial_folder, folder / name)
 
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -494,6 +490,9 @@ def main(
         samples.bad = run.bad
     stream = iter(samples)
 
+    if accelerator.is_main_process:
+        for name in ("ssr_image_encoder", "ssr_image_processor"):  # with these, `load_ssr` can load each checkpoint
+            save_part(args.output_dir, name, getattr(pipe, name))
     bar = tqdm(total=args.max_train_steps, initial=run.step, desc="steps", disable=not accelerator.is_main_process)
     while run.step < args.max_train_steps:
         for micro_step in range(args.gradient_accumulation_steps):
@@ -533,7 +532,7 @@ def main(
     accelerator.wait_for_everyone()
     bad = {name: reason for part in gather_object([samples.bad]) for name, reason in part.items()}
     if accelerator.is_main_process:
-        save_result(run, pipe)
+        save_part(args.output_dir, "ssr_encoder", encoder if run.average is None else run.average)
         logger.info(summary(bad))
         (args.output_dir / "bad_samples.json").write_text(json.dumps(bad, indent=1) + "\n")
     accelerator.end_training()

@@ -183,6 +183,8 @@ def test_a_resumed_run_has_the_same_result_as_an_uninterrupted_run(models, pictu
     with pytest.raises(KeyboardInterrupt):
         train_ssr.main(options)
     assert [path.name for path in train_ssr.checkpoints(tmp_path)] == ["checkpoint-2"]
+    pipe = StableDiffusionSSRPipeline.from_pretrained(models / "base", safety_checker=None)
+    pipe.load_ssr(tmp_path / "checkpoint-2")  # during the training
     monkeypatch.setattr(train_ssr, "denoising_loss", denoising_loss)
     # the global random state has no influence
     torch.rand(7)
