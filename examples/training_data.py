@@ -83,14 +83,13 @@ def _load_dataset(source: str, options: dict, streaming: bool, columns: Columns)
     except Exception as error:  # `datasets` and the parsers that it uses raise many kinds of errors
         raise ValueError(f"{source} cannot be read: {error.__cause__ or error}") from error
     features = sorted(dataset.features or ())
-    shards = "__url__" in features  # with columns that are named by suffixes, see `shard_columns`
-    suffixes = {".json", ".txt", *SUFFIXES} if shards else ()
-    used = {"__key__", "__url__", *vars(columns).values()}
-    used = [name for name in features if name in used or f".{name.rpartition('.')[2].lower()}" in suffixes]
-    if not shards and columns.image not in used:
-        raise ValueError(f"{source} has no column {columns.image!r}, only {features}: pass `--image_column`.")
+    if "__url__" not in features:  # the columns of shards are named by suffixes, see `shard_columns`
+        if columns.image not in features:
+            raise ValueError(f"{source} has no column {columns.image!r}, only {features}: pass `--image_column`.")
+        used = {"__key__", *vars(columns).values()}
+        dataset = dataset.select_columns([name for name in features if name in used])
     # tables, because `datasets` would raise an error at the first image or text that it cannot decode
-    return dataset.select_columns(used).with_format("arrow")
+    return dataset.with_format("arrow")
 
 
 def read_metadata(files: list[Path], root: Path) -> list[dict]:
@@ -184,7 +183,9 @@ def read_row(row: dict | pyarrow.Table | Callable, name: str) -> tuple[str, dict
     row that has none. `row` can be a function that reads the row."""
     try:
         row = row() if callable(row) else row
-        row = row.to_pylist()[0] if isinstance(row, pyarrow.Table) else row
+        if isinstance(row, pyarrow.Table):
+            name = row["__key__"][0].as_py() if "__key__" in row.column_names else name
+            row = row.to_pylist()[0]
         if "__url__" in row:
             name = f"{row['__url__']}:{row['__key__']}"
             row = shard_columns(row)
