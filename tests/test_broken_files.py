@@ -1,31 +1,25 @@
 """Tests that about 300 broken files each raise an error that names the file, within a second and 200 MB of
 memory."""
 
-import bz2
 import ctypes
 import gzip
 import io
 import json
 import os
 import pickle
-import tarfile
 import time
 import zipfile
-from itertools import islice
 from pathlib import Path
 
 import generate_batch
 import pytest
 import torch
 from broken_pictures import BOMBS, SPARSE_BOMBS, huge_png
-from conftest import make_components, make_image_processor, make_picture, make_ssr_components, make_ssr_encoder
+from conftest import make_components, make_picture, make_ssr_components, make_ssr_encoder
 from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline, SubjectEmbeds
 from diffusers_ssr.images_ssr import open_image
 from safetensors.torch import load_file, save_file
 from test_modeling_ssr import BAD_CONFIGS, OTHER_FILES, TWO_LAYERS, small_released
-from test_training_data import BAD_SHARDS, BAD_TABLES, GOOD, TEXTS, gzipped, write_bad_table
-from training_data import Columns, Preparation, Samples
-from training_rows import FiniteRows, StreamedRows, load_rows
 
 
 MEGABYTE = 2**20
@@ -497,73 +491,3 @@ def test_broken_files_raise_an_error_with_little_time_and_memory(tmp_path, capsy
     with capsys.disabled():
         print(f"\n{len(files)} broken files: at most {most[0]:.2f} s and {most[1] // MEGABYTE} MB each")
     assert not wrong
-
-
-@pytest.mark.parametrize("name", ["bomb.png", "bomb"], ids=["picture", "no suffix"])
-@pytest.mark.parametrize("kind", ["gzip", "bz2"])
-def test_shard_with_three_gigabytes_of_zeros_is_skipped(tmp_path, kind, name):
-    member = tarfile.TarInfo(name)
-    member.size = 3 * 10**9
-    block = b"\0" * 10**7
-    head = GOOD + member.tobuf(tarfile.GNU_FORMAT)
-    # a bz2 file can consist of several streams
-    content = gzipped(head, block, 300) if kind == "gzip" else bz2.compress(head) + bz2.compress(block) * 300
-    (tmp_path / "bomb.tar").write_bytes(content)
-    check_samples(StreamedRows(load_rows(tmp_path), 0, 1), 1)
-
-
-def test_a_shard_of_6_kilobytes_does_not_fill_the_shuffle_buffer(tmp_path):
-    """Each picture is below the limit for a row, but a thousand of them wait in the buffer."""
-    size = 120 * 10**6
-    packed = bz2.compress(b"\0" * (size + -size % 512))
-    content = bz2.compress(GOOD)
-    for number in range(8):
-        member = tarfile.TarInfo(f"{number}.png")
-        member.size = size
-        content += bz2.compress(member.tobuf(tarfile.GNU_FORMAT)) + packed
-    (tmp_path / "bomb.tar").write_bytes(content)
-    assert len(content) < 10_000
-    samples = check_samples(StreamedRows(load_rows(tmp_path), 0, 1000), 1, megabytes=300)
-    assert any("unpack to more than" in reason for reason in samples.bad.values())
-
-
-@pytest.mark.parametrize("kind", BAD_SHARDS)
-def test_broken_shards_need_little_time_and_memory(tmp_path, kind):
-    (tmp_path / "0.tar").write_bytes(BAD_SHARDS[kind])
-    (tmp_path / "1.tar").write_bytes(GOOD)
-    check_samples(StreamedRows(load_rows(tmp_path), 0, 1), 2 if kind != "noise" else 1)
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("kind", BAD_TABLES)
-def test_tables_that_unpack_to_gigabytes_need_little_time_and_memory(tmp_path, monkeypatch, kind, streaming):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    (tmp_path / "set").mkdir()
-    write_bad_table(tmp_path / "set", kind)
-    assert (tmp_path / "set" / "bad.parquet").stat().st_size < 100_000
-    with Cost() as cost:
-        rows = load_rows(tmp_path / "set", streaming=streaming)
-        samples = check_samples(StreamedRows(rows, 0, 1) if streaming else FiniteRows(rows, 0, 1), 2)
-    assert cost.seconds < 1 and cost.memory < 200 * MEGABYTE
-    name, reason = list(samples.bad.items())[-1]
-    assert "bad.parquet" in name and ("the rest of this table cannot be read" in reason or not streaming)
-    assert sum(file.stat().st_size for file in tmp_path.rglob("*.arrow")) < 200 * MEGABYTE
-
-
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_broken_rows_need_little_time_and_memory(tmp_path):
-    files = {**pictures(tmp_path), **tables(tmp_path)}
-    rows = [{"file_name": file.name, **TEXTS} for file in files.values()]
-    make_picture().save(tmp_path / "good.png")
-    lines = [json.dumps(row) for row in [*rows, {"file_name": "good.png", **TEXTS}]]
-    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
-    samples = check_samples(FiniteRows(load_rows(tmp_path), 0, 1), 2, seconds=len(rows) / 4)
-    assert len(samples.bad) == len(rows)
-
-
-def check_samples(rows, count: int, seconds: float = 1.0, megabytes: int = 200) -> Samples:
-    samples = Samples(rows, Preparation(Columns(), make_image_processor(), 16, 16))
-    with Cost() as cost:
-        assert len(list(islice(samples, count))) == count
-    assert cost.seconds < seconds and cost.memory < megabytes * MEGABYTE
-    return samples
