@@ -12,7 +12,7 @@ import transformers
 from command_line import HelpFormatter, naming, output_folder, positive, seed, share
 from diffusers import ConfigMixin, DiffusionPipeline
 from diffusers.utils import load_image, logging
-from diffusers_ssr.image_processing_ssr import to_pil
+from diffusers_ssr.images_ssr import to_pil
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
