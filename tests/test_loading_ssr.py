@@ -244,3 +244,16 @@ def test_a_pipeline_without_its_encoders_can_be_saved_and_loaded(tmp_path, pipe,
     pipe.load_ssr(make_ssr_encoder(seed=9), image_encoder=make_image_encoder())
     with pytest.raises(ValueError, match="`subject` was encoded by another SSR-Encoder"):
         again(**call_args(subject=pipe.encode_subject(make_picture(), "cat")))
+
+
+def test_lora_scale_applies_to_the_query(pipe):
+    """A LoRA of the text encoder with a scale of 0 has no effect on the query and the prompt."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    expected = pipe(**subject_args()).images
+    torch.manual_seed(0)
+    config = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    inject_adapter_in_model(config, pipe.text_encoder)
+    assert np.abs(pipe(**subject_args()).images - expected).max() > 1e-4
+    scaled = pipe(**subject_args(cross_attention_kwargs={"scale": 0.0})).images
+    np.testing.assert_allclose(scaled, expected, atol=1e-5)
