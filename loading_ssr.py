@@ -365,15 +365,19 @@ def _load_image_encoder(source, folder: str, kwargs: dict) -> CLIPVisionModel:
     name = f"`image_encoder_folder`: {folder!r} of {source}"
     vision: Any = CLIPVisionModel
     try:
-        model, info = vision.from_pretrained(source, subfolder=folder, output_loading_info=True, **kwargs)
+        model, info = vision.from_pretrained(
+            source, subfolder=folder, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
     except (OSError, ImportError):
         raise
-    except Exception as error:  # transformers raises a `RuntimeError` for a wrong shape, and others for a wrong config
+    except Exception as error:  # transformers raises different errors for a wrong config
         raise ValueError(f"{name} holds no usable vision encoder: {error or type(error).__name__}") from error
-    # transformers only warns about missing weights and initializes them with random numbers
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ValueError(f"{name} lacks weights of its vision encoder: {internals_ssr.shorten_names(missing)}.")
+    # transformers initializes missing weights, and those of another shape, with random numbers
+    missing, mismatched = info["missing_keys"], info["mismatched_keys"]
+    for problem, keys in (("lacks weights", missing), ("holds weights of a wrong shape", (key[0] for key in mismatched))):
+        keys = sorted(keys)
+        if keys:
+            raise ValueError(f"{name} {problem} of its vision encoder: {internals_ssr.shorten_names(keys)}.")
     broken = [name for name, parameter in model.named_parameters() if not internals_ssr.is_finite(parameter)]
     if broken:
         raise ValueError(f"{name} holds weights that are not finite numbers: {internals_ssr.shorten_names(broken)}.")

@@ -1,44 +1,24 @@
 """Properties that hold for arbitrary and untrusted inputs. hypothesis searches for counterexamples."""
 
-import gzip
 import json
 import math
-import tarfile
 import tempfile
-from itertools import islice
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-import training_data
 from conftest import make_image_processor, make_ssr_encoder
 from diffusers_ssr import SSREncoder, SubjectEmbeds
-from diffusers_ssr.images_ssr import (
-    mask_values,
-    open_image,
-    postprocess_map,
-    preprocess,
-    preprocess_mask,
-    to_mask,
-    to_pil,
-)
-from diffusers_ssr.subject_embeds_ssr import Subject, check_count, check_scale
+from diffusers_ssr.images_ssr import mask_values, postprocess_map, preprocess, preprocess_mask, to_mask, to_pil
+from diffusers_ssr.internals_ssr import check_count, check_scale
+from diffusers_ssr.subject_embeds_ssr import Subject
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from test_modeling_ssr import TWO_LAYERS, small_released
-from test_training_data import GOOD, PICTURE, TEXTS, entry
-from text_files import read_rows
-from training_data import Columns, Preparation, Samples, summary
-from training_rows import FiniteRows, StreamedRows, load_rows
-from training_shards import read_shards
-from training_tables import read_tables
 
 
 settings.register_profile("suite", max_examples=40, deadline=None, derandomize=True)
@@ -192,16 +172,6 @@ def test_preprocessing_and_postprocessing_of_all_sizes(width, height, mode):
     assert postprocess_map(torch.ones(2, 4, 4), (width, height), mode).shape == (2, height, width)
 
 
-@settings(max_examples=100)
-@given(content=st.binary(max_size=200), head=st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"\xff\xd8\xff\xe0", b"RIFF",
-                                                               b"II*\0", b"BM", b"P6 9 9 255\n"]))  # fmt: skip
-def test_any_bytes_are_a_picture_or_rejected(content, head):
-    try:
-        assert open_image(head + content, "photo").size > (0, 0)
-    except ValueError as error:
-        assert "`photo`" in str(error)
-
-
 @given(number=st.one_of(st.floats(), st.integers(), st.fractions(), st.booleans(), st.text(max_size=3), st.none(),
                         st.complex_numbers()))  # fmt: skip
 def test_numbers_of_all_libraries_are_treated_alike(number):
@@ -226,62 +196,11 @@ def test_numbers_of_all_libraries_are_treated_alike(number):
         assert outcome(check_count, np.int64(number)) == outcome(check_count, torch.tensor(number)) == count
 
 
-CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\r\0"), max_size=8)
-
-
-@given(rows=st.lists(st.fixed_dictionaries({"a": CELLS, "b": CELLS}), min_size=1, max_size=4),
-       encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32"]), delimiter=st.sampled_from(",;\t"))  # fmt: skip
-def test_tables_can_be_read_in_all_encodings(rows, encoding, delimiter, file):
-    def quoted(text: str) -> str:
-        return '"' + text.replace('"', '""') + '"'
-
-    lines = [f"a{delimiter}b", *(f"{quoted(row['a'])}{delimiter}{quoted(row['b'])}" for row in rows)]
-    table = file.with_suffix(".csv")
-    table.write_bytes("\r\n".join(lines).encode(encoding))
-    assert [row for _, row in read_rows(table)] == [row for row in rows if row["a"] or row["b"]]
-    listed = file.with_suffix(".jsonl")
-    listed.write_bytes("\n".join(json.dumps(row) for row in rows).encode(encoding))
-    assert [row for _, row in read_rows(listed)] == rows
-
-
-ANYTHING = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.integers(-2, 40) | st.floats() | st.text(max_size=4),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
-    max_leaves=4,
-)
-CONFIGS = st.fixed_dictionaries(
-    {},
-    optional={
-        **dict.fromkeys(("cross_attention_dim", "vision_hidden_size"), st.sampled_from([1, 8, 24, 32]) | ANYTHING),
-        **dict.fromkeys(("inner_dim", "num_attention_heads"), st.sampled_from([1, 2, 16]) | ANYTHING),
-        "image_levels": st.lists(st.integers(-1, 12), max_size=4) | ANYTHING,
-        "attention_layers": st.dictionaries(st.sampled_from(["a", "b.c", "b_c", ""]), st.integers(-1, 16)) | ANYTHING,
-        "known_fingerprint": ANYTHING,
-        "unknown": ANYTHING,
-    },
-)
-
-
 @pytest.fixture(scope="module")
 def encoder_folder():
     with tempfile.TemporaryDirectory() as folder:
         make_ssr_encoder().save_pretrained(folder)
         yield Path(folder)
-
-
-@given(config=CONFIGS)
-def test_an_encoder_with_any_config_is_loaded_or_rejected(config, encoder_folder):
-    """An encoder that is loaded has the weights of the file. The error names the folder."""
-    file, before = encoder_folder / "config.json", (encoder_folder / "config.json").read_text()
-    file.write_text(json.dumps({**json.loads(before), **config}))
-    try:
-        loaded = SSREncoder.from_pretrained(encoder_folder)
-        weights = load_file(encoder_folder / "diffusion_pytorch_model.safetensors")
-        assert all(torch.equal(tensor, weights[name]) for name, tensor in loaded.state_dict().items())
-    except ValueError as error:
-        assert f"`pretrained_model_name_or_path`: {encoder_folder} " in str(error)
-    finally:
-        file.write_text(before)
 
 
 @settings(max_examples=100)
@@ -295,8 +214,8 @@ def test_an_encoder_with_any_changed_bytes_is_loaded_or_rejected(position, conte
     try:
         loaded = SSREncoder.from_pretrained(encoder_folder)
         assert all(torch.isfinite(parameter).all() for parameter in loaded.parameters())
-    except ValueError as error:
-        assert f"`pretrained_model_name_or_path`: {encoder_folder} " in str(error)
+    except (OSError, ValueError) as error:
+        assert str(encoder_folder) in str(error)
     finally:
         weights.write_bytes(before)
 
@@ -325,105 +244,3 @@ def test_any_released_weights_are_loaded_or_rejected(argument, ending, data, fil
         assert all(torch.isfinite(parameter).all() for parameter in loaded.parameters())
     except ValueError as error:
         assert f"`{argument}`" in str(error)
-
-
-@settings(max_examples=100)
-@given(content=st.binary(max_size=60), suffix=st.sampled_from([".csv", ".jsonl"]))
-def test_any_bytes_give_rows_or_reasons(content, suffix, file):
-    table = file.with_suffix(suffix)
-    table.write_bytes(content)
-    for errors in ("strict", "replace"):
-        assert all(isinstance(row, (dict, str)) for _, row in read_rows(table, errors=errors))
-
-
-# what a stranger's row can hold: any JSON, and the names of files in all forms
-OUTSIDE = st.sampled_from(["/etc/hostname", "../outside.png", "file:///etc/hostname", "outside.png", "good.png", "/dev/zero",
-                           "http://localhost:9/a.png", "", ".", "\ud83d.png", "\0"])  # fmt: skip
-LEAF = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | OUTSIDE
-FILES = st.dictionaries(st.sampled_from(["path", "bytes"]), OUTSIDE, min_size=1)
-JSON_CELL = st.recursive(
-    LEAF | FILES, lambda each: st.lists(each, max_size=3) | st.dictionaries(st.sampled_from("ab"), each), max_leaves=4
-)
-CELL = LEAF | FILES | st.lists(LEAF | FILES, max_size=3) | JSON_CELL
-PARTS = ["image", "text", "query", "reference", "mask", "file_name", "mask_file_name", "reference_file_name", "_file_name",
-         "image.0", "query.1", "reference.1", "__key__", "__error__", "__error___file_name", "__url__"]  # fmt: skip
-PICTURES = st.dictionaries(
-    st.sampled_from(["image", "reference", "mask"]), FILES | st.lists(FILES, max_size=2), max_size=1
-)
-ROWS = st.dictionaries(st.sampled_from(PARTS), CELL, max_size=6) | PICTURES
-
-
-@pytest.fixture(scope="module")
-def training_set():
-    """A folder with a picture, and with another picture beside the folder."""
-    with tempfile.TemporaryDirectory() as parent:
-        folder = Path(parent) / "set"
-        folder.mkdir()
-        (folder / "good.png").write_bytes(PICTURE)
-        (Path(parent) / "outside.png").write_bytes(PICTURE)
-        yield folder
-
-
-@settings(max_examples=100)
-@given(row=ROWS, whole=st.booleans(), kind=st.sampled_from(["metadata.jsonl", "0.tar"]))
-@example(row={"image": {"path": "/etc/hostname"}}, whole=True, kind="metadata.jsonl")
-@example(row={"mask": {"bytes": "file:///etc/hostname"}}, whole=True, kind="0.tar")
-@example(row={"file_name": "\ud83d.png"}, whole=True, kind="metadata.jsonl")
-def test_any_json_in_a_training_set_is_a_sample_or_named(row, whole, kind, training_set):
-    """`whole` adds what a sample needs to the row, so that the other values meet more of the code."""
-    if whole:
-        row = {**TEXTS, "reference_file_name": "good.png", "file_name": "good.png", **row}
-    file = training_set / kind
-    if kind == "0.tar":
-        pictures = entry("0.png", PICTURE) + entry("0.reference.png", PICTURE)
-        good = GOOD + entry("good.reference.png", PICTURE)
-        file.write_bytes(pictures * whole + entry("0.json", json.dumps(row).encode()) + good)
-    else:
-        good = {**TEXTS, "file_name": "good.png", "reference_file_name": "good.png"}
-        file.write_text(f"{json.dumps(row)}\n{json.dumps(good)}\n")
-    prepare = Preparation(Columns(reference="reference", mask="mask"), make_image_processor(), 16, 16)
-    try:
-        with patch("training_data._read_file", wraps=training_data._read_file) as opened:
-            rows = load_rows(training_set)
-            samples = Samples(StreamedRows(rows, 0, 1) if kind == "0.tar" else FiniteRows(rows, 0, 1), prepare)
-            assert len(list(islice(samples, 4))) == 4
-    finally:
-        file.unlink()
-    assert len(samples.bad) <= 1
-    summary(samples.bad).encode()
-    assert all(Path(call.args[0]).is_relative_to(training_set) for call in opened.call_args_list)
-
-
-@settings(max_examples=100)
-@given(data=st.data(), kind=st.sampled_from(["tar", "gz"]))
-def test_a_corrupted_shard_is_read_or_named(data, kind, training_set):
-    """Bytes are overwritten, removed or added at any place."""
-    content = bytearray(GOOD + entry("a.png", PICTURE) + entry("a.json", b"{}") + entry("b/", kind=tarfile.DIRTYPE))
-    content = bytearray(gzip.compress(content)) if kind == "gz" else content
-    # the headers are at the start of a block
-    place = st.integers(0, len(content) - 1) | st.integers(0, len(content) // 512 - 1).map(lambda block: 512 * block)
-    for _ in range(data.draw(st.integers(1, 3))):
-        start = data.draw(place) + data.draw(st.integers(0, 160))
-        content[start : start + data.draw(st.integers(0, 8))] = data.draw(st.binary(max_size=8))
-    file = training_set / "0.tar"
-    file.write_bytes(content)
-    rows = list(read_shards([str(file)]))
-    file.unlink()
-    assert rows and all(isinstance(row, dict) and row["__key__"].startswith(str(file)) for row in rows)
-
-
-@settings(max_examples=60)
-@given(data=st.data())
-def test_a_corrupted_table_is_read_or_named(data, training_set):
-    file = training_set / "a.parquet"
-    cells = {"image": [PICTURE] * 3, "text": ["a cat", "a dog", None], "query": [["a"], [], None]}
-    pq.write_table(pa.table(cells), file, row_group_size=2)
-    content = bytearray(file.read_bytes())
-    for _ in range(data.draw(st.integers(1, 3))):
-        # without the picture, which is most of the file
-        start = data.draw(st.integers(0, 100) | st.integers(len(content) - 900, len(content)))
-        content[start : start + data.draw(st.integers(0, 8))] = data.draw(st.binary(max_size=8))
-    file.write_bytes(content)
-    rows = list(read_tables([str(file)]))
-    file.unlink()
-    assert all(isinstance(row, dict) and row["__key__"].startswith(str(file)) for row in rows)
