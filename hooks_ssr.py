@@ -16,7 +16,7 @@ from . import attention_processors, internals_ssr, request_ssr
 
 
 # The key of the subject in `cross_attention_kwargs`, between the UNet's pre-hook and its transformers' pre-hooks.
-_SUBJECT = "ssr_subject"
+SUBJECT = "ssr_subject"
 
 # The key of the hooks in torch's dictionaries. Several copies of this code can be loaded: the installed package and
 # those that `custom_pipeline=` loads. Each copy has its own hooks, and they ignore the subjects of the other copies.
@@ -101,33 +101,18 @@ class _Block:
         self.outermost = _outermost_compiled(unet, self.unet)
         self.subject = subject
         self.controlnet = controlnet
-        # the transformers and layers do not change during a block, but their projections and processors may
-        self.transformers = _layers_by_transformer(self.unet, set(encoder.config.attention_layers))
-        self.layers = {
-            (name, index): self.unet.get_submodule(name)
-            for names in self.transformers.values()
-            for index, name in enumerate(names)
-            if name in encoder.config.attention_layers
-        }
+        self.names = list(encoder.config.attention_layers)
+        self.layers: list[Any] = [self.unet.get_submodule(name) for name in self.names]
         self.parts: list[Any] = []
         self.modules: set[nn.Module] = set()
 
     def add_hooks(self) -> None:
         """Registers the hooks. It is called again before each forward pass, and registers them again if a module of a
         layer was replaced, for example by a LoRA that a callback loads."""
-        parts = [part for attn in self.layers.values() for part in (attn.to_q, attn.to_out[0], attn.processor)]
+        parts = [part for attn in self.layers for part in (attn.to_q, attn.to_out[0], attn.processor)]
         if len(parts) == len(self.parts) and all(new is old for new, old in zip(parts, self.parts, strict=True)):
             return
-        hooks: dict[nn.Module, tuple[Any, Any]] = {
-            self.unet.get_submodule(name): (_transformer_hook(layers), None)
-            for name, layers in self.transformers.items()
-        }
-        for (_, index), attn in self.layers.items():
-            processor = attention_processors.processor_of_block(index)
-            queries, outputs = _projections(attn)
-            hooks.update(dict.fromkeys(queries, (None, processor.keep_query)))
-            hooks.update(dict.fromkeys(outputs, (processor.add_subject, None)))
-            hooks[attn] = processor.enter, processor.leave
+        hooks = hooks_of_layers(self.unet, self.names)
         if self.controlnet is not None:
             hooks[self.controlnet] = _before_controlnet, None
         with _lock:
@@ -152,7 +137,7 @@ class _Block:
                 for module in _hooked.pop(self.unet, ()):
                     internals_ssr.clear_forward_hooks(module, _KEY)
         # an interrupted forward pass leaves its state
-        for index in {index for _, index in self.layers}:
+        for index in {int(name.split(".")[-2]) for name in self.names}:
             attention_processors.processor_of_block(index).forget()
 
 
@@ -179,7 +164,7 @@ def _before_unet(module: nn.Module, args: tuple, kwargs: dict | None = None) -> 
     if conditions is None:
         return None
     block.add_hooks()
-    attention_kwargs = {**(kwargs.get("cross_attention_kwargs") or {}), _SUBJECT: conditions}
+    attention_kwargs = {**(kwargs.get("cross_attention_kwargs") or {}), SUBJECT: conditions}
     return args, {**kwargs, "cross_attention_kwargs": attention_kwargs}
 
 
@@ -209,14 +194,14 @@ class _TransformerHook:
 
     def __call__(self, transformer: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
         attention_kwargs = (kwargs or {}).get("cross_attention_kwargs") or {}
-        conditions = attention_kwargs.get(_SUBJECT)
+        conditions = attention_kwargs.get(SUBJECT)
         if kwargs is None or not isinstance(conditions, attention_processors.SubjectConditions):
             return None
         hidden_states = args[0] if args else kwargs["hidden_states"]
         text = args[1] if len(args) > 1 else kwargs["encoder_hidden_states"]
         grid = tuple(hidden_states.shape[2:])
         subject = conditions.for_transformer(self.layers, text, hidden_states.shape[0], grid)
-        attention_kwargs = {name: value for name, value in attention_kwargs.items() if name != _SUBJECT}
+        attention_kwargs = {name: value for name, value in attention_kwargs.items() if name != SUBJECT}
         return args[:1], {**kwargs, "encoder_hidden_states": subject, "cross_attention_kwargs": attention_kwargs}
 
 
@@ -226,14 +211,21 @@ def _transformer_hook(layers: tuple[str, ...]) -> _TransformerHook:
     return _TransformerHook(layers)
 
 
-def _layers_by_transformer(unet: nn.Module, layers: set[str]) -> dict[str, tuple[str, ...]]:
-    """Returns the names of the cross-attention layers of each transformer that has some of `layers`, one for each of its
-    blocks."""
-    names = sorted({layer.rpartition(".transformer_blocks.")[0] for layer in layers})
-    blocks: dict[str, Any] = {name: unet.get_submodule(name).transformer_blocks for name in names}
-    return {
-        name: tuple(f"{name}.transformer_blocks.{index}.attn2" for index in range(len(blocks[name]))) for name in names
-    }
+def hooks_of_layers(unet: nn.Module, names: list[str]) -> dict[nn.Module, tuple[Any, Any]]:
+    """Returns the forward pre-hook and the forward hook of each module of the cross-attention layers `names`, and of
+    their transformers."""
+    hooks: dict[nn.Module, tuple[Any, Any]] = {}
+    for name in names:
+        transformer, _, rest = name.rpartition(".transformer_blocks.")
+        count = len(unet.get_submodule(f"{transformer}.transformer_blocks"))  # type: ignore[arg-type]
+        siblings = tuple(f"{transformer}.transformer_blocks.{index}.attn2" for index in range(count))
+        hooks[unet.get_submodule(transformer)] = _transformer_hook(siblings), None
+        attn, processor = unet.get_submodule(name), attention_processors.processor_of_block(int(rest.split(".")[0]))
+        queries, outputs = _projections(attn)
+        hooks.update(dict.fromkeys(queries, (None, processor.keep_query)))
+        hooks.update(dict.fromkeys(outputs, (processor.add_subject, None)))
+        hooks[attn] = processor.enter, processor.leave
+    return hooks
 
 
 def _projections(attn: Any) -> tuple[list[nn.Module], list[nn.Module]]:

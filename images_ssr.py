@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import CLIPImageProcessor
 
 
@@ -18,6 +18,19 @@ LARGEST_RATIO = 16
 
 # how far float values may be outside of their range, because bicubic resizing overshoots
 _SLACK = 1e-3
+
+# The values of the EXIF tag for the orientation. `ImageOps.exif_transpose` cannot be used, because it also rewrites the
+# EXIF data, and fails if any other tag is broken.
+_ORIENTATION = 0x0112
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 # An image from `Image.open` is decoded when it is first used. Two threads that share such an image would both seek and
 # read in the same file.
@@ -254,9 +267,16 @@ def _upright(image: Image.Image, name: str) -> Image.Image:
     try:
         with _decoding:
             image.load()
-        return ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError) as error:  # the errors of Pillow's decoders
         raise ValueError(f"`{name}` cannot be decoded: {error}.") from error
+    try:
+        method = _TRANSPOSE.get(image.getexif().get(_ORIENTATION))
+    except Exception:  # broken EXIF data raise different errors, and the pixels are still right
+        method = None
+    upright = image.copy() if method is None else image.transpose(method)
+    # without the EXIF data, which would rotate the image again
+    upright.info = {name: value for name, value in image.info.items() if name == "transparency"}
+    return upright
 
 
 def _to_numpy(tensor: torch.Tensor, name: str) -> np.ndarray:

@@ -20,6 +20,7 @@ _UNSUITABLE = {
     "StableDiffusionControlNetXSPipeline": "its UNet has other layers",
     "StableDiffusionDepth2ImgPipeline": _STABLE_DIFFUSION_2,
     "StableDiffusionDiffEditPipeline": "it runs the UNet outside its call as well",
+    "StableDiffusionLatentUpscalePipeline": "its UNet is for upscaling",
     "StableDiffusionPanoramaPipeline": "the order of its views in the batch is not that of its prompts",
     "StableDiffusionParadigmsPipeline": "it runs several steps in one batch",
     "StableDiffusionPix2PixZeroPipeline": _OWN_PROCESSORS,
@@ -80,6 +81,11 @@ def _made_class(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipeli
                 f"`pipeline_class` has to be a pipeline of Stable Diffusion 1.5, whose `{component}` is a"
                 f" {models[0].__name__}, but that of {name} is a {annotated[0].__name__}."
             )
+    taken = inspect.signature(pipeline_class.__call__).parameters
+    if "prompt" not in taken and not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values()):
+        raise ValueError(
+            f"`pipeline_class` has to be a pipeline whose call takes a `prompt`, but the call of {name} does not."
+        )
     doc = f"[`{name}`] that also takes a subject; see [`SSRPipelineMixin`]."
     namespace = {"__doc__": doc, "__module__": __name__, "_stock_class": pipeline_class}
     return type(pipeline_class)(f"SSR{name}", (mixin_ssr.SSRPipelineMixin, pipeline_class), namespace)

@@ -6,16 +6,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from . import images_ssr, internals_ssr
 
 
 # The limits of a file of subjects, which can come from a stranger. A subject of Stable Diffusion 1.5 in full precision
-# has 2.8 MB, and a region of 32 frames of 1024 x 1024 has 134 MB.
-MAX_BYTES = 2**27
+# has 2.8 MB, and a region of 32 frames of 512 x 512 has 34 MB.
+MAX_BYTES = 2**26
 MAX_HEADER_BYTES = 2**20
 # The largest number in the tokens of a subject. Tokens come out of a layer norm: with a width of 768, they are at most
 # 27.7 times as large as its weights, which are near 1. With much larger values, the keys and values could exceed the
@@ -203,7 +202,7 @@ class SubjectEmbeds:
                 The file, usually ending in ".safetensors".
 
         Raises:
-            `ValueError`: if `load` would not accept the file: tensors of more than 134 MB (for example regions of many
+            `ValueError`: if `load` would not accept the file: tensors of more than 67 MB (for example regions of many
                 frames), or values that are not finite or far from those of an encoder.
             `FileNotFoundError`: if the folder of the file does not exist.
 
@@ -225,13 +224,13 @@ class SubjectEmbeds:
             "subjects": json.dumps([{"query": s.query, "scale": s.scale} for s in self.subjects]),
         }
         try:
-            _check_size(sum(tensor.nbytes for tensor in tensors.values()), len(metadata["subjects"]))
+            _check_size(sum(tensor.nbytes for tensor in tensors.values()), len(json.dumps(metadata)))
             for name, tensor in tensors.items():
                 _check_tensor(name, tensor)
         except ValueError as error:
             raise ValueError(f"These subjects cannot be saved: {error}.") from None
         with internals_ssr.atomic_file(path) as partial:
-            save_file(tensors, partial, metadata=metadata)
+            safetensors.torch.save_file(tensors, partial, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "SubjectEmbeds":
@@ -259,13 +258,18 @@ class SubjectEmbeds:
         try:
             if not os.path.isfile(path) and os.path.exists(path):
                 raise ValueError("it is not a regular file")
-            # the header is checked first, because safetensors accepts headers of up to 100 MB
-            with open(path, "rb") as start:
-                _check_size(os.stat(path).st_size, int.from_bytes(start.read(8), "little"))
-            with safe_open(path, "pt") as file:
-                described = _parse_metadata(file.metadata() or {})
-                _check_shapes({name: file.get_slice(name).get_shape() for name in file.keys()}, len(described))
-                tensors = {name: _check_tensor(name, file.get_tensor(name)) for name in file.keys()}
+            # The file is read once, because another thread or process may replace it.
+            with open(path, "rb") as file:
+                start = file.read(8)
+                header_bytes = int.from_bytes(start, "little")
+                _check_size(os.fstat(file.fileno()).st_size, header_bytes)
+                content = start + file.read(MAX_BYTES + MAX_HEADER_BYTES)
+            header = json.loads(content[8 : 8 + header_bytes])
+            described = _parse_metadata(header.pop("__metadata__", {}))
+            _check_shapes({name: entry["shape"] for name, entry in header.items()}, len(described))
+            tensors = safetensors.torch.load(content)
+            for name, tensor in tensors.items():
+                _check_tensor(name, tensor)
         except FileNotFoundError:
             raise
         except Exception as error:  # a parser that reads arbitrary bytes may raise anything
@@ -329,8 +333,8 @@ def _check_shapes(shapes: dict[str, list[int]], num_subjects: int) -> None:
         raise ValueError(f"fingerprint has shape {fingerprint}, but has to have 2 dimensions")
 
 
-def _check_tensor(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Returns a tensor of a file. Raises a `ValueError` if its dtype or a value is not one of a subject."""
+def _check_tensor(name: str, tensor: torch.Tensor) -> None:
+    """Raises a `ValueError` if the dtype or a value of a tensor is not one of a subject."""
     part = name.rpartition(".")[2]
     low, high = {
         "embeds": (-MAX_TOKEN_VALUE, MAX_TOKEN_VALUE),
@@ -349,7 +353,6 @@ def _check_tensor(name: str, tensor: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"{name} holds values from {least:g} to {most:g}, but has to hold {low:g} to {high:g}")
     if part == "region" and not most > 0.5:
         raise ValueError(f"{name} is empty")
-    return tensor
 
 
 def _region_values(region: Any) -> np.ndarray:

@@ -5,19 +5,18 @@
 Without options, the script uses the references and queries of the pocket checkpoint.
 """
 
-import argparse
 from pathlib import Path
 
 import extras  # noqa: F401  (exits with a message if the project is not installed)
 
-from command_line import HelpFormatter, output_folder, run_script
+from command_line import make_parser, output_folder, run_script
 from drawing import POCKET, load_pipeline, load_reference, write_contact_sheet
 from PIL import Image
 from references import read_queries
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument(
         "--checkpoint", default=str(POCKET), help="folder or repository with base model and SSR-Encoder"
     )

@@ -9,21 +9,21 @@ and the offloading settings are left out.
 """
 
 import argparse
+import contextlib
 import gc
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import extras  # noqa: F401  (exits with a message if the project is not installed)
 
 import torch
-from benchmark import peak_bytes, pocket_pipeline, reset_peak, sd15_pipeline, time_draws
-from command_line import HelpFormatter, picture_side, positive, run_script
+from benchmark import time_calls
+from command_line import image_side, make_parser, positive, run_script
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from PIL import Image
-
-
-def to_device(pipe: DiffusionPipeline, device: torch.device) -> None:
-    pipe.to(device)
+from random_models import PRESETS
 
 
 def drop_encoders(pipe: DiffusionPipeline, device: torch.device) -> None:
@@ -42,29 +42,39 @@ def slice_vae(pipe: DiffusionPipeline, device: torch.device) -> None:
     pipe.to(device)
 
 
-def model_offload(pipe: DiffusionPipeline, device: torch.device) -> None:
-    pipe.enable_model_cpu_offload(device=device)
-
-
-def sequential_offload(pipe: DiffusionPipeline, device: torch.device) -> None:
-    pipe.enable_sequential_cpu_offload(device=device)
-
-
 # each function prepares a new pipeline after its subject was encoded
 SETTINGS: dict[str, Callable[[DiffusionPipeline, torch.device], None]] = {
-    "none": to_device,
+    "none": lambda pipe, device: pipe.to(device),
     "drop_ssr_encoders": drop_encoders,
     "attention_slicing": slice_attention,
     "vae_slicing_and_tiling": slice_vae,
-    "model_offload": model_offload,
-    "sequential_offload": sequential_offload,
+    "model_offload": lambda pipe, device: pipe.enable_model_cpu_offload(device=device),
+    "sequential_offload": lambda pipe, device: pipe.enable_sequential_cpu_offload(device=device),
 }
 NEED_GPU = ("model_offload", "sequential_offload")
 
 
+def reset_peak(on_gpu: bool) -> None:
+    """Resets the peak memory of the GPU, or that of this process on Linux."""
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with contextlib.suppress(OSError):  # not Linux, or not allowed
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes(on_gpu: bool) -> int:
+    """Returns the peak memory since `reset_peak`, or 0 if it is unknown."""
+    if on_gpu:
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
+    return 1024 * int(found[1]) if found else 0
+
+
 def measure(setting: str, args: argparse.Namespace, device: torch.device) -> list[str]:
     """Returns a row of the table: the peak memory and the seconds of a step, without and with a subject."""
-    pipe = sd15_pipeline() if args.preset == "sd15" else pocket_pipeline()
+    pipe = PRESETS[args.preset]()
     pipe.to(getattr(torch, args.dtype))
     pipe.set_progress_bar_config(disable=True)
     subject = pipe.encode_subject(Image.effect_noise((256, 256), 20), query="cat")
@@ -72,7 +82,7 @@ def measure(setting: str, args: argparse.Namespace, device: torch.device) -> lis
     cells = [setting]
     for given in ({}, {"subject": subject}):
 
-        def draw(steps: int, callback=None, given=given) -> None:
+        def call(steps: int, callback: Callable, given=given) -> None:
             pipe(
                 ["a cat"] * args.batch_size, height=args.size, width=args.size, num_inference_steps=steps,
                 callback_on_step_end=callback, output_type="pil", **given,
@@ -80,34 +90,27 @@ def measure(setting: str, args: argparse.Namespace, device: torch.device) -> lis
 
         gc.collect()
         reset_peak(device.type == "cuda")
-        result = time_draws({setting: draw}, args, device)[setting]
-        peak = max(result["peak_bytes"], peak_bytes(device.type == "cuda"))
-        cells += [f"{peak / 2**30:.2f} GiB", f"{min(result['seconds']):.3f} s"]
+        seconds = time_calls({setting: call}, args)[setting]
+        cells += [f"{peak_bytes(device.type == 'cuda') / 2**30:.2f} GiB", f"{seconds:.3f} s"]
     return cells
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument(
-        "--preset",
-        choices=("sd15", "pocket"),
-        default="sd15",
-        help="the sizes of Stable Diffusion 1.5, or the pocket checkpoint",
-    )
-    parser.add_argument("--size", type=picture_side, default=512, help="size of the picture in pixels")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="precision")
-    parser.add_argument("--batch_size", type=positive, default=1, help="pictures per call")
-    parser.add_argument("--steps", type=positive, default=4, help="steps that are timed")
-    parser.add_argument("--rounds", type=positive, default=1, help="how often each call is timed")
-    parser.add_argument(
-        "--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="the settings to measure"
-    )
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, default="sd15", help="the sizes of SD 1.5, or the pocket checkpoint")
+    add("--size", type=image_side, default=512, help="size of the images in pixels")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="precision")
+    add("--batch_size", type=positive, default=1, help="images per call")
+    add("--steps", type=positive, default=4, help="steps that are timed")
+    add("--rounds", type=positive, default=1, help="how often each call is timed")
+    add("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="the settings to measure")
     args = parser.parse_args()
     logging.set_verbosity_error()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, memory of the process"
     settings = [each for each in args.settings if device.type == "cuda" or each not in NEED_GPU]
-    print(f"{args.preset}, {args.size} px, {args.batch_size} picture(s), {args.dtype}, {name}")
+    print(f"{args.preset}, {args.size} px, {args.batch_size} image(s), {args.dtype}, {name}")
     print("| setting | stock: peak | a step | with a subject: peak | a step |\n|---|---|---|---|---|")
     for setting in settings:
         print("| " + " | ".join(measure(setting, args, device)) + " |", flush=True)

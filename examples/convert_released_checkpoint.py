@@ -4,18 +4,17 @@
         --output_dir ssr
 """
 
-import argparse
 from pathlib import Path
 
 import extras  # noqa: F401  (exits with a message if the project is not installed)
 
-from command_line import HelpFormatter, naming, output_folder, run_script
+from command_line import make_parser, naming, output_folder, run_script
 from diffusers_ssr import SSREncoder
 from transformers import CLIPImageProcessor, CLIPVisionModel
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--aligner", type=Path, required=True, help="pytorch_model.bin: aligner and subject encoder")
     parser.add_argument(
         "--layers", type=Path, required=True, help="pytorch_model_1.bin: the UNet layers' keys and values"

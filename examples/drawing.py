@@ -1,6 +1,7 @@
-"""Shared code of the examples that draw pictures: options, loading the pipeline, and the contact sheet."""
+"""Shared code of the examples that generate images: options, loading the pipeline, and the contact sheet."""
 
 import argparse
+import ast
 from logging import LogRecord
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import extras  # noqa: F401  (exits with a message if the project is not install
 import diffusers_ssr
 import torch
 import transformers
-from command_line import HelpFormatter, naming, output_folder, positive, seed, share
-from diffusers import ConfigMixin, DiffusionPipeline
+from command_line import make_parser, naming, output_folder, positive, seed, share
+from diffusers import ConfigMixin
 from diffusers.utils import load_image, logging
+from diffusers_ssr import StableDiffusionSSRPipeline
 from diffusers_ssr.images_ssr import to_pil
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -26,54 +28,55 @@ LABEL = 22
 
 
 def options(description: str | None) -> argparse.ArgumentParser:
-    """Creates a parser with options for drawing and for the output folder."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    """Creates a parser with options for generation and for the output folder."""
+    parser = make_parser(description)
     call_options(parser)
-    parser.add_argument(
-        "--output_dir", type=output_folder, default=Path("outputs"), help="where the results are written"
-    )
+    help_text = "where the results are written"
+    parser.add_argument("--output_dir", type=output_folder, default=Path("outputs"), help=help_text)
     return parser
 
 
 def call_options(parser: argparse.ArgumentParser) -> None:
-    """Adds options for drawing. The defaults are for the pocket checkpoint."""
-    parser.add_argument(
-        "--checkpoint", default=str(POCKET), help="folder or repository with base model and SSR-Encoder"
-    )
-    parser.add_argument(
-        "--scale",
-        type=float,
-        default=1.0,
-        help="subject scale; 0.5 to 0.8 is usual with full-size checkpoints",
-    )
-    parser.add_argument("--num_inference_steps", type=positive, default=25, help="denoising steps")
-    parser.add_argument("--guidance_scale", type=float, default=3.0, help="scale of classifier-free guidance")
-    parser.add_argument(
-        "--eta", type=share, default=0.9, help="eta of DDIM: how much noise is added in each step, from 0 to 1"
-    )
-    parser.add_argument("--seed", type=seed, default=0, help="seed of the initial noise")
+    """Adds options for generation. The defaults are for the pocket checkpoint."""
+    add = parser.add_argument
+    add("--checkpoint", default=str(POCKET), help="folder or repository with base model and SSR-Encoder")
+    add("--scale", type=float, default=1.0, help="subject scale; 0.5 to 0.8 is usual with full-size checkpoints")
+    add("--num_inference_steps", type=positive, default=25, help="denoising steps")
+    add("--guidance_scale", type=float, default=3.0, help="scale of classifier-free guidance")
+    add("--eta", type=share, default=0.9, help="eta of DDIM: how much noise is added in each step, from 0 to 1")
+    add("--seed", type=seed, default=0, help="seed of the initial noise")
 
 
 def reference_options(parser: argparse.ArgumentParser, place: str) -> None:
     """Adds options for the subject and the prompt."""
     parser.add_argument("--reference", default=str(POCKET / "references" / "1_cat_car.png"), help="file or URL")
-    parser.add_argument("--query", default="cat", help="the thing in the reference to draw")
-    parser.add_argument("--prompt", help=f"what to draw; it should name the query; default: the query {place}")
+    parser.add_argument("--query", default="cat", help="the subject in the reference image")
+    parser.add_argument("--prompt", help=f"prompt, which should name the query; default: the query {place}")
+
+
+_UNIMPORTANT = ("should be kept in float32: []", "No LoRA keys associated to")
+_reported: set[str] = set()
 
 
 def hide_library_output() -> None:
-    """Disables progress bars of the libraries in the output of a script, and messages of diffusers about nothing: that
-    an empty list of modules "should be kept in float32", and that a LoRA has no weights for the text encoder. Other
-    warnings are printed, for example that a query is too long."""
+    """Disables progress bars of the libraries in the output of a script, and messages of diffusers about nothing.
+    Other warnings are printed, for example which part of a prompt or query is too long and was cut."""
     for handler in logging.get_logger("diffusers").handlers:
-        handler.addFilter(_has_content)
+        handler.addFilter(_is_important)
     logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
 
 
-def _has_content(record: LogRecord) -> bool:
+def _is_important(record: LogRecord) -> bool:
     message = record.getMessage()
-    return not any(text in message for text in ("should be kept in float32: []", "No LoRA keys associated to"))
+    start, _, texts = message.partition(" tokens: ")
+    if "was truncated because CLIP" in start and texts[:1] + texts[-1:] == "[]":
+        # of a batch, diffusers lists all prompts, and only the padding of those that are not too long
+        new = {text.replace("<|endoftext|>", "") for text in ast.literal_eval(texts)} - _reported - {""}
+        _reported.update(new)
+        record.msg = f"{start} tokens: {sorted(new)}"
+        return bool(new)
+    return not any(text in message for text in _UNIMPORTANT)
 
 
 def check_source(option: str, source: str | None) -> None:
@@ -88,7 +91,7 @@ def check_source(option: str, source: str | None) -> None:
 
 
 def load_reference(option: str, source: str) -> Image.Image:
-    """Loads the picture of an option from a file or a URL. It is upright and in RGB, with white instead of transparent
+    """Loads the image of an option from a file or a URL. It is upright and in RGB, with white instead of transparent
     parts."""
     with naming(option, source):
         return load_image(source, convert_method=to_pil)
@@ -110,30 +113,31 @@ def named(thing: str) -> str:
     return f"{'an' if thing[:1].lower() in set('aeiou') else 'a'} {thing}"
 
 
-def load_pipeline(checkpoint: str, ssr: str | None = None) -> DiffusionPipeline:
-    """Loads the SSR pipeline of a checkpoint. The SSR-Encoder is that of the checkpoint, or the one in `ssr` if it is
-    given. On a GPU, the pipeline uses half precision."""
-    check_source("--checkpoint", checkpoint)
+def load_pipeline(
+    checkpoint: str, ssr: str | None = None, option: str = "--checkpoint", device: torch.device | None = None, **kwargs
+) -> StableDiffusionSSRPipeline:
+    """Loads the SSR pipeline of a checkpoint, which is the value of `option`. The SSR-Encoder is that of the
+    checkpoint, or the one in `ssr` if it is given. By default, the pipeline is on the GPU in half precision if there is
+    one. `kwargs` are passed to `from_pretrained`."""
+    check_source(option, checkpoint)
     check_source("--ssr", ssr)
     hide_library_output()
-    on_gpu = torch.cuda.is_available()
-    with naming("--checkpoint", checkpoint):
-        pipe = DiffusionPipeline.from_pretrained(
-            checkpoint,
-            custom_pipeline=str(CODE),
-            trust_remote_code=True,
-            dtype=torch.float16 if on_gpu else torch.float32,
-        )
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kwargs["dtype"] = kwargs.get("dtype") or (torch.float32 if device.type == "cpu" else torch.float16)
+    if ssr is not None:
+        kwargs |= {"ssr_encoder": None, "ssr_image_encoder": None}
+    with naming(option, checkpoint):
+        pipe = StableDiffusionSSRPipeline.from_pretrained(checkpoint, trust_remote_code=True, **kwargs)
     if ssr is not None:
         with naming("--ssr", ssr):
             pipe.load_ssr(ssr)
     elif pipe.ssr_encoder is None:
         raise ValueError(
-            f"--checkpoint: {checkpoint} contains no SSR-Encoder. Load one with `pipe.load_ssr`, save the whole pipeline with"
-            " `pipe.save_pretrained(folder)`, and pass this folder as --checkpoint. The page also has --ssr."
+            f"{option}: {checkpoint} contains no SSR-Encoder. Load one with `pipe.load_ssr`, save the whole pipeline with"
+            f" `pipe.save_pretrained(folder)`, and pass this folder as {option}, or pass --ssr if the script has it."
         )
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to("cuda" if on_gpu else "cpu")
+    return pipe.to(device)
 
 
 def call_arguments(args: argparse.Namespace) -> dict:
@@ -147,20 +151,20 @@ def call_arguments(args: argparse.Namespace) -> dict:
 
 
 def write_contact_sheet(rows: list[list[tuple[str, Image.Image | None]]], file: Path, finished: bool = True) -> None:
-    """Writes rows of labeled pictures to a file, and prints the file name if `finished`. `None` is an empty cell."""
-    side = min(max(picture.width for row in rows for _, picture in row if picture) * ZOOM, LARGEST)
+    """Writes rows of labeled images to a file, and prints the file name if `finished`. `None` is an empty cell."""
+    side = min(max(image.width for row in rows for _, image in row if image) * ZOOM, LARGEST)
     columns = max(len(row) for row in rows)
     cell_width, cell_height = side + GAP, side + LABEL + GAP
     sheet = Image.new("RGB", (columns * cell_width + GAP, len(rows) * cell_height + GAP), "white")
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(size=12)
     for y, row in enumerate(rows):
-        for x, (label, picture) in enumerate(row):
-            if picture is None:
+        for x, (label, image) in enumerate(row):
+            if image is None:
                 continue
             left, top = GAP + x * cell_width, GAP + y * cell_height
             draw.text((left, top), label, fill="black", font=font)
-            sheet.paste(ImageOps.contain(picture, (side, side), Image.Resampling.BICUBIC), (left, top + LABEL))
+            sheet.paste(ImageOps.contain(image, (side, side), Image.Resampling.BICUBIC), (left, top + LABEL))
     file.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(file)
     if finished:

@@ -21,20 +21,8 @@ def _exit(package: str, install: str) -> NoReturn:
 
 @contextmanager
 def needs(extra: str) -> Iterator[None]:
-    """
-    Context manager for the imports of a script. If a package is not installed, the script exits and prints the command
-    to install it.
-
-    Args:
-        extra (`str`): the name of the optional dependencies with these packages, such as `"train"`.
-
-    Example:
-
-    ```py
-    >>> with needs("train"):
-    ...     from accelerate import PartialState
-    ```
-    """
+    """Context manager for the imports of a script. If a package is not installed, the script exits and prints the
+    command that installs the optional dependencies `extra`, such as `"train"`."""
     try:
         yield
     except ModuleNotFoundError as error:

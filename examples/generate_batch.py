@@ -1,35 +1,33 @@
-"""Draw a picture for each row of a table with reference pictures, queries, prompts and seeds.
+"""Generate an image for each row of a table with reference images, queries, prompts and seeds.
 
-    accelerate launch examples/generate_batch.py --table rows.csv --output_dir drawn \\
+    accelerate launch examples/generate_batch.py --table rows.csv --output_dir generated \\
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --ssr my-ssr
 
-The table is CSV with a header, or JSON lines. The columns are `image`, `query`, `prompt`, `seed`, and optionally
-`mask`, `scale` and `name` (the name of the picture to write). Paths of pictures are relative to the table. The rows
-are divided among the processes of accelerate, and `--batch_size` rows are drawn together. Each row has its own random
-generator, so its picture does not depend on the number of processes or, except for rounding errors, on the batch size.
+The table is CSV with a header, or JSON lines. The columns are `image`, `prompt`, `query` or `mask` (or both), and
+optionally `negative_prompt`, `seed`, `scale` and `name` (the file to write). Paths are relative to the table. The rows
+are divided among the processes. Each row has its own random generator, so its image does not depend on the number of
+processes or, except for rounding errors, on the batch size.
 
-`manifest.jsonl` contains for each row the file name of the picture, or the error message. Run the same command again
-to draw only the rows that are not done. The exit status is 1 if a row failed.
+At the end, `manifest.jsonl` contains the file or the error message of each row, and the exit status is 1 if a row
+failed. Run the same command again to generate only the missing images.
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
 import math
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from extras import needs
 
 import torch
-from command_line import HelpFormatter, naming, output_folder, picture_side, positive, run_script, share
-from diffusers_ssr import StableDiffusionSSRPipeline, SubjectEmbeds
-from diffusers_ssr.file_utils import atomic_file, check_regular_file
-from diffusers_ssr.image_processing_ssr import open_image
-from drawing import hide_library_output
+from command_line import image_side, make_parser, output_folder, positive, run_script, share
+from diffusers_ssr import StableDiffusionSSRPipeline
+from diffusers_ssr.internals_ssr import atomic_file
+from drawing import load_pipeline
+from image_files import open_image
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from text_files import read_rows
@@ -37,349 +35,216 @@ from tqdm.auto import tqdm
 
 
 with needs("demo"):
-    from accelerate import PartialState
+    from accelerate.utils import gather_object
+    from processes import own_share, start_processes
 
 
-REQUIRED = ("query", "prompt", "image")
-KNOWN = (*REQUIRED, "seed", "mask", "scale", "name")
-SOME_ROWS = 1000
-MAX_NAME = 1024
+COLUMNS = ("image", "prompt", "query", "mask", "negative_prompt", "seed", "scale", "name")
+UNRELATED = ("table", "output_dir", "batch_size")  # options that do not change the image of a row
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def read_table(table: Path) -> list[dict]:
-    """
-    Reads the rows of the table. The values of a row are only checked when the row is drawn.
-
-    Raises:
-        `ValueError`: if the file is missing, is not a table, or has a missing or an unknown column.
-    """
-    rows: list[dict] = []
-    columns: set[str] = set()
-    try:
-        for number, row in read_rows(table, "table"):
-            if isinstance(row, str):
-                raise ValueError(
-                    f"`table` has to be CSV or JSON lines, but line {number} of {table} cannot be read: {row}"
-                )
-            unknown = sorted(row.keys() - set(KNOWN))
-            if unknown:
-                raise ValueError(f"`table`: {table} has the columns {unknown!s:.300}, but only {KNOWN} are known.")
-            rows.append(row)
-            columns |= row.keys()
-            # a column that no row has had until then is missing, and millions of short rows would fill the memory
-            if len(rows) == SOME_ROWS and _missing(columns):
-                break
-    except FileNotFoundError as error:
-        raise ValueError(f"`table`: there is no file {table}.") from error
+    """Reads the rows of the table. The values of a row are only checked when its image is generated."""
+    rows = []
+    for number, row in read_rows(table, "table"):
+        where = f"`table`: {table}, line {number}"
+        if isinstance(row, str):
+            raise ValueError(f"{where}: {row}.")
+        if unknown := sorted(row.keys() - set(COLUMNS)):
+            raise ValueError(f"{where}: the columns {unknown!s:.300} are unknown; the known ones are {COLUMNS}.")
+        required = {"image", "prompt", "mask" if "mask" in row else "query"}
+        if missing := sorted(required - row.keys()):
+            raise ValueError(f"{where}: the columns {missing} are missing; the row has {sorted(row)}.")
+        rows.append(row)
     if not rows:
         raise ValueError(f"`table`: {table} has no rows.")
-    missing = _missing(columns)
-    if missing:
-        raise ValueError(f"`table`: {table} lacks the columns {missing}; it has {sorted(columns)}.")
     return rows
 
 
-def _missing(columns: set[str]) -> list[str]:
-    """Returns the columns that a table lacks."""
-    return sorted({"image", "prompt"} - columns) or ([] if columns & {"query", "mask"} else ["query"])
-
-
-def check_names(rows: list[dict]) -> dict[int, ValueError]:
-    """Returns an error for each row with an invalid or conflicting `name`. Only these rows will fail."""
-    faults: dict[int, ValueError] = {}
-    files: dict[str, int] = {}
-    folders: dict[str, int] = {}
+def name_files(rows: list[dict]) -> list[str | ValueError]:
+    """Returns the path of each row's image in the output folder, or an error for a path that is invalid or taken."""
+    files: list[str | ValueError] = []
+    seen: dict[str, int] = {}
     for index, row in enumerate(rows):
-        name = file_of(row, index)
-        if len(name) > MAX_NAME:  # each folder of a path is compared with the other paths
-            faults[index] = ValueError(f"`name` has {len(name):,} characters, more than {MAX_NAME:,}.")
-            continue
-        path = PurePosixPath(name)
-        file, within = _as_on_disk(path), [_as_on_disk(parent) for parent in path.parents][:-1]
-        taken = [files[name] for name in (file, *within) if name in files]
-        taken += [folders[file]] if file in folders else []
-        if path.is_absolute() or ".." in path.parts or not all(map(_is_file_name, path.parts)):
-            faults[index] = ValueError(f"`name` is {row['name']!r:.80}, which cannot be a file in the output folder.")
-        elif taken:
-            faults[index] = ValueError(f"`name` is {row.get('name')!r:.80}, which conflicts with row {taken[0]}.")
-        else:
-            files[file] = index
-            folders.update((name, index) for name in within if name not in folders)
-    return faults
+        name = f"{index:06d}" if row.get("name") in (None, "") else str(row["name"])
+        file = name if name.lower().endswith(".png") else f"{name}.png"
+        # names that differ in upper and lower case are one file on macOS and Windows
+        unique = unicodedata.normalize("NFC", file).casefold()
+        fault = None if _is_inside(file) else ", which cannot be a file in the output folder"
+        if fault is None and seen.setdefault(unique, index) != index:
+            fault = f", as in row {seen[unique]}"
+        files.append(file if fault is None else ValueError(f"`name` is {name!r:.80}{fault}."))
+    return files
 
 
-def _as_on_disk(path: PurePosixPath) -> str:
-    """Returns the same text for paths that are one file on macOS or Windows, which ignore upper and lower case."""
-    return unicodedata.normalize("NFC", str(path)).casefold()
+def _is_inside(file: str) -> bool:
+    parts = file.split("/")
+    # JSON can contain lone surrogates, which cannot be part of a file name
+    encodable = file.encode(errors="ignore").decode() == file and "\0" not in file
+    return encodable and not {"", ".", ".."} & set(parts) and all(len(part.encode()) < 256 for part in parts)
 
 
-def _is_file_name(name: str) -> bool:
+def make_id(index: int, row: dict, settings: dict) -> str:
+    """Returns the text that is stored in the image. It changes if the row or a setting changes."""
+    return hashlib.blake2b(json.dumps([index, row, settings], sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def is_done(file: Path, row_id: str) -> bool:
+    """Returns whether the image of the row exists."""
     try:
-        return "\0" not in name and len(name.encode()) < 256
-    except UnicodeEncodeError:  # JSON can contain lone surrogates
+        with Image.open(file, formats=["PNG"]) as image:
+            return image.info.get("id") == row_id
+    except Exception:  # no file, or another one
         return False
 
 
-def identity(row: dict, settings: dict) -> str:
-    """Returns a hash of the row and the settings, which changes if any of them changes."""
-    return hashlib.blake2b(json.dumps([row, settings], sort_keys=True).encode(), digest_size=8).hexdigest()
-
-
-def read_manifests(folder: Path) -> dict[str, dict]:
-    """Returns the entries of all manifest files by their `id`. The files can come from any number of processes.
-    Incomplete lines are ignored."""
-    entries: dict[str, dict] = {}
-    for file in sorted(folder.glob("manifest*.jsonl")):
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
-            try:
-                entry = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if _is_entry(entry) and entries.get(entry["id"], {}).get("status") != "done":
-                entries[entry["id"]] = entry
-    return entries
-
-
-def _is_entry(entry) -> bool:
-    """Returns whether a line of a manifest has the format that this script writes."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("id"), str):
-        return False
-    said = {"done": "file", "failed": "error"}.get(str(entry.get("status")))
-    return said is not None and isinstance(entry.get(said), str)
-
-
-def is_done(entry: dict | None, folder: Path) -> bool:
-    """Returns whether the row was drawn and its picture still exists and belongs to this row."""
-    if entry is None or entry["status"] != "done":
-        return False
-    try:
-        check_regular_file(folder / entry["file"], "file")
-        with Image.open(folder / entry["file"], formats=["PNG"]) as picture:
-            return picture.text.get("id") == entry["id"]
-    # a file that cannot be opened is not the picture of the row
-    except Exception:
-        return False
-
-
-def file_of(row: dict, index: int) -> str:
-    """Returns the path of the row's picture in the output folder."""
-    name = row.get("name")
-    return f"{f'{index:06d}' if name in (None, '') else name}.png"
-
-
-@dataclass
-class Request:
-    """The checked values of a row, with the encoded subject."""
-
-    prompt: str
-    subject: SubjectEmbeds
-    seed: int
-
-
-def read_row(pipe: StableDiffusionSSRPipeline, row: dict, folder: Path, args: argparse.Namespace) -> Request:
-    """
-    Check a row and encode its subject.
-
-    Args:
-        pipe ([`StableDiffusionSSRPipeline`]): encodes the subject.
-        row (`dict`): a row of the table.
-        folder (`Path`): the folder that the paths in the row are relative to.
-        args (`argparse.Namespace`): the options. `scale` is used for rows without a scale.
-
-    Raises:
-        `ValueError` or `OSError`: if a value is missing or invalid, or if a picture cannot be opened.
-    """
-    for name in ("image", "prompt"):
-        if not isinstance(row.get(name), str) or not row[name].strip():
+def read_row(pipe: StableDiffusionSSRPipeline, row: dict, args: argparse.Namespace) -> dict:
+    """Checks a row, opens its images and encodes its subject. Returns arguments for the pipeline."""
+    texts = {name: row.get(name) or None for name in ("image", "prompt", "query", "mask", "negative_prompt")}
+    for name, text in texts.items():
+        if text is None and name in ("image", "prompt"):
             raise ValueError(f"`{name}` is missing in this row.")
-    for name, wanted in (("query", "a text"), ("mask", "the path of a file")):
-        if not isinstance(row.get(name), (str, type(None))):
-            raise ValueError(f"`{name}` has to be {wanted}, but is {row[name]!r}.")
+        if not isinstance(text, (str, type(None))):
+            raise ValueError(f"`{name}` has to be a text, but is {text!r:.80}.")
     scale, seed = _number(row, "scale", args.scale), _number(row, "seed", 0)
     if seed != int(seed) or not 0 <= seed < 2**63:
-        raise ValueError(f"`seed` has to be a whole number from 0 to 2**63 - 1, but is {row['seed']!r}.")
-    mask = open_image(folder / row["mask"], "mask") if row.get("mask") else None
-    subject = pipe.encode_subject(open_image(folder / row["image"], "image"), row.get("query") or None, mask)
-    return Request(row["prompt"], subject.scaled(scale), int(seed))
+        raise ValueError(f"`seed` has to be a whole number from 0 to 2**63 - 1, but is {row['seed']!r:.80}.")
+    image, mask = (texts[name] and open_image(args.table.parent / texts[name], name) for name in ("image", "mask"))
+    return {
+        "prompt": texts["prompt"],
+        "negative_prompt": texts["negative_prompt"] or args.negative_prompt,
+        "subject": pipe.encode_subject(image, texts["query"], mask).scaled(scale),
+        "generator": torch.Generator().manual_seed(int(seed)),
+    }
 
 
 def _number(row: dict, name: str, default: float) -> float:
-    """Returns a number of a row. Only an empty cell is replaced with the default, because 0 is a valid scale."""
     value = default if row.get(name) in (None, "") else row[name]
-    if isinstance(value, str):
-        for convert in (int, float):  # a large seed is not exact as a float
-            with contextlib.suppress(ValueError):
-                value = convert(value)
-                break
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < math.inf:
-        raise ValueError(f"`{name}` has to be a finite number, but is {row.get(name)!r}.")
-    return value
+    text = str(value).replace(",", ".") if name == "scale" else str(value)  # many spreadsheets write 0,8
+    try:
+        number = int(text) if text.strip().isdecimal() else float(text)  # a large seed is not exact as a float
+    except ValueError:
+        number = math.nan
+    if not abs(number) < math.inf:
+        raise ValueError(f"`{name}` has to be a finite number, but is {value!r:.80}.")
+    return number
 
 
-def resolution(pipe: StableDiffusionSSRPipeline, height: int | None, width: int | None) -> tuple[int, int]:
-    """Returns the height and the width, each from the base model if it is `None`. The stock call would ignore the
-    given one if the other is `None`."""
+def resolution(pipe: StableDiffusionSSRPipeline, height: int | None, width: int | None) -> dict[str, int]:
+    """Returns the height and width. The stock call would ignore one of them if the other is `None`."""
     size = pipe.unet.config.sample_size
-    default_height, default_width = (
-        side * pipe.vae_scale_factor for side in ((size, size) if isinstance(size, int) else size)
-    )
-    return default_height if height is None else height, default_width if width is None else width
+    default = [side * pipe.vae_scale_factor for side in ((size, size) if isinstance(size, int) else size)]
+    return {"height": height or default[0], "width": width or default[1]}
 
 
-def draw(pipe: StableDiffusionSSRPipeline, requests: list[Request], args: argparse.Namespace) -> list[Image.Image]:
-    """Draws one picture for each request in a single pipeline call, with a separate generator for each request."""
-    height, width = resolution(pipe, args.height, args.width)
+def generate(pipe: StableDiffusionSSRPipeline, requests: list[dict], args: argparse.Namespace) -> list[Image.Image]:
+    """Generates an image for each result of `read_row`, in one call."""
     return pipe(
-        [request.prompt for request in requests],
-        negative_prompt=None if args.negative_prompt is None else [args.negative_prompt] * len(requests),
-        subject=[request.subject for request in requests],
-        height=height,
-        width=width,
+        **{name: [request[name] for request in requests] for name in requests[0]},
+        **resolution(pipe, args.height, args.width),
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
         eta=args.eta,
-        generator=[torch.Generator().manual_seed(request.seed) for request in requests],
     ).images
 
 
-def draw_each(
-    pipe: StableDiffusionSSRPipeline, requests: list[Request], args: argparse.Namespace
+def generate_rows(
+    pipe: StableDiffusionSSRPipeline, rows: list[dict], args: argparse.Namespace
 ) -> list[Image.Image | Exception]:
-    """Returns a picture or an exception for each request. If the batch fails, the requests are drawn one by one, so
-    that one request cannot make the others fail."""
-    try:
-        return draw(pipe, requests, args)
-    except Exception as error:
-        if len(requests) == 1:
-            return [error]
-    return [draw_each(pipe, [request], args)[0] for request in requests]
-
-
-def draw_rows(
-    pipe: StableDiffusionSSRPipeline, rows: list[dict | ValueError], folder: Path, args: argparse.Namespace
-) -> list[Image.Image | Exception]:
-    """Returns a picture or an exception for each row. A row that is an exception is returned as it is."""
-    results: list[Image.Image | Exception | Request] = []
+    """Returns an image or an exception for each row. An error in one row does not affect the other rows."""
+    results: list[dict | Exception] = []
     for row in rows:
         try:
-            if isinstance(row, ValueError):
-                raise row
-            results.append(read_row(pipe, row, folder, args))
-        # an error in one row must not prevent the other rows from being drawn
+            results.append(read_row(pipe, row, args))
         except Exception as error:
             results.append(error)
-    requests = [each for each in results if isinstance(each, Request)]
-    drawn = iter(draw_each(pipe, requests, args) if requests else [])
-    return [next(drawn) if isinstance(each, Request) else each for each in results]
+    try:
+        requests = [result for result in results if isinstance(result, dict)]
+        images = iter(generate(pipe, requests, args) if requests else [])
+    except Exception as error:
+        if len(rows) > 1:  # each row is generated alone
+            return [result for row in rows for result in generate_rows(pipe, [row], args)]
+        return [error]
+    return [next(images) if isinstance(result, dict) else result for result in results]
 
 
-def save_picture(image: Image.Image, file: Path, name: str) -> None:
-    """Writes the picture under a temporary name and renames it. The PNG metadata contains the row's id, `name`."""
+def save_image(image: Image.Image | Exception, file: Path, row_id: str) -> None:
+    if isinstance(image, Exception):
+        raise image
     file.parent.mkdir(parents=True, exist_ok=True)
-    note = PngInfo()
-    note.add_text("id", name)
+    info = PngInfo()
+    info.add_text("id", row_id)
     with atomic_file(file) as partial:
-        image.save(partial, "png", pnginfo=note)
+        image.save(partial, "png", pnginfo=info)
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--table", type=Path, required=True, help=".csv or .jsonl")
-    parser.add_argument("--output_dir", type=output_folder, required=True, help="where the pictures are written")
-    parser.add_argument("--pretrained_model_name_or_path", required=True, help="the base model")
-    parser.add_argument("--ssr", required=True, help="repository or folder with the SSR-Encoder")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: fp16 on a GPU, else fp32")
-    parser.add_argument("--batch_size", type=positive, default=1, help="number of rows per batch")
-    parser.add_argument("--scale", type=float, default=0.65, help="scale of rows without their own")
-    parser.add_argument("--negative_prompt", help="negative prompt")
-    parser.add_argument(
-        "--height", type=picture_side, help="height in pixels, a multiple of 8; default: the base model's"
-    )
-    parser.add_argument(
-        "--width", type=picture_side, help="width in pixels, a multiple of 8; default: the base model's"
-    )
-    parser.add_argument("--num_inference_steps", type=positive, default=30, help="denoising steps")
-    parser.add_argument("--guidance_scale", type=float, default=5.0, help="scale of classifier-free guidance")
-    parser.add_argument(
-        "--eta", type=share, default=0.0, help="eta of DDIM: how much noise is added in each step, from 0 to 1"
-    )
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--table", type=Path, required=True, help=".csv or .jsonl")
+    add("--output_dir", type=output_folder, required=True, help="where the images are written")
+    add("--pretrained_model_name_or_path", required=True, help="the base model, or a complete SSR pipeline")
+    add("--ssr", help="repository or folder with the SSR-Encoder; default: that of the pipeline")
+    add("--dtype", choices=DTYPES, help="default: fp16 on a GPU, else fp32")
+    add("--batch_size", type=positive, default=1, help="number of rows per batch")
+    add("--scale", type=float, default=0.65, help="subject scale of rows without their own")
+    add("--negative_prompt", default="", help="negative prompt of rows without their own")
+    add("--height", type=image_side, help="height in pixels, a multiple of 8; default: the base model's")
+    add("--width", type=image_side, help="width in pixels, a multiple of 8; default: the base model's")
+    add("--num_inference_steps", type=positive, default=30, help="denoising steps")
+    add("--guidance_scale", type=float, default=5.0, help="scale of classifier-free guidance")
+    add("--eta", type=share, default=0.0, help="eta of DDIM: how much noise is added in each step, from 0 to 1")
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Draws all rows. Returns the number of failed rows in the main process, and 0 in the other processes."""
-    args = parse_args(arguments)
-    rows = read_table(args.table)
-    faults = check_names(rows)
-    state = PartialState()
-    not_asked = ("table", "output_dir", "batch_size")
-    settings = {name: str(value) for name, value in vars(args).items() if name not in not_asked}
-    ids = [f"{identity(row, settings)}-{index:06d}" for index, row in enumerate(rows)]
-    known = read_manifests(args.output_dir)
-    waiting = [index for index, name in enumerate(ids) if not is_done(known.get(name), args.output_dir)]
-    # all processes have to read the manifests before any process writes
-    state.wait_for_everyone()
+def generate_table(rows: list[dict], args: argparse.Namespace) -> str | None:
+    """Generates the images of all rows. Returns a message about the rows that failed, in the main process."""
+    files = name_files(rows)
+    state = start_processes()
+    settings = {name: str(value) for name, value in vars(args).items() if name not in UNRELATED}
+    ids = [make_id(index, row, settings) for index, row in enumerate(rows)]
 
-    own = waiting[state.process_index :: state.num_processes]
+    # each process only looks at its own rows, because the other processes are already writing
+    own = own_share(state, [index for index, file in enumerate(files) if isinstance(file, str)], "rows")
+    own = [index for index in own if not is_done(args.output_dir / files[index], ids[index])]
     if own:
-        hide_library_output()
-        dtype = DTYPES[args.dtype or ("fp16" if state.device.type == "cuda" else "fp32")]
-        with naming("--pretrained_model_name_or_path", args.pretrained_model_name_or_path):
-            pipe = StableDiffusionSSRPipeline.from_pretrained(
-                args.pretrained_model_name_or_path,
-                dtype=dtype,
-                safety_checker=None,
-                requires_safety_checker=False,
-                ssr_encoder=None,
-                ssr_image_encoder=None,
-            ).to(state.device)
-        with naming("--ssr", args.ssr):
-            pipe.load_ssr(args.ssr)
-        pipe.set_progress_bar_config(disable=True)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    bar = tqdm(total=len(own), desc="pictures", disable=not state.is_local_main_process)
-    with (args.output_dir / f"manifest.{state.process_index}.jsonl").open("a", encoding="utf-8") as manifest:
-        # start on a new line, in case a previous run was interrupted while writing a line
-        manifest.write("\n")
+        base, option = args.pretrained_model_name_or_path, "--pretrained_model_name_or_path"
+        no_checker = {"safety_checker": None, "requires_safety_checker": False}
+        pipe = load_pipeline(base, args.ssr, option, state.device, dtype=DTYPES.get(args.dtype), **no_checker)
+    failed = [(index, str(file)) for index, file in enumerate(files) if isinstance(file, ValueError)]
+    with tqdm(total=len(own), desc="images", disable=not state.is_local_main_process) as bar:
         for start in range(0, len(own), args.batch_size):
             batch = own[start : start + args.batch_size]
-            results = draw_rows(pipe, [faults.get(index, rows[index]) for index in batch], args.table.parent, args)
+            results = generate_rows(pipe, [rows[index] for index in batch], args)
             for index, result in zip(batch, results, strict=True):
-                entry = {"id": ids[index], "row": index, **rows[index]}
-                name = file_of(rows[index], index)
                 try:
-                    if isinstance(result, Exception):
-                        raise result
-                    save_picture(result, args.output_dir / name, ids[index])
+                    save_image(result, args.output_dir / files[index], ids[index])
                 except Exception as error:
-                    entry |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
-                else:
-                    entry |= {"status": "done", "file": name}
-                manifest.write(json.dumps(entry) + "\n")
-                manifest.flush()
+                    failed.append((index, f"{type(error).__name__}: {error}"))
                 bar.update()
-    bar.close()
+    errors = dict(gather_object(failed))
+    return finish(args.output_dir, rows, files, errors) if state.is_main_process else None
 
-    state.wait_for_everyone()
-    failed = []
-    if state.is_main_process:
-        entries = read_manifests(args.output_dir)
-        lines = [json.dumps({**entries[name], "row": index}) for index, name in enumerate(ids)]
-        merged = args.output_dir / "manifest.jsonl"
-        merged.with_suffix(".part").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        merged.with_suffix(".part").replace(merged)
-        for file in args.output_dir.glob("manifest.*.jsonl"):
-            if file.is_file():
-                file.unlink()
-        failed = [entries[name] for name in ids if entries[name]["status"] == "failed"]
-        print(f"{len(rows) - len(failed)} of {len(rows)} pictures are in {args.output_dir}")
-        for entry in failed:
-            # error messages can contain characters that a terminal cannot show
-            print(f"  row {entry['row']}: {entry['error']}".encode("utf-8", "backslashreplace").decode())
-    state.destroy_process_group()
-    return len(failed)
+
+def finish(folder: Path, rows: list[dict], files: list, errors: dict[int, str]) -> str | None:
+    """Writes the manifest and prints the number of images. Returns a message about the rows that failed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_file(folder / "manifest.jsonl") as partial, open(partial, "w", encoding="utf-8") as manifest:
+        for index, row in enumerate(rows):
+            failed = index in errors
+            result = (
+                {"status": "failed", "error": errors[index]} if failed else {"status": "done", "file": files[index]}
+            )
+            manifest.write(json.dumps({"row": index, **row, **result}) + "\n")
+    print(f"{len(rows) - len(errors)} of {len(rows)} images are in {folder}")
+    return "\n".join(f"row {index}: {errors[index]}" for index in sorted(errors)) or None
+
+
+def main(arguments: Sequence[str] | None = None) -> str | None:
+    args = parse_args(arguments)
+    return generate_table(read_table(args.table), args)
 
 
 if __name__ == "__main__":
-    run_script(lambda: main() > 0)
+    run_script(main)

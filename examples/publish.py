@@ -21,7 +21,7 @@ from pathlib import Path
 from extras import needs
 
 import torch
-from command_line import HelpFormatter, check_companions, output_folder, run_script
+from command_line import check_companions, make_parser, output_folder, run_script
 from diffusers import DiffusionPipeline
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files
 from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline
@@ -115,7 +115,7 @@ def write_card(folder: Path, repo_id: str, base_model: str | None) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--repo_id", required=True, help="<owner>/<repo> on the Hub")
     parser.add_argument("--weights", type=Path, default=ROOT / "pocket", help="folder with a pipeline or an encoder")
     parser.add_argument(

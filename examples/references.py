@@ -1,4 +1,4 @@
-"""Reads a folder of reference pictures with the queries of each picture."""
+"""Reads a folder of reference images with the queries of each image."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from text_files import read_json
 
 
 def read_queries(folder: Path) -> dict[str, list[str]]:
-    """Reads the `queries.json` in a folder of references: the queries of each picture, by the name of its file."""
+    """Reads the `queries.json` in a folder of references: the queries of each image, by the name of its file."""
     file = folder / "queries.json"
     with naming("--references", file):
         queries = read_json(file)
@@ -16,7 +16,7 @@ def read_queries(folder: Path) -> dict[str, list[str]]:
             isinstance(each, list) and each and all(isinstance(query, str) and query for query in each)
             for each in queries.values()
         ):
-            raise ValueError('it has to be of the form {"picture.png": ["first query", "second query"]}')
+            raise ValueError('it has to be of the form {"image.png": ["first query", "second query"]}')
         for name in queries:
             Image.open(folder / name).close()
     return queries

@@ -1,45 +1,45 @@
 """Similarity metrics that papers on subject-driven generation use: the cosine similarity of DINO features (DINO score)
-and of CLIP features (CLIP-I between pictures, CLIP-T between a picture and a text)."""
+and of CLIP features (CLIP-I between images, CLIP-T between an image and a text)."""
 
-from abc import ABC, abstractmethod
+import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers_ssr.image_processing_ssr import preprocess
+from diffusers_ssr.images_ssr import preprocess
 from PIL import Image
-from transformers import AutoModel, CLIPImageProcessor, CLIPModel, CLIPTokenizer, CLIPVisionModel
+from transformers import AutoModel, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 
-class ImageFeatures(ABC):
+BATCH_SIZE = 16
+
+
+class ImageFeatures:
     """
-    Computes normalized feature vectors of pictures.
+    Computes normalized feature vectors of images.
 
     Args:
         model (`torch.nn.Module`): a vision model.
-        processor (`CLIPImageProcessor`): the image sizes and normalization. Pictures are center-cropped.
-        batch_size (`int`): the number of pictures in a batch.
+        processor (`CLIPImageProcessor`): the image sizes and normalization. Images are center-cropped.
     """
 
-    def __init__(self, model: torch.nn.Module, processor: CLIPImageProcessor, batch_size: int = 16):
+    def __init__(self, model: torch.nn.Module, processor: CLIPImageProcessor):
         self.model = model.eval()
         self.processor = processor
-        self.batch_size = batch_size
 
-    @abstractmethod
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Returns features of shape `(batch_size, width)` for pixels of shape `(batch_size, 3, height, width)`."""
+        raise NotImplementedError
 
     @torch.no_grad()
-    def __call__(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
-        """Returns normalized features of shape `(num_pictures, width)`."""
-        found = []
-        for start in range(0, len(pictures), self.batch_size):
-            batch = pictures[start : start + self.batch_size]
-            pixels = torch.cat([preprocess(picture, self.processor, "crop") for picture in batch])
-            found.append(self.features(pixels.to(self.model.device, self.model.dtype)).float().cpu())
-        return F.normalize(torch.cat(found), dim=-1)
+    def __call__(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Returns normalized features of shape `(num_images, width)`."""
+        features = []
+        for start in range(0, len(images), BATCH_SIZE):
+            batch = images[start : start + BATCH_SIZE]
+            pixels = torch.cat([preprocess(image, self.processor, "crop") for image in batch])
+            features.append(self.features(pixels.to(self.model.device, self.model.dtype)).float().cpu())
+        return F.normalize(torch.cat(features), dim=-1)
 
 
 class DinoFeatures(ImageFeatures):
@@ -63,7 +63,7 @@ class DinoFeatures(ImageFeatures):
 
 
 class ClipFeatures(ImageFeatures):
-    """The projected CLIP features of pictures and texts, for example from `openai/clip-vit-base-patch32`."""
+    """The projected CLIP features of images and texts, for example from `openai/clip-vit-base-patch32`."""
 
     tokenizer: CLIPTokenizer
 
@@ -82,25 +82,15 @@ class ClipFeatures(ImageFeatures):
     def texts(self, texts: Sequence[str]) -> torch.Tensor:
         """Returns normalized features of shape `(num_texts, width)`."""
         length = self.model.config.text_config.max_position_embeddings
+        for text in set(texts):
+            tokens = self.tokenizer(text).input_ids
+            if len(tokens) > length:
+                removed = self.tokenizer.decode(tokens[length - 1 : -1])
+                print(f"CLIP reads at most {length} tokens, so this part was cut: {removed}", file=sys.stderr)
         tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt")
         tokens = {name: tokens[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
-        found = self.model.text_projection(self.model.text_model(**tokens).pooler_output)
-        return F.normalize(found.float().cpu(), dim=-1)
-
-
-class ClipVisionFeatures(ImageFeatures):
-    """The pooled output of a CLIP vision model without a projection, such as the image encoder of an SSR pipeline."""
-
-    @classmethod
-    def from_pretrained(cls, name_or_path: str, device: str | torch.device = "cpu") -> "ClipVisionFeatures":
-        """Loads the model from the Hub or from a folder, which can also be a folder for `load_ssr`."""
-        part = Path(name_or_path) / "ssr_image_encoder"
-        encoder, processor = (part, part.with_name("ssr_image_processor")) if part.is_dir() else (name_or_path,) * 2
-        model = CLIPVisionModel.from_pretrained(encoder, dtype=torch.float32).to(device)
-        return cls(model, CLIPImageProcessor.from_pretrained(processor))
-
-    def features(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.model(pixel_values=pixels).pooler_output
+        features = self.model.text_projection(self.model.text_model(**tokens).pooler_output)
+        return F.normalize(features.float().cpu(), dim=-1)
 
 
 def mean_pairwise(first: torch.Tensor, second: torch.Tensor) -> float:
@@ -113,21 +103,21 @@ def mean_matching(first: torch.Tensor, second: torch.Tensor) -> float:
     return (first * second).sum(-1).mean().item()
 
 
-def selection(drawn: torch.Tensor, queried: torch.Tensor, others: torch.Tensor) -> dict[str, float]:
+def selection(generated: torch.Tensor, queried: torch.Tensor, others: torch.Tensor) -> dict[str, float]:
     """
-    Measures whether drawn pictures show the queried subject and not another subject of the reference.
+    Measures whether generated images show the queried subject and not another subject of the reference.
 
     Args:
-        drawn (`torch.Tensor` of shape `(num_pictures, width)`): features of the drawn pictures.
+        generated (`torch.Tensor` of shape `(num_images, width)`): features of the generated images.
         queried (`torch.Tensor` of shape `(1, width)`): features of the queried subject, cropped from the reference.
         others (`torch.Tensor` of shape `(num_others, width)`): features of the other subjects of the reference.
 
     Returns:
         `dict`: the mean similarity to the queried subject, the mean similarity to the most similar other subject, the
-        difference of both, and the share of drawn pictures that are more similar to the queried subject.
+        difference of both, and the share of generated images that are more similar to the queried subject.
     """
-    own = (drawn @ queried.T)[:, 0]
-    other = (drawn @ others.T).max(1).values
+    own = (generated @ queried.T)[:, 0]
+    other = (generated @ others.T).max(1).values
     return {
         "queried": own.mean().item(),
         "other": other.mean().item(),

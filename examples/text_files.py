@@ -2,51 +2,70 @@
 
 import codecs
 import csv
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from diffusers_ssr.file_utils import check_regular_file
-
 
 # UTF-32 is checked before UTF-16, because its byte order mark begins with the one of UTF-16
-_MARKS = (
-    (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
+_ENCODINGS = {
+    codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
 # Lines are read completely, so a file without line breaks could otherwise fill the memory.
 MAX_LINE = 2**20
 MAX_COLUMNS = 1024
+_HINT = 'save it as UTF-8 (in a spreadsheet: "CSV UTF-8")'
 
 
 def open_text(file: Path, name: str = "file", errors: str = "strict") -> TextIO:
-    """
-    Opens a text file for reading. The encoding is given by the byte order mark, and is UTF-8 without one. Line endings
-    are not translated.
-
-    Args:
-        file (`Path`): the file.
-        name (`str`): the name of the file in error messages.
-        errors (`str`): `"strict"` raises an error for invalid bytes, `"replace"` inserts a replacement character.
-
-    Raises:
-        `OSError`: if the file does not exist. `ValueError`: if it is a folder, a device or a named pipe.
-    """
-    check_regular_file(file, name)
+    """Opens a text file for reading. The encoding is given by the byte order mark, and is UTF-8 without one. Line
+    endings are not translated. `name` is the name of the file in error messages, and `errors` is that of `open`."""
+    if not file.is_file():
+        raise ValueError(f"`{name}`: there is no file {file}.")
     with open(file, "rb") as content:
         start = content.read(4)
-    encoding = next((encoding for mark, encoding in _MARKS if start.startswith(mark)), "utf-8")
+    if start == b"PK\3\4":
+        raise ValueError(f"`{name}`: {file} is a workbook (such as .xlsx) or a zip file, but has to be text: {_HINT}.")
+    encoding = next((encoding for mark, encoding in _ENCODINGS.items() if start.startswith(mark)), "utf-8")
     return open(file, encoding=encoding, errors=errors, newline="")
+
+
+class _Lines:
+    """Iterates over the lines of a text and counts them."""
+
+    def __init__(self, text: TextIO):
+        self.text = text
+        self.number = 0
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        self.number += 1
+        try:
+            line = self.text.readline(MAX_LINE)
+        except UnicodeDecodeError as error:
+            # text is decoded in blocks of several lines
+            self.number += error.object[: error.start].count(b"\n")
+            raise ValueError(f"not {error.encoding}: {_HINT}") from error
+        if not line:
+            raise StopIteration
+        if len(line) == MAX_LINE and line[-1] not in "\r\n":
+            raise ValueError(f"a line has more than {MAX_LINE:,} characters")
+        return line
 
 
 def read_lines(file: Path, name: str = "file") -> list[str]:
     """Returns the lines of a file without surrounding whitespace, and leaves out empty lines."""
-    with open_text(file, name) as lines:
-        return [line.strip() for line in _bounded(lines) if line.strip()]
+    with open_text(file, name) as text:
+        lines = _Lines(text)
+        try:
+            return [line.strip() for line in lines if line.strip()]
+        except ValueError as error:
+            raise ValueError(f"`{name}`: {file}, line {lines.number}: {error}.") from error
 
 
 def read_json(file: Path, name: str = "file") -> Any:
@@ -60,63 +79,43 @@ def read_rows(file: Path, name: str = "table", errors: str = "strict") -> Iterat
     Yields the rows of a table. A file named `.csv` or `.tsv` is read as CSV with a header, with commas, semicolons or
     tabs as the delimiter, because spreadsheets use all of them. Any other file is read as JSON lines.
 
-    Args:
-        file (`Path`), name (`str`), errors (`str`): see [`open_text`].
-
     Yields:
         `tuple[int, dict | str]`: the line number, and the row as a `dict`, or a `str` with the reason why the line
             cannot be read. If the rest of the file cannot be read, the last item gives the reason.
-
-    Raises:
-        `OSError` or `ValueError`: see [`open_text`].
     """
-    with open_text(file, name, errors) as lines:
-        read = _csv_rows if file.suffix.lower() in (".csv", ".tsv") else _json_rows
-        number = 0
+    with open_text(file, name, errors) as text:
+        lines = _Lines(text)
         try:
-            for number, row in read(lines):
-                yield number, row
+            for row in (_csv_rows if file.suffix.lower() in (".csv", ".tsv") else _json_rows)(lines):
+                yield lines.number, row
         except (csv.Error, ValueError) as error:
-            yield number + 1, f"the rest of {file} cannot be read: {error}"
+            yield lines.number, f"{error} (the rest of the file is not read)"
 
 
-def _bounded(lines: TextIO) -> Iterator[str]:
-    while line := lines.readline(MAX_LINE):
-        if len(line) == MAX_LINE and line[-1] not in "\r\n":
-            raise ValueError(f"a line has more than {MAX_LINE:,} characters")
-        yield line
-
-
-def _csv_rows(lines: TextIO) -> Iterator[tuple[int, dict | str]]:
-    source = _bounded(lines)
-    header = next(source, "")
+def _csv_rows(lines: _Lines) -> Iterator[dict | str]:
+    header = next(lines, "")
     delimiter = max(",;\t", key=header.count)
-    names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
-    twice = sorted({name for name in names if name and names.count(name) > 1}) if len(names) <= MAX_COLUMNS else names
-    if twice:
-        raise ValueError(f"the header has columns twice, or too many: {twice!s:.80}")
-    reader = csv.reader(source, delimiter=delimiter)
-    for fields in reader:
-        if not any(fields):
-            continue
-        surplus = [field for field in fields[len(names) :] if field]
-        if surplus:
-            yield (
-                reader.line_num + 1,
-                f"more fields than the header has: {surplus[0]!r:.80}; quote text with {delimiter!r}",
-            )
-        else:
-            fields += [""] * (len(names) - len(fields))
-            yield reader.line_num + 1, {name: field for name, field in zip(names, fields, strict=False) if name}
+    reader = csv.DictReader(itertools.chain([header], lines), delimiter=delimiter, restkey="", restval="")
+    names = reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+    named = [name for name in names if name]
+    if len(names) > MAX_COLUMNS or len(set(named)) < len(named):
+        raise ValueError(f"the header has columns twice, or too many: {names!s:.80}")
+    for row in reader:
+        # the fields of columns without a name, or a list of the fields after the last column
+        surplus = row.pop("", "")
+        if isinstance(surplus, list) and any(surplus):
+            yield f"more fields than the header has: {max(surplus)!r:.80}; quote text with {delimiter!r}"
+        elif any(row.values()):
+            yield row
 
 
-def _json_rows(lines: TextIO) -> Iterator[tuple[int, dict | str]]:
-    for number, line in enumerate(_bounded(lines), 1):
+def _json_rows(lines: _Lines) -> Iterator[dict | str]:
+    for line in lines:
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            yield number, f"not JSON: {error}"
+            yield f"not JSON: {error}"
         else:
-            yield number, row if isinstance(row, dict) else "not a JSON object"
+            yield row if isinstance(row, dict) else "not a JSON object"

@@ -35,10 +35,9 @@ import torch.nn.functional as F
 from command_line import naming, run_script
 from diffusers import DDPMScheduler
 from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline
+from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline, subject_in_unet
 from diffusers_ssr.attention_processors import SubjectConditions
 from diffusers_ssr.modeling_ssr import consistency_loss
-from diffusers_ssr.unet_hooks import subject_in_unet
 from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm

@@ -12,7 +12,7 @@ import fsspec
 import numpy as np
 import torch
 from diffusers_ssr.file_utils import check_regular_file
-from diffusers_ssr.image_processing_ssr import open_image, preprocess, preprocess_mask, to_mask, to_pil
+from diffusers_ssr.images_ssr import open_image, preprocess, preprocess_mask, to_mask, to_pil
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -53,7 +53,7 @@ def open_picture(value, min_size: int = 1, name: str = "image") -> Image.Image:
 
     Raises:
         [`BadSample`]: if the picture is missing, cannot be decoded completely, is larger than
-            `image_processing_ssr.MAX_PIXELS`, or is smaller than `min_size` on a side.
+            `images_ssr.MAX_PIXELS`, or is smaller than `min_size` on a side.
     """
     try:
         picture = to_pil(_decode(value, name), name)

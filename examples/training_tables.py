@@ -10,7 +10,7 @@ from pathlib import Path
 
 import datasets
 import pyarrow.parquet
-from diffusers_ssr.file_utils import atomic_file, check_regular_file
+from diffusers_ssr.internals_ssr import atomic_file, check_regular_file
 from filelock import FileLock
 from training_columns import ERROR_COLUMN, MAX_ROW_BYTES, MAX_SUBJECTS, row_or_error
 

@@ -47,16 +47,16 @@ def make_targets() -> set[str]:
 
 
 def split_command(line: str) -> list[str]:
-    """Splits a command into words, without environment variables and without the launcher (python, accelerate
-    launch)."""
+    """Splits a command into words, without environment variables and without the launcher (python, torchrun,
+    accelerate launch)."""
     words = shlex.split(line)
     while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
         del words[0]
-    for launcher in (["accelerate", "launch"], [".venv/bin/python"], ["python"], ["python3"]):
+    for launcher in (["accelerate", "launch"], ["torchrun"], [".venv/bin/python"], ["python"], ["python3"]):
         if words[: len(launcher)] == launcher:
             words = words[len(launcher) :]
-            while words and words[0].startswith("--") and launcher[0] == "accelerate":
-                del words[:2]
+            while words and words[0].startswith("--") and launcher[0] in ("accelerate", "torchrun"):
+                del words[: 1 if words[0] == "--standalone" else 2]
             break
     return words
 

@@ -16,8 +16,9 @@ from diffusers.models.attention_processor import (
     IPAdapterAttnProcessor2_0,
     SlicedAttnProcessor,
 )
-from diffusers_ssr.attention_processors import LayerSubject, SSRAttnProcessor2_0, SubjectConditions, TextAndSubject
-from diffusers_ssr.hooks_ssr import SUBJECT, _Hooks, _Loop
+from diffusers_ssr.attention_processors import SubjectConditions
+from diffusers_ssr.hooks_ssr import SUBJECT, hooks_of_layers
+from diffusers_ssr.internals_ssr import clear_forward_hooks, set_forward_hooks
 from safetensors.torch import load_file
 from torch import nn
 
@@ -51,9 +52,9 @@ class Transformer(nn.Module):
 def attend(attn, hidden_states, text, conditions=None, grid=None, **kwargs):
     """Returns the output of a layer with a subject, for `hidden_states` of shape `(batch_size, positions, width)`."""
     model = nn.ModuleDict({"transformer": Transformer(attn)})
-    hooks = _Hooks()
-    user = _Loop()
-    hooks.add(model, [LAYER], user)
+    hooks = hooks_of_layers(model, [LAYER])
+    for module, (before, after) in hooks.items():
+        set_forward_hooks(module, "ssr", before, after)
     grid = grid or (hidden_states.shape[1], 1)
     if conditions is not None:
         kwargs[SUBJECT] = conditions
@@ -65,7 +66,8 @@ def attend(attn, hidden_states, text, conditions=None, grid=None, **kwargs):
                 cross_attention_kwargs=kwargs,
             )
     finally:
-        hooks.remove(user)
+        for module in hooks:
+            clear_forward_hooks(module, "ssr")
         assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
@@ -242,18 +244,6 @@ def test_output_projection_receives_additional_arguments():
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_hooks_can_be_removed_during_the_forward_pass():
-    """If a hook is removed during the forward pass, torch calls it without `kwargs`, and the output is passed
-    instead."""
-    attn, tensors, key, value = parity_layer()
-    processor = SSRAttnProcessor2_0()
-    text = TextAndSubject(tensors["text_embeds"], LayerSubject(key, value))
-    processor.enter(attn, (), {"encoder_hidden_states": text})
-    assert processor.visits
-    processor.leave(attn, (), tensors["hidden_states"])
-    assert not processor.visits
-
-
 def test_processor_error_is_propagated():
     attn, tensors, key, value = parity_layer()
 
@@ -338,7 +328,7 @@ def test_region_includes_positions_that_are_more_than_half_covered():
     two."""
     region = torch.tensor([[[1.0, 0, 1, 1], [0, 0, 0, 0], [1, 1, 1, 1], [1, 0, 1, 1]]])
     tokens = torch.randn(1, 3, 8), torch.randn(1, 3, 8)
-    subject = conditions_of(*tokens, torch.zeros(1, 3), [[region]]).for_layer(LAYER, 1, (2, 2))
+    subject = conditions_of(*tokens, torch.zeros(1, 3), [[region]]).for_transformer([LAYER], "text", 1, (2, 2))
     assert subject.reached.flatten().tolist() == [0, 0, 1, 1]
 
 
@@ -347,18 +337,21 @@ def test_region_includes_positions_that_are_more_than_half_covered():
 def test_attention_masks_are_cached_per_grid_and_have_the_dtype_of_the_keys(dtype, regions):
     tokens = torch.randn(1, 3, 8, dtype=dtype), torch.randn(1, 3, 8, dtype=dtype)
     conditions = conditions_of(*tokens, torch.zeros(1, 3), regions, torch.tensor([[1.0, 2.0, 4.0]]))
-    first, again = (conditions.for_layer(LAYER, 1, (2, 2)) for _ in range(2))
+    first, again = (conditions.for_transformer([LAYER], "text", 1, (2, 2)) for _ in range(2))
     assert first.mask is again.mask and first.reached is again.reached and first.mask.dtype == dtype
     assert first.reached is None or first.reached.dtype == dtype
     if regions is not None:
-        shapes = [conditions.for_layer(LAYER, *size).mask.shape[2] for size in ((1, (2, 2)), (3, (2, 2)), (1, (4, 4)))]
+        shapes = [
+            conditions.for_transformer([LAYER], "text", *size).mask.shape[2]
+            for size in ((1, (2, 2)), (3, (2, 2)), (1, (4, 4)))
+        ]
         assert shapes == [4, 12, 16]
 
 
 def test_regions_are_resized_on_the_device_of_the_keys():
     tokens = torch.zeros(1, 3, 8, device="meta"), torch.zeros(1, 3, 8, device="meta")
     owner = torch.zeros(1, 3, device="meta")
-    subject = conditions_of(*tokens, owner, [[torch.eye(4)[None], None]]).for_layer(LAYER, 1, (2, 2))
+    subject = conditions_of(*tokens, owner, [[torch.eye(4)[None], None]]).for_transformer([LAYER], "text", 1, (2, 2))
     assert {subject.mask.device.type, subject.reached.device.type} == {"meta"}
 
 
@@ -395,7 +388,7 @@ def test_padding_is_masked_in_every_frame(regions):
     tokens, owner = torch.randn(1, 2, 3, 8), torch.tensor([[0.0, 0.0, -1.0]])
     places = torch.tensor([0.0, 0.5, 1.0])
     conditions = conditions_of(tokens, tokens, owner, regions, frames=3, keyframes=places)
-    mask = conditions.for_layer(LAYER, 3, (2, 2)).mask
+    mask = conditions.for_transformer([LAYER], "text", 3, (2, 2)).mask
     assert mask.shape == (3, 1, 1 if regions is None else 4, 3)
     assert torch.equal(mask, torch.tensor([True, True, False]).expand_as(mask))
 

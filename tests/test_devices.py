@@ -12,9 +12,8 @@ from diffusers_ssr import (
     StableDiffusionSSRControlNetPipeline,
     StableDiffusionSSRPipeline,
     images_ssr,
-    subject_cache,
-    subject_embeds,
-    subject_request,
+    request_ssr,
+    subject_embeds_ssr,
 )
 from test_chains import make_controlnet, make_motion_adapter
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
@@ -67,13 +66,12 @@ def parts() -> dict:
 
 @pytest.fixture
 def fake_gpu(monkeypatch, parts):
-    """A pipeline on a fake GPU. Functions that compare values (the cache, fingerprints, regions) are patched, because
+    """A pipeline on a fake GPU. Functions that compare values (fingerprints, regions) are patched, because
     fake tensors have none."""
     pipe = StableDiffusionSSRPipeline(**make_components(), **make_ssr_components(), requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
-    monkeypatch.setattr(subject_cache, "digest", lambda tensor: object())
-    monkeypatch.setattr(subject_embeds, "same_fingerprint", lambda first, second: True)
-    monkeypatch.setattr(subject_request, "check_regions", lambda row, grid: None)
+    monkeypatch.setattr(subject_embeds_ssr, "same_fingerprint", lambda first, second: True)
+    monkeypatch.setattr(request_ssr, "_check_regions", lambda row, grid: None)
     monkeypatch.setattr(images_ssr, "preprocess_mask", with_values(images_ssr.preprocess_mask))
     # the scheduler uses the value of the timestep as an index
     monkeypatch.setattr(

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 import train_ssr
-from benchmark import motion_adapter, random_model, sd15_pipeline
 from conftest import make_picture
 from diffusers import ControlNetModel, StableDiffusionPipeline
 from diffusers_ssr import AnimateDiffSSRPipeline, StableDiffusionSSRControlNetPipeline, StableDiffusionSSRPipeline
+from random_models import motion_adapter, random_model, sd15_pipeline
 from transformers import CLIPImageProcessor
 
 

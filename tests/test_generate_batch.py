@@ -1,18 +1,22 @@
-"""Tests of examples/generate_batch.py: tables of rows, resuming, and invalid rows."""
+"""Tests of examples/generate_batch.py: tables of rows, processes, resuming, and invalid rows."""
 
 import csv
+import io
 import json
+import logging
+import multiprocessing
 import os
-import runpy
+import socket
 import subprocess
 import sys
-from contextlib import nullcontext
+from collections import Counter
 from types import SimpleNamespace
 
 import generate_batch
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from conftest import ROOT, make_components, make_picture, make_ssr_components
 from diffusers import StableDiffusionPipeline
 from diffusers_ssr import StableDiffusionSSRPipeline
@@ -24,16 +28,19 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
+    """A base model, an SSR-Encoder, and a complete pipeline with both."""
     folder = tmp_path_factory.mktemp("models")
     StableDiffusionPipeline(**make_components(), requires_safety_checker=False).save_pretrained(folder / "base")
     for name, part in make_ssr_components().items():
         part.save_pretrained(folder / "ssr" / name)
+    pipe = StableDiffusionSSRPipeline(**make_components(), **make_ssr_components(), requires_safety_checker=False)
+    pipe.save_pretrained(folder / "complete")
     return folder
 
 
 ROWS = [
     {"image": "0.png", "query": "cat", "prompt": "a cat on the beach", "seed": "1"},
-    {"image": "1.png", "query": "dog", "prompt": "a dog", "seed": "2", "scale": "1.0"},
+    {"image": "1.png", "query": "dog", "prompt": "a dog", "seed": "2", "scale": "1,0", "negative_prompt": "a car"},
     {"image": "missing.png", "query": "dog", "prompt": "a dog", "seed": "2"},
     {"image": "0.png", "query": "", "prompt": "a cat", "seed": "1", "mask": "mask.png"},
     {"image": "0.png", "query": "", "prompt": "a cat", "seed": "1"},
@@ -52,8 +59,11 @@ def table(tmp_path):
 
 
 def write(file, rows):
+    if file.suffix == ".jsonl":
+        file.write_text("\n".join(map(json.dumps, rows)))
+        return file
     with file.open("w", newline="") as lines:
-        writer = csv.DictWriter(lines, sorted({name for row in rows for name in row}))
+        writer = csv.DictWriter(lines, sorted({name for row in rows for name in row}), delimiter=";")
         writer.writeheader()
         writer.writerows(rows)
     return file
@@ -64,14 +74,14 @@ def arguments(models, table, output_dir, **changes) -> list[str]:
         "table": table, "output_dir": output_dir, "pretrained_model_name_or_path": models / "base",
         "ssr": models / "ssr", "num_inference_steps": 2, "height": 16, "width": 16, **changes,
     }  # fmt: skip
-    return [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    return [f"--{name}={value}" for name, value in options.items() if value is not None]
 
 
 def manifest(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
 
 
-def pictures(folder) -> dict[str, np.ndarray]:
+def images(folder) -> dict[str, np.ndarray]:
     return {str(file.relative_to(folder)): np.asarray(Image.open(file)) for file in sorted(folder.rglob("*.png"))}
 
 
@@ -90,11 +100,19 @@ def counted(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "values, fault",
+    "values, expected",
     [
-        ({"seed": "1.0"}, None),
-        ({"seed": 2**53 + 1}, None),
+        ({"seed": "1.0"}, {"seed": 1}),
+        ({"seed": 2**53 + 1}, {"seed": 2**53 + 1}),
+        ({"seed": ""}, {"seed": 0}),
+        ({"scale": "0,8"}, {"scale": 0.8}),
+        ({"scale": "0"}, {"scale": 0.0}),
+        ({"scale": 0}, {"scale": 0.0}),
+        ({"scale": None}, {"scale": 0.5}),
+        ({"negative_prompt": "blurry"}, {"negative_prompt": "blurry"}),
+        ({"negative_prompt": ""}, {"negative_prompt": "ugly"}),
         ({"seed": 1.7}, "`seed` has to be a whole number"),
+        ({"seed": "1,000"}, "`seed` has to be a finite number"),
         ({"seed": -1}, "`seed` has to be a whole number"),
         ({"seed": "9" * 30}, "`seed` has to be a whole number"),
         ({"seed": "nan"}, "`seed` has to be a finite number"),
@@ -103,76 +121,87 @@ def counted(monkeypatch):
         ({"scale": [1]}, "`scale` has to be a finite number"),
         ({"scale": 1000}, "`scale` has to be a number from -100 to 100"),
         ({"query": ["cat"]}, "`query` has to be a text"),
-        ({"mask": ["mask.png"]}, "`mask` has to be the path of a file"),
-        ({"prompt": 3}, "`prompt` is missing"),
+        ({"mask": ["mask.png"]}, "`mask` has to be a text"),
+        ({"negative_prompt": 3}, "`negative_prompt` has to be a text"),
+        ({"prompt": 3}, "`prompt` has to be a text"),
+        ({"prompt": None}, "`prompt` is missing"),
+        ({"image": "half.png"}, "`image` cannot be decoded"),
+        ({"image": "pipe.png"}, "`image` cannot be read"),
+        ({"image": "nul\0.png"}, "`image` cannot be read"),
     ],
-)
-def test_values_of_rows(table, pipe, values, fault):
-    row, args = {**ROWS[0], **values}, SimpleNamespace(scale=0.5)
-    if fault is None:
-        request = generate_batch.read_row(pipe, row, table.parent, args)
-        assert request.seed == (1 if values["seed"] == "1.0" else values["seed"])
+    ids=str,
+)  # fmt: skip
+def test_values_of_rows(table, pipe, values, expected):
+    (table.parent / "half.png").write_bytes((table.parent / "0.png").read_bytes()[:300])
+    os.mkfifo(table.parent / "pipe.png")
+    row, args = {**ROWS[0], **values}, SimpleNamespace(table=table, scale=0.5, negative_prompt="ugly")
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            generate_batch.read_row(pipe, row, args)
         return
-    with pytest.raises(ValueError, match=fault):
-        generate_batch.read_row(pipe, row, table.parent, args)
+    request = generate_batch.read_row(pipe, row, args)
+    request |= {"seed": request["generator"].initial_seed(), "scale": request["subject"].subjects[0].scale}
+    assert {name: request[name] for name in expected} == expected
 
 
-def test_pictures_are_written_and_invalid_rows_have_an_error(models, table, tmp_path):
+@pytest.mark.parametrize("ssr", ["ssr", None])
+def test_images_are_written_and_invalid_rows_have_an_error(models, table, tmp_path, capsys, ssr):
     out = tmp_path / "out"
-    generate_batch.main(arguments(models, table, out))
+    base = {"pretrained_model_name_or_path": models / "complete", "ssr": None} if ssr is None else {}
+    message = generate_batch.main(arguments(models, table, out, **base))
+    output = capsys.readouterr().out
+    assert "process 0 of 1 on " in output and ": 6 of 6 rows" in output and "3 of 6 images are in" in output
     entries = manifest(out)
     assert [entry["row"] for entry in entries] == list(range(6))
     assert [entry["status"] for entry in entries] == ["done", "done", "failed", "done", "failed", "failed"]
-    assert (
-        "missing.png" in entries[2]["error"]
-        and "`query` is missing" in entries[4]["error"]
-        and "seed" in entries[5]["error"]
-    )
-    assert [entry.get("file") for entry in entries if "file" in entry] == list(pictures(out))
+    errors = {index: entries[index]["error"] for index in (2, 4, 5)}
+    assert "missing.png" in errors[2] and "`query` is missing" in errors[4] and "seed" in errors[5]
+    assert message.splitlines() == [f"row {index}: {error}" for index, error in errors.items()]
+    assert [entry["file"] for entry in entries if "file" in entry] == list(images(out))
     assert entries[0]["prompt"] == "a cat on the beach"
 
-    pipe = StableDiffusionSSRPipeline.from_pretrained(models / "base", safety_checker=None)
-    pipe.load_ssr(models / "ssr")
+    pipe = StableDiffusionSSRPipeline.from_pretrained(models / "complete", safety_checker=None)
     expected = pipe(
-        "a dog", subject_image=make_picture(1), subject_query="dog", subject_scale=1.0, num_inference_steps=2, height=16,
-        width=16, guidance_scale=5.0, generator=torch.Generator().manual_seed(2),
+        "a dog", negative_prompt="a car", subject_image=make_picture(1), subject_query="dog", subject_scale=1.0,
+        num_inference_steps=2, height=16, width=16, guidance_scale=5.0, generator=torch.Generator().manual_seed(2),
     ).images[0]  # fmt: skip
-    assert np.array_equal(pictures(out)["000001.png"], np.asarray(expected))
+    assert np.array_equal(images(out)["000001.png"], np.asarray(expected))
 
 
-def test_only_missing_pictures_are_generated_again(models, table, tmp_path, counted):
+def test_a_base_model_without_an_encoder_is_refused(models, table, tmp_path):
+    with pytest.raises(ValueError, match="--pretrained_model_name_or_path: .*base contains no SSR-Encoder.*--ssr"):
+        generate_batch.main(arguments(models, table, tmp_path / "out", ssr=None))
+
+
+def test_only_missing_and_changed_images_are_generated_again(models, table, tmp_path, counted):
     out = tmp_path / "out"
-    generate_batch.main(arguments(models, table, out))
-    first = pictures(out)
-    counted.clear()
-    (out / "000001.png").unlink()
+    rows = [{**ROWS[0], "name": "a/first"}, {**ROWS[1], "name": "second.png"}, ROWS[2]]
+
+    def run(**changes) -> list[str]:
+        counted.clear()
+        generate_batch.main(arguments(models, write(table, rows), out, **changes))
+        return list(counted)
+
+    assert run() == ["a cat on the beach", "a dog"] and run(batch_size=2) == []
+    first = images(out)
+    assert list(first) == ["a/first.png", "second.png"]
+    # a deleted image, and a row that failed
+    (out / "second.png").unlink()
     make_picture(5).save(tmp_path / "missing.png")
-    generate_batch.main(arguments(models, table, out))
-    # the deleted picture and the row with the missing reference; two rows are invalid
-    assert counted == ["a dog", "a dog"]
-    assert np.array_equal(pictures(out)["000001.png"], first["000001.png"])
-    assert [entry["status"] for entry in manifest(out)] == ["done"] * 4 + ["failed"] * 2
-
-
-def test_changed_rows_are_generated_again(models, table, tmp_path, counted):
-    out = tmp_path / "out"
-    rows = [{**ROWS[0], "name": "a/first"}, {**ROWS[1], "name": "a/second"}]
-    write(table, rows)
-    generate_batch.main(arguments(models, table, out))
-    first = pictures(out)
-    assert list(first) == ["a/first.png", "a/second.png"]
-    counted.clear()
-    write(table, [{**rows[0], "seed": "7"}, rows[1]])
-    generate_batch.main(arguments(models, table, out))
-    assert counted == [ROWS[0]["prompt"]]
-    assert not np.array_equal(pictures(out)["a/first.png"], first["a/first.png"])
-    counted.clear()
-    generate_batch.main(arguments(models, table, out, guidance_scale=2.0))
-    assert len(counted) == 2
+    assert run() == ["a dog", "a dog"] and np.array_equal(images(out)["second.png"], first["second.png"])
+    # files that are not the image of the row, and a foreign manifest
+    for content in (b"no image", b"", (tmp_path / "0.png").read_bytes()):
+        (out / "second.png").write_bytes(content)
+        (out / "manifest.jsonl").write_text('{"id": "half a li\n{"row": 0}\n')
+        assert run() == ["a dog"] and len(manifest(out)) == 3
+    rows[0]["seed"] = "7"
+    assert run() == ["a cat on the beach"]
+    assert not np.array_equal(images(out)["a/first.png"], first["a/first.png"])
+    assert len(run(guidance_scale=2.0)) == 3
 
 
 @pytest.fixture
-def many_rows(tmp_path, table):
+def many_rows(table):
     """Seven valid rows, including one with a mask and one with a scale of 0, and two invalid rows."""
     prompts = ["a cat", "a dog on the beach", "a car", "a fish", "a tulip"]
     rows = [
@@ -182,221 +211,160 @@ def many_rows(tmp_path, table):
     return write(table, rows)
 
 
-@pytest.mark.parametrize("batch_size", [2, 4, 100])
-def test_batch_size_does_not_change_the_pictures(models, many_rows, tmp_path, batch_size):
-    for name, size in (("alone", 1), ("together", batch_size)):
-        assert generate_batch.main(arguments(models, many_rows, tmp_path / name, batch_size=size)) == 2
-    alone, together = pictures(tmp_path / "alone"), pictures(tmp_path / "together")
-    assert list(alone) == list(together) and len(alone) == 7
-    for name in alone:
+def test_batch_size_does_not_change_the_images(models, many_rows, tmp_path):
+    for size in (1, 4, 100):
+        generate_batch.main(arguments(models, many_rows, tmp_path / f"{size}", batch_size=size))
+    alone = images(tmp_path / "1")
+    assert len(alone) == 7 and not np.array_equal(alone["000000.png"], alone["000002.png"])
+    for size in ("4", "100"):
+        together = images(tmp_path / size)
+        assert list(alone) == list(together) and manifest(tmp_path / "1") == manifest(tmp_path / size)
         # rounding errors of at most 1 of 255
-        assert np.abs(alone[name].astype(int) - together[name]).max() <= 1
-    assert not np.array_equal(alone["000000.png"], alone["000002.png"])
-    assert manifest(tmp_path / "alone") == manifest(tmp_path / "together")
+        assert all(np.abs(alone[name].astype(int) - together[name]).max() <= 1 for name in alone)
 
 
-def test_error_in_one_row_does_not_affect_its_batch(models, many_rows, tmp_path, monkeypatch):
-    draw = generate_batch.draw
+def test_an_error_in_one_row_does_not_affect_its_batch(models, many_rows, tmp_path, monkeypatch):
+    generate = generate_batch.generate
 
     def failing(pipe, requests, args):
-        if any(request.prompt == "a car" for request in requests):
+        if any(request["prompt"] == "a car" for request in requests):
             raise RuntimeError("out of memory")
-        return draw(pipe, requests, args)
+        return generate(pipe, requests, args)
 
-    monkeypatch.setattr(generate_batch, "draw", failing)
-    assert generate_batch.main(arguments(models, many_rows, tmp_path / "out", batch_size=4)) == 3
-    entries = manifest(tmp_path / "out")
-    assert [entry["row"] for entry in entries if entry["status"] == "failed"] == [2, 7, 8]
-    assert "out of memory" in entries[2]["error"]
-
-
-@pytest.mark.parametrize("rows, status", [(ROWS[:2], 0), (ROWS[:3], 1)])
-def test_exit_status_reports_failed_rows(models, table, tmp_path, monkeypatch, rows, status):
-    write(table, rows)
-    monkeypatch.setattr(sys, "argv", ["generate_batch.py", *arguments(models, table, tmp_path / "out", batch_size=2)])
-    with pytest.raises(SystemExit) if status else nullcontext() as ended:
-        runpy.run_path(generate_batch.__file__, run_name="__main__")
-    assert status == 0 or ended.value.code == status
+    monkeypatch.setattr(generate_batch, "generate", failing)
+    message = generate_batch.main(arguments(models, many_rows, tmp_path / "out", batch_size=4))
+    assert [line.split(":")[0] for line in message.splitlines()] == ["row 2", "row 7", "row 8"]
+    assert "out of memory" in manifest(tmp_path / "out")[2]["error"]
 
 
-def test_interrupted_run_can_be_resumed(models, table, tmp_path, monkeypatch, counted):
+def count_rows(log, killed: int | None = None) -> None:
+    """Writes the prompt of each row that this process generates to a file. Process `killed` ends at its second row."""
+    read_row, rows = generate_batch.read_row, []
+
+    def counting(pipe, row, args):
+        rows.append(row)
+        if len(rows) == 2 and os.environ["RANK"] == str(killed):
+            os._exit(9)
+        with open(log, "a") as file:
+            print(row["prompt"], file=file)
+        return read_row(pipe, row, args)
+
+    generate_batch.read_row = counting
+
+
+def run_killed(rank: int, port: int, log, command: list[str]) -> None:
+    os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}", "ACCELERATE_USE_CPU": "1"}
+    PartialState._reset_state()
+    count_rows(log, killed=1)
+    generate_batch.main(command)
+
+
+def test_two_processes_do_each_row_once_and_continue_after_one_was_killed(models, table, tmp_path):
+    rows = [{**ROWS[0], "prompt": f"a cat {index}"} for index in range(7)] + [{**ROWS[2], "image": "缺.png"}]
+    command, log = arguments(models, write(table, rows), tmp_path / "out"), tmp_path / "log"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # this process has imported the libraries already
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=run_killed, args=(rank, port, log, command)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    processes[1].join(60)
+    assert processes[1].exitcode == 9
+    processes[0].kill()
+    processes[0].join()
+    before = images(tmp_path / "out")
+    assert "000001.png" in before and "000003.png" not in before and not (tmp_path / "out" / "manifest.jsonl").exists()
+    assert max(Counter(log.read_text().splitlines()).values()) == 1
+
+    log.unlink()
+    script = tmp_path / "count.py"
+    script.write_text(
+        f"import sys\nsys.path[:0] = {[str(ROOT / 'tests'), str(ROOT / 'examples')]}\n"
+        "import generate_batch, test_generate_batch\nfrom command_line import run_script\n"
+        f"test_generate_batch.count_rows({str(log)!r})\nrun_script(generate_batch.main)\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run([*launch, *command], capture_output=True, text=True, env=environment)
+    # every row that was not done is done once
+    expected = [row["prompt"] for index, row in enumerate(rows) if f"{index:06d}.png" not in before]
+    assert Counter(log.read_text().splitlines()) == Counter(expected), done.stderr[-3000:]
     out = tmp_path / "out"
-    read_row = generate_batch.read_row
-
-    def interrupted(pipe, row, *args):
-        if row["seed"] == "2":
-            raise KeyboardInterrupt
-        return read_row(pipe, row, *args)
-
-    monkeypatch.setattr(generate_batch, "read_row", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        generate_batch.main(arguments(models, table, out))
-    monkeypatch.setattr(generate_batch, "read_row", read_row)
-    with (out / "manifest.0.jsonl").open("a") as file:
-        file.write('{"id": "half a li')
-    counted.clear()
-    generate_batch.main(arguments(models, table, out))
-    assert ROWS[0]["prompt"] not in counted
-    assert len(pictures(out)) == 3
-    assert not list(out.glob("manifest.*.jsonl"))
-
-
-def test_two_processes_generate_the_same_pictures_as_one(models, table, tmp_path):
-    generate_batch.main(arguments(models, table, tmp_path / "one"))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, str(ROOT / "examples" / "generate_batch.py"), *arguments(models, table, tmp_path / "two")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    # three of the rows are invalid
-    assert done.returncode == 1 and "3 of 6 pictures" in done.stdout, done.stderr[-3000:]
-    one, two = pictures(tmp_path / "one"), pictures(tmp_path / "two")
-    assert list(one) == list(two)
-    assert all(np.array_equal(one[name], two[name]) for name in one)
-    assert manifest(tmp_path / "one") == manifest(tmp_path / "two")
-
-
-@pytest.mark.parametrize(
-    "row, file", [({"name": 0}, "0"), ({"name": 7}, "7"), ({"name": ""}, "000004"), ({}, "000004")]
-)
-def test_the_file_of_a_row(row, file):
-    assert generate_batch.file_of(row, 4) == f"{file}.png"
+    assert len(images(out)) == 7 and [entry["row"] for entry in manifest(out)] == list(range(8))
+    assert done.stdout.count("7 of 8 images are in") == 1
+    assert all(f"process {index} of 2 on cpu" in done.stdout for index in (0, 1))
+    # the message is at the end, after the traceback of the launcher
+    assert done.returncode == 1 and "\\u7f3a.png" in done.stderr[done.stderr.index("Root Cause") :]
 
 
 @pytest.mark.parametrize("given", [{}, {"height": 24}, {"width": 24}, {"height": 24, "width": 8}], ids=str)
-def test_height_and_width_each_default_to_the_base_model(models, table, tmp_path, given):
-    write(table, ROWS[:2])
-    options = {"table": table, "output_dir": tmp_path / "out", "pretrained_model_name_or_path": models / "base",
-               "ssr": models / "ssr", "num_inference_steps": 1, "batch_size": 2, **given}  # fmt: skip
-    assert generate_batch.main([str(part) for name, value in options.items() for part in (f"--{name}", value)]) == 0
-    shapes = [each.shape[:2] for each in pictures(tmp_path / "out").values()]
-    assert shapes == [(given.get("height", 16), given.get("width", 16))] * 2
-
-
-def test_resolution_of_a_base_model_that_is_not_square(pipe):
+def test_height_and_width_each_default_to_the_base_model(pipe, given):
+    given = {"height": None, "width": None, **given}
+    assert generate_batch.resolution(pipe, **given) == {name: given[name] or 16 for name in given}
     pipe.unet.register_to_config(sample_size=[8, 12])
-    sizes = [generate_batch.resolution(pipe, *given) for given in ((None, None), (32, None), (None, 32), (8, 40))]
-    assert sizes == [(16, 24), (32, 24), (16, 32), (8, 40)]
+    assert generate_batch.resolution(pipe, None, 32) == {"height": 16, "width": 32}
+    assert generate_batch.resolution(pipe, 32, None) == {"height": 32, "width": 24}
 
 
 @pytest.mark.parametrize(
-    "option, value",
+    "content, message",
     [
-        ("height", 65), ("width", 65), ("height", 0), ("width", -8), ("height", 4), ("batch_size", 0),
-        ("num_inference_steps", 0),
-    ],
-)  # fmt: skip
-def test_invalid_options_are_rejected_before_a_model_is_loaded(
-    models, table, tmp_path, monkeypatch, capsys, option, value
-):
-    monkeypatch.setattr(StableDiffusionSSRPipeline, "from_pretrained", None)
-    with pytest.raises(SystemExit):
-        generate_batch.main(arguments(models, table, tmp_path / "out", **{option: value}))
-    assert f"argument --{option}: has to be " in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    "rows, message",
-    [
-        ([], "no rows"),
-        ([{"image": "0.png", "query": "cat"}], "prompt"),
-        ([{"image": "0.png", "prompt": "cat"}], "query"),
-        ([{**ROWS[0], "colour": "red"}], "colour"),
+        ("", "no rows"),
+        ('{"image": "0.png", "query": "cat"}', r"line 1: the columns \['prompt'\] are missing"),
+        ('{"image": "0.png", "prompt": "cat"}', r"line 1: the columns \['query'\] are missing"),
+        (
+            json.dumps(ROWS[0]) + "\n" + json.dumps({**ROWS[0], "colour": "red"}),
+            r"line 2: the columns \['colour'\] are",
+        ),
+        ("{broken", "line 1: not JSON"),
+        (b'{"image": "0.png", "query": "caf\xe9"}', 'line 1: not utf-8: save it as UTF-8.*"CSV UTF-8"'),
+        (b"PK\3\4", "is a workbook"),
     ],
 )
-def test_invalid_table_raises_an_error(rows, message, tmp_path):
+def test_an_invalid_table_is_refused(content, message, tmp_path):
     file = tmp_path / "rows.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(ValueError, match=f"table.*{message}"):
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=f"`table`: .*{message}"):
         generate_batch.read_table(file)
-    file.write_text("{broken")
-    with pytest.raises(ValueError, match="JSON lines"):
-        generate_batch.read_table(file)
-    with pytest.raises(ValueError, match="there is no file"):
-        generate_batch.read_table(tmp_path / "nowhere.csv")
 
 
-BAD_NAMES = ["n" * 300, "nul\0", "half\ud83d", "../a", "/a", "x/../../a", "é" * 130]
+NAMES = {
+    "a": "a.png", "first.png": "first.png", "b.PNG": "b.PNG", "c.jpg": "c.jpg.png", "d/e": "d/e.png", 7: "7.png",
+    "": "000006.png", "n" * 300: None, "nul\0": None, "half\ud83d": None, "../a": None, "/a": None, "x/../../a": None,
+    "é" * 130: None, "A": "as in row 0", "a.png": "as in row 0", "first": "as in row 1", "a/" * 500_000 + "b": "a/" * 500_000 + "b.png",
+}  # fmt: skip
 
 
-def test_a_long_name_is_not_compared_with_other_names():
-    """Each folder of a path is compared, which would take minutes and gigabytes."""
-    rows = [{"name": "a/" * 500_000}, {"name": "a/b"}, {"name": "n" * 1020}]
-    faults = generate_batch.check_names(rows)
-    assert sorted(faults) == [0, 2] and "1,000,004 characters" in str(faults[0])
-
-
-def test_only_rows_with_invalid_file_names_fail(models, table, tmp_path, capsys):
-    out = tmp_path / "out"
-    names = ["a", *BAD_NAMES, "a", "A", "a.png/b", "c.png/d", "c", "C", "c.png/e", 7]
-    file = tmp_path / "rows.jsonl"
-    file.write_text("\n".join(json.dumps({**ROWS[0], "name": name}) for name in names))
-    generate_batch.main(arguments(models, file, out))
-    entries = manifest(out)
-    done = [names[entry["row"]] for entry in entries if entry["status"] == "done"]
-    assert done == ["a", "c.png/d", "c.png/e", 7]
-    drawn = sorted(str(file.relative_to(out)) for file in out.rglob("*.png") if file.is_file())
-    assert drawn == ["7.png", "a.png", "c.png/d.png", "c.png/e.png"]
-    errors = [entry["error"] for entry in entries if entry["status"] == "failed"]
-    assert all("cannot be a file in the output folder" in error for error in errors[: len(BAD_NAMES)])
-    assert all("conflicts with row" in error for error in errors[len(BAD_NAMES) :])
-    assert "4 of 16 pictures" in capsys.readouterr().out
-    assert {file.suffix for file in out.rglob("*") if file.is_file()} == {".png", ".jsonl"}
-
-
-def test_scale_of_0_is_used_and_empty_scale_is_replaced_by_the_option(models, table, tmp_path):
-    out = tmp_path / "out"
-    rows = [{**ROWS[0], "scale": scale} for scale in (0, "0", "0.0", "", None, 0.65, "nan", "much")]
-    file = tmp_path / "rows.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)))
-    generate_batch.main(arguments(models, file, out))
-    drawn = list(pictures(out).values())
-    assert len(drawn) == 6 and [entry["status"] for entry in manifest(out)[6:]] == ["failed"] * 2
-    assert all(np.array_equal(each, drawn[0]) for each in drawn[:3])
-    assert all(np.array_equal(each, drawn[5]) for each in drawn[3:5]) and not np.array_equal(drawn[0], drawn[5])
-
-
-def test_invalid_manifest_lines_and_pictures_are_ignored(models, table, tmp_path, counted):
-    out = tmp_path / "out"
-    write(table, ROWS[:1])
-    generate_batch.main(arguments(models, table, out))
-    entry = manifest(out)[0]
-    lines = ["3", "[]", "{}", '{"id": 3}', '{"id": "x"}', '{"id": "x", "status": "done"}', "[" * 10**5, "{half", "\0",
-             json.dumps({"id": "x", "status": "failed"}), json.dumps({"id": ["x"], "status": "done", "file": "a"})]  # fmt: skip
-    (out / "manifest.5.jsonl").write_text("\n".join(lines))
-    (out / "manifest.6.jsonl").mkdir()
-    counted.clear()
-    generate_batch.main(arguments(models, table, out))
-    assert not counted and manifest(out) == [entry]
-    for content in (b"no picture", b""):
-        (out / entry["file"]).write_bytes(content)
-        counted.clear()
-        generate_batch.main(arguments(models, table, out))
-        assert len(counted) == 1 and len(pictures(out)) == 1
-
-
-def test_only_rows_with_invalid_pictures_fail(models, table, tmp_path):
-    os.mkfifo(tmp_path / "pipe.png")
-    (tmp_path / "half.png").write_bytes((tmp_path / "0.png").read_bytes()[:300])
-    Image.new("1", (9000, 9000)).save(tmp_path / "huge.png")
-    names = ["pipe.png", "half.png", "huge.png", ".", "nul\0.png", 3, "0.png"]
-    file = tmp_path / "rows.jsonl"
-    file.write_text("\n".join(json.dumps({**ROWS[0], "image": name}) for name in names))
-    generate_batch.main(arguments(models, file, tmp_path / "out"))
-    entries = manifest(tmp_path / "out")
-    assert [entry["status"] for entry in entries] == ["failed"] * 6 + ["done"]
-    for entry, reason in zip(
-        entries,
-        ["not a regular file", "decoded", "81,000,000 pixels", "not a regular file", "name", "image"],
-        strict=False,
+def test_names_of_files():
+    for name, expected, file in zip(
+        NAMES, NAMES.values(), generate_batch.name_files([{"name": n} for n in NAMES]), strict=True
     ):
-        assert reason in entry["error"]
+        if expected is None or expected.startswith("as in"):
+            assert isinstance(file, ValueError) and (expected or "cannot be a file") in str(file), name
+        else:
+            assert file == expected
 
 
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
-def test_table_encodings_and_delimiters_of_spreadsheets(table, tmp_path, encoding):
-    expected = generate_batch.read_table(table)
-    for delimiter in ",;":
-        text = table.read_text().replace(",", delimiter)
-        (tmp_path / "again.csv").write_bytes(text.encode(encoding))
-        assert generate_batch.read_table(tmp_path / "again.csv") == expected
+def test_only_rows_with_an_invalid_name_fail(models, table, tmp_path):
+    names = ["a", "nul\0", "half\ud83d", "A", "a.png/b", "a/" * 5000, 7]
+    rows = write(tmp_path / "rows.jsonl", [{**ROWS[0], "name": name} for name in names])
+    message = generate_batch.main(arguments(models, rows, tmp_path / "out"))
+    assert list(images(tmp_path / "out")) == ["7.png", "a.png"]
+    assert [line.split(":")[0] for line in message.splitlines()] == [f"row {index}" for index in range(1, 6)]
+    assert {file.suffix for file in (tmp_path / "out").rglob("*") if file.is_file()} == {".png", ".jsonl"}
+
+
+def test_the_part_of_a_text_that_was_cut_is_printed_once(models, table, tmp_path, monkeypatch):
+    printed = io.StringIO()
+    # pytest adds handlers of other types
+    (handler,) = (each for each in logging.getLogger("diffusers").handlers if type(each) is logging.StreamHandler)
+    monkeypatch.setattr(handler, "stream", printed)
+    long = {**ROWS[0], "prompt": "dog " * 40 + "umbrella"}
+    write(table, [long, {**long, "seed": "3"}, ROWS[0], {**ROWS[0], "query": "cat " * 40 + "tulip"}, long])
+    generate_batch.main(arguments(models, table, tmp_path / "out", batch_size=2))
+    lines = printed.getvalue().splitlines()
+    assert len(lines) == 2 and all("was truncated" in line and "endoftext" not in line for line in lines)
+    assert sum("umbrella" in line for line in lines) == sum("tulip" in line for line in lines) == 1

@@ -2,16 +2,18 @@
 and other calls that use the same UNet."""
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import UNET_LAYERS, call_args, make_picture, make_unet, snapshot
+from conftest import UNET_LAYERS, call_args, make_picture, make_ssr_encoder, make_unet, snapshot
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.callbacks import IPAdapterScaleCutoffCallback, MultiPipelineCallbacks, SDCFGCutoffCallback
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
-from diffusers_ssr import StableDiffusionSSRPipeline, hooks_ssr
-from diffusers_ssr.hooks_ssr import find_unet, subject_in_unet
+from diffusers_ssr import StableDiffusionSSRPipeline, hooks_ssr, internals_ssr, subject_in_unet
+from diffusers_ssr.attention_processors import SubjectConditions
+from diffusers_ssr.hooks_ssr import find_unet
 from peft import LoraConfig, get_peft_model
 from test_ip_adapter import fresh_pipe, ip_args, load
 from torch import nn
@@ -32,44 +34,98 @@ def subject(pipe):
 # When hooks are in the UNet
 
 
+def conditions_of(encoder, seed: int = 0) -> SubjectConditions:
+    embeds = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        return SubjectConditions(dict(zip(encoder.config.attention_layers, encoder.project(embeds), strict=True)))
+
+
+def forward(unet) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    latents, text = (torch.randn(shape, generator=generator) for shape in ((1, 4, 8, 8), (1, 5, 32)))
+    with torch.no_grad():
+        return unet(latents, 1, text).sample
+
+
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_unet_is_unchanged_afterwards(fails):
-    unet = make_unet()
-    before = snapshot(unet)
+def test_the_subject_acts_inside_the_block_alone(fails):
+    unet, encoder = make_unet(), make_ssr_encoder()
+    before, stock = snapshot(unet), forward(unet)
     try:
-        with subject_in_unet(unet, UNET_LAYERS):
-            assert snapshot(unet) != before
+        with subject_in_unet(unet, encoder, conditions_of(encoder)):
+            assert (forward(unet) - stock).abs().max() > 1e-4
             if fails:
                 raise RuntimeError
     except RuntimeError:
         assert fails
-    assert snapshot(unet) == before
+    assert snapshot(unet) == before and torch.equal(forward(unet), stock)
+
+
+def test_blocks_are_nested_by_thread():
+    """The innermost block counts. Another thread has the stock UNet, and the blocks of one thread do not end those of
+    another."""
+    unet, encoder = make_unet(), make_ssr_encoder()
+    stock, results = forward(unet), []
+    with subject_in_unet(unet, encoder, conditions_of(encoder, 0)):
+        outer = forward(unet)
+        with subject_in_unet(unet, encoder, conditions_of(encoder, 1)):
+            inner = forward(unet)
+        assert torch.equal(forward(unet), outer) and not torch.equal(inner, outer)
+
+        def work():
+            results.append(forward(unet))
+            with subject_in_unet(unet, encoder, conditions_of(encoder, 1)):
+                results.append(forward(unet))
+            results.append(forward(unet))
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        assert torch.equal(forward(unet), outer)
+    assert [torch.equal(a, b) for a, b in zip(results, (stock, inner, stock), strict=True)] == [True] * 3
+
+
+@pytest.mark.parametrize("depth", [2, (1, 3)])
+def test_transformers_with_several_blocks(depth):
+    """Each layer of a transformer with several blocks gets its own keys and values."""
+    unet = make_unet(transformer_layers_per_block=depth)
+    names = [name.removesuffix(".processor") for name in unet.attn_processors if name.endswith("attn2.processor")]
+    encoder = make_ssr_encoder(attention_layers={name: unet.get_submodule(name).inner_dim for name in names})
+    stock, conditions = forward(unet), conditions_of(encoder)
+    for name in names:
+        with subject_in_unet(unet, encoder, replace(conditions, pairs={name: conditions.pairs[name]})):
+            assert (forward(unet) - stock).abs().max() > 1e-5, name
+
+
+def test_layers_without_a_subject_are_stock():
+    """An encoder may be for some of the UNet's layers."""
+    unet = make_unet()
+    encoder = make_ssr_encoder(attention_layers={"mid_block.attentions.0.transformer_blocks.0.attn2": 16})
+    with subject_in_unet(unet, encoder, conditions_of(encoder)):
+        assert (forward(unet) - forward(make_unet())).abs().max() > 1e-5
 
 
 def test_the_unet_is_stock_in_every_callback(pipe, subject):
-    before, seen = snapshot(pipe.unet), []
+    before, stock, seen = snapshot(pipe.unet), forward(pipe.unet), []
 
     def callback(pipe, step, timestep, callback_kwargs):
-        seen.append(snapshot(pipe.unet) == before)
+        seen.append(torch.equal(forward(pipe.unet), stock))
         return callback_kwargs
 
     pipe(**call_args(subject=subject, callback_on_step_end=callback, subject_end=0.5, num_inference_steps=4))
     assert seen == [True] * 4 and snapshot(pipe.unet) == before
 
 
-def test_the_layers_are_stock_between_steps(pipe, subject, monkeypatch):
-    """Also outside of callbacks, the UNet itself is the only module with a hook between steps."""
-    before, seen = snapshot(pipe.unet), []
-    step = pipe.scheduler.step
-
-    def watched(*args, **kwargs):
-        now = snapshot(pipe.unet)
-        seen.append(now[:2] == before[:2] and now[2][1:] == before[2][1:] and now[3:] == before[3:])
-        return step(*args, **kwargs)
-
-    monkeypatch.setattr(pipe.scheduler, "step", watched)
-    pipe(**call_args(subject=subject))
-    assert seen == [True, True]
+def test_a_step_registers_no_hooks(pipe, subject, monkeypatch):
+    """The hooks are registered once for a call."""
+    counts = []
+    original = internals_ssr.set_forward_hooks
+    monkeypatch.setattr(internals_ssr, "set_forward_hooks", lambda *args: counts.append(1) or original(*args))
+    for steps in (1, 4):
+        counts.clear()
+        pipe(**call_args(subject=subject, num_inference_steps=steps))
+        # the layer, its two projections, and its transformer; and the UNet
+        assert len(counts) == 4 * len(UNET_LAYERS) + 1
 
 
 def test_attention_processors_set_in_a_callback_are_used_and_kept(pipe, subject):
@@ -145,26 +201,26 @@ def test_user_defined_cross_attention_kwargs_reach_the_unet(pipe, subject, with_
     assert [each["cross_attention_kwargs"]["scale"] for each in seen] == [0.5, 0.5]
 
 
-def test_a_call_whose_unet_does_not_get_the_subject_raises_an_error(pipe, subject):
-    class Deaf(nn.Module):
-        """A wrapper that does not pass `cross_attention_kwargs` to the UNet."""
+def test_a_call_that_does_not_run_its_unet_raises_an_error(pipe, subject):
+    class Cached(Passing):
+        """A wrapper that does not run the UNet."""
 
-        def __init__(self, unet):
-            super().__init__()
-            self.inner = unet
+        def forward(self, sample, timestep, encoder_hidden_states=None, **kwargs):
+            return (torch.zeros_like(sample),)
 
-        def __getattr__(self, name):
-            try:
-                return super().__getattr__(name)
-            except AttributeError:
-                return getattr(self.inner, name)
+    pipe.unet = Cached(pipe.unet)
+    with pytest.raises(ValueError, match="generated without its subject.*Cached"):
+        pipe(**call_args(subject=subject))
 
+
+def test_a_wrapper_that_drops_cross_attention_kwargs(pipe, subject):
+    class Dropping(Passing):
         def forward(self, sample, timestep, encoder_hidden_states=None, **kwargs):
             return self.inner(sample, timestep, encoder_hidden_states, return_dict=False)
 
-    pipe.unet = Deaf(pipe.unet)
-    with pytest.raises(ValueError, match="drew without its subject.*Deaf"):
-        pipe(**call_args(subject=subject))
+    expected = pipe(**call_args(subject=subject)).images
+    pipe.unet = Dropping(pipe.unet)
+    assert np.array_equal(pipe(**call_args(subject=subject)).images, expected)
 
 
 @pytest.mark.parametrize("subjects", ["one", "one for each prompt"])
@@ -401,7 +457,7 @@ def test_an_unknown_batch_layout_is_rejected(pipe, subject):
     pipe.unet.register_forward_pre_hook(
         lambda module, args, kwargs: ((args[0].repeat(3, 1, 1, 1), *args[1:]), kwargs), with_kwargs=True
     )
-    with pytest.raises(ValueError, match="a batch of 6 latents for 1 pictures"):
+    with pytest.raises(ValueError, match="a batch of 6 latents for 1 images"):
         pipe(**call_args(subject=subject))
 
 

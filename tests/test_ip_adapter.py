@@ -92,12 +92,3 @@ def test_the_order_of_loading_and_unloading_does_not_matter():
         assert np.array_equal(pipe(**call_args()).images, neither)
     for first, second in zip(*results, strict=True):
         assert np.array_equal(first, second)
-
-
-def test_ip_adapter_without_an_image_has_no_effect():
-    pipe = fresh_pipe()
-    load(pipe, "ssr")
-    subject = pipe.encode_subject(make_picture(), "cat")
-    expected = pipe(**call_args(subject=subject, subject_scale=1.0)).images
-    load(pipe, "ip")
-    np.testing.assert_allclose(pipe(**call_args(subject=subject, subject_scale=1.0)).images, expected, atol=1e-6)

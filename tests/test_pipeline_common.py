@@ -19,7 +19,6 @@ from diffusers import (
 from diffusers.utils.testing_utils import torch_device
 from diffusers_ssr import SSREncoder, SSRPipelineMixin, StableDiffusionSSRPipeline, mixin_ssr
 from diffusers_ssr.attention_processors import SubjectConditions
-from diffusers_ssr.modeling_ssr import consistency_loss
 from diffusers_ssr.subject_embeds_ssr import Subject
 from peft import LoraConfig, inject_adapter_in_model
 from test_pipeline_ssr import stock_of, subject_args
@@ -61,7 +60,7 @@ def test_every_argument_is_documented():
 
 DOCUMENTED = [
     SSRPipelineMixin.__call__, SSRPipelineMixin.encode_subject, SSRPipelineMixin.subject_attention_map,
-    SSRPipelineMixin.load_ssr, SSREncoder, SSREncoder.attention_probs, SSREncoder.forward, 
+    SSRPipelineMixin.load_ssr, SSREncoder, SSREncoder.attention_probs, SSREncoder.forward,
     SubjectConditions, Subject,
 ]  # fmt: skip
 
@@ -205,7 +204,6 @@ def test_group_offloading(pipe, offload, monkeypatch):
     """Each group of weights is onloaded before it is used, also if only `project` of the encoder is called."""
     expected = pipe(**subject_args()).images
     heat = pipe.subject_attention_map(make_picture(), "cat").heat
-    _caches.clear()
     ModuleGroup = pytest.importorskip("diffusers.hooks.group_offloading", reason="diffusers before 0.33").ModuleGroup
     leaders, original = [], ModuleGroup.onload_
 

@@ -5,7 +5,6 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from benchmark import random_model
 from conftest import (
     UNET_LAYERS,
     call_args,
@@ -18,8 +17,9 @@ from conftest import (
     snapshot,
 )
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline, SubjectEmbeds, subject_request
+from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline, SubjectEmbeds, hooks_ssr, request_ssr
 from diffusers_ssr.subject_embeds_ssr import Subject
+from random_models import random_model
 from test_modeling_ssr import ALIGNER, LAYERS, random_released
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 
@@ -67,7 +67,7 @@ def test_scale_zero_gives_the_stock_picture(pipe):
 def test_scale_zero_computes_no_keys_and_values(pipe, monkeypatch, scale):
     cat = pipe.encode_subject(make_picture(), "cat")
     expected = stock_of(pipe)(**call_args()).images
-    monkeypatch.setattr(subject_request.SubjectRequest, "conditions", None)
+    monkeypatch.setattr(request_ssr.SubjectRequest, "conditions", None)
     assert np.array_equal(pipe(**call_args(subject=cat, subject_scale=scale)).images, expected)
     assert np.array_equal(pipe(**call_args(subject=cat.scaled(0), subject_scale=1.0)).images, expected)
     with pytest.raises(TypeError):
@@ -104,7 +104,7 @@ def test_conditions_contain_both_branches_in_order(pipe, guidance_scale):
     subject = pipe.encode_subject(make_picture(), query="cat")
     seen = []
     pipe.unet.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["cross_attention_kwargs"]["ssr_subject"].conditions(args[0])),
+        lambda module, args, kwargs: seen.append(hooks_ssr._blocks()[-1].subject.conditions(args[0])),
         with_kwargs=True,
     )
     pipe(**call_args(subject=subject, subject_scale=0.5, guidance_scale=guidance_scale, num_images_per_prompt=2))
@@ -253,7 +253,7 @@ def test_a_subject_with_scale_0_has_no_effect_on_the_others(pipe):
 def test_a_window_that_contains_no_step_raises_an_error(pipe, window):
     subject, state = pipe.encode_subject(make_picture(), "cat"), snapshot(pipe.unet)
     arguments = call_args(subject=subject, num_inference_steps=4, subject_start=window[0], subject_end=window[1])
-    with pytest.raises(ValueError, match="`subject_start` = .* contain none of the 4 steps"):
+    with pytest.raises(ValueError, match="`subject_start` = .* are between two steps.*: 4 steps"):
         pipe(**arguments)
     assert snapshot(pipe.unet) == state
 

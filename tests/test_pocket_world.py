@@ -105,10 +105,10 @@ def test_a_stream_has_no_held_out_instances_and_no_repeated_scenes(world):
     ours = [thing for thing in things if isinstance(thing, Instance)]
     grid = {Instance(thing.category, thing.design, thing.variant) for thing in ours}
     assert grid <= set(SPLITS["wide"][0]) and len(ours) < len(things)
-    assert len({scene.image.tobytes() for scene in scenes}) == 60
+    assert len({scene.picture.tobytes() for scene in scenes}) == 60
     assert {len(scene.instances) for scene in scenes} == {1, 2, 3, 4}
     again = stream.draw(np.random.default_rng(0), 60)
-    assert all(np.array_equal(a.image, b.image) for a, b in zip(scenes, again, strict=True))
+    assert all(np.array_equal(a.picture, b.picture) for a, b in zip(scenes, again, strict=True))
 
 
 def test_load_split_reads_the_split_of_a_checkpoint(tmp_path):

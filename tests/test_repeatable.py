@@ -33,7 +33,6 @@ def saved_and_loaded(pipe, tmp_path):
 
 
 def without_the_cache(pipe, tmp_path):
-    _caches.clear()
     return pipe
 
 
@@ -67,7 +66,6 @@ def test_the_position_in_a_list_of_queries_changes_only_rounding(pipe, place):
     queries = ["dog", "a house"]
     queries.insert(place, "cat")
     alone = pipe.encode_subject(make_picture(), "cat").subjects[0].embeds
-    _caches.clear()
     listed = pipe.encode_subject(make_picture(), queries)[place].subjects[0].embeds
     np.testing.assert_allclose(listed.numpy(), alone.numpy(), atol=1e-5)
 

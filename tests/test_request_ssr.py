@@ -4,8 +4,9 @@ import pytest
 import torch
 from conftest import UNET_LAYERS, make_ssr_encoder
 from diffusers_ssr import SubjectEmbeds
+from diffusers_ssr.arguments_ssr import parse_subjects, without_disabled_subjects
+from diffusers_ssr.request_ssr import Row, SubjectRequest
 from diffusers_ssr.subject_embeds_ssr import Subject
-from diffusers_ssr.request_ssr import SubjectRequest, SubjectRow, without_disabled_subjects
 
 
 LEFT = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
@@ -17,10 +18,10 @@ def embeds_of(seed: int = 0, num_tokens: int = 3, **more) -> SubjectEmbeds:
     return SubjectEmbeds((Subject(embeds, negative_embeds, **more),))
 
 
-def request_of(*rows: SubjectRow, num_pictures: int = 1, scale=1.0, num_frames: int = 1) -> SubjectRequest:
+def request_of(*rows: Row, num_images: int = 1, scale=1.0, num_frames: int = 1) -> SubjectRequest:
     return SubjectRequest(
         list(rows),
-        num_pictures,
+        num_images,
         make_ssr_encoder(),
         torch.float32,
         scale,
@@ -30,7 +31,7 @@ def request_of(*rows: SubjectRow, num_pictures: int = 1, scale=1.0, num_frames: 
 
 
 def test_the_region_applies_to_both_branches_of_guidance():
-    row = SubjectRow((embeds_of(region=LEFT),))
+    row = {0: embeds_of(region=LEFT)}
     (negative,), (positive,) = request_of(row).conditions(torch.zeros(2, 4, 8, 8)).regions
     assert torch.equal(negative, LEFT[None]) and torch.equal(positive, LEFT[None])
 
@@ -46,17 +47,17 @@ def counted(seed: int, *counts: float) -> SubjectEmbeds:
 def test_counts_have_the_order_of_the_tokens():
     """Counts of several subjects are concatenated, for both branches. Tokens without counts and padding have a count
     of 1."""
-    rows = [SubjectRow((counted(1, 1.0, 2.0) + embeds_of(2, 1) + counted(3, 5.0),)), SubjectRow((embeds_of(4, 3),))]
-    counts = request_of(*rows, num_pictures=2).conditions(torch.zeros(4, 4, 8, 8)).counts
+    rows = [{0: counted(1, 1.0, 2.0) + embeds_of(2, 1) + counted(3, 5.0)}, {0: embeds_of(4, 3)}]
+    counts = request_of(*rows, num_images=2).conditions(torch.zeros(4, 4, 8, 8)).counts
     assert counts.tolist() == [[11, 12, 1, 15], [1, 1, 1, 1], [1, 2, 1, 5], [1, 1, 1, 1]]
 
 
 @pytest.mark.parametrize("none_first", [False, True])
 @pytest.mark.parametrize("num_tokens", [1, 3])
 def test_a_prompt_without_a_subject_gets_values_of_zero(none_first, num_tokens):
-    rows = [SubjectRow((embeds_of(num_tokens=num_tokens),)), SubjectRow((None,))]
+    rows = [{0: embeds_of(num_tokens=num_tokens)}, {0: None}]
     rows = rows[::-1] if none_first else rows
-    conditions = request_of(*rows, num_pictures=2).conditions(torch.zeros(4, 4, 8, 8))
+    conditions = request_of(*rows, num_images=2).conditions(torch.zeros(4, 4, 8, 8))
     assert set(conditions.pairs) == set(UNET_LAYERS)
     for _, value in conditions.pairs.values():
         assert value.shape[:2] == (4, num_tokens)
@@ -65,7 +66,7 @@ def test_a_prompt_without_a_subject_gets_values_of_zero(none_first, num_tokens):
 
 def test_keyframes_of_each_branch_and_picture():
     cat, dog = embeds_of(1), embeds_of(2)
-    request = request_of(SubjectRow((cat, dog), (0, 2)), num_pictures=2, num_frames=3)
+    request = request_of({0: cat, 2: dog}, num_images=2, num_frames=3)
     conditions = request.conditions(torch.zeros(4, 4, 3, 8, 8))
     assert conditions.keyframes.tolist() == [0.0, 0.5, 1.0] and conditions.frames == 3
     expected = [each.subjects[0] for each in (cat, dog)]
@@ -76,46 +77,34 @@ def test_keyframes_of_each_branch_and_picture():
 
 
 def test_keyframes_after_the_last_frame_are_rejected():
-    request = request_of(SubjectRow((embeds_of(1), embeds_of(2)), (0, 3)), num_frames=4)
+    request = request_of({0: embeds_of(1), 3: embeds_of(2)}, num_frames=4)
     with pytest.raises(ValueError, match="keyframes at .*0, 3.*, but the video has 3 frames, 0 to 2"):
         request.conditions(torch.zeros(2, 4, 3, 8, 8))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5])
 def test_a_batch_that_does_not_fit_the_number_of_pictures_is_rejected(batch_size):
-    request = request_of(SubjectRow((embeds_of(),)), num_pictures=2)
-    with pytest.raises(ValueError, match=f"a batch of {batch_size} latents for 2 pictures"):
+    request = request_of({0: embeds_of()}, num_images=2)
+    with pytest.raises(ValueError, match=f"a batch of {batch_size} latents for 2 images"):
         request.conditions(torch.zeros(batch_size, 4, 8, 8))
 
 
 def test_a_part_of_a_batch_is_rejected():
     """If guidance is on, half of a batch is not taken for the conditional branch."""
-    request = request_of(SubjectRow((embeds_of(),)), num_pictures=2)
+    request = request_of({0: embeds_of()}, num_images=2)
     request.branches = lambda: [(False, True)]
     for batch_size in (1, 2, 3):
-        with pytest.raises(ValueError, match=f"a batch of {batch_size} latents for 2 pictures with 2 branches"):
+        with pytest.raises(ValueError, match=f"a batch of {batch_size} latents for 2 images with 2 branches"):
             request.conditions(torch.zeros(batch_size, 4, 8, 8))
 
 
 def test_a_part_of_a_batch_is_rejected_after_a_controlnet_in_guess_mode():
     """The ControlNet gets the conditional branch only, and then a wrapper of the UNet splits the batch."""
-    request = request_of(SubjectRow((embeds_of(),)), num_pictures=2)
+    request = request_of({0: embeds_of()}, num_images=2)
     request.branches = lambda: [(False, True)]
     assert len(request.tokens(2, torch.device("cpu"))) == 2
-    with pytest.raises(ValueError, match="a batch of 2 latents for 2 pictures"):
+    with pytest.raises(ValueError, match="a batch of 2 latents for 2 images"):
         request.conditions(torch.zeros(2, 4, 8, 8))
-
-
-def test_a_callback_may_remove_pictures_that_have_the_same_subject():
-    """After a forward pass with all pictures, a smaller batch contains both branches of fewer pictures."""
-    same = request_of(SubjectRow((embeds_of(),)), num_pictures=3)
-    different = request_of(*[SubjectRow((embeds_of(seed),)) for seed in range(3)], num_pictures=3)
-    for request in (same, different):
-        request.branches = lambda: [(False, True)]
-        request.conditions(torch.zeros(6, 4, 8, 8))
-    assert same.conditions(torch.zeros(4, 4, 8, 8)) is same.conditions(torch.zeros(6, 4, 8, 8))
-    with pytest.raises(ValueError, match="only remove pictures if all of them have the same subject"):
-        different.conditions(torch.zeros(4, 4, 8, 8))
 
 
 @pytest.mark.parametrize("scale", [0.7, dict.fromkeys(UNET_LAYERS, 0.7)])
@@ -123,19 +112,18 @@ def test_a_callback_may_remove_pictures_that_have_the_same_subject():
 def test_subjects_with_scale_0_are_removed(scale, own):
     parts = [embeds_of(index, scale=each) for index, each in enumerate(own)]
     kept = [part for part, each in zip(parts, own, strict=True) if each != 0]
-    row = without_disabled_subjects(SubjectRow((sum(parts[1:], parts[0]),)), scale)
-    assert row.keyframes[0].subjects == sum(kept[1:], kept[0]).subjects
+    row = without_disabled_subjects({0: sum(parts[1:], parts[0])}, scale)
+    assert row[0].subjects == sum(kept[1:], kept[0]).subjects
 
 
 def test_subjects_with_scale_0_at_some_keyframes_are_kept():
     cat, dog = embeds_of(0, scale=0.5), embeds_of(1, scale=0.5)
-    row = SubjectRow((cat + dog.scaled(0.0), cat.scaled(0.0) + dog), (0, 2))
+    row = {0: cat + dog.scaled(0.0), 2: cat.scaled(0.0) + dog}
     assert without_disabled_subjects(row, 1.0) is row
-    off = SubjectRow((cat + dog.scaled(0.0), None, cat.scaled(0.0) + dog.scaled(0.0)), (0, 1, 2))
-    first, second, third = without_disabled_subjects(off, 1.0).keyframes
+    off = {0: cat + dog.scaled(0.0), 1: None, 2: cat.scaled(0.0) + dog.scaled(0.0)}
+    first, second, third = without_disabled_subjects(off, 1.0).values()
     assert first.subjects == cat.subjects and second is None and len(third.subjects) == 1
-    all_off = SubjectRow((cat.scaled(0.0), dog.scaled(0.0)), (0, 2))
-    assert without_disabled_subjects(all_off, 1.0).keyframes == (None, None)
+    assert without_disabled_subjects({0: cat.scaled(0.0), 2: dog.scaled(0.0)}, 1.0) == {0: None, 2: None}
 
 
 @pytest.mark.parametrize("region", ["a small square", "stripes"])
@@ -147,7 +135,7 @@ def test_a_region_without_any_position_of_the_latents_is_rejected(region, num_fr
     else:
         mask[:, 30:34, 30:34] = 1
     latents = torch.zeros(2, 4, num_frames, 8, 8) if num_frames > 1 else torch.zeros(2, 4, 8, 8)
-    request = request_of(SubjectRow((embeds_of(region=mask),)), num_frames=num_frames)
+    request = request_of({0: embeds_of(region=mask)}, num_frames=num_frames)
     with pytest.raises(ValueError, match="`subject` has a region that covers no position of the latents .8 x 8."):
         request.conditions(latents)
     mask[-1, 24:32, 24:32] = 1
@@ -155,7 +143,7 @@ def test_a_region_without_any_position_of_the_latents_is_rejected(region, num_fr
 
 
 def test_conditions_are_created_once_for_a_batch_and_not_outside_the_window():
-    request = request_of(SubjectRow((embeds_of(),)))
+    request = request_of({0: embeds_of()})
     first = request.conditions(LATENTS)
     assert request.conditions(LATENTS + 1) is first and request.conditions(LATENTS[:1]) is not first
     request.active = False
@@ -165,7 +153,7 @@ def test_conditions_are_created_once_for_a_batch_and_not_outside_the_window():
 @pytest.mark.parametrize("num_frames", [1, 3])
 def test_tokens_for_a_controlnet(num_frames):
     cat, dog = embeds_of(1), embeds_of(2)
-    request = request_of(SubjectRow((cat,)), SubjectRow((dog,)), num_pictures=2, num_frames=num_frames)
+    request = request_of({0: cat}, {0: dog}, num_images=2, num_frames=num_frames)
     if num_frames == 1:
         request.num_frames = SubjectRequest(*[None] * 6).num_frames
     tokens = request.tokens(4 * num_frames, torch.device("cpu"))
@@ -182,7 +170,7 @@ def test_values_are_multiplied_by_the_scales(scale, own):
     scale per layer."""
     subject = embeds_of()
     subject = subject if own is None else subject.scaled(own)
-    request = request_of(SubjectRow((subject,)), scale=scale)
+    request = request_of({0: subject}, scale=scale)
     pairs = request.conditions(LATENTS[:1]).pairs
     projected = request.encoder.project(subject.subjects[0].embeds)
     for (name, (key, value)), (all_keys, all_values) in zip(pairs.items(), projected, strict=True):
@@ -195,11 +183,14 @@ def test_values_are_multiplied_by_the_scales(scale, own):
 
 
 @pytest.mark.parametrize("without", [0, 1])
-def test_a_keyframe_without_subjects_has_tokens_with_values_of_zero(without):
-    keyframes = [embeds_of(1, 2) + embeds_of(2, 3)] * 2
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_keyframe_without_subjects_has_values_of_zero(without, count):
+    """In both branches, so that the subjects fade in or out."""
+    keyframes = [sum((embeds_of(index, 2 + index) for index in range(count)), 0)] * 2
     keyframes[without] = None
-    conditions = request_of(SubjectRow(tuple(keyframes), (0, 1)), num_frames=2).conditions(torch.zeros(2, 4, 2, 8, 8))
+    rows = parse_subjects(dict(enumerate(keyframes)), 1)
+    conditions = request_of(*rows, num_frames=2).conditions(torch.zeros(2, 4, 2, 8, 8))
     assert conditions.token_subject is None
     for key, value in conditions.pairs.values():
-        assert key.shape[:3] == value.shape[:3] == (2, 2, 5)
+        assert key.shape[:2] == value.shape[:2] == (2, 2)
         assert value[:, 1 - without].any() and not value[:, without].any()

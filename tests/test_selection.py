@@ -16,7 +16,7 @@ from conftest import (
 )
 from diffusers import HeunDiscreteScheduler, StableDiffusionInstructPix2PixPipeline
 from diffusers.callbacks import PipelineCallback
-from diffusers_ssr import StableDiffusionSSRPipeline, SubjectEmbeds, ssr_pipeline_class
+from diffusers_ssr import StableDiffusionSSRPipeline, SubjectEmbeds, hooks_ssr, ssr_pipeline_class
 from diffusers_ssr.encoding_ssr import _make_attention_map as make_attention_map
 from diffusers_ssr.images_ssr import preprocess
 from PIL import Image
@@ -89,7 +89,7 @@ def test_several_subjects_are_concatenated_with_their_scales(pipe):
     cat, dog = pipe.encode_subject(make_picture(), query=["cat", "dog"])
     seen = []
     pipe.unet.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["cross_attention_kwargs"]["ssr_subject"].conditions(args[0])),
+        lambda module, args, kwargs: seen.append(hooks_ssr._blocks()[-1].subject.conditions(args[0])),
         with_kwargs=True,
     )
     pipe(**call_args(subject=cat.scaled(0.8) + dog, subject_scale=0.5))
@@ -194,7 +194,7 @@ def active_layers(pipe, **kwargs) -> list[str]:
     """Returns the layers whose keys and values were not empty."""
     seen = []
     handle = pipe.unet.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["cross_attention_kwargs"]["ssr_subject"].conditions(args[0])),
+        lambda module, args, kwargs: seen.append(hooks_ssr._blocks()[-1].subject.conditions(args[0])),
         with_kwargs=True,
     )
     pipe(**subject_args(**kwargs))
@@ -223,7 +223,7 @@ def test_scale_per_block(pipe, scale, expected):
 def test_a_scale_of_zero_is_the_stock_call(pipe, scale, monkeypatch):
     """The call adds no hooks and no projections, so it has exactly the FLOPs of the stock pipeline."""
     expected = stock_of(pipe)(**call_args()).images
-    monkeypatch.setattr("diffusers_ssr.hooks_ssr.SubjectPasses", None)
+    monkeypatch.setattr("diffusers_ssr.hooks_ssr.subject_in_unet", None)
     assert np.array_equal(pipe(**subject_args(subject_scale=scale)).images, expected)
 
 
@@ -434,7 +434,7 @@ def test_a_mask_outside_the_cropped_square_is_rejected(pipe, method):
 )
 def test_an_attention_map_of_a_list_is_rejected(pipe, name, value):
     calls = count_forwards(pipe.ssr_image_encoder)
-    with pytest.raises(ValueError, match=f"`{name}` is a list of {len(value)}, but .* one query in one picture"):
+    with pytest.raises(ValueError, match=f"`{name}` is a list of {len(value)}, but .* one query in one image"):
         pipe.subject_attention_map(**{"image": make_picture(), "query": "cat", name: value})
     assert not calls
 
@@ -444,62 +444,6 @@ def test_a_subject_of_another_encoder_is_rejected(pipe):
     pipe.register_modules(ssr_encoder=make_ssr_encoder(seed=9))
     with pytest.raises(ValueError, match="`subject` was encoded by another SSR-Encoder"):
         pipe(**call_args(subject=subject))
-
-
-# The cache
-
-
-def test_a_subject_is_encoded_once(pipe):
-    """No encoder runs for a picture and query that were already encoded, even if they are different objects. An
-    encoder runs for a different picture, query, mask, mask weight or resize mode."""
-    seen = count_forwards(pipe.ssr_image_encoder)
-    expected = pipe(**subject_args()).images
-    assert len(seen) == 1
-    assert np.array_equal(pipe(**subject_args(subject_image=np.asarray(make_picture()))).images, expected)
-    other = StableDiffusionSSRPipeline.from_pipe(pipe)
-    first = other.encode_subject(make_picture(), "cat").subjects[0].embeds
-    assert len(seen) == 1
-    for changed in (
-        {"image": make_picture(5)}, {"query": "dog"}, {"mask": MASK}, {"mask": MASK, "mask_weight": 2.0},
-        {"resize_mode": "crop"},
-    ):  # fmt: skip
-        before = len(seen)
-        embeds = pipe.encode_subject(**{"image": make_picture(), "query": "cat", **changed}).subjects[0].embeds
-        assert len(seen) == before + 1 and (embeds - first).abs().max() > 1e-4, changed
-
-
-@pytest.mark.parametrize("name", ["embeds", "negative_embeds", "fingerprint"])
-@pytest.mark.parametrize("queries", [["cat"], ["cat", "cat"]], ids=["alone", "twice"])
-def test_a_change_in_place_affects_no_other_subject(pipe, name, queries):
-    """Also for the first subject, which was not in the cache, and for equal subjects of one call."""
-
-    def tensor(subject):
-        return subject.fingerprint if name == "fingerprint" else getattr(subject.subjects[0], name)
-
-    expected = None
-    for _ in range(3):
-        encoded = pipe.encode_subject(make_picture(), queries)
-        for subject in encoded:
-            expected = tensor(subject).clone() if expected is None else expected
-            assert torch.equal(tensor(subject), expected)
-            tensor(subject).mul_(0)
-
-
-@pytest.mark.parametrize("first", [torch.inference_mode, torch.no_grad, torch.enable_grad])
-@pytest.mark.parametrize("later", [torch.inference_mode, torch.no_grad, torch.enable_grad])
-def test_autograd_can_use_subjects_that_were_encoded_in_any_mode(pipe, first, later):
-    subjects = []
-    for mode in (first, later):
-        with mode():
-            subjects.append(pipe.encode_subject(make_picture(), "cat"))
-    for subject in subjects:
-        (each,) = subject.subjects
-        tensors = each.embeds, each.negative_embeds, subject.fingerprint
-        assert not any(tensor.is_inference() or tensor.requires_grad for tensor in tensors)
-        weight = torch.ones(each.embeds.shape[-1], requires_grad=True)
-        (each.embeds * weight).sum().backward()
-        torch.testing.assert_close(weight.grad, each.embeds.sum((0, 1)))
-    assert torch.equal(subjects[0].subjects[0].embeds, subjects[1].subjects[0].embeds)
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "ssr_image_encoder", "ssr_encoder"])
@@ -574,17 +518,6 @@ def test_instruct_pix2pix_encodes_like_other_pipelines(pipe):
             torch.testing.assert_close(one.subjects[0].embeds, two.subjects[0].embeds)
 
 
-def test_a_missing_image_processor_is_created(pipe):
-    own = pipe.ssr_image_processor
-    pipe.register_modules(ssr_image_processor=None)
-    pipe.encode_subject(make_picture(), "cat")
-    side = pipe.ssr_image_encoder.config.image_size
-    assert dict(pipe.ssr_image_processor.crop_size) == {"height": side, "width": side}
-    pipe.register_modules(ssr_image_processor=own)
-    pipe.encode_subject(make_picture(5), "cat")
-    assert pipe.ssr_image_processor is own
-
-
 def test_an_encoder_without_image_levels_cannot_encode(pipe):
     pipe.register_modules(ssr_encoder=make_ssr_encoder(image_levels=()))
     with pytest.raises(ValueError, match="were dropped: call `load_ssr`"):
@@ -652,13 +585,6 @@ def test_a_batch_without_any_subject_is_the_stock_batch(pipe, subject):
     prompts = ["a cat"] * len(subject)
     expected = stock_of(pipe)(**call_args(prompt=prompts)).images
     assert np.array_equal(pipe(**call_args(prompt=prompts, subject=subject)).images, expected)
-
-
-def test_the_cache_has_a_maximum_size(pipe):
-
-    for seed in range(20):
-        pipe.encode_subject(make_picture(seed), "cat")
-    assert len(_caches[pipe.ssr_encoder].entries) == 16
 
 
 @pytest.mark.parametrize("from_file", [False, True])

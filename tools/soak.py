@@ -17,7 +17,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import ControlNetModel
-from diffusers_ssr import StableDiffusionSSRPipeline, set_max_concurrent_calls
+from diffusers_ssr import StableDiffusionSSRPipeline
 from diffusers_ssr.internals_ssr import precision_arguments
 from PIL import Image
 
@@ -104,12 +104,10 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--batch", type=int, default=64, help="requests between two measurements of the memory")
     parser.add_argument("--size", type=int, default=64, help="height and width of the pictures")
-    parser.add_argument("--max_concurrent_calls", type=int, help="passed to `set_max_concurrent_calls`")
     args = parser.parse_args()
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    set_max_concurrent_calls(args.max_concurrent_calls)
     requests = make_requests(args.checkpoint, args.size)
     expected = [each.outcome() for each in requests]
     if args.rounds:

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from diffusers_ssr.image_processing_ssr import open_image, to_pil
+from diffusers_ssr.images_ssr import to_pil
+from image_files import open_image
 from PIL import Image
 
 

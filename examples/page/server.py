@@ -5,7 +5,7 @@ import os
 import socket
 from collections.abc import Sequence
 
-from command_line import HelpFormatter, port, positive
+from command_line import make_parser, port, positive
 from drawing import call_options, check_model, check_source
 
 
@@ -14,7 +14,7 @@ NEEDS = 'The page needs Gradio: pip install -e ".[app]"'
 
 
 def parse_args(arguments: Sequence[str] | None = None, description: str | None = __doc__) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=description, epilog=NEEDS, formatter_class=HelpFormatter)
+    parser = make_parser(description, epilog=NEEDS)
     call_options(parser)
     parser.add_argument("--prompt", default="a cat in the snow", help="the first prompt")
     parser.add_argument("--ssr", help="the SSR-Encoder, if --checkpoint is only a base model")
