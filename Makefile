@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 WORK_DIR ?= outputs/pocket-training
 POCKET = $(BIN)/python -m tools.pocket
 
-.PHONY: demo test test-oldest test-middle test-newest lint docs pocket pocket-gpu measure compare
+.PHONY: demo test test-oldest test-middle test-newest lint census docs pocket pocket-gpu measure compare
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -19,9 +19,9 @@ test: $(VENV)/.installed
 # in between, and the newest including pre-releases. There the package is not installed but imported through a link.
 OLDEST_PYTHON ?= python3.10
 VERSIONS = tests/versions
-VERSION_TESTS = $(addprefix tests/test_,attention_processors.py chains.py compile.py image_processing_ssr.py ip_adapter.py \
-	loading.py loading_ssr.py modeling_ssr.py pipeline_common.py pipeline_ssr.py selection.py subject_cache.py \
-	subject_embeds.py subject_request.py threads.py token_merging.py unet_hooks.py)
+VERSION_TESTS = $(addprefix tests/test_,attention_processors.py auto_pipelines.py chains.py compile.py hooks_ssr.py images_ssr.py \
+	internals_ssr.py ip_adapter.py loading.py loading_ssr.py modeling_ssr.py offloading.py pipeline_common.py pipeline_ssr.py \
+	precision.py request_ssr.py saving.py selection.py subject_embeds_ssr.py threads.py unknown_arguments.py)
 
 test-oldest: PYTHON = $(OLDEST_PYTHON)
 test-oldest: PIP_ARGS = -c $(VERSIONS)/oldest.txt
@@ -39,6 +39,10 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	mkdir -p outputs/mypy && ln -sfn ../.. outputs/mypy/diffusers_ssr
 	$(BIN)/mypy
+
+# The sizes of the modules, scripts and docs, and what they must not exceed.
+census:
+	$(PYTHON) tools/census.py
 
 # The guide and the API reference, as a site in outputs/docs.
 docs: $(VENV)/.installed
