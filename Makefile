@@ -19,17 +19,13 @@ test: $(VENV)/.installed
 test-slow: $(VENV)/.installed
 	RUN_SLOW=1 $(BIN)/python -m pytest -q -n 2 tests/test_threads.py tests/test_full_size.py
 
-# how large the project is, against its limits
-census: $(VENV)/.installed
-	$(BIN)/python tools/census.py
-
 # The tests of the root modules with other versions of the libraries, in separate environments: the oldest supported versions, some
 # in between, and the newest including pre-releases. There the package is not installed but imported through a link.
 OLDEST_PYTHON ?= python3.10
 VERSIONS = tests/versions
-VERSION_TESTS = $(addprefix tests/test_,attention_processors.py chains.py compile.py hooks_ssr.py images_ssr.py internals_ssr.py \
-	ip_adapter.py loading.py loading_ssr.py modeling_ssr.py pipeline_common.py pipeline_ssr.py request_ssr.py selection.py \
-	subject_embeds_ssr.py threads.py)
+VERSION_TESTS = $(addprefix tests/test_,attention_processors.py auto_pipelines.py chains.py compile.py hooks_ssr.py images_ssr.py \
+	internals_ssr.py ip_adapter.py loading.py loading_ssr.py modeling_ssr.py offloading.py pipeline_common.py pipeline_ssr.py \
+	precision.py request_ssr.py saving.py selection.py subject_embeds_ssr.py threads.py unknown_arguments.py)
 
 test-oldest: PYTHON = $(OLDEST_PYTHON)
 test-oldest: PIP_ARGS = -c $(VERSIONS)/oldest.txt
@@ -47,6 +43,10 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	mkdir -p outputs/mypy && ln -sfn ../.. outputs/mypy/diffusers_ssr
 	$(BIN)/mypy
+
+# The sizes of the modules, scripts and docs, and what they must not exceed.
+census:
+	$(PYTHON) tools/census.py
 
 # The guide and the API reference, as a site in outputs/docs.
 docs: $(VENV)/.installed

@@ -249,7 +249,7 @@ def _image_of_array(array: np.ndarray, name: str) -> Image.Image:
             raise ValueError(
                 f"`{name}` has to hold uint8, uint16, or floats from 0 to 1, but holds {array.dtype}{values}."
             )
-        array = (array * 255).round().clip(0, 255).astype(np.uint8)
+        array = (array * 255.0).round().clip(0, 255).astype(np.uint8)
     return Image.fromarray(np.ascontiguousarray(array))
 
 

@@ -45,8 +45,7 @@ class SSRLoaderMixin(components_ssr.SSRComponents):
                 A repository on the Hub, a folder that was written by `save_pretrained` or `train_ssr.py`, a checkpoint
                 of `train_ssr.py`, or an encoder that is already in memory. The dtype and the device of an encoder in
                 memory are not changed, because other pipelines may use it. So it has to be on the device of the
-                pipeline, or on the CPU if the pipeline uses model offloading, and a pipeline with sequential
-                offloading only takes a folder or repository.
+                pipeline. Offloading moves it like the other components.
             subfolder (`str`, defaults to `"ssr_encoder"`):
                 The subfolder with the SSR-Encoder.
             image_encoder (`CLIPVisionModel` or `CLIPVisionModelWithProjection`, *optional*):
@@ -238,18 +237,18 @@ class SSRLoaderMixin(components_ssr.SSRComponents):
         # A pipeline file that imports all modules. A folder of custom code contains only the one that was requested.
         files = sorted(Path(__file__).parent.glob("pipeline*.py"), reverse=True)
         listing = next(file for file in files if "from .mixin_ssr import" in file.read_text())
-        stock = vars(type(self)).get("_stock_class")
-        if stock is None:
-            entry = Path(inspect.getfile(type(self)))
-            shutil.copy(entry, folder)
-        else:  # a class made by `ssr_pipeline_class` is not defined in a file
-            lines = "\n".join(line for line in listing.read_text().splitlines() if line.startswith("from ."))
-            entry = folder / f"pipeline_{type(self).__name__.lower()}.py"
-            entry.write_text(
-                f'"""{type(self).__name__}, as `ssr_pipeline_class` makes it."""\n\n'
-                f"from {stock.__module__} import {stock.__name__}\n\n{lines}\n\n"
-                f"{type(self).__name__} = ssr_pipeline_class({stock.__name__})\n"
-            )
+        imports = "\n".join(line for line in listing.read_text().splitlines() if line.startswith("from ."))
+        name, stock = type(self).__name__, vars(type(self)).get("_stock_class")
+        code = entry = Path(inspect.getfile(type(self)))
+        if stock is not None:  # a class made by `ssr_pipeline_class` is not defined in a file
+            entry = folder / f"pipeline_{name.lower()}.py"
+            base = f"from {stock.__module__} import {stock.__name__}"
+            entry.write_text(f"{base}\n\n{imports}\n\n{name} = ssr_pipeline_class({stock.__name__})\n")
+        else:
+            shutil.copy(code, folder)
+        if code.parent != Path(__file__).parent:  # the file of a user's own class does not import all modules
+            entry = folder / f"entry_{code.name}"
+            entry.write_text(f"{imports}\nfrom .{code.stem} import {name}  # noqa: F401\n")
         for file in get_relative_import_files(listing):
             shutil.copy(file, folder)
         return entry
@@ -283,9 +282,9 @@ class SSRLoaderMixin(components_ssr.SSRComponents):
     def from_pipe(cls, pipeline, **kwargs):
         r"""
         Creates this pipeline from the components of another pipeline, including its SSR-Encoder and the scale that was
-        set with `set_ssr_scale`. The arguments are
-        those of `DiffusionPipeline.from_pipe`. Only the default of `dtype` is different: `DiffusionPipeline.from_pipe`
-        casts the shared components to float32, and this method keeps their dtype if all of them have the same one.
+        set with `set_ssr_scale`. The arguments are those of `DiffusionPipeline.from_pipe`. Only the default of `dtype`
+        is different: `DiffusionPipeline.from_pipe` casts the shared components to float32, and this method keeps their
+        dtype if all of them have the same one.
 
         Args:
             pipeline (`DiffusionPipeline`):
@@ -366,15 +365,22 @@ def _load_image_encoder(source, folder: str, kwargs: dict) -> CLIPVisionModel:
     name = f"`image_encoder_folder`: {folder!r} of {source}"
     vision: Any = CLIPVisionModel
     try:
-        model, info = vision.from_pretrained(source, subfolder=folder, output_loading_info=True, **kwargs)
+        model, info = vision.from_pretrained(
+            source, subfolder=folder, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
     except (OSError, ImportError):
         raise
-    except Exception as error:  # transformers raises a `RuntimeError` for a wrong shape, and others for a wrong config
+    except Exception as error:  # transformers raises different errors for a wrong config
         raise ValueError(f"{name} holds no usable vision encoder: {error or type(error).__name__}") from error
-    # transformers only warns about missing weights and initializes them with random numbers
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ValueError(f"{name} lacks weights of its vision encoder: {internals_ssr.shorten_names(missing)}.")
+    # transformers initializes missing weights, and those of another shape, with random numbers
+    missing, mismatched = info["missing_keys"], info["mismatched_keys"]
+    for problem, keys in (
+        ("lacks weights", missing),
+        ("holds weights of a wrong shape", (key[0] for key in mismatched)),
+    ):
+        keys = sorted(keys)
+        if keys:
+            raise ValueError(f"{name} {problem} of its vision encoder: {internals_ssr.shorten_names(keys)}.")
     broken = [name for name, parameter in model.named_parameters() if not internals_ssr.is_finite(parameter)]
     if broken:
         raise ValueError(f"{name} holds weights that are not finite numbers: {internals_ssr.shorten_names(broken)}.")

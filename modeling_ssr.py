@@ -327,7 +327,11 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
         # a quantized encoder is returned without the info
         info: dict[str, Any] = {}
         model, info = loaded if isinstance(loaded, tuple) else (loaded, info)
-        # diffusers only warns about missing weights and initializes them with random numbers
+        # diffusers only warns about missing weights and initializes them with random numbers. Those that an index lists,
+        # but no shard has, are on the meta device.
+        if "missing_keys" in info and not hasattr(model, "_hf_hook"):
+            on_meta = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+            info["missing_keys"] = [*info["missing_keys"], *on_meta]
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             names = sorted(str(name) for name in info.get(kind, ()))
             if names:

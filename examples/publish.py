@@ -39,6 +39,10 @@ LOAD_ENCODER = """from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{base_model}", custom_pipeline="{repo_id}", trust_remote_code=True)
 pipe.load_ssr("{repo_id}")"""
+ENTRY = '''"""The entry file that `custom_pipeline="<owner>/<repo>"` loads."""
+
+from .pipeline_ssr import StableDiffusionSSRPipeline  # noqa: F401
+'''
 BASE_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
@@ -47,9 +51,9 @@ def copy_code(folder: Path) -> None:
     files = {ROOT / "LICENSE", *map(Path, get_relative_import_files(ROOT / "pipeline.py"))}
     for file in files | set(ROOT.glob("pipeline*.py")):
         shutil.copy(file, folder)
-    # `pipeline.py` must not import another pipeline file here: diffusers follows the relative imports of each file on
-    # the Hub, and would request every module twice
-    shutil.copy(ROOT / "pipeline_ssr.py", folder / "pipeline.py")
+    # diffusers requests each relative import of each file from the Hub: with the imports of `pipeline_ssr.py` alone,
+    # it requests each module once
+    (folder / "pipeline.py").write_text(ENTRY)
 
 
 def is_whole(weights: Path) -> bool:

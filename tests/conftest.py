@@ -215,3 +215,26 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def subject_args(**overrides) -> dict:
+    """Returns the arguments of a small deterministic call with a subject."""
+    return call_args(**{"subject_image": make_picture(), "subject_query": "cat", "subject_scale": 1.0, **overrides})
+
+
+def make_pipe_without_ssr() -> StableDiffusionSSRPipeline:
+    pipe = StableDiffusionSSRPipeline(**make_components(), requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def save_ssr(pipe, folder) -> None:
+    """Saves the SSR components of a pipeline."""
+    for name in ("ssr_encoder", "ssr_image_encoder", "ssr_image_processor"):
+        getattr(pipe, name).save_pretrained(folder / name)
+
+
+def quiet(pipe):
+    """Returns the pipeline, without a progress bar."""
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

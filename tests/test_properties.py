@@ -1,9 +1,7 @@
 """Properties that hold for arbitrary and untrusted inputs. hypothesis searches for counterexamples."""
 
-import gzip
 import json
 import math
-import tarfile
 import tempfile
 from itertools import islice
 from pathlib import Path
@@ -14,21 +12,14 @@ import pytest
 import torch
 from conftest import make_image_processor, make_ssr_encoder
 from diffusers_ssr import SSREncoder, SubjectEmbeds
-from diffusers_ssr.images_ssr import (
-    mask_values,
-    open_image,
-    postprocess_map,
-    preprocess,
-    preprocess_mask,
-    to_mask,
-    to_pil,
-)
-from diffusers_ssr.subject_embeds_ssr import Subject, check_count, check_scale
+from diffusers_ssr.images_ssr import mask_values, postprocess_map, preprocess, preprocess_mask, to_mask, to_pil
+from diffusers_ssr.internals_ssr import check_count, check_scale
+from diffusers_ssr.subject_embeds_ssr import Subject
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from test_modeling_ssr import TWO_LAYERS, small_released
 from test_training_data import GOOD, PICTURE, TEXTS, entry
 from text_files import read_rows
@@ -186,16 +177,6 @@ def test_preprocessing_and_postprocessing_of_all_sizes(width, height, mode):
     assert postprocess_map(torch.ones(2, 4, 4), (width, height), mode).shape == (2, height, width)
 
 
-@settings(max_examples=100)
-@given(content=st.binary(max_size=200), head=st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"\xff\xd8\xff\xe0", b"RIFF",
-                                                               b"II*\0", b"BM", b"P6 9 9 255\n"]))  # fmt: skip
-def test_any_bytes_are_a_picture_or_rejected(content, head):
-    try:
-        assert open_image(head + content, "photo").size > (0, 0)
-    except ValueError as error:
-        assert "`photo`" in str(error)
-
-
 @given(number=st.one_of(st.floats(), st.integers(), st.fractions(), st.booleans(), st.text(max_size=3), st.none(),
                         st.complex_numbers()))  # fmt: skip
 def test_numbers_of_all_libraries_are_treated_alike(number):
@@ -220,62 +201,11 @@ def test_numbers_of_all_libraries_are_treated_alike(number):
         assert outcome(check_count, np.int64(number)) == outcome(check_count, torch.tensor(number)) == count
 
 
-CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\r\0"), max_size=8)
-
-
-@given(rows=st.lists(st.fixed_dictionaries({"a": CELLS, "b": CELLS}), min_size=1, max_size=4),
-       encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32"]), delimiter=st.sampled_from(",;\t"))  # fmt: skip
-def test_tables_can_be_read_in_all_encodings(rows, encoding, delimiter, file):
-    def quoted(text: str) -> str:
-        return '"' + text.replace('"', '""') + '"'
-
-    lines = [f"a{delimiter}b", *(f"{quoted(row['a'])}{delimiter}{quoted(row['b'])}" for row in rows)]
-    table = file.with_suffix(".csv")
-    table.write_bytes("\r\n".join(lines).encode(encoding))
-    assert [row for _, row in read_rows(table)] == [row for row in rows if row["a"] or row["b"]]
-    listed = file.with_suffix(".jsonl")
-    listed.write_bytes("\n".join(json.dumps(row) for row in rows).encode(encoding))
-    assert [row for _, row in read_rows(listed)] == rows
-
-
-ANYTHING = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.integers(-2, 40) | st.floats() | st.text(max_size=4),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
-    max_leaves=4,
-)
-CONFIGS = st.fixed_dictionaries(
-    {},
-    optional={
-        **dict.fromkeys(("cross_attention_dim", "vision_hidden_size"), st.sampled_from([1, 8, 24, 32]) | ANYTHING),
-        **dict.fromkeys(("inner_dim", "num_attention_heads"), st.sampled_from([1, 2, 16]) | ANYTHING),
-        "image_levels": st.lists(st.integers(-1, 12), max_size=4) | ANYTHING,
-        "attention_layers": st.dictionaries(st.sampled_from(["a", "b.c", "b_c", ""]), st.integers(-1, 16)) | ANYTHING,
-        "known_fingerprint": ANYTHING,
-        "unknown": ANYTHING,
-    },
-)
-
-
 @pytest.fixture(scope="module")
 def encoder_folder():
     with tempfile.TemporaryDirectory() as folder:
         make_ssr_encoder().save_pretrained(folder)
         yield Path(folder)
-
-
-@given(config=CONFIGS)
-def test_an_encoder_with_any_config_is_loaded_or_rejected(config, encoder_folder):
-    """An encoder that is loaded has the weights of the file. The error names the folder."""
-    file, before = encoder_folder / "config.json", (encoder_folder / "config.json").read_text()
-    file.write_text(json.dumps({**json.loads(before), **config}))
-    try:
-        loaded = SSREncoder.from_pretrained(encoder_folder)
-        weights = load_file(encoder_folder / "diffusion_pytorch_model.safetensors")
-        assert all(torch.equal(tensor, weights[name]) for name, tensor in loaded.state_dict().items())
-    except ValueError as error:
-        assert f"`pretrained_model_name_or_path`: {encoder_folder} " in str(error)
-    finally:
-        file.write_text(before)
 
 
 @settings(max_examples=100)
@@ -289,8 +219,8 @@ def test_an_encoder_with_any_changed_bytes_is_loaded_or_rejected(position, conte
     try:
         loaded = SSREncoder.from_pretrained(encoder_folder)
         assert all(torch.isfinite(parameter).all() for parameter in loaded.parameters())
-    except ValueError as error:
-        assert f"`pretrained_model_name_or_path`: {encoder_folder} " in str(error)
+    except (OSError, ValueError) as error:
+        assert str(encoder_folder) in str(error)
     finally:
         weights.write_bytes(before)
 

@@ -1,0 +1,6 @@
+"""For tools that look for this file. The metadata of the package is in pyproject.toml."""
+
+from setuptools import setup
+
+
+setup()
