@@ -1,7 +1,9 @@
 """Properties that hold for arbitrary and untrusted inputs. hypothesis searches for counterexamples."""
 
+import gzip
 import json
 import math
+import tarfile
 import tempfile
 from itertools import islice
 from pathlib import Path
