@@ -23,6 +23,7 @@ import torch
 from command_line import HelpFormatter, check_companions, naming, output_folder, positive, run_script
 from image_files import SUFFIXES
 from PIL import Image
+from text_files import is_blank, text_of
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -31,7 +32,7 @@ with needs("train"):
     import datasets
     import training_data
     from accelerate import PartialState
-    from training_data import FilePath, text_of
+    from training_data import FilePath
 
 
 TEXT = datasets.Value("string")
@@ -127,7 +128,7 @@ def open_sample(row: dict, args: argparse.Namespace) -> dict:
     if args.max_image_size is not None and min(image.size) > args.max_image_size:
         ratio = args.max_image_size / min(image.size)
         image = image.resize([round(side * ratio) for side in image.size], Image.Resampling.LANCZOS)
-    text = sidecar(cell, ".txt") or (None if training_data.is_blank(text) else text)
+    text = sidecar(cell, ".txt") or (None if is_blank(text) else text)
     return {**row, "image": image, "text": text, "cell": cell}
 
 

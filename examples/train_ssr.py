@@ -11,14 +11,13 @@ with `--reference_column reference`:
 
 For other training sets, see docs/training.md. The result can be loaded with `pipe.load_ssr("my-ssr")`.
 
-To train with several processes on CPUs only, use `torchrun` with ACCELERATE_USE_CPU=1.
+For several processes on CPUs, use `ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2`.
 """
 
 import argparse
 import copy
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -42,7 +41,8 @@ from transformers import CLIPImageProcessor, CLIPVisionModel
 with needs("train"):
     from accelerate import Accelerator
     from accelerate.logging import get_logger
-    from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, gather_object, set_seed
+    from accelerate.utils import ProjectConfiguration, gather_object, set_seed
+    from processes import check_processes
     from training_data import Columns, FeatureCache, Preparation, Samples, Tensors, load_rows, summary
     from training_options import check_args, parse_args
 
@@ -50,9 +50,7 @@ with needs("train"):
 logger = get_logger(__name__, log_level="INFO")
 
 
-def new_encoder(
-    unet, text_width: int, vision_config, args, encoder_class: type[SSREncoder] = SSREncoder
-) -> SSREncoder:
+def new_encoder(unet, text_width: int, vision_config, args, encoder_class=SSREncoder) -> SSREncoder:
     """Creates a new encoder that fits the loaded models. With `init_from_text`, the key and value projections start as
     those of the UNet for text, because the loss keeps subject embeddings close to text embeddings (equation 7)."""
     names = [name.removesuffix(".processor") for name in unet.attn_processors]
@@ -93,10 +91,7 @@ def load_models(args: argparse.Namespace, build: Callable[..., SSREncoder] = new
         with naming("--ssr_encoder_name_or_path", start):
             pipe.load_ssr(start, dtype=torch.float32, **models)
     else:
-        if args.released_aligner is not None:
-            encoder = SSREncoder.from_released(args.released_aligner, args.released_layers)
-        else:
-            encoder = build(pipe.unet, pipe.text_encoder.config.hidden_size, models["image_encoder"].config, args)
+        encoder = build(pipe.unet, pipe.text_encoder.config.hidden_size, models["image_encoder"].config, args)
         pipe.load_ssr(encoder, **models)
     encoder = pipe.ssr_encoder
     pipe.register_modules(ssr_encoder=None)
@@ -161,11 +156,8 @@ class FrozenFeatures:
         }
 
     def __call__(self, samples: list[dict], mask_weight: float = 1.0) -> Tensors:
-        """
-        Returns `latent_mean`, `latent_std` and `caption_states` of the samples, and of the subjects of all samples
-        `levels`, `query_states` and `row`, the index of the sample of each subject. If a subject has a mask, there is also
-        `mask`, in which subjects without a mask have one without an effect.
-        """
+        """Returns `latent_mean`, `latent_std` and `caption_states` of the samples, and of the subjects of all samples
+        `levels`, `query_states`, `row` (the index of their sample), and `mask` if a subject has one."""
         device = self.pipe.unet.device
         compute = self._compute
         parts = [self.cache(sample, compute) for sample in samples] if self.cache else [compute(samples)]
@@ -174,7 +166,7 @@ class FrozenFeatures:
         features["row"] = torch.arange(len(samples)).repeat_interleave(counts).to(device)
         mask = features.pop("mask")
         if (mask >= 0).any():
-            # with this value, the logits of all patches grow by 1, like the logit of the class token
+            # without an effect for subjects without a mask: with this value, the logits of all patches grow by 1, like the logit of the class token
             features["mask"] = torch.where(mask >= 0, mask, 1 / mask_weight if mask_weight else 1.0)
         return features
 
@@ -207,24 +199,18 @@ def draw(seed: int, numbers: Sequence[int], latent_shape: Sequence[int]) -> Tens
         mixed = int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> 1)
         generator = torch.Generator().manual_seed(mixed)
         drawn["shares"].append(torch.rand(3, generator=generator))
-        for name in ("noise", "latent_noise"):
-            drawn[name].append(torch.randn(*latent_shape, generator=generator))
+        drawn["noise"].append(torch.randn(*latent_shape, generator=generator))
+        drawn["latent_noise"].append(torch.randn(*latent_shape, generator=generator))
     return {name: torch.stack(values) for name, values in drawn.items()}
 
 
 def consistency_loss(subject_embeds: torch.Tensor, query_hidden_states: torch.Tensor, form="released", weights=None):
     """
-    The embedding consistency loss, which keeps the subject embeddings close to the meaning of the query (section 3.4
-    of the paper, equation 7). It is 0 if the directions of both embeddings are equal.
-
-    Args:
-        subject_embeds (`torch.Tensor` of shape `(batch_size, num_tokens * num_levels, cross_attention_dim)`):
-            the output of [`SSREncoder`].
-        query_hidden_states (`torch.Tensor` of shape `(batch_size, num_tokens, cross_attention_dim)`):
-            the query hidden states that the encoder was called with. They receive no gradient.
-        form (`"released"` or `"paper"`): `"released"` compares each token with the query's token and sums over the
-            levels, as the released code does. `"paper"` compares the means over all tokens, as the paper describes.
-        weights (`torch.Tensor` of shape `(batch_size,)`, *optional*): the weights of the samples; default: equal.
+    Returns the embedding consistency loss, which keeps the subject embeddings of shape
+    `(batch_size, num_tokens * num_levels, cross_attention_dim)` close to the query hidden states of shape
+    `(batch_size, num_tokens, cross_attention_dim)` (section 3.4 of the paper, equation 7). The form "released" compares
+    each token with the query's token and sums over the levels, as the released code does, and "paper" compares the
+    means over all tokens. `weights`, of shape `(batch_size,)`, are the weights of the samples.
     """
     query = query_hidden_states.detach()
     if form == "paper":
@@ -382,18 +368,10 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(str(args.output_dir), str(args.output_dir / args.logging_dir)),
-        # the learning rate scheduler advances once for each optimizer step, regardless of the number of processes
-        step_scheduler_with_optimizer=False,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        project_config=ProjectConfiguration(str(args.output_dir), str(args.output_dir / "logs")),
+        step_scheduler_with_optimizer=False,  # one step for each optimizer step, for any number of processes
     )
-    started = int(os.environ.get("WORLD_SIZE", 1))
-    if accelerator.num_processes < started:
-        # otherwise each process would train separately and overwrite the files of the other processes
-        raise ValueError(
-            f"`WORLD_SIZE` is {started}, but accelerate sees {accelerator.num_processes} process: on CPUs it needs"
-            " ACCELERATE_USE_CPU=1 in the environment."
-        )
+    check_processes(accelerator.num_processes)
     return accelerator
 
 
@@ -411,22 +389,20 @@ def main(
     build: Callable[..., SSREncoder] = new_encoder,
     open_samples: Callable[[Preparation, tuple[int, int]], Samples] | None = None,
 ) -> None:
-    """Trains an encoder. `arguments` replace the command-line arguments. `build` has the signature of `new_encoder`
-    and can create another kind of encoder. `open_samples` is for samples that are not read from the rows of a training
-    set. It gets the [`Preparation`] of the run and the position to start at, and returns an iterable like
-    [`training_data.Samples`], with the attributes `position` and `bad`, of samples like those of the [`Preparation`]."""
+    """Trains an encoder. `arguments` replace the command-line arguments. `build` is used instead of `new_encoder`.
+    `open_samples` gets the [`Preparation`] of the run and the position to start at, and returns an iterable like
+    [`training_data.Samples`], for samples that are not read from the rows of a training set."""
     # options, training set and processes: what can be wrong is checked before models are loaded
     args = parse_args(__doc__, [scheduler.value for scheduler in SchedulerType], arguments)
     check_args(args)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    names = ("image", "caption", "query", "reference", "mask")
-    columns = Columns(*(getattr(args, f"{name}_column") for name in names))
+    columns = Columns(
+        *(getattr(args, f"{name}_column") for name in ("image", "caption", "query", "reference", "mask"))
+    )
     source = (args.train_data_dir, args.dataset_name, args.dataset_config_name, args.streaming)
     rows = load_rows(*source, columns) if open_samples is None else []
     accelerator = make_accelerator(args)
     process, num_processes = accelerator.process_index, accelerator.num_processes
-    if open_samples is not None and num_processes > 1:
-        raise ValueError("`open_samples` is for one process: several would all train on the same samples.")
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     set_seed(args.seed)
 
@@ -445,10 +421,7 @@ def main(
 
     # optimizer, and the state of an earlier run
     run = Run(accelerator, encoder, args)
-    optimizer_class = torch.optim.AdamW
-    if args.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit as optimizer_class
-    optimizer = optimizer_class(
+    optimizer = torch.optim.AdamW(
         encoder.parameters(), lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay, eps=args.adam_epsilon,
     )  # fmt: skip
@@ -505,7 +478,7 @@ def main(
         run.update_average()
         bar.update()
         logs = {"loss": loss.item(), "mse": mse.item(), "consistency": consistency.item()}
-        bar.set_postfix({name: f"{value:.4f}" for name, value in logs.items()}, refresh=False)
+        bar.set_postfix(logs, refresh=False)
         accelerator.log({**logs, "lr": lr_scheduler.get_last_lr()[0]}, step=run.step)
         if run.step % args.checkpointing_steps == 0:
             run.save()

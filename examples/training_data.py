@@ -1,6 +1,5 @@
 """Reads training sets: rows of folders, Parquet files, WebDataset shards and the Hub, and the samples made of them."""
 
-import codecs
 import hashlib
 import json
 import os
@@ -18,26 +17,24 @@ from pathlib import Path
 import datasets
 import fsspec
 import numpy as np
-import pyarrow.parquet
+import pyarrow
 import torch
 from datasets.distributed import split_dataset_by_node
 from diffusers_ssr.images_ssr import preprocess, preprocess_mask, to_mask, to_pil
 from diffusers_ssr.internals_ssr import atomic_file
 from huggingface_hub.constants import HF_HUB_CACHE
-from image_files import MAX_BYTES, SUFFIXES, open_image
+from image_files import MAX_BYTES, SUFFIXES, crop_square, open_image
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from text_files import open_text, read_rows
+from text_files import is_blank, open_text, read_rows, text_of
 from transformers import CLIPImageProcessor
 
 
-METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+METADATA_FILES = ("metadata.csv", "metadata.jsonl")
 ERROR_COLUMN = "__error__"  # if a row could not be read, this column holds the reason
 MAX_SUBJECTS = 16
 SHARD_FILE = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")  # the key of the row, and the column
-Rows = list[dict] | datasets.Dataset | datasets.IterableDataset
-Position = tuple[int, int]
 Tensors = dict[str, torch.Tensor]
 
 
@@ -57,7 +54,7 @@ class Columns:
     mask: str | None = None
 
 
-def load_rows(train_data_dir, dataset_name=None, dataset_config_name=None, streaming=False, columns=Columns()) -> Rows:
+def load_rows(train_data_dir, dataset_name=None, dataset_config_name=None, streaming=False, columns=Columns()):
     """Opens a training set: a folder with one of `METADATA_FILES`, Parquet files or WebDataset shards, or a dataset of
     the Hub. Shards are always streamed. Raises a `ValueError` if there is none or if it cannot be read."""
     if dataset_name is not None:
@@ -68,7 +65,7 @@ def load_rows(train_data_dir, dataset_name=None, dataset_config_name=None, strea
         raise ValueError(f"`train_data_dir` has to be a folder, but there is none at {folder}.")
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     shards = [str(file) for file in files if file.suffix == ".tar"]
-    tables = [str(file) for file in files if file.suffix == ".parquet" and file.name not in METADATA_FILES]
+    tables = [str(file) for file in files if file.suffix == ".parquet"]
     if shards:
         return datasets.IterableDataset.from_generator(read_shards, gen_kwargs={"shards": shards})
     if tables:
@@ -77,7 +74,7 @@ def load_rows(train_data_dir, dataset_name=None, dataset_config_name=None, strea
     return read_metadata([file for file in files if file.name in METADATA_FILES], folder)
 
 
-def _load_dataset(source: str, options: dict, streaming: bool, columns: Columns) -> Rows:
+def _load_dataset(source: str, options: dict, streaming: bool, columns: Columns):
     try:
         dataset = datasets.load_dataset(**options, split="train", streaming=streaming)
     except Exception as error:  # `datasets` and the parsers that it uses raise many kinds of errors
@@ -99,17 +96,11 @@ def read_metadata(files: list[Path], root: Path) -> list[dict]:
     rows = []
     for file in files:
         try:
-            if file.suffix == ".parquet":
-                numbered = enumerate(pyarrow.parquet.read_table(file).to_pylist())
-            else:
-                with open_text(file) as text:
-                    text.read()  # if it is not UTF-8, the error is raised before any row is used
-                numbered = read_rows(file)
+            with open_text(file) as text:
+                text.read()  # if it is not UTF-8, the error is raised before any row is used
         except UnicodeDecodeError as error:
             raise ValueError(f"`train_data_dir`: {file} is not UTF-8, save it with this encoding: {error}") from error
-        except (OSError, pyarrow.ArrowException) as error:
-            raise ValueError(f"`train_data_dir`: {file} cannot be read: {error}") from error
-        for number, row in numbered:
+        for number, row in read_rows(file):
             row = _with_paths(row, file.parent, root) if isinstance(row, dict) else {ERROR_COLUMN: row}
             name = f" ({row['file_name']})" if row.get("file_name") else ""
             rows.append({**row, "__key__": f"{file}, line {number}{name}"})
@@ -157,7 +148,7 @@ def _shard_files(archive: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
 
 def shard_columns(row: dict) -> dict:
     """Turns the files of a row into columns: `jpg` becomes `image`, `mask.png` becomes `mask`, `txt` becomes `text`, and
-    each entry of `json` becomes a column. `reference.0.png`, `reference.1.png`, ... become a list in `reference`."""
+    each entry of `json` becomes a column."""
     entries, files = {}, {}
     for name, value in row.items():
         prefix, _, suffix = name.rpartition(".")
@@ -170,12 +161,7 @@ def shard_columns(row: dict) -> dict:
             default = "text" if suffix == "txt" else "image" if f".{suffix.lower()}" in SUFFIXES else name
             files[prefix if prefix and default != name else default] = value
     # files take precedence over entries of the same name, which are often only the original names of the files
-    columns, lists = {**entries, **files}, {}
-    for name in list(columns):
-        stem, _, number = name.rpartition(".")
-        if stem and number.isdecimal():
-            lists.setdefault(stem, {})[int(number)] = columns.pop(name)
-    return columns | {stem: [values[number] for number in sorted(values)] for stem, values in lists.items()}
+    return entries | files
 
 
 def read_row(row: dict | pyarrow.Table | Callable, name: str) -> tuple[str, dict]:
@@ -227,33 +213,6 @@ def open_rgb(value, name: str, min_size: int = 1) -> Image.Image:
     if min(image.size) < min_size:
         raise ValueError(f"{name} is {image.width} x {image.height} pixels, less than {min_size} on a side")
     return image
-
-
-def text_of(value, name: str) -> str:
-    """Returns a text without surrounding whitespace. Raises a `ValueError` if it is empty, not a text, or not UTF-8."""
-    if isinstance(value, bytes):
-        marked = value.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        try:
-            value = value.decode("utf-16" if marked else "utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{name} is not UTF-8: {error}") from error
-    if value is None or is_blank(value):
-        raise ValueError(f"{name} is missing or empty")
-    # JSON can contain halves of characters, which tokenizers cannot represent
-    if not isinstance(value, str) or any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise ValueError(f"{name} is not a text: {value!r:.80}")
-    return value.strip()
-
-
-def is_blank(cell) -> bool:
-    return isinstance(cell, (str, bytes)) and not cell.strip()
-
-
-def crop_square(image: Image.Image, side: int) -> Image.Image:
-    """Crops the central square and scales it to `side` pixels."""
-    edge = min(image.size)
-    left, top = (image.width - edge) // 2, (image.height - edge) // 2
-    return image.crop((left, top, left + edge, top + edge)).resize((side, side), Image.Resampling.LANCZOS)
 
 
 @dataclass(frozen=True)
@@ -359,7 +318,7 @@ class Samples:
             if position[0] > begun + self.process[1]:
                 raise ValueError(f"No row of the training set can be used; the last one, {name}: {sample}")
 
-    def _rows(self) -> Iterator[tuple[Position, str, dict]]:
+    def _rows(self) -> Iterator[tuple[tuple[int, int], str, dict]]:
         (epoch, start), (index, count) = self.position, self.process
         while True:
             if self.is_stream:
@@ -376,7 +335,7 @@ class Samples:
                 raise ValueError("The training set has no rows for this process: it needs more rows or more shards.")
             epoch, start = epoch + 1, 0
 
-    def _prepared(self, item: tuple[Position, str, dict]) -> tuple[Position, str, dict | ValueError]:
+    def _prepared(self, item: tuple[tuple[int, int], str, dict]) -> tuple[tuple[int, int], str, dict | ValueError]:
         position, name, row = item
         try:
             return position, name, self.prepare(row)

@@ -1,13 +1,12 @@
 """The options of train_ssr.py, and the checks of their values before training starts."""
 
 import argparse
-import importlib.util
 from argparse import BooleanOptionalAction
 from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate.tracking import get_available_trackers
-from command_line import HelpFormatter, check_companions, check_unused, output_folder, positive, seed, share
+from command_line import HelpFormatter, check_unused, output_folder, positive, seed, share
 
 
 def parse_args(
@@ -17,20 +16,16 @@ def parse_args(
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
     add = parser.add_argument
 
-    # models
     add("--pretrained_model_name_or_path", required=True, help="Stable Diffusion 1.5, from the Hub or a folder")
     add("--revision", help="revision of the pretrained model")
     add("--variant", help='of the pretrained model\'s files, such as "fp16"')
     add("--image_encoder_name_or_path", help="CLIP vision encoder, usually openai/clip-vit-large-patch14")
     add("--ssr_encoder_name_or_path", help="repository or folder with an SSR-Encoder to fine-tune")
-    add("--released_aligner", type=Path, help="pytorch_model.bin of the authors, to fine-tune the released weights")
-    add("--released_layers", type=Path, help="pytorch_model_1.bin of the authors")
     add("--inner_dim", type=positive, default=512, help="width of a new encoder's aligner")
     add("--num_attention_heads", type=positive, default=8, help="heads of a new encoder's aligner")
     add("--image_levels", type=int, nargs="+", help="levels of a new encoder; default: six of the vision encoder")
     add("--init_from_text", action=BooleanOptionalAction, default=True, help="start from the UNet's text projections")
 
-    # training set
     add("--train_data_dir", help="folder with metadata.jsonl, Parquet files (*.parquet) or WebDataset shards (*.tar)")
     add("--dataset_name", help="dataset of the Hub, instead of a folder")
     add("--dataset_config_name", help="configuration of the Hub's dataset")
@@ -50,7 +45,6 @@ def parse_args(
 
     # optimization
     add("--output_dir", type=output_folder, default=Path("ssr-model"), help="for the encoder and the checkpoints")
-    add("--logging_dir", default="logs", help="folder for logs inside output_dir")
     add("--report_to", default="tensorboard", help='"tensorboard", "wandb", "all", ... or "none"')
     add("--seed", type=seed, default=0, help="seed of the order of the rows and of all random numbers")
     add("--max_train_steps", type=positive, default=100_000, help="optimizer steps")
@@ -62,7 +56,6 @@ def parse_args(
     add("--learning_rate", type=float, default=5e-5, help="learning rate of AdamW")
     add("--lr_scheduler", choices=lr_schedulers, default="constant", help="learning rate schedule")
     add("--lr_warmup_steps", type=int, default=500, help="number of steps in which the learning rate rises from 0")
-    add("--use_8bit_adam", action="store_true", help="needs bitsandbytes")
     add("--adam_beta1", type=float, default=0.9, help="AdamW's decay of the mean of the gradients")
     add("--adam_beta2", type=float, default=0.999, help="AdamW's decay of the mean of the squared gradients")
     add("--adam_weight_decay", type=float, default=1e-2, help="weight decay of AdamW")
@@ -86,17 +79,10 @@ def parse_args(
     add("--resume_from_checkpoint", help='folder of a checkpoint, or "latest"')
     args = parser.parse_args(arguments)
 
-    companions = {
-        "dataset_name": ("dataset_config_name",),
-        "mask_column": ("mask_query", "mask_weight"),
-        "use_ema": ("ema_decay",),
-    }
-    check_companions(parser, args, companions)
     new_encoder = ("inner_dim", "num_attention_heads", "image_levels", "init_from_text")
-    check_unused(parser, args, {"ssr_encoder_name_or_path": new_encoder, "released_aligner": new_encoder})
+    check_unused(parser, args, {"ssr_encoder_name_or_path": new_encoder})
     if args.consistency_weight is None:
-        fresh = args.ssr_encoder_name_or_path is None and args.released_aligner is None
-        args.consistency_weight = 0.1 if fresh else 0.001
+        args.consistency_weight = 0.1 if args.ssr_encoder_name_or_path is None else 0.001
     return args
 
 
@@ -114,22 +100,15 @@ def check_args(args: argparse.Namespace) -> None:
     size = 8 if args.resolution is None else args.resolution
     check(size >= 8 and size % 8 == 0, f"`resolution` has to be a multiple of 8, but is {size}.")
 
-    released = (args.released_aligner is not None, args.released_layers is not None)
-    check(released[0] == released[1], "Pass both of `released_aligner` and `released_layers`, or none.")
-    start, vision = args.ssr_encoder_name_or_path, args.image_encoder_name_or_path
-    check(not (released[0] and start), "Pass either `ssr_encoder_name_or_path` or the released files, but not both.")
-    check(bool(vision or start), "`image_encoder_name_or_path` is missing: pass the CLIP encoder for the references.")
+    models = args.ssr_encoder_name_or_path, args.image_encoder_name_or_path
+    check(any(models), "`image_encoder_name_or_path` is missing: pass the CLIP encoder for the references.")
     sources = (args.train_data_dir, args.dataset_name)
     check(sources.count(None) == 1, f"Pass either `train_data_dir` or `dataset_name`, but not {sources}.")
-    for name in ("released_aligner", "released_layers") if released[0] else ():
-        check(getattr(args, name).is_file(), f"`{name}`: there is no file {getattr(args, name)}.")
     resume = args.resume_from_checkpoint
     valid = resume in (None, "latest") or (Path(resume) / "run_0.json").is_file()
     check(valid, f'`resume_from_checkpoint` has to be "latest" or the folder of a checkpoint, but is {resume!r}.')
 
-    # optional packages: accelerate only skips trackers that are not installed
+    # accelerate only skips trackers that are not installed
     trackers = ["none", "all", *map(str, get_available_trackers())]
     unknown = f"`report_to` is {args.report_to!r}, which is unknown or not installed: choose one of {trackers}."
     check(args.report_to in trackers, unknown)
-    installed = not args.use_8bit_adam or importlib.util.find_spec("bitsandbytes") is not None
-    check(installed, "`use_8bit_adam` needs the package bitsandbytes, which is not installed.")

@@ -10,8 +10,6 @@ import sys
 import tarfile
 from types import SimpleNamespace
 
-from extras import is_installed
-
 import pytest
 import torch
 import train_ssr
@@ -577,18 +575,14 @@ def test_bad_samples_are_left_out_and_reported(models, pictures, tmp_path):
         ({"resolution": 30}, "resolution"),
         ({"train_data_dir": None}, "train_data_dir"),
         ({"image_encoder_name_or_path": None}, "image_encoder_name_or_path"),
-        ({"released_aligner": "a.bin", **NO_SIZES}, "released_layers"),
         ({"resume_from_checkpoint": "nowhere"}, "resume_from_checkpoint"),
         ({"learning_rate": 0}, "learning_rate"),
         ({"mask_column": "mask", "mask_weight": -1}, "mask_weight"),
         ({"report_to": "no_tracker"}, "report_to.*tensorboard"),
-        ({"use_8bit_adam": True}, "bitsandbytes"),
         *(({"report_to": name}, "report_to.*not installed") for name in MISSING_TRACKERS),
     ],
 )
 def test_errors_name_the_invalid_option(changes, message):
-    if "use_8bit_adam" in changes and is_installed("bitsandbytes"):
-        pytest.skip("bitsandbytes is installed")
     options = arguments(ROOT, ROOT, "out", **changes)
     with pytest.raises(ValueError, match=message):
         check_args(parse_args("", ["constant"], options))
