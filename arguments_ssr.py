@@ -18,12 +18,10 @@ _INSTEAD = {
     "in_controlnet": "subject_in_controlnet",
     "lora_scale": 'cross_attention_kwargs={"scale": ...}',
     "mask": "subject_mask",
-    "queries": "subject_query",
     "query": "subject_query",
     "ref_image": "subject_image",
     "reference": "subject_image",
     "reference_image": "subject_image",
-    "reference_mask": "subject_mask",
     "region": "subject=cat.inside(region)",
     "resize_mode": "subject_resize_mode",
     "scale": "subject_scale",
@@ -70,13 +68,14 @@ def check_own_arguments(own: dict, defaults: dict, kwargs: dict, stock_call: Cal
             "`subject` is encoded already: pass it to `encode_subject`",
         )
     else:
-        unused, reason = [] if reference else list(own), "there is no subject"
+        has_subject = bool(reference) or own["negative_subject"] is not None
+        unused, reason = [] if has_subject else list(own), "there is no subject"
     for name in unused:
         value, default = own[name], defaults[name]
         # arrays are compared by element, so they are never a default value here
         if value is not default and (hasattr(value, "shape") or value != default):
             raise ValueError(f"`{name}` is {value!r}, but {reason}.")
-    return own["subject"] is not None or bool(reference)
+    return own["subject"] is not None or own["negative_subject"] is not None or bool(reference)
 
 
 def arguments_by_name(call: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:
@@ -123,6 +122,8 @@ def check_rows(rows: list[request_ssr.Row], num_frames: int, own: dict, argument
         )
     if not own["subject_in_controlnet"]:
         return
+    if own["negative_subject"] is not None:
+        raise ValueError("`subject_in_controlnet` does not support a `negative_subject`.")
     if getattr(pipeline, "controlnet", None) is None:
         raise ValueError(f"`subject_in_controlnet` is True, but {type(pipeline).__name__} has no ControlNet.")
     if any(len(row) > 1 for row in rows):
@@ -217,6 +218,18 @@ def parse_subjects(subject: Any, num_prompts: int) -> list[request_ssr.Row]:
     return check_one_for_each("`subject`", rows, num_prompts)
 
 
+def parse_negative_subject(subject: Any, num_prompts: int, keyframes: list[int]) -> list[request_ssr.Row] | None:
+    """Reads the argument `negative_subject` of a call, which has the same subjects at all keyframes of `subject`."""
+    if subject is None:
+        return None
+    rows = [
+        _parse_row(value, True, "negative_subject") for value in (subject if isinstance(subject, list) else [subject])
+    ]
+    if any(len(row) > 1 for row in rows):
+        raise ValueError("`negative_subject` cannot have keyframes.")
+    return check_one_for_each("`negative_subject`", [dict.fromkeys(keyframes, row[0]) for row in rows], num_prompts)
+
+
 def check_one_for_each(names: str, rows: list, num_prompts: int) -> list:
     """Returns the list. Raises a `ValueError` if it has neither one subject for all prompts nor one for each
     prompt."""
@@ -228,7 +241,7 @@ def check_one_for_each(names: str, rows: list, num_prompts: int) -> list:
     return rows
 
 
-def _parse_row(subject: Any, none_is_allowed: bool) -> request_ssr.Row:
+def _parse_row(subject: Any, none_is_allowed: bool, name: str = "subject") -> request_ssr.Row:
     keyframes = subject if isinstance(subject, dict) else {0: subject}
     # numpy integers too, but not booleans
     integers = all(isinstance(frame, Integral) and not isinstance(frame, bool) for frame in keyframes)
@@ -239,7 +252,7 @@ def _parse_row(subject: Any, none_is_allowed: bool) -> request_ssr.Row:
             value is None and (none_is_allowed or isinstance(subject, dict))
         ):
             raise ValueError(
-                "`subject` has to be a SubjectEmbeds, a dict of them by frame, or a list of these and None, but holds"
+                f"`{name}` has to be a SubjectEmbeds, a dict of them by frame, or a list of these and None, but holds"
                 f" {type(value).__name__}."
             )
     shapes = {tuple(s.embeds.shape[1] for s in v.subjects) for v in keyframes.values() if v is not None}

@@ -175,19 +175,16 @@ class SubjectConditions:
             the scale. A layer with zero tokens is not changed. A row is used for one image or video, or for several
             consecutive ones in the batch.
         token_subject (`torch.Tensor` of shape `(num_rows, num_subject_tokens)`, *optional*):
-            The index of the subject in its row that each token belongs to, -1 for padding. Required if the rows have
-            different numbers of tokens or if there are regions.
+            The index of the subject in its row that each token belongs to, -1 for padding.
         regions (`list[list[torch.Tensor | None]]`, *optional*):
-            For each row and each of its subjects, a mask of where in the output the subject may appear: 1 inside and 0
-            outside. The shape is `(1, height, width)`, or `(num_frames, height, width)` for a region that moves.
-            `None` allows the subject everywhere.
+            For each row and each of its subjects, where it may appear: 1 inside and 0 outside, of shape
+            `(1, height, width)` or `(num_frames, height, width)`. `None` allows the subject everywhere.
         counts (`torch.Tensor` of shape `(num_rows, num_subject_tokens)`, *optional*):
             How many times each token counts in the softmax. By default each token counts once.
         frames (`int`, defaults to 1):
             Number of frames of each video.
         keyframes (`torch.Tensor` of shape `(num_frames,)`, *optional*):
-            The position of each frame between the keyframes. For example, 1.25 is a quarter of the way from the second
-            keyframe to the third.
+            The position of each frame between the keyframes: 1.25 is a quarter of the way from the second to the third.
     """
 
     pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -201,19 +198,9 @@ class SubjectConditions:
     def for_transformer(
         self, layers: Sequence[str], text: torch.Tensor | tuple, batch_size: int, grid: tuple[int, int]
     ) -> LayerSubject:
-        r"""
-        Returns what the cross-attention layers of one transformer get.
-
-        Args:
-            layers (`Sequence[str]`):
-                The names of the transformer's cross-attention layers in the UNet, one for each block.
-            text (`torch.Tensor` or `tuple`):
-                The `encoder_hidden_states` of the transformer.
-            batch_size (`int`):
-                The number of images (or frames, for videos) in the batch.
-            grid (`tuple[int, int]`):
-                The height and width of the transformer's grid of positions.
-        """
+        """Returns what the cross-attention layers of one transformer get. `layers` are the names of its layers, one for each
+        block, `text` is its `encoder_hidden_states`, `batch_size` the number of images (or frames) in its batch, and `grid`
+        the height and width of its grid of positions."""
         pairs: list[Any] = [self.pairs.get(name, (None, None)) for name in layers]
         if self.keyframes is not None:
             pairs = [(_between_keyframes(k, self.keyframes), _between_keyframes(v, self.keyframes)) for k, v in pairs]

@@ -10,7 +10,6 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from torch import nn
 from transformers import CLIPImageProcessor, PreTrainedModel
 
 from . import hooks_ssr, internals_ssr, modeling_ssr
@@ -104,34 +103,23 @@ def check_fits_unet(unet, encoder) -> None:
             )
 
 
-def check_precision(text_encoder: nn.Module | None, unet) -> None:
-    """Raises a `ValueError` if the text encoder and the UNet have different precisions and autocast is disabled. Such
-    a pipeline would fail in the first step."""
-    usual = (torch.float16, torch.bfloat16, torch.float32)
-    unet = hooks_ssr.find_unet(unet)
-    dtypes = (None if text_encoder is None else text_encoder.dtype), unet.dtype
-    if all(dtype in usual for dtype in dtypes) and dtypes[0] != dtypes[1]:
-        if not torch.is_autocast_enabled(unet.device.type):
-            raise ValueError(
-                f"`text_encoder` is in {dtypes[0]}, but `unet` in {dtypes[1]}: load the pipeline with `dtype=` (for"
-                " instance `dtype=torch.float32`), or move it with `pipe.to(dtype)`."
-            )
-
-
-def check_controlnet(controlnet, encoder) -> None:
-    """Raises a `ValueError` if a ControlNet, or one of several ControlNets, belongs to another model family."""
-    for net in getattr(controlnet, "nets", [controlnet] if controlnet is not None else []):
-        if net.config.cross_attention_dim != encoder.config.cross_attention_dim:
-            raise ValueError(
-                f"`controlnet` reads text of width {net.config.cross_attention_dim}, but this pipeline's is"
-                f" {encoder.config.cross_attention_dim} wide: it belongs to another model family."
-            )
+def check_precision(text_encoder, unet) -> None:
+    """Raises a `ValueError` if the text encoder and the UNet have different precisions, with which the first step would
+    fail. Without `dtype=`, transformers keeps the precision of the files, and diffusers loads in float32."""
+    dtypes = {None if model is None else model.dtype for model in (text_encoder, hooks_ssr.find_unet(unet))}
+    usual = {torch.float16, torch.bfloat16, torch.float32}
+    if len(dtypes & usual) > 1 and not torch.is_autocast_enabled(unet.device.type):
+        raise ValueError(
+            f"`text_encoder` is in {text_encoder.dtype}, but `unet` in {unet.dtype}: load the pipeline with `dtype=`, or"
+            " move it with `pipe.to(dtype)`."
+        )
 
 
 # The pipelines and schedulers that are in a call, and a lock for each tokenizer. `_lock` is held while they are changed.
+# It is reentrant, because the garbage collector can end an interrupted call in any thread, also while that holds it.
 _in_use: WeakSet[Any] = WeakSet()
 _tokenizer_locks: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
-_lock = threading.Lock()
+_lock = threading.RLock()
 
 
 @contextmanager

@@ -15,11 +15,13 @@ from . import components_ssr, images_ssr, internals_ssr, subject_embeds_ssr
 
 @dataclass(eq=False)
 class _Reference:
-    """A reference image with the query or mask that selects a subject in it."""
+    """A reference image with the query or mask that selects a subject in it. References with the same `number` are
+    images of one subject."""
 
     image: Image.Image
     query: str
     mask: Image.Image | None
+    number: int
 
 
 class SubjectEncodingMixin(components_ssr.SSRComponents):
@@ -39,15 +41,17 @@ class SubjectEncodingMixin(components_ssr.SSRComponents):
         Encodes one or several subjects of an image (section 3.2 of the paper).
 
         Args:
-            image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
-                The reference image.
-            query (`str` or `list[str]`, *optional*):
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or `list`):
+                The reference image. A list encodes several subjects. A list inside of a list, as for
+                `ip_adapter_image` in diffusers, has several images of one subject: `[[a, b, c]]` (see
+                [`SubjectEmbeds.mean`]).
+            query (`str` or `list`, *optional*):
                 A text that names the subject in the image. A list encodes the image once and returns a list of
                 subjects. The pipeline's text encoder encodes the query like a prompt. With a mask, the query is
                 optional; the authors used a caption of the whole image.
             mask (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`, *optional*):
                 A mask of the subject, of shape `(height, width)` and the size of the image: white, or 1, where the
-                subject is.
+                subject is. Or a box, `(left, top, right, bottom)` in fractions from 0 to 1.
             mask_weight (`float`, defaults to 1.0):
                 How strongly the mask increases the attention inside it, 0 or more. It needs a mask.
             resize_mode (`str`, defaults to `"pad"`):
@@ -114,7 +118,13 @@ class SubjectEncodingMixin(components_ssr.SSRComponents):
             both = None if mask is None else mask.to(device).expand(2, -1, -1, -1)
             embeds = encoder(query_states[[0, index]], levels[:, [0, place]], both, mask_weight)
             subjects.append(subject_embeds_ssr.Subject(embeds[1:], embeds[:1], reference.query))
-        return [subject_embeds_ssr.SubjectEmbeds((subject,), fingerprint) for subject in subjects]
+        encoded = [subject_embeds_ssr.SubjectEmbeds((subject,), fingerprint) for subject in subjects]
+        return [
+            subject_embeds_ssr.SubjectEmbeds.mean(
+                [e for e, r in zip(encoded, references, strict=True) if r.number == n]
+            )
+            for n in range(references[-1].number + 1)
+        ]
 
     def _encode_queries(self, queries: list[str], device, text: dict) -> torch.Tensor:
         """Returns the text hidden states of the queries. The pipeline's text encoder encodes them in the same way as a
@@ -210,23 +220,32 @@ class SubjectEncodingMixin(components_ssr.SSRComponents):
 
 
 def parse_references(image: Any, query: Any, mask: Any, prefix: str = "subject_") -> list[_Reference]:
-    """Reads reference images, queries and masks. An argument that is not a list is used for all references. In error
-    messages, the names of the arguments begin with `prefix`."""
-    arguments = {f"{prefix}image": image, f"{prefix}query": query, f"{prefix}mask": mask}
-    lengths = {name: len(value) for name, value in arguments.items() if isinstance(value, list)}
-    if len(set(lengths.values())) > 1 or 0 in lengths.values():
-        raise ValueError(f"Lists of subjects have to be of one length, and not empty, but got {lengths}.")
-    count = max(lengths.values(), default=1)
-    columns = [value if isinstance(value, list) else [value] * count for value in arguments.values()]
+    """Reads reference images, queries and masks. An argument that is not a list is used for all subjects, and a list
+    inside of a list has the images of one subject. In error messages, the names of the arguments begin with
+    `prefix`."""
+    names = [f"{prefix}image", f"{prefix}query", f"{prefix}mask"]
     images: dict[int, Image.Image] = {}
     references = []
-    for image, query, mask in zip(*columns, strict=True):
-        _check_reference(image, query, mask, prefix)
-        if id(image) not in images:
-            images[id(image)] = images_ssr.to_pil(image, f"{prefix}image")
-        mask = None if mask is None else images_ssr.to_mask(mask, images[id(image)].size, f"{prefix}mask")
-        references.append(_Reference(images[id(image)], query or "", mask))
+    for number, subject in enumerate(_columns(names, (image, query, mask), "subjects")):
+        for image, query, mask in _columns(names, subject, "images of one subject"):
+            _check_reference(image, query, mask, prefix)
+            if id(image) not in images:
+                images[id(image)] = images_ssr.to_pil(image, names[0])
+            mask = None if mask is None else images_ssr.to_mask(mask, images[id(image)].size, names[2])
+            references.append(_Reference(images[id(image)], query or "", mask, number))
     return references
+
+
+def _columns(names: list[str], values: tuple, what: str) -> list[tuple]:
+    """Returns the image, query and mask of each subject, or of each image. A value that is not a list is repeated. A box
+    is not a list of masks."""
+    lists = [isinstance(value, list) and not images_ssr.is_box(value) for value in values]
+    lengths = {name: len(value) for name, value, is_list in zip(names, values, lists, strict=True) if is_list}
+    if len(set(lengths.values())) > 1 or 0 in lengths.values():
+        raise ValueError(f"Lists of {what} have to be of one length, and not empty, but got {lengths}.")
+    count = max(lengths.values(), default=1)
+    columns = [value if is_list else [value] * count for value, is_list in zip(values, lists, strict=True)]
+    return list(zip(*columns, strict=True))
 
 
 def _check_reference(image: Any, query: Any, mask: Any, prefix: str) -> None:
@@ -310,16 +329,8 @@ class SubjectAttentionMap:
         )
 
     def overlay(self, heat: np.ndarray | None = None) -> Image.Image:
-        r"""
-        Returns the image with the map over it: red where the attention is high, and gray where it is low.
-
-        Args:
-            heat (`np.ndarray` of shape `(height, width)`, *optional*):
-                The map to show, for example the map of one token. Defaults to the map of the whole query.
-
-        Returns:
-            `PIL.Image.Image` with the size of the image.
-        """
+        """Returns the image with the map, or with another one such as that of one token, over it: red where the attention is
+        high, and gray where it is low."""
         heat = (self.heat if heat is None else heat)[..., None]
         pixels = np.asarray(self.image).astype(np.float32)
         grey = pixels.mean(-1, keepdims=True).repeat(3, -1) * 0.6

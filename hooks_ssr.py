@@ -12,7 +12,7 @@ from diffusers.models import UNet2DConditionModel, UNetMotionModel
 from diffusers.utils.torch_utils import is_compiled_module
 from torch import nn
 
-from . import attention_processors, internals_ssr, request_ssr
+from . import arguments_ssr, attention_processors, internals_ssr, request_ssr
 
 
 # The key of the subject in `cross_attention_kwargs`, between the UNet's pre-hook and its transformers' pre-hooks.
@@ -42,7 +42,9 @@ def find_unet(unet: Any) -> UNet2DConditionModel | UNetMotionModel:
 def subject_in_unet(
     unet: Any,
     encoder: Any,
-    subject: "request_ssr.SubjectRequest | attention_processors.SubjectConditions",
+    subject: Any,
+    scale: float = 0.65,
+    do_classifier_free_guidance: bool = True,
     controlnet: nn.Module | None = None,
 ) -> Iterator[None]:
     r"""
@@ -55,21 +57,34 @@ def subject_in_unet(
             The UNet, which may be wrapped or compiled.
         encoder ([`SSREncoder`]):
             The SSR-Encoder, which names the UNet's layers that attend to the subject.
-        subject ([`SubjectRequest`] or [`SubjectConditions`]):
-            The subject. A request computes the conditions for each forward pass.
+        subject ([`SubjectEmbeds`], `dict` or `list`):
+            What a pipeline's call takes as `subject`. A list has one for each image of the batch. (The pipelines pass a
+            [`SubjectRequest`], and training passes [`SubjectConditions`].)
+        scale (`float`, defaults to 0.65):
+            How strongly subjects without their own scale affect the result.
+        do_classifier_free_guidance (`bool`, defaults to `True`):
+            Whether the first half of each batch is the unconditional branch.
         controlnet (`ControlNetModel` or `MultiControlNetModel`, *optional*):
             A ControlNet that gets the tokens of the subject, after those of the text.
 
     Raises:
-        `ValueError`: if a layer has an attention processor that cannot be used with a subject, in the forward pass.
+        `ValueError`: if `subject` or `scale` is something else; in the forward pass, if a layer has an attention
+            processor that cannot be used with a subject.
 
     Example:
 
     ```py
-    >>> with subject_in_unet(unet, encoder, conditions):
-    ...     noise_pred = unet(latents, timestep, encoder_hidden_states=prompt_embeds).sample
+    >>> with subject_in_unet(pipe.unet, ssr_encoder, cat):
+    ...     image = stock_pipe("a cat on the beach").images[0]
     ```
     """
+    if not isinstance(subject, (request_ssr.SubjectRequest, attention_processors.SubjectConditions)):
+        branches = (False, True) if do_classifier_free_guidance else (True,)
+        rows = arguments_ssr.parse_subjects(subject, len(subject) if isinstance(subject, list) else 1)
+        rows = [
+            arguments_ssr.without_disabled_subjects(row, internals_ssr.check_scale("scale", scale)) for row in rows
+        ]
+        subject = request_ssr.SubjectRequest(rows, None, encoder, find_unet(unet).dtype, scale, lambda: [branches])
     block = _Block(unet, encoder, subject, controlnet)
     try:
         with _lock:

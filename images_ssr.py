@@ -3,12 +3,13 @@ the image."""
 
 import threading
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import CLIPImageProcessor
 
 
@@ -18,19 +19,6 @@ LARGEST_RATIO = 16
 
 # how far float values may be outside of their range, because bicubic resizing overshoots
 _SLACK = 1e-3
-
-# The values of the EXIF tag for the orientation. `ImageOps.exif_transpose` cannot be used, because it also rewrites the
-# EXIF data, and fails if any other tag is broken.
-_ORIENTATION = 0x0112
-_TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 # An image from `Image.open` is decoded when it is first used. Two threads that share such an image would both seek and
 # read in the same file.
@@ -81,6 +69,29 @@ def to_pil(image: Any, name: str = "subject_image") -> Image.Image:
     return _to_rgb(_upright(image, name), name)
 
 
+def is_box(value: Any) -> bool:
+    """Whether a mask is given as a box: a tuple or list of four numbers."""
+    numbers = isinstance(value, (tuple, list)) and len(value) == 4
+    return numbers and all(isinstance(side, Real) and not isinstance(side, bool) for side in value)
+
+
+def box_values(box: Sequence[float], shape: tuple[int, int], name: str) -> np.ndarray:
+    """Returns the mask of a box `(left, top, right, bottom)`, in fractions from 0 to 1 of the width and the height, as
+    float32 of a shape `(height, width)`. Pixels that the box covers in part have values between 0 and 1."""
+    left, top, right, bottom = (float(side) for side in box)
+    # comparisons with NaN are false
+    if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+        raise ValueError(
+            f"`{name}` as a box has to be (left, top, right, bottom) in fractions from 0 to 1, left before right and top"
+            f" before bottom, but is {tuple(box)}."
+        )
+    rows, columns = (
+        (np.minimum(np.arange(1, size + 1), high * size) - np.maximum(np.arange(size), low * size)).clip(0, 1)
+        for size, low, high in ((shape[0], top, bottom), (shape[1], left, right))
+    )
+    return np.outer(rows, columns).astype(np.float32)
+
+
 def mask_values(mask: Any, name: str = "subject_mask") -> np.ndarray:
     r"""
     Converts a mask to numbers. The formats that common image editors and libraries write are accepted.
@@ -123,10 +134,10 @@ def mask_values(mask: Any, name: str = "subject_mask") -> np.ndarray:
 
 
 def to_mask(mask: Any, size: tuple[int, int], name: str = "subject_mask") -> Image.Image:
-    """Converts the mask of an image of a size `(width, height)`, see [`mask_values`], to a black and white image: 255 where
+    """Converts the mask of an image of a size `(width, height)`, see [`mask_values`], or a box, to a black and white image: 255 where
     the subject is, 0 elsewhere. Raises a `ValueError` if it is not a valid mask, does not have the size of the image, or
     marks nothing or everything."""
-    values = mask_values(mask, name)
+    values = box_values(mask, size[::-1], name) if is_box(mask) else mask_values(mask, name)
     if values.shape != size[::-1]:
         hint = ": pass one mask or one color channel of it" if values.shape[1:] == size[::-1] else ""
         raise ValueError(
@@ -208,13 +219,9 @@ def _upright(image: Image.Image, name: str) -> Image.Image:
     except (OSError, SyntaxError, ValueError) as error:  # the errors of Pillow's decoders
         raise ValueError(f"`{name}` cannot be decoded: {error}.") from error
     try:
-        method = _TRANSPOSE.get(image.getexif().get(_ORIENTATION, 1))
+        return ImageOps.exif_transpose(image)
     except Exception:  # broken EXIF data raise different errors, and the pixels are still right
-        method = None
-    upright = image.copy() if method is None else image.transpose(method)
-    # without the EXIF data, which would rotate the image again
-    upright.info = {name: value for name, value in image.info.items() if name == "transparency"}
-    return upright
+        return image.copy()
 
 
 def _to_numpy(tensor: torch.Tensor, name: str) -> np.ndarray:

@@ -6,12 +6,8 @@ of the libraries, start with this file.
 """
 
 import numbers
-import os
 import types
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -75,8 +71,7 @@ def reapply_group_offloading(module: nn.Module) -> None:
 
 
 def expand_block_scales(unet: Any, scale: dict) -> dict[str, float]:
-    """Expands scales per block, in the format of `set_ip_adapter_scale`, to one scale for each attention of the UNet.
-    diffusers has no public function for this."""
+    """Expands scales per block, in the format of `set_ip_adapter_scale`, to one scale for each attention of the UNet."""
     from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
 
     (expanded,) = _maybe_expand_lora_scales(unet, [scale], default_scale=0.0)
@@ -114,9 +109,8 @@ def auto_pipeline_classes() -> list[Any]:
 
 
 def register_auto_pipeline(pipeline_class: type[Any], stock_class: type[Any]) -> None:
-    """Registers a class for `AutoPipelineFor...from_pipe` of diffusers, for the same tasks as the stock class.
-    `from_pipe` only finds classes in these mappings. The first class of a stock class is kept, but
-    `StableDiffusionSSRPipeline` has priority over a class that `ssr_pipeline_class` made of the same stock class."""
+    """Registers a class for `AutoPipelineFor...from_pipe` of diffusers, for the same tasks as the stock class. The first class
+    of a stock class is kept, but `StableDiffusionSSRPipeline` has priority over a class of `ssr_pipeline_class`."""
     made, own = f"SSR{stock_class.__name__}", stock_class.__name__.replace("StableDiffusion", "StableDiffusionSSR", 1)
     for mapping in _auto_mappings():
         for family, known in list(mapping.items()):
@@ -202,29 +196,6 @@ def is_finite(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
         dtype = dtype or torch.float32  # there are no computations with float8
     # NaN spreads to both. This is about 20 times as fast as `torch.isfinite` of each value, and needs no memory.
     return bool(torch.isfinite(torch.stack(torch.aminmax(tensor.detach().to(dtype or tensor.dtype)))).all())
-
-
-def shorten_names(names: list[str], most: int = 3) -> str:
-    """Formats the first `most` names for an error message, and the number of the remaining ones."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-@contextmanager
-def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Context manager that writes a file whole or not at all. It yields a temporary file in the same folder, which replaces
-    `path` when the block ends, and is deleted if the block raises an error."""
-    # resolved, because `os.replace` would replace a symbolic link and not the file that it points to
-    target = Path(os.path.realpath(path))
-    # A unique name for each writer. It does not contain the name of `path`, which can already have the maximum length.
-    partial = target.parent / f".{uuid.uuid4().hex}.part"
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"`path`: {os.fspath(path)!r} has to be in a folder that exists.")
-    try:
-        yield partial
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 # Far larger than useful scales. Larger values cause NaN in half precision.

@@ -77,7 +77,7 @@ class SSRLoaderMixin(components_ssr.SSRComponents):
         """
         # 1. arguments; a pipeline without a UNet can encode subjects
         source = pretrained_model_name_or_path
-        _check_load_arguments(source, image_encoder, kwargs)
+        _check_load_arguments(source, kwargs)
         precise = self.text_encoder if self.unet is None else hooks_ssr.find_unet(self.unet)
         kwargs = internals_ssr.precision_arguments(kwargs, default=getattr(precise, "dtype", None))
 
@@ -132,9 +132,7 @@ class SSRLoaderMixin(components_ssr.SSRComponents):
             )
 
     def unload_ssr(self) -> None:
-        r"""
-        Removes the SSR-Encoder and its vision encoder from the pipeline. The pipeline then behaves like the stock
-        pipeline.
+        """Removes the SSR-Encoder and its vision encoder. The pipeline then behaves like the stock pipeline.
 
         Example:
 
@@ -280,21 +278,10 @@ class SSRLoaderMixin(components_ssr.SSRComponents):
 
     @classmethod
     def from_pipe(cls, pipeline, **kwargs):
-        r"""
-        Creates this pipeline from the components of another pipeline, including its SSR-Encoder and the scale that was
-        set with `set_ssr_scale`. The arguments are those of `DiffusionPipeline.from_pipe`. Only the default of `dtype`
-        is different: `DiffusionPipeline.from_pipe` casts the shared components to float32, and this method keeps their
-        dtype if all of them have the same one.
-
-        Args:
-            pipeline (`DiffusionPipeline`):
-                Any Stable Diffusion 1.5 pipeline, with or without an SSR-Encoder.
-            kwargs:
-                Additional components, such as `controlnet`, and `dtype`.
-
-        Returns:
-            A pipeline of this class that shares the components. If the pipeline needs a UNet with motion modules, this
-            UNet is a new model on the CPU.
+        """Creates a pipeline of this class that shares the components of any Stable Diffusion 1.5 pipeline, with its
+        SSR-Encoder and the scale of `set_ssr_scale`. The arguments are those of `DiffusionPipeline.from_pipe`, which casts
+        the shared components to float32 by default. This method keeps their dtype if all have the same one. A UNet with
+        motion modules is a new model on the CPU.
 
         Example:
 
@@ -307,8 +294,8 @@ class SSRLoaderMixin(components_ssr.SSRComponents):
             for name in components_ssr.COMPONENTS
             if getattr(pipeline, name, None) is not None
         }
-        models = (each for each in pipeline.components.values() if isinstance(each, nn.Module))
-        dtypes = {getattr(each, "dtype", None) for each in models} - {None}
+        models = (part for part in pipeline.components.values() if isinstance(part, nn.Module))
+        dtypes = {getattr(model, "dtype", None) for model in models} - {None}
         default = dtypes.pop() if len(dtypes) == 1 else None
         made = super().from_pipe(pipeline, **{**ours, **internals_ssr.precision_arguments(kwargs, default=default)})
         made._ssr_scale = getattr(pipeline, "_ssr_scale", components_ssr.DEFAULT_SCALE)
@@ -317,38 +304,22 @@ class SSRLoaderMixin(components_ssr.SSRComponents):
 
 # the arguments of `from_pretrained` that `load_ssr` accepts
 _FROM_PRETRAINED = (
-    "cache_dir",
-    "dtype",
-    "force_download",
-    "local_files_only",
-    "proxies",
-    "revision",
-    "token",
-    "torch_dtype",
-    "use_safetensors",
-    "variant",
-)
+    "cache_dir", "dtype", "force_download", "local_files_only", "proxies", "revision", "token", "torch_dtype",
+    "use_safetensors", "variant",
+)  # fmt: skip
 
 
-def _check_load_arguments(source: Any, image_encoder: Any, kwargs: dict) -> None:
+def _check_load_arguments(source: Any, kwargs: dict) -> None:
     # `custom_pipeline=` imports its own copy of the class, which is recognised by its name
-    names = [each.__name__ for each in type(_without_compilation(source)).__mro__]
+    names = [base.__name__ for base in type(_without_compilation(source)).__mro__]
     if not isinstance(source, (str, os.PathLike)) and modeling_ssr.SSREncoder.__name__ not in names:
         raise ValueError(
             "`pretrained_model_name_or_path` has to be a folder, the name of a repository, or an SSREncoder, but is"
             f" of type {type(source).__name__}."
         )
-    if image_encoder is not None and not hasattr(getattr(image_encoder, "config", None), "hidden_size"):
-        raise ValueError(
-            "`image_encoder` has to be a CLIPVisionModel or CLIPVisionModelWithProjection, but is a"
-            f" {type(image_encoder).__name__}."
-        )
     for name in kwargs:
         if name not in _FROM_PRETRAINED:
-            raise ValueError(
-                f"`{name}` is not an argument of `load_ssr`, which passes only {', '.join(_FROM_PRETRAINED)} on to"
-                " `from_pretrained`."
-            )
+            raise ValueError(f"`{name}` is not an argument of `load_ssr`; it has {', '.join(_FROM_PRETRAINED)}.")
 
 
 def _load_image_encoder(source, folder: str, kwargs: dict) -> CLIPVisionModel:
@@ -380,10 +351,10 @@ def _load_image_encoder(source, folder: str, kwargs: dict) -> CLIPVisionModel:
     ):
         keys = sorted(keys)
         if keys:
-            raise ValueError(f"{name} {problem} of its vision encoder: {internals_ssr.shorten_names(keys)}.")
+            raise ValueError(f"{name} {problem} of its vision encoder: {', '.join(keys[:3])}.")
     broken = [name for name, parameter in model.named_parameters() if not internals_ssr.is_finite(parameter)]
     if broken:
-        raise ValueError(f"{name} holds weights that are not finite numbers: {internals_ssr.shorten_names(broken)}.")
+        raise ValueError(f"{name} holds weights that are not finite numbers: {', '.join(broken[:3])}.")
     return model
 
 

@@ -95,6 +95,7 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
         mask_weight: float = 1.0,
         subject_scale: float | dict | None = None,
         subject: subject_embeds_ssr.SubjectEmbeds | dict | list | None = None,
+        negative_subject: subject_embeds_ssr.SubjectEmbeds | list | None = None,
         subject_start: float = 0.0,
         subject_end: float = 1.0,
         subject_resize_mode: str = "pad",
@@ -106,7 +107,8 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
         arguments of the stock pipeline. Without a subject, the stock call runs unchanged.
 
         `subject_image`, `subject_query` and `subject_mask` can be lists. With a list of prompts, they have one element
-        for each prompt. With a single prompt, they are several subjects that appear together in the generated image.
+        for each prompt. With a single prompt, they are several subjects that appear together in the generated image. A
+        list of images inside of the list, `[[a, b, c]]`, shows one subject.
 
         Args:
             subject_image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or `list`, *optional*):
@@ -115,9 +117,9 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
             subject_query (`str` or `list[str]`, *optional*):
                 A text that names the subject in the image, for example "cat" or "the woman on the left". With a
                 mask, the query is optional; the authors used a caption of the whole image.
-            subject_mask (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or `list`, *optional*):
+            subject_mask (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, `tuple` or `list`, *optional*):
                 A mask of the subject in the reference image, of shape `(height, width)` and the size of the image:
-                white, or 1, where the subject is.
+                white, or 1, where the subject is. Or a box, `(left, top, right, bottom)` in fractions from 0 to 1.
             mask_weight (`float`, defaults to 1.0):
                 How strongly the mask increases the attention inside it, 0 or more. It needs a mask.
             subject_scale (`float` or `dict`, *optional*):
@@ -131,6 +133,9 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
                 list with one for each prompt, with `None` for a prompt without a subject. For a video, a dict maps
                 frames to subjects (`{0: cat, 8: dog}`), and the subjects are interpolated for the frames between
                 them. `None` at a frame fades the subject out.
+            negative_subject ([`SubjectEmbeds`] or `list`, *optional*):
+                A subject that is not wanted, for all prompts or one for each. It is in the unconditional branch of
+                guidance, in place of the empty subject, with its own scale and region. `subject` can be left out.
             subject_start (`float`, defaults to 0.0), subject_end (`float`, defaults to 1.0):
                 The part of the denoising process in which the subject is used, as fractions of the steps. Early steps
                 determine layout and colors, late steps determine details.
@@ -165,6 +170,7 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
             "mask_weight": mask_weight,
             "subject_scale": subject_scale,
             "subject": subject,
+            "negative_subject": negative_subject,
             "subject_start": subject_start,
             "subject_end": subject_end,
             "subject_resize_mode": subject_resize_mode,
@@ -176,25 +182,28 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
         window = arguments_ssr.parse_window(subject_start, subject_end, stock_call)
         encoder = self._loaded_encoder()
         components_ssr.check_precision(self.text_encoder, self.unet)
-        components_ssr.check_controlnet(getattr(self, "controlnet", None), encoder)
         scale = self._layer_scales("subject_scale", self._ssr_scale if subject_scale is None else subject_scale)
 
         # 2. rows: the subjects of each prompt
         num_prompts = arguments_ssr.num_prompts(arguments)
         num_frames = arguments_ssr.num_frames(stock_call, arguments)
-        if subject is None:
+        if subject is None and subject_image is not None:
             own["subject"] = self._encode_for_prompts(own, arguments, num_prompts)
-        rows = arguments_ssr.parse_subjects(own["subject"], num_prompts)
-        self._check_encoded_by(encoder, rows)
+        rows = arguments_ssr.parse_subjects([None] if own["subject"] is None else own["subject"], num_prompts)
+        negative_rows = arguments_ssr.parse_negative_subject(negative_subject, num_prompts, list(rows[0]))
+        all_rows = rows + (negative_rows or [])
+        self._check_encoded_by(encoder, all_rows)
+        arguments_ssr.check_rows(all_rows, num_frames, own, arguments, self)
         rows = [arguments_ssr.without_disabled_subjects(row, scale) for row in rows]
-        arguments_ssr.check_rows(rows, num_frames, own, arguments, self)
-        if not arguments_ssr.has_effect(rows, scale):
+        if not arguments_ssr.has_effect(all_rows, scale):
             return stock_call(**arguments)
 
         # 3. generate
         num_images = num_prompts * (arguments.get("num_images_per_prompt") or 1)
         dtype, branches = hooks_ssr.find_unet(self.unet).dtype, functools.partial(_branches, self)
-        request = request_ssr.SubjectRequest(rows, num_images, encoder, dtype, scale, branches, num_frames)
+        request = request_ssr.SubjectRequest(
+            rows, num_images, encoder, dtype, scale, branches, num_frames, negative_rows
+        )
         return self._generate(stock_call, arguments, request, window, subject_in_controlnet)
 
     def _encode_for_prompts(self, own: dict, arguments: dict, num_prompts: int):
@@ -222,9 +231,10 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
                     return
                 if models[0] is not None:
                     components_ssr.check_fits_unet(pipeline.unet, request.encoder)
-                    components_ssr.check_controlnet(controlnet, request.encoder)
                 models[:] = pipeline.unet, controlnet
-                stack.enter_context(hooks_ssr.subject_in_unet(pipeline.unet, request.encoder, request, controlnet))
+                stack.enter_context(
+                    hooks_ssr.subject_in_unet(pipeline.unet, request.encoder, request, controlnet=controlnet)
+                )
 
             follow(self)
             output = stock_call(**{**arguments, **_callbacks(follow, request, window, stock_call, arguments)})

@@ -12,7 +12,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
-from . import internals_ssr, released_weights_ssr
+from . import files_ssr, internals_ssr
 
 
 # The cross-attention layers of SD 1.5's UNet and their widths, in the order of `unet.attn_processors`.
@@ -174,8 +174,7 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
         image_hidden_states: torch.Tensor | Sequence[torch.Tensor],
         mask: torch.Tensor | None = None,
         mask_weight: float = 1.0,
-        output_attentions: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    ) -> torch.Tensor:
         r"""
         Computes the subject embeddings of the queried subject in an image (section 3.2 of the paper, equations 2 to
         4).
@@ -189,13 +188,10 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
                 See [`~SSREncoder.attention_probs`].
             mask_weight (`float`, defaults to 1.0):
                 See [`~SSREncoder.attention_probs`].
-            output_attentions (`bool`, defaults to `False`):
-                Whether to also return the attention that [`~SSREncoder.attention_probs`] computes.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, num_tokens * num_levels, cross_attention_dim)`: the subject
-            embeddings, lowest level first. With `output_attentions=True`, a tuple of the subject embeddings and the
-            attention.
+            embeddings, lowest level first.
 
         Raises:
             `ValueError`: if `image_hidden_states` and `config.image_levels` differ in length, or if the encoder has no
@@ -213,8 +209,7 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
         for hidden_states, to_v, to_out in zip(image_hidden_states, self.to_v, self.to_out, strict=True):
             value = to_v(hidden_states).unflatten(-1, (heads, -1)).transpose(1, 2)
             levels.append(to_out((probs @ value).transpose(1, 2).flatten(2)))
-        subject_embeds = self.norm(torch.cat(levels, dim=1))
-        return (subject_embeds, probs) if output_attentions else subject_embeds
+        return self.norm(torch.cat(levels, dim=1))
 
     def _check_has_levels(self) -> None:
         if not self.config.image_levels:
@@ -240,12 +235,8 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
         return self.layers(subject_embeds, [_module_name(name) for name in self.config.attention_layers])
 
     def layers_alone(self) -> "SSREncoder":
-        r"""
-        Returns an encoder that only projects subject embeddings to keys and values. It cannot encode images.
-
-        Returns:
-            [`SSREncoder`] that shares the key and value weights with this encoder and has no image levels. It has the
-            same [`~SSREncoder.fingerprint`], also after it is saved and loaded.
+        """Returns an encoder that only projects subject embeddings to keys and values. It shares these weights with this
+        encoder, has the same [`~SSREncoder.fingerprint`], also after it is saved and loaded, and cannot encode images.
 
         Example:
 
@@ -267,19 +258,14 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
 
     @torch.no_grad()
     def fingerprint(self, device: torch.device | None = None) -> torch.Tensor | None:
-        r"""
-        Returns the output of the encoder for a fixed input, which identifies the encoder. Different encoders have
-        different fingerprints, unless their weights are nearly the same. The same encoder has nearly the same
-        fingerprint in any precision and on any device.
+        """Returns the output of the encoder for a fixed input, which identifies the encoder: float32 on the CPU, of shape
+        `(num_levels + 1, 8)`. The same encoder has nearly the same fingerprint in any precision and on any device, and
+        different encoders have different ones, unless their weights are nearly the same. It is `None` for an encoder without
+        image levels whose config has no `known_fingerprint`.
 
         Args:
             device (`torch.device`, *optional*):
-                The device on which the encoder runs. Defaults to the device of the weights. With sequential
-                offloading, it defaults to the CPU, and accelerate moves the input and the output.
-
-        Returns:
-            `torch.Tensor` of shape `(num_levels + 1, 8)`, float32 on the CPU. It is `None` for an encoder without image
-            levels whose config has no `known_fingerprint`.
+                The device on which the encoder runs. Defaults to the device of the weights.
         """
         config = self.config
         if not config.image_levels:
@@ -336,13 +322,11 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
             names = sorted(str(name) for name in info.get(kind, ()))
             if names:
                 raise ValueError(
-                    f"{source} holds no usable SSREncoder: {kind.replace('_', ' ')} {internals_ssr.shorten_names(names)}."
+                    f"{source} holds no usable SSREncoder: {kind.replace('_', ' ')} {', '.join(names[:3])}."
                 )
         broken = [name for name, parameter in model.named_parameters() if not internals_ssr.is_finite(parameter)]
         if broken:
-            raise ValueError(
-                f"{source} holds weights that are not finite numbers: {internals_ssr.shorten_names(broken)}."
-            )
+            raise ValueError(f"{source} holds weights that are not finite numbers: {', '.join(broken[:3])}.")
         return (model, info) if with_info else model  # type: ignore[return-value]  # same as in diffusers
 
     @classmethod
@@ -381,7 +365,7 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
         # on the meta device, so that names and shapes are checked before memory is allocated for the encoder
         with torch.device("meta"):
             model = cls(**config)
-        state_dict = released_weights_ssr.read_released_weights(
+        state_dict = files_ssr.read_released_weights(
             aligner, layers, model.state_dict(), [_module_name(name) for name in model.config.attention_layers]
         )
         # `to_empty` does not initialize the weights; `load_state_dict` overwrites all of them

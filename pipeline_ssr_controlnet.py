@@ -7,6 +7,7 @@ from .arguments_ssr import parse_subjects  # noqa: F401  (see pipeline.py)
 from .attention_processors import SSRAttnProcessor2_0  # noqa: F401
 from .components_ssr import SSRComponents  # noqa: F401
 from .encoding_ssr import SubjectEncodingMixin  # noqa: F401
+from .files_ssr import read_subject_file  # noqa: F401
 from .hooks_ssr import subject_in_unet  # noqa: F401
 from .images_ssr import to_pil  # noqa: F401
 from .internals_ssr import check_versions  # noqa: F401
@@ -14,7 +15,6 @@ from .loading_ssr import SSRLoaderMixin  # noqa: F401
 from .mixin_ssr import SSRPipelineMixin
 from .modeling_ssr import SSREncoder  # noqa: F401
 from .pipeline_classes_ssr import ssr_pipeline_class  # noqa: F401
-from .released_weights_ssr import read_released_weights  # noqa: F401
 from .request_ssr import SubjectRequest  # noqa: F401
 from .subject_embeds_ssr import SubjectEmbeds  # noqa: F401
 

@@ -27,9 +27,9 @@ class SubjectRequest:
         rows (`list[dict[int, SubjectEmbeds | None]]`):
             One row for all prompts, or one row for each prompt. A row has the subjects by keyframe, `{0: subject}` for
             images.
-        num_images (`int`):
+        num_images (`int`, *optional*):
             The number of images (or videos) that the call generates: the number of prompts times the number of images
-            per prompt.
+            per prompt. By default, it is read from the batch.
         encoder ([`SSREncoder`]):
             The encoder that projects the keys and values.
         dtype (`torch.dtype`):
@@ -43,15 +43,19 @@ class SubjectRequest:
             says whether guidance is on.
         num_frames (`int`, *optional*, defaults to 1):
             The number of frames of each video; 1 for images.
+        negative_rows (`list[dict[int, SubjectEmbeds | None]]`, *optional*):
+            The subjects of the unconditional branch, one row for all prompts, or one row for each prompt. By default,
+            and for `None`, it has the subjects' own `negative_embeds`.
     """
 
     rows: list[Row]
-    num_images: int
+    num_images: int | None
     encoder: modeling_ssr.SSREncoder
     dtype: torch.dtype
     scale: float | dict[str, float]
     branches: Callable[[], list[Branches]]
     num_frames: int = 1
+    negative_rows: list[Row] | None = None
     # whether the next step is inside the call's window, and whether a callback is running, in which the UNet is stock
     active: bool = True
     in_callback: bool = False
@@ -60,17 +64,10 @@ class SubjectRequest:
     _prepared: dict = field(default_factory=dict, repr=False)
 
     def conditions(self, sample: torch.Tensor) -> attention_processors.SubjectConditions | None:
-        r"""
-        Returns the conditions for a forward pass of the UNet. They are computed once per call, and again if the batch
-        changes: if a callback switches guidance off, only the conditional branch remains.
-
-        Args:
-            sample (`torch.Tensor` of shape `(batch_size, channels, height, width)` or `(batch_size, channels, num_frames, height, width)`):
-                The latents of the forward pass. Their batch size determines the branches of guidance.
-
-        Returns:
-            [`SubjectConditions`], or `None` outside the call's window and in callbacks.
-        """
+        """Returns the conditions for a forward pass of the UNet, or `None` outside the call's window and in callbacks. They are
+        computed once per call, and again if the batch changes: if a callback switches guidance off, only the conditional
+        branch remains. The batch size of `sample`, of shape `(batch_size, channels, height, width)` or
+        `(batch_size, channels, num_frames, height, width)`, determines the branches of guidance."""
         if self.in_callback:
             return None
         self.passes += 1
@@ -78,12 +75,14 @@ class SubjectRequest:
             return None
         frames = sample.shape[2] if sample.ndim == 5 else 1
         branches = self._branches_of(sample.shape[0], "latents", self.branches())
-        key = branches, frames, sample.device
+        if self.negative_rows is not None and self.passes == 1 and all(branches):
+            raise ValueError("`negative_subject` needs guidance: `guidance_scale` has to be greater than 1.")
+        key = branches, sample.shape[0], frames, sample.device
         if key not in self._prepared:
-            for row in self.rows:
+            for row in [*self.rows, *(self.negative_rows or [])]:
                 check_frames(row, frames)
                 _check_regions(row, (sample.shape[-2], sample.shape[-1]))
-            self._prepared[key] = self._prepare(branches, frames, sample.device)
+            self._prepared[key] = self._prepare(branches, sample.shape[0] // len(branches), frames, sample.device)
         return self._prepared[key]
 
     def tokens(self, batch_size: int, device: torch.device) -> torch.Tensor | None:
@@ -101,26 +100,41 @@ class SubjectRequest:
         """Returns the branches of guidance in a batch. A part of a batch (a wrapper of the UNet may split it) raises an
         error, because each row needs to be found in it."""
         for branches in possible:
-            if batch_size == len(branches) * self.num_images:
+            if batch_size == len(branches) * (self.num_images or max(batch_size // len(branches), 1)):
                 return branches
         counts = " or ".join(str(len(branches)) for branches in possible)
         raise ValueError(
-            f"The UNet gets a batch of {batch_size} {what} for {self.num_images} images with {counts} branches of guidance"
-            " each, so it is not known which of them have the subject. `image` and `latents` have to hold one image for"
+            f"The UNet gets a batch of {batch_size} {what} for {self.num_images or 'any'} images with {counts} branches of"
+            " guidance each, so it is not known which of them have the subject. `image` and `latents` have to hold one image for"
             " each prompt, and the batch of a call must not be split or reduced."
         )
 
     @torch.no_grad()
     def _prepare(
-        self, branches: Branches, frames: int, device: torch.device
+        self, branches: Branches, num_images: int, frames: int, device: torch.device
     ) -> attention_processors.SubjectConditions:
-        # 1. one entry for each branch, row and keyframe, in this order
-        keyframes = list(self.rows[0])
-        moving, rows = len(keyframes) > 1, self.rows
+        # 1. One entry for each branch, row and keyframe, in this order. The tokens of a negative subject are its
+        # conditional tokens, in the unconditional branch.
+        rows, keyframes = list(self.rows), list(self.rows[0])
+        moving = len(keyframes) > 1
+        negative_rows = self.negative_rows or [dict.fromkeys(keyframes)]
         if moving:
             # each video needs its own row here, because its frames become rows in the layers
-            rows = [row for row in rows for _ in range(self.num_images // len(rows))]
-        entries = [(positive, row[frame]) for positive in branches for row in rows for frame in keyframes]
+            rows = [row for row in rows for _ in range(num_images // len(rows))]
+        count = max(len(rows), len(negative_rows))
+        if num_images % count or count % len(rows) or count % len(negative_rows):
+            raise ValueError(
+                f"The subjects are for {count} prompts, but the UNet gets a batch of {num_images} images."
+            )
+        pairs_of_rows = [
+            (rows[i * len(rows) // count], negative_rows[i * len(negative_rows) // count]) for i in range(count)
+        ]
+        table = [
+            (True, row) if positive else (True, negative) if negative[0] is not None else (False, row)
+            for positive in branches
+            for row, negative in pairs_of_rows
+        ]
+        entries = [(conditional, row[frame]) for conditional, row in table for frame in keyframes]
 
         # 2. Tokens, keys and values. The tokens are on the device of the UNet's latents. With offloading, the encoder's
         # weights are moved to this device in `project`.
@@ -138,7 +152,7 @@ class SubjectRequest:
             pairs[name] = pair
 
         # 3. what the masks are made of
-        regions = [_regions_of_row(row, frames) for _ in branches for row in rows]
+        regions = [_regions_of_row(row, frames) for _, row in table]
         has_regions = any(region is not None for row in regions for region in row)
         counts = _counts(entries, embeds.shape[1])
         token_subject = None

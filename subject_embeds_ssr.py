@@ -1,28 +1,18 @@
 """Encoded subjects: the class that `encode_subject` returns and that the pipelines accept as `subject`."""
 
-import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 
-from . import images_ssr, internals_ssr
+from . import files_ssr, images_ssr, internals_ssr
 
 
-# The limits of a file of subjects, which can come from a stranger. A subject of Stable Diffusion 1.5 in full precision
-# has 2.8 MB, and a region of 32 frames of 512 x 512 has 34 MB.
-MAX_BYTES = 2**26
-MAX_HEADER_BYTES = 2**20
-# The largest number in the tokens of a subject. Tokens come out of a layer norm: with a width of 768, they are at most
-# 27.7 times as large as its weights, which are near 1. With much larger values, the keys and values could exceed the
-# largest number in half precision, and the image would be NaN.
-MAX_TOKEN_VALUE = 1000.0
-
-FORMAT = "ssr-subject-1"
-_TENSORS = ("embeds", "negative_embeds", "region", "counts", "negative_counts")
+# the height and width of the mask of a region that is given as a box; the latents of an image of 1024 pixels have 128
+_BOX_SHAPE = (256, 256)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -31,22 +21,16 @@ class Subject:
     One subject of a [`SubjectEmbeds`].
 
     Args:
-        embeds (`torch.Tensor` of shape `(1, num_tokens, cross_attention_dim)`):
-            The subject's tokens.
-        negative_embeds (`torch.Tensor` of shape `(1, num_tokens, cross_attention_dim)`):
-            The subject's tokens for the unconditional branch of classifier-free guidance.
+        embeds, negative_embeds (`torch.Tensor` of shape `(1, num_tokens, cross_attention_dim)`):
+            The subject's tokens for the conditional and the unconditional branch of classifier-free guidance.
         query (`str`, defaults to `""`):
             The text that selected the subject.
         scale (`float`, *optional*):
             How strongly the subject affects the result. Defaults to the scale of the pipeline call.
         region (`torch.Tensor` of shape `(height, width)` or `(frames, height, width)`, *optional*):
-            The part of the output in which the subject can appear, float32 from 0 to 1. It holds one mask for all
-            frames or one mask for each frame. By default, the subject can appear everywhere.
-        counts (`torch.Tensor` of shape `(1, num_tokens)`, *optional*):
-            The number of original tokens that were merged into each token of `embeds`, float32. Defaults to one for
-            each token.
-        negative_counts (`torch.Tensor` of shape `(1, num_tokens)`, *optional*):
-            The same for `negative_embeds`.
+            The part of the output in which the subject can appear, float32 from 0 to 1. By default everywhere.
+        counts, negative_counts (`torch.Tensor` of shape `(1, num_tokens)`, *optional*):
+            The number of original tokens that were merged into each token, float32. Defaults to one for each token.
     """
 
     embeds: torch.Tensor
@@ -92,9 +76,58 @@ class SubjectEmbeds:
     subjects: tuple[Subject, ...]
     fingerprint: torch.Tensor | None = None
 
+    def __len__(self) -> int:
+        """Returns the number of subjects."""
+        return len(self.subjects)
+
+    def __getitem__(self, index: int | slice) -> "SubjectEmbeds":
+        """Returns one or several of the subjects. Iteration uses this method."""
+        subjects = self.subjects[index]
+        return replace(self, subjects=subjects if isinstance(subjects, tuple) else (subjects,))
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> "SubjectEmbeds":
+        """Returns the same subjects with their tokens on another device or in another precision, as `torch.Tensor.to`. Pipelines
+        do this themselves."""
+
+        def moved(subject: Subject) -> Subject:
+            embeds, negative_embeds = (t.to(device, dtype) for t in (subject.embeds, subject.negative_embeds))
+            return replace(subject, embeds=embeds, negative_embeds=negative_embeds)
+
+        return replace(self, subjects=tuple(map(moved, self.subjects)))
+
+    @classmethod
+    def mean(cls, subjects: Sequence["SubjectEmbeds"]) -> "SubjectEmbeds":
+        """Returns one subject from several reference images of it: the mean of their tokens. A step costs as much as with one
+        image. `encode_subject([[a, b, c]], query="cat")` uses this method. Query, scale and region are those of the first.
+        Raises a `ValueError` if the subjects come from different SSR-Encoders, differ in number or shape, or are compact.
+
+        Example:
+
+        ```py
+        >>> cat = SubjectEmbeds.mean([SubjectEmbeds.load(file) for file in ("cat_1.safetensors", "cat_2.safetensors")])
+        ```
+        """
+        if not subjects or not all(map(is_subject_embeds, subjects)):
+            raise ValueError("`subjects` has to be a list of SubjectEmbeds, with at least one.")
+        total = sum(subjects[1:], subjects[0])  # checks that they come from one SSR-Encoder
+        shapes = {tuple(subject.embeds.shape for subject in part.subjects) for part in subjects}
+        if len(shapes) > 1 or any(subject.counts is not None for subject in total.subjects):
+            raise ValueError(
+                "`subjects` have to have the same numbers of subjects and tokens, and not to be compact, but have"
+                f" {sorted(shapes)}."
+            )
+
+        def mean(parts: tuple[Subject, ...]) -> Subject:
+            embeds = torch.stack([part.embeds for part in parts]).mean(0)
+            negative_embeds = torch.stack([part.negative_embeds for part in parts]).mean(0)
+            return replace(parts[0], embeds=embeds, negative_embeds=negative_embeds)
+
+        return cls(tuple(map(mean, zip(*(part.subjects for part in subjects), strict=True))), total.fingerprint)
+
     def scaled(self, scale: float) -> "SubjectEmbeds":
         r"""
-        Returns the same subjects with another scale.
+        Returns the same subjects with another scale. It replaces the scale that they have: `cat.scaled(0.5).scaled(0.5)`
+        has a scale of 0.5.
 
         Args:
             scale (`float`, or any other real number, such as `np.float32` or a tensor without dimensions):
@@ -121,12 +154,12 @@ class SubjectEmbeds:
         Returns the same subjects, restricted to a region of the output.
 
         Args:
-            region (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor` of shape `(height, width)`, or `list`):
-                A mask that is white, or 1, in the part of the generated image in which the subject can appear. Its
-                aspect ratio should be that of the image. Only the prompt affects the rest of the image. A video
-                can have one mask for each frame: an array of shape `(frames, height, width)`, or a list of masks of
-                the same size. The subject does not appear in frames with an empty mask. See
-                [`~images_ssr.mask_values`] for the accepted formats.
+            region (`tuple`, `PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, `list` or `dict`):
+                A box `(left, top, right, bottom)` in fractions from 0 to 1, or a mask of shape `(height, width)` that is
+                white, or 1, in the part of the generated image in which the subject can appear. The aspect ratio of a
+                mask should be that of the image. Only the prompt affects the rest of the image. A video can have one
+                box or mask for each frame (a list, or an array of shape `(frames, height, width)`), or a dict of boxes
+                by frame, which are interpolated between. The subject does not appear in frames with an empty mask.
 
         Returns:
             [`SubjectEmbeds`] with this region.
@@ -137,9 +170,8 @@ class SubjectEmbeds:
         Example:
 
         ```py
-        >>> left = np.zeros((512, 512))
-        >>> left[:, :256] = 1
-        >>> image = pipe("a cat and a dog", subject=cat.inside(left) + dog.inside(1 - left)).images[0]
+        >>> left, right = (0, 0, 0.5, 1), (0.5, 0, 1, 1)
+        >>> image = pipe("a cat and a dog", subject=cat.inside(left) + dog.inside(right)).images[0]
         ```
         """
         values = torch.from_numpy(_region_values(region))
@@ -214,23 +246,11 @@ class SubjectEmbeds:
         """
         tensors = {} if self.fingerprint is None else {"fingerprint": self.fingerprint}
         for index, subject in enumerate(self.subjects):
-            for name in _TENSORS:
+            for name in files_ssr.SUBJECT_TENSORS:
                 if getattr(subject, name) is not None:
                     tensors[f"{index}.{name}"] = getattr(subject, name)
-        # cloned, because subjects can share a region, and safetensors refuses tensors that share memory
-        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        metadata = {
-            "format": FORMAT,
-            "subjects": json.dumps([{"query": s.query, "scale": s.scale} for s in self.subjects]),
-        }
-        try:
-            _check_size(sum(tensor.nbytes for tensor in tensors.values()), len(json.dumps(metadata)))
-            for name, tensor in tensors.items():
-                _check_tensor(name, tensor)
-        except ValueError as error:
-            raise ValueError(f"These subjects cannot be saved: {error}.") from None
-        with internals_ssr.atomic_file(path) as partial:
-            safetensors.torch.save_file(tensors, partial, metadata=metadata)
+        described = [{"query": subject.query, "scale": subject.scale} for subject in self.subjects]
+        files_ssr.write_subject_file(path, described, tensors)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "SubjectEmbeds":
@@ -255,115 +275,33 @@ class SubjectEmbeds:
         >>> image = pipe("a cat on the beach", subject=SubjectEmbeds.load("cat.safetensors")).images[0]
         ```
         """
-        try:
-            if not os.path.isfile(path) and os.path.exists(path):
-                raise ValueError("it is not a regular file")
-            # The file is read once, because another thread or process may replace it.
-            with open(path, "rb") as file:
-                start = file.read(8)
-                header_bytes = int.from_bytes(start, "little")
-                _check_size(os.fstat(file.fileno()).st_size, header_bytes)
-                content = start + file.read(MAX_BYTES + MAX_HEADER_BYTES)
-            header = json.loads(content[8 : 8 + header_bytes])
-            described = _parse_metadata(header.pop("__metadata__", {}))
-            _check_shapes({name: entry["shape"] for name, entry in header.items()}, len(described))
-            tensors = safetensors.torch.load(content)
-            for name, tensor in tensors.items():
-                _check_tensor(name, tensor)
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # a parser that reads arbitrary bytes may raise anything
-            reason = str(error).rstrip(".") or type(error).__name__
-            raise ValueError(f"`path`: {os.fspath(path)!r} cannot be used as a file of subjects: {reason}.") from error
+        described, tensors = files_ssr.read_subject_file(path)
         subjects = tuple(
-            Subject(**{name: tensors.get(f"{index}.{name}") for name in _TENSORS}, **given)  # type: ignore[arg-type]
+            Subject(**{name: tensors.get(f"{index}.{name}") for name in files_ssr.SUBJECT_TENSORS}, **given)  # type: ignore[arg-type]
             for index, given in enumerate(described)
         )
         return cls(subjects, tensors.get("fingerprint"))
 
 
-def _check_size(num_bytes: int, header_bytes: int) -> None:
-    if num_bytes > MAX_BYTES + MAX_HEADER_BYTES or header_bytes > MAX_HEADER_BYTES:
-        raise ValueError(
-            f"it has {num_bytes:,} bytes and a header of {header_bytes:,}, more than the {MAX_BYTES:,} and"
-            f" {MAX_HEADER_BYTES:,} that are accepted"
-        )
-
-
-def _parse_metadata(metadata: dict[str, str]) -> list[dict[str, Any]]:
-    """Returns the query and scale of each subject in a file."""
-    if metadata.get("format") != FORMAT:
-        raise ValueError("`SubjectEmbeds.save` did not write it")
-    subjects = json.loads(metadata.get("subjects", "null"))
-    if not isinstance(subjects, list) or not subjects:
-        raise ValueError("it has to describe at least one subject, but does not")
-    for number, subject in enumerate(subjects):
-        if not isinstance(subject, dict) or subject.keys() != {"query", "scale"}:
-            raise ValueError(f"subject {number} has to have a query and a scale, but is {str(subject)[:80]}")
-        if not isinstance(subject["query"], str):
-            raise ValueError(f"the query of subject {number} is {subject['query']!r:.80}, not a text")
-        if subject["scale"] is not None:
-            subject["scale"] = internals_ssr.check_scale(f"scale of subject {number}", subject["scale"])
-    return subjects
-
-
-def _check_shapes(shapes: dict[str, list[int]], num_subjects: int) -> None:
-    """Raises a `ValueError` if tensors of a file are missing or unknown, or have shapes that are not those of
-    subjects."""
-    known = {f"{number}.{name}" for number in range(num_subjects) for name in _TENSORS} | {"fingerprint"}
-    for name in sorted(shapes.keys() - known):
-        raise ValueError(f"it holds {name!r:.80}, which does not belong to a subject")
-    widths = set()
-    for number in range(num_subjects):
-        embeds, negative, region, *counts = (shapes.get(f"{number}.{name}") for name in _TENSORS)
-        if embeds is None or len(embeds) != 3 or embeds[0] != 1 or 0 in embeds or negative != embeds:
-            raise ValueError(
-                f"{number}.embeds and {number}.negative_embeds have to be of one shape, (1, num_tokens, width), but are"
-                f" {embeds} and {negative}"
-            )
-        widths.add(embeds[2])
-        if counts != [None, None] and counts != [embeds[:2], embeds[:2]]:
-            raise ValueError(f"the counts of subject {number} have the shapes {counts}, but have to have {embeds[:2]}")
-        if region is not None and (len(region) not in (2, 3) or 0 in region):
-            raise ValueError(f"{number}.region has shape {region}, but has to be (height, width) or (frames, ...)")
-    if len(widths) != 1:
-        raise ValueError(f"its subjects are of different widths: {sorted(widths)}")
-    fingerprint = shapes.get("fingerprint", [1, 1])
-    if len(fingerprint) != 2 or 0 in fingerprint:
-        raise ValueError(f"fingerprint has shape {fingerprint}, but has to have 2 dimensions")
-
-
-def _check_tensor(name: str, tensor: torch.Tensor) -> None:
-    """Raises a `ValueError` if the dtype or a value of a tensor is not one of a subject."""
-    part = name.rpartition(".")[2]
-    low, high = {
-        "embeds": (-MAX_TOKEN_VALUE, MAX_TOKEN_VALUE),
-        "negative_embeds": (-MAX_TOKEN_VALUE, MAX_TOKEN_VALUE),
-        "region": (0.0, 1.0),
-        "fingerprint": (-65504.0, 65504.0),
-    }.get(part, (1.0, 65504.0))
-    exact = part not in ("embeds", "negative_embeds")
-    if tensor.dtype not in (
-        (torch.float32,) if exact else (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    ):
-        raise ValueError(f"{name} is of type {tensor.dtype}")
-    least, most = (float(value) for value in torch.aminmax(tensor))
-    # comparisons with NaN are false
-    if not (least >= low and most <= high):
-        raise ValueError(f"{name} holds values from {least:g} to {most:g}, but has to hold {low:g} to {high:g}")
-    if part == "region" and not most > 0.5:
-        raise ValueError(f"{name} is empty")
-
-
 def _region_values(region: Any) -> np.ndarray:
     """Converts a region to an array of shape `(height, width)`, or `(frames, height, width)` for several frames, from
     0 to 1."""
+    if isinstance(region, dict):
+        region = _boxes_of_frames(region)
+    if images_ssr.is_box(region):
+        return images_ssr.box_values(region, _BOX_SHAPE, "region")
     if isinstance(region, (list, tuple)):
-        frames = [images_ssr.mask_values(frame, f"region[{index}]") for index, frame in enumerate(region)]
+        names = [f"region[{index}]" for index in range(len(region))]
+        frames = [
+            images_ssr.box_values(frame, _BOX_SHAPE, name)
+            if images_ssr.is_box(frame)
+            else images_ssr.mask_values(frame, name)
+            for frame, name in zip(region, names, strict=True)
+        ]
         shapes = {frame.shape for frame in frames}
         if len(shapes) != 1 or frames[0].ndim != 2:
             raise ValueError(
-                "`region` as a list has to hold masks of one size, one for each frame, but holds"
+                "`region` as a list has to hold boxes, or masks of one size, one for each frame, but holds"
                 f" {len(frames)} of {sorted(shapes)}."
             )
         values = np.stack(frames) if len(frames) > 1 else frames[0]
@@ -373,6 +311,16 @@ def _region_values(region: Any) -> np.ndarray:
         hint = images_ssr.hint_for_labels(region)
         raise ValueError(f"`region` is empty: it has to mark an area in at least one frame.{hint}")
     return values
+
+
+def _boxes_of_frames(keyframes: dict) -> list[list[float]]:
+    """Returns the box of each frame, up to the last keyframe. Between keyframes, boxes are interpolated."""
+    frames = sorted(keyframes)
+    if not frames or not all(isinstance(f, int) and f >= 0 and images_ssr.is_box(keyframes[f]) for f in frames):
+        raise ValueError(f"`region` as a dict has to hold boxes by frame, 0 the first, but is {keyframes!r:.200}.")
+    sides = zip(*(keyframes[frame] for frame in frames), strict=True)
+    columns = [np.interp(range(frames[-1] + 1), frames, side) for side in sides]
+    return [[float(value) for value in box] for box in zip(*columns, strict=True)]
 
 
 def _compact(subject: Subject, num_tokens: int) -> Subject:
@@ -421,8 +369,8 @@ def _cost(
 
 
 def is_subject_embeds(value) -> bool:
-    """Whether `value` is a [`SubjectEmbeds`]. It can be of another copy of this module, because `custom_pipeline=`
-    imports its own copy; the class name is compared for this reason."""
+    """Whether `value` is a [`SubjectEmbeds`], also of another copy of this module: `custom_pipeline=` imports its own copy,
+    so the name of the class is compared."""
     return isinstance(value, SubjectEmbeds) or type(value).__name__ == SubjectEmbeds.__name__
 
 

@@ -25,7 +25,7 @@ from extras import needs
 import torch
 from command_line import image_side, make_parser, output_folder, positive, run_script, share
 from diffusers_ssr import StableDiffusionSSRPipeline
-from diffusers_ssr.internals_ssr import atomic_file
+from diffusers_ssr.files_ssr import atomic_file
 from drawing import load_pipeline
 from image_files import open_image
 from PIL import Image

@@ -20,8 +20,8 @@ import numpy as np
 import pyarrow
 import torch
 from datasets.distributed import split_dataset_by_node
+from diffusers_ssr.files_ssr import atomic_file
 from diffusers_ssr.images_ssr import preprocess, preprocess_mask, to_mask, to_pil
-from diffusers_ssr.internals_ssr import atomic_file
 from huggingface_hub.constants import HF_HUB_CACHE
 from image_files import MAX_BYTES, SUFFIXES, crop_square, open_image
 from PIL import Image

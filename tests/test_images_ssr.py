@@ -139,20 +139,6 @@ ODD_TAGS = {
 }
 
 
-@pytest.mark.parametrize("tag", ODD_TAGS)
-def test_exif_orientation_is_applied_if_another_tag_is_broken(tag):
-    number, kind, count, value = ODD_TAGS[tag]
-    entries = sorted([(0x112, 3, 1, struct.pack("<I", 6)), (number, kind, count, value)])
-    # a value of more than four bytes is behind the entries
-    fields = b"".join(
-        struct.pack("<HHI", *entry[:3]) + (struct.pack("<I", 38) if len(entry[3]) > 4 else entry[3])
-        for entry in entries
-    )
-    exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0" + fields + b"\0" * 4 + value
-    picture = make_picture(size=(64, 32))
-    assert to_pil(opened(encoded(picture, "jpeg", exif=exif))).size == (32, 64)
-
-
 def test_an_upright_picture_is_not_rotated_again():
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -344,15 +344,6 @@ def test_an_encoder_without_levels_cannot_encode(method, levels):
         getattr(make_ssr_encoder().layers_alone(), method)(torch.zeros(1, 5, 32), levels)
 
 
-def test_output_attentions():
-    encoder = make_ssr_encoder()
-    states = torch.randn(1, 5, 32), torch.randn(3, 1, 17, 24)
-    with torch.no_grad():
-        subject, probs = encoder(*states, output_attentions=True)
-        assert torch.equal(subject, encoder(*states))
-        assert torch.equal(probs, encoder.attention_probs(states[0], states[1][-1]))
-
-
 def test_a_missing_folder_raises_an_os_error(tmp_path):
     with pytest.raises(OSError, match="nowhere"):
         SSREncoder.from_pretrained(tmp_path / "nowhere")

@@ -1,5 +1,6 @@
 """Requests of every kind on one UNet, similar to the load of a server, for load tests and soak tests."""
 
+import copy
 import functools
 import threading
 from collections.abc import Callable
@@ -74,8 +75,9 @@ def mixed_requests(
     start = Image.effect_noise((size, size), 80).convert("RGB")
     left = np.zeros((size, size), np.float32)
     left[:, : size // 2] = 1
-    # stock pipelines do not use the tokenizer in a thread-safe way, so only one of them runs at a time
-    stock_lock = threading.Lock()
+    # Stock pipelines do not use the tokenizer in a thread-safe way, so they have their own, and only one of them runs at
+    # a time.
+    stock_lock, tokenizer = threading.Lock(), copy.deepcopy(pipe.tokenizer)
 
     def arguments(seed: int, **extra) -> dict:
         generator = torch.Generator("cpu").manual_seed(seed)
@@ -86,7 +88,7 @@ def mixed_requests(
         scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
         with stock_lock:
             # created for each request, because `from_pipe` iterates over the UNet's modules while other threads use it
-            stock_pipe = diffusers.StableDiffusionPipeline.from_pipe(pipe, scheduler=scheduler)
+            stock_pipe = diffusers.StableDiffusionPipeline.from_pipe(pipe, scheduler=scheduler, tokenizer=tokenizer)
             stock_pipe.set_progress_bar_config(disable=True)
             return stock_pipe(prompt, **arguments(seed)).images
 
