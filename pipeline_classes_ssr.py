@@ -88,7 +88,8 @@ def _made_class(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipeli
         )
     doc = f"[`{name}`] that also takes a subject; see [`SSRPipelineMixin`]."
     namespace = {"__doc__": doc, "__module__": __name__, "_stock_class": pipeline_class}
-    return type(pipeline_class)(f"SSR{name}", (mixin_ssr.SSRPipelineMixin, pipeline_class), namespace)
+    metaclass: Any = type(pipeline_class)
+    return metaclass(f"SSR{name}", (mixin_ssr.SSRPipelineMixin, pipeline_class), namespace)
 
 
 def _annotated_classes(annotation: Any) -> list[type]:

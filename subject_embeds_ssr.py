@@ -172,10 +172,9 @@ class SubjectEmbeds:
         return replace(self, subjects=tuple(_compact(subject, count) for subject in self.subjects))
 
     def __repr__(self) -> str:
-        most = 4
-        subjects = [repr(subject) for subject in self.subjects[:most]]
-        if len(self.subjects) > most:
-            subjects.append(f"... {len(self.subjects) - most} more")
+        subjects = [repr(subject) for subject in self.subjects[:4]]
+        if len(self.subjects) > 4:
+            subjects.append(f"... {len(self.subjects) - 4} more")
         where = {f"{subject.embeds.dtype}, {subject.embeds.device}" for subject in self.subjects}
         return f"SubjectEmbeds([{', '.join(subjects)}], {', '.join(sorted(where))})".replace("torch.", "")
 
@@ -343,9 +342,8 @@ def _check_tensor(name: str, tensor: torch.Tensor) -> None:
         "fingerprint": (-65504.0, 65504.0),
     }.get(part, (1.0, 65504.0))
     exact = part not in ("embeds", "negative_embeds")
-    if tensor.dtype not in (
-        (torch.float32,) if exact else (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    ):
+    dtypes = (torch.float32,) if exact else (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    if tensor.dtype not in dtypes:
         raise ValueError(f"{name} is of type {tensor.dtype}")
     least, most = (float(value) for value in torch.aminmax(tensor))
     # comparisons with NaN are false
@@ -407,9 +405,8 @@ def _merge_tokens(
         `(1, num_tokens)`.
     """
     tokens = embeds[0].detach().double().cpu()
-    weights = (
-        torch.ones(len(tokens), dtype=torch.float64, device="cpu") if counts is None else counts[0].double().cpu()
-    )
+    ones = torch.ones(len(tokens), dtype=torch.float64, device="cpu")
+    weights = ones if counts is None else counts[0].double().cpu()
     cost = _cost(tokens, weights, tokens, weights)
     cost.fill_diagonal_(torch.inf)
     alive = torch.ones(len(tokens), dtype=torch.bool, device="cpu")
@@ -448,7 +445,6 @@ def same_fingerprint(first: torch.Tensor | None, second: torch.Tensor | None) ->
     if first.shape != second.shape:
         return False
     first, second = first.float().cpu(), second.float().cpu()
-    # compared by row, because single values can be small differences of large numbers, which bfloat16 does not
-    # preserve
+    # compared by row, because bfloat16 does not preserve single values that are small differences of large numbers;
     # float8 weights change a row by up to 5 %, and two trainings of the pocket's encoder differ by 36 % or more
     return bool(((first - second).norm(dim=-1) <= 0.1 * second.norm(dim=-1)).all())

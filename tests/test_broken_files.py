@@ -155,6 +155,8 @@ def subject_files(folder: Path) -> dict[str, Path]:
 
 # A shape of numbers with 4,000 digits, whose product would take minutes
 LONG_NUMBERS = b'{"x": {"dtype": "F32", "data_offsets": [0, 4], "shape": [' + b",".join([b"9" * 4000] * 1000) + b"]}}"
+
+
 def status(field: str) -> int:
     """Returns a field of the memory status of this process, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -212,7 +214,7 @@ VISION, WEIGHT = "ssr_image_encoder/model.safetensors", "layers.1.mlp.fc1.weight
 WRONG_WEIGHTS = {
     "nan": (lambda tensor: tensor * torch.nan, "weights that are not finite numbers"),
     "missing": (lambda tensor: None, "lacks weights of its vision encoder"),
-    "another shape": (lambda tensor: tensor[:-1].clone(), "holds weights of a wrong shape of its vision encoder"),
+    "another shape": (lambda tensor: tensor[:-1].clone(), "holds them in another shape"),
 }
 
 
@@ -231,7 +233,9 @@ def test_broken_weights_of_a_vision_encoder_are_named(tmp_path, fault):
     assert pipe.ssr_encoder is pipe.ssr_image_encoder is pipe.ssr_image_processor is None
 
 
-@pytest.mark.parametrize("file", ["ssr_image_encoder/config.json", "ssr_image_processor/preprocessor_config.json", VISION])
+@pytest.mark.parametrize(
+    "file", ["ssr_image_encoder/config.json", "ssr_image_processor/preprocessor_config.json", VISION]
+)
 def test_files_that_cannot_be_read_are_named(tmp_path, file):
     for name, part in make_ssr_components().items():
         part.save_pretrained(tmp_path / name)

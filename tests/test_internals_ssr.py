@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import diffusers
 import diffusers_ssr
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, make_picture, quiet, subject_args

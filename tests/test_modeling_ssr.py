@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload
-from conftest import make_image_encoder, make_ssr_encoder, make_unet
+from conftest import make_ssr_encoder, make_unet
 from diffusers_ssr import SSREncoder
 from diffusers_ssr.modeling_ssr import SD15_ATTENTION_LAYERS
 from safetensors.torch import load_file, save_file
@@ -131,7 +131,9 @@ def test_from_released_error_names_what_was_passed_instead(argument, kind):
 def test_from_released_error_names_the_tensors_of_an_unknown_file(argument):
     _, aligner, layers = small_released()
     given = {"aligner": aligner, "layers": layers, argument: make_unet().state_dict()}
-    with pytest.raises(ValueError, match=f"`{argument}` does not hold the released tensors: missing .*, unexpected conv_in"):
+    with pytest.raises(
+        ValueError, match=f"`{argument}` does not hold the released tensors: missing .*, unexpected conv_in"
+    ):
         SSREncoder.from_released(**given, **TWO_LAYERS)
 
 

@@ -25,7 +25,9 @@ def test_a_pipeline_that_was_saved_in_half_precision_says_how_to_load_it(pipe, t
     quiet(loaded)
     if loaded.text_encoder.dtype != loaded.unet.dtype:
         assert not with_dtype
-        with pytest.raises(ValueError, match="`text_encoder` is in torch.float16, but `unet` in torch.float32.*`dtype="):
+        with pytest.raises(
+            ValueError, match="`text_encoder` is in torch.float16, but `unet` in torch.float32.*`dtype="
+        ):
             loaded(**subject_args())
         loaded.to(torch.float32)
     assert np.isfinite(loaded(**subject_args()).images).all()

@@ -91,7 +91,9 @@ def test_a_saved_pipeline_can_be_loaded_with_a_controlnet(pipe, tmp_path):
     controlnet = make_controlnet()
     control = StableDiffusionSSRControlNetPipeline.from_pretrained(tmp_path, controlnet=controlnet)
     assert type(control) is StableDiffusionSSRControlNetPipeline and control.controlnet is controlnet
-    images = [quiet(control)(**call_args(image=make_picture(seed, (16, 16)), subject=subject)).images for seed in (1, 2)]
+    images = [
+        quiet(control)(**call_args(image=make_picture(seed, (16, 16)), subject=subject)).images for seed in (1, 2)
+    ]
     assert np.abs(images[0] - images[1]).max() > 1e-4
 
 
