@@ -140,11 +140,9 @@ def test_custom_code_without_the_package(saved):
     run_in_new_process(f"ROOT = {str(ROOT)!r}\n{WITHOUT_PACKAGE}", saved)
 
 
-def test_custom_code_and_package_are_compatible(saved, monkeypatch):
+def test_custom_code_and_package_are_compatible(saved):
     """`custom_pipeline=` imports a copy of the code. Its subjects work in the pipelines of the package, and vice
     versa."""
-    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(saved / "modules"))
-    monkeypatch.syspath_prepend(str(saved / "modules"))
     custom = DiffusionPipeline.from_pretrained(
         saved / "base", custom_pipeline=str(ROOT / "pipeline_ssr.py"), trust_remote_code=True
     )
