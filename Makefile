@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 WORK_DIR ?= outputs/pocket-training
 POCKET = $(BIN)/python -m tools.pocket
 
-.PHONY: demo test test-oldest test-middle test-newest lint census docs pocket pocket-gpu measure compare
+.PHONY: demo test test-slow census test-oldest test-middle test-newest lint docs pocket pocket-gpu measure compare
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -14,6 +14,10 @@ demo: $(VENV)/.demo
 # Its last lines say which share of the root modules' lines the tests reach.
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal --cov --cov-report=term
+
+# the tests that take longer: thread marathons, full-size models
+test-slow: $(VENV)/.installed
+	RUN_SLOW=1 $(BIN)/python -m pytest -q -n 2 tests/test_threads.py tests/test_full_size.py
 
 # The tests of the root modules with other versions of the libraries, in separate environments: the oldest supported versions, some
 # in between, and the newest including pre-releases. There the package is not installed but imported through a link.

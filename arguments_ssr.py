@@ -194,22 +194,9 @@ def text_arguments(arguments: dict) -> dict:
 
 
 def parse_subjects(subject: Any, num_prompts: int) -> list[request_ssr.Row]:
-    r"""
-    Reads the argument `subject` of a call.
-
-    Args:
-        subject ([`SubjectEmbeds`], `dict` or `list`):
-            The argument.
-        num_prompts (`int`):
-            The number of prompts.
-
-    Returns:
-        `list[dict[int, SubjectEmbeds | None]]`: one row for all prompts, or one row for each prompt, all with the same
-        keyframes.
-
-    Raises:
-        `ValueError`: if it is something else, or if the rows do not fit together.
-    """
+    """Reads the argument `subject` of a call: a [`SubjectEmbeds`], a dict of them by frame, or a list of these and `None`.
+    Returns one row for all prompts, or one row for each prompt, all with the same keyframes. Raises a `ValueError` if it
+    is something else, or if the rows do not fit together."""
     values = subject if isinstance(subject, list) else [subject]
     rows = [_parse_row(value, isinstance(subject, list)) for value in values]
     keyframes = {tuple(row) for row in rows if len(row) > 1}

@@ -4,7 +4,7 @@ import functools
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -214,7 +214,7 @@ class SubjectConditions:
             grid (`tuple[int, int]`):
                 The height and width of the transformer's grid of positions.
         """
-        pairs = [self.pairs.get(name, (None, None)) for name in layers]
+        pairs: list[Any] = [self.pairs.get(name, (None, None)) for name in layers]
         if self.keyframes is not None:
             pairs = [(_between_keyframes(k, self.keyframes), _between_keyframes(v, self.keyframes)) for k, v in pairs]
         keys, values = zip(*pairs, strict=True)

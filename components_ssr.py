@@ -136,16 +136,10 @@ _lock = threading.Lock()
 
 @contextmanager
 def own_pipeline(pipeline) -> Iterator:
-    r"""
-    Context manager that gives a call a pipeline that no other call uses. This is the pipeline itself, unless the
+    """Context manager that gives a call a pipeline that no other call uses. This is the pipeline itself, unless the
     pipeline or its scheduler is already in a call (in another thread, or because a callback uses the pipeline that
     called it). In that case it is a shallow copy with its own scheduler, because a scheduler and the private
-    attributes of a pipeline store the state of one call.
-
-    Args:
-        pipeline (`DiffusionPipeline`):
-            The pipeline.
-    """
+    attributes of a pipeline store the state of one call."""
     with _lock:
         scheduler = pipeline.scheduler
         if pipeline in _in_use or scheduler in _in_use:

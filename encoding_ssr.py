@@ -93,10 +93,11 @@ class SubjectEncodingMixin(components_ssr.SSRComponents):
         # 2. Images and masks to pixels. The first image is that of the unconditional branch, which gets an image of
         # zeros after normalization (section 3.3).
         images = list({id(reference.image): reference.image for reference in references}.values())
-        pixels = [images_ssr.preprocess(image, processor, resize_mode) for image in images]
-        pixels = torch.cat([torch.zeros_like(pixels[0]), *pixels])
+        batch = [images_ssr.preprocess(image, processor, resize_mode) for image in images]
+        pixels = torch.cat([torch.zeros_like(batch[0]), *batch])
         masks = [
-            r.mask and images_ssr.preprocess_mask(r.mask, processor, resize_mode, f"{prefix}mask") for r in references
+            None if r.mask is None else images_ssr.preprocess_mask(r.mask, processor, resize_mode, f"{prefix}mask")
+            for r in references
         ]
 
         # 3. Queries and images to hidden states. The first query is the empty one of the unconditional branch.
@@ -110,8 +111,8 @@ class SubjectEncodingMixin(components_ssr.SSRComponents):
         subjects = []
         for index, (reference, mask) in enumerate(zip(references, masks, strict=True), 1):
             place = 1 + next(place for place, image in enumerate(images) if image is reference.image)
-            mask = None if mask is None else mask.to(device).expand(2, -1, -1, -1)
-            embeds = encoder(query_states[[0, index]], levels[:, [0, place]], mask, mask_weight)
+            both = None if mask is None else mask.to(device).expand(2, -1, -1, -1)
+            embeds = encoder(query_states[[0, index]], levels[:, [0, place]], both, mask_weight)
             subjects.append(subject_embeds_ssr.Subject(embeds[1:], embeds[:1], reference.query))
         return [subject_embeds_ssr.SubjectEmbeds((subject,), fingerprint) for subject in subjects]
 
@@ -172,9 +173,7 @@ class SubjectEncodingMixin(components_ssr.SSRComponents):
         if tokens not in ("all", "own"):
             raise ValueError(f'`tokens` has to be "all" or "own", but is {tokens!r}.')
         device = self._execution_device
-        mask = reference.mask
-        if mask is not None:
-            mask = images_ssr.preprocess_mask(mask, processor, resize_mode, "mask").to(device)
+        mask = reference.mask and images_ssr.preprocess_mask(reference.mask, processor, resize_mode, "mask").to(device)
         pixels = images_ssr.preprocess(reference.image, processor, resize_mode)
         levels = _vision_levels(vision, encoder, pixels, device)
         query_states = self._encode_queries(["", reference.query], device, {}).to(encoder.dtype)
@@ -336,23 +335,9 @@ def _make_attention_map(
     resize_mode: str,
     tokens: str,
 ) -> SubjectAttentionMap:
-    r"""
-    Creates an attention map from the attention of a query and the attention of an empty query.
-
-    Args:
-        probs (`torch.Tensor` of shape `(num_tokens, 1 + num_patches)`):
-            The attention of the query, averaged over the heads, class token first.
-        empty_probs (`torch.Tensor` of the same shape):
-            The attention of the empty query.
-        own_tokens (`dict[int, str]`):
-            The tokens of the query's words, by their index in the first dimension of `probs`.
-        image (`PIL.Image.Image`):
-            The reference image.
-        resize_mode (`str`):
-            The `resize_mode` with which the image was preprocessed.
-        tokens (`str`):
-            `"all"` or `"own"`, see [`SubjectAttentionMap`].
-    """
+    """Creates an attention map. `probs` and `empty_probs`, of shape `(num_tokens, 1 + num_patches)`, are the attention of
+    the query and of an empty query, averaged over the heads. `own_tokens` has the tokens of the query's words by
+    position."""
     empty = empty_probs.mean(0)
     own = probs[list(own_tokens)]
     if tokens == "own":

@@ -27,17 +27,8 @@ _lock = threading.RLock()
 
 
 def find_unet(unet: Any) -> UNet2DConditionModel | UNetMotionModel:
-    r"""
-    Returns the UNet inside its wrappers: `torch.compile`, a `PeftModel`, the wrappers of accelerate or DDP, or a
-    user-defined wrapper that forwards attribute access.
-
-    Args:
-        unet (`torch.nn.Module` or any callable object):
-            A pipeline's `unet`.
-
-    Raises:
-        `ValueError`: if `unet` does not contain a UNet.
-    """
+    """Returns the UNet inside its wrappers: `torch.compile`, a `PeftModel`, the wrappers of accelerate or DDP, or a
+    user-defined wrapper that forwards attribute access. Raises a `ValueError` if there is none."""
     # A wrapper that is not a module but forwards attribute access also forwards `get_submodule`. This is a bound
     # method, and its `__self__` is the wrapped module.
     module = unet if isinstance(unet, nn.Module) else getattr(getattr(unet, "get_submodule", None), "__self__", None)

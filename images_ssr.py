@@ -123,29 +123,9 @@ def mask_values(mask: Any, name: str = "subject_mask") -> np.ndarray:
 
 
 def to_mask(mask: Any, size: tuple[int, int], name: str = "subject_mask") -> Image.Image:
-    r"""
-    Converts the mask of an image to a black and white image.
-
-    Args:
-        mask (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
-            The mask, see [`mask_values`].
-        size (`tuple[int, int]`):
-            Width and height of the image that the mask belongs to.
-        name (`str`, defaults to `"subject_mask"`):
-            The name of the argument in error messages.
-
-    Returns:
-        `PIL.Image.Image` in mode L: 255 where the subject is, 0 elsewhere.
-
-    Raises:
-        `ValueError`: if it is not a valid mask, does not have the size of the image, or marks nothing or everything.
-
-    Example:
-
-    ```py
-    >>> mask = to_mask(Image.open("mask.png"), photo.size)
-    ```
-    """
+    """Converts the mask of an image of a size `(width, height)`, see [`mask_values`], to a black and white image: 255 where
+    the subject is, 0 elsewhere. Raises a `ValueError` if it is not a valid mask, does not have the size of the image, or
+    marks nothing or everything."""
     values = mask_values(mask, name)
     if values.shape != size[::-1]:
         hint = ": pass one mask or one color channel of it" if values.shape[1:] == size[::-1] else ""
@@ -171,25 +151,12 @@ def hint_for_labels(mask: Any) -> str:
 
 
 def preprocess(image: Image.Image, processor: CLIPImageProcessor, resize_mode: str = "pad") -> torch.Tensor:
-    r"""
-    Resizes an image to the square input of the vision encoder and normalize it.
+    """Resizes an RGB image to the square input of the vision encoder and normalizes it, to a tensor of shape
+    `(1, 3, height, width)`. "pad" keeps the whole image, and fills the rest of the square with the mean color. "crop"
+    takes the central square, as CLIP and the released code do.
 
     This function always uses PIL. The image backend of transformers depends on the installed packages, and different
-    backends give different pixel values.
-
-    Args:
-        image (`PIL.Image.Image`):
-            An image in RGB.
-        processor (`CLIPImageProcessor`):
-            The image processor with the vision encoder's input size and normalization.
-        resize_mode (`str`, defaults to `"pad"`):
-            "pad" keeps the whole image: its longer edge is resized to the side of the square, and the rest of the
-            square is filled with the mean color. "crop" resizes the shorter edge and takes a center crop, as CLIP and
-            the released code do; the parts outside the crop are lost. Both give the same result for square images.
-
-    Returns:
-        `torch.Tensor` of shape `(1, 3, height, width)`.
-    """
+    backends give different pixel values."""
     # always on the CPU and in float32, even if the default device or dtype is another one
     mean, std = (
         torch.tensor(values, device="cpu", dtype=torch.float32).view(3, 1, 1)
@@ -201,26 +168,9 @@ def preprocess(image: Image.Image, processor: CLIPImageProcessor, resize_mode: s
 def preprocess_mask(
     mask: Image.Image, processor: CLIPImageProcessor, resize_mode: str = "pad", name: str = "subject_mask"
 ) -> torch.Tensor:
-    r"""
-    Resizes a mask in the same way as [`preprocess`] resizes its image, so that it marks the same patches.
-
-    Args:
-        mask (`PIL.Image.Image`):
-            A mask in mode L, see [`to_mask`].
-        processor (`CLIPImageProcessor`):
-            The image processor with the vision encoder's input size.
-        resize_mode (`str`, defaults to `"pad"`):
-            The `resize_mode` that is passed to [`preprocess`].
-        name (`str`, defaults to `"subject_mask"`):
-            The name of the argument in error messages.
-
-    Returns:
-        `torch.Tensor` of shape `(1, 1, height, width)`, from 0 to 1.
-
-    Raises:
-        `ValueError`: if the mask marks nothing in the input of the vision encoder: it is outside the central square
-            that "crop" keeps, or too small.
-    """
+    """Resizes a mask in mode L in the same way as [`preprocess`] resizes its image, so that it marks the same patches.
+    Returns a tensor of shape `(1, 1, height, width)`, from 0 to 1. Raises a `ValueError` if nothing of the mask is left:
+    it is outside the central square that "crop" keeps, or too small."""
     values = _crop_or_fill(_resized(mask, processor, resize_mode), processor)
     if not values.any():
         height, width = values.shape[2:]
@@ -232,20 +182,8 @@ def preprocess_mask(
 
 
 def postprocess_map(attention_map: torch.Tensor, size: tuple[int, int], resize_mode: str) -> torch.Tensor:
-    r"""
-    Resizes attention maps from the square input of the vision encoder to the size of the image.
-
-    Args:
-        attention_map (`torch.Tensor` of shape `(count, side, side)`):
-            Maps over the square input.
-        size (`tuple[int, int]`):
-            Width and height of the image.
-        resize_mode (`str`):
-            The `resize_mode` that was passed to [`preprocess`].
-
-    Returns:
-        `torch.Tensor` of shape `(count, height, width)`: maps over the image, with 0 in the parts that were cropped.
-    """
+    """Resizes attention maps of shape `(count, side, side)` from the square input of the vision encoder to the size of the
+    image. The parts that were cropped are 0."""
     width, height = size
     edge = max(size) if resize_mode == "pad" else min(size)
     resized = F.interpolate(attention_map[None], (edge, edge), mode="bilinear")[0]
@@ -270,7 +208,7 @@ def _upright(image: Image.Image, name: str) -> Image.Image:
     except (OSError, SyntaxError, ValueError) as error:  # the errors of Pillow's decoders
         raise ValueError(f"`{name}` cannot be decoded: {error}.") from error
     try:
-        method = _TRANSPOSE.get(image.getexif().get(_ORIENTATION))
+        method = _TRANSPOSE.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # broken EXIF data raise different errors, and the pixels are still right
         method = None
     upright = image.copy() if method is None else image.transpose(method)

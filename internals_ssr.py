@@ -48,18 +48,8 @@ _TRANSFORMERS_DTYPE = "dtype" if parse_version(transformers.__version__) >= (4, 
 
 
 def precision_arguments(arguments: dict, library: str = "diffusers", default: torch.dtype | None = None) -> dict:
-    r"""
-    Returns arguments for `from_pretrained` or `from_pipe`, with the precision under the name that the installed
-    version of the library accepts.
-
-    Args:
-        arguments (`dict`):
-            The arguments, which may contain `dtype` or `torch_dtype`.
-        library (`"diffusers"` or `"transformers"`, defaults to `"diffusers"`):
-            The library that the arguments are for.
-        default (`torch.dtype`, *optional*):
-            The precision if `arguments` has neither `dtype` nor `torch_dtype`.
-    """
+    """Returns arguments for `from_pretrained` or `from_pipe` of a library, with the precision (`dtype` or `torch_dtype` in
+    `arguments`, or else `default`) under the name that the installed version of the library accepts."""
     rest = {name: value for name, value in arguments.items() if name not in ("dtype", "torch_dtype")}
     dtype = next((arguments[name] for name in ("dtype", "torch_dtype") if arguments.get(name) is not None), default)
     if dtype is not None:
@@ -222,24 +212,8 @@ def shorten_names(names: list[str], most: int = 3) -> str:
 
 @contextmanager
 def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
-    r"""
-    Context manager that writes a file whole or not at all.
-
-    Args:
-        path (`str` or `os.PathLike`):
-            The file.
-
-    Yields:
-        `Path`: a temporary file in the same folder. It replaces `path` when the block ends, and is deleted if the block
-        raises an error.
-
-    Example:
-
-    ```py
-    >>> with atomic_file("cat.safetensors") as partial:
-    ...     save_file(tensors, partial)
-    ```
-    """
+    """Context manager that writes a file whole or not at all. It yields a temporary file in the same folder, which replaces
+    `path` when the block ends, and is deleted if the block raises an error."""
     # resolved, because `os.replace` would replace a symbolic link and not the file that it points to
     target = Path(os.path.realpath(path))
     # A unique name for each writer. It does not contain the name of `path`, which can already have the maximum length.
@@ -258,21 +232,9 @@ MAX_SCALE = 100
 
 
 def check_scale(name: str, scale: Any) -> float:
-    r"""
-    Checks a number that a user passes, such as a scale.
-
-    Args:
-        name (`str`):
-            The name of the argument in error messages.
-        scale (`float`, or any other real number):
-            A number of Python or numpy, or an array or tensor without dimensions.
-
-    Returns:
-        `float`.
-
-    Raises:
-        `ValueError`: if it is not a number from -100 to 100.
-    """
+    """Returns a number that a user passes, such as a scale, as a `float`. It can be a number of Python or numpy, or an
+    array or tensor without dimensions. Raises a `ValueError` with the argument's `name` if it is not a number from -100
+    to 100."""
     number = _number(scale)
     # NaN fails the comparison
     if number is None or not abs(number) <= MAX_SCALE:

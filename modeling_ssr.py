@@ -325,7 +325,8 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
         except Exception as error:  # diffusers raises different errors for a wrong config, name or shape
             raise ValueError(f"{source} holds no usable SSREncoder: {error or type(error).__name__}") from error
         # a quantized encoder is returned without the info
-        model, info = loaded if isinstance(loaded, tuple) else (loaded, {})
+        info: dict[str, Any] = {}
+        model, info = loaded if isinstance(loaded, tuple) else (loaded, info)
         # diffusers only warns about missing weights and initializes them with random numbers. Those that an index lists,
         # but no shard has, are on the meta device.
         if "missing_keys" in info and not hasattr(model, "_hf_hook"):

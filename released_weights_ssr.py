@@ -18,24 +18,10 @@ def read_released_weights(
     expected: Mapping[str, torch.Tensor],
     layer_names: Sequence[str],
 ) -> dict[str, torch.Tensor]:
-    r"""
-    Read the released weights and rename them to the parameter names of [`SSREncoder`].
+    """Reads the two released files or state dicts (see [`SSREncoder.from_released`]) and returns a state dict for an encoder.
 
-    Args:
-        aligner, layers (`str`, `os.PathLike` or `dict[str, torch.Tensor]`):
-            The two files or state dicts, see [`SSREncoder.from_released`].
-        expected (`dict[str, torch.Tensor]`):
-            The state dict of the encoder. Only its names and shapes are used.
-        layer_names (`list[str]`):
-            The names of the encoder's modules for the UNet's layers, in the order of the released file.
-
-    Returns:
-        `dict[str, torch.Tensor]`: a state dict for the encoder.
-
-    Raises:
-        `FileNotFoundError`: if a file does not exist.
-        `ValueError`: if a tensor is missing or unexpected, has the wrong shape, or has values that are not finite.
-    """
+    `expected` is the state dict of the encoder, of which only names and shapes are used. `layer_names` are the names of
+    its modules for the UNet's layers, in the order of the released file."""
     names = {
         "aligner": {_released_aligner_name(name): name for name in expected if not name.startswith("layers.")},
         # the released file numbers all attention layers; every second one is a cross-attention layer

@@ -386,24 +386,10 @@ def _compact(subject: Subject, num_tokens: int) -> Subject:
 def _merge_tokens(
     embeds: torch.Tensor, counts: torch.Tensor | None, num_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    r"""
-    Merges the most similar tokens until `num_tokens` are left. A merged token is the mean of its original tokens, and
-    the softmax counts it as often as the number of original tokens. Keys and values are linear in the tokens, so
-    merging equal tokens does not change the result. The two tokens to merge next are selected by Ward's criterion: the
-    pair with the smallest increase of the squared error.
-
-    Args:
-        embeds (`torch.Tensor` of shape `(1, length, width)`):
-            A subject's tokens.
-        counts (`torch.Tensor` of shape `(1, length)`, *optional*):
-            The number of original tokens that were already merged into each token. Defaults to one for each token.
-        num_tokens (`int`):
-            The number of tokens to keep.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: the tokens, of shape `(1, num_tokens, width)`, and their counts, of shape
-        `(1, num_tokens)`.
-    """
+    """Merges the most similar tokens of shape `(1, length, width)` until `num_tokens` are left, and returns them with their
+    counts. A merged token is the mean of its original tokens, and the softmax counts it as often as their number. Keys
+    and values are linear in the tokens, so merging equal tokens does not change the result. The two tokens to merge next
+    are selected by Ward's criterion: the pair with the smallest increase of the squared error."""
     tokens = embeds[0].detach().double().cpu()
     ones = torch.ones(len(tokens), dtype=torch.float64, device="cpu")
     weights = ones if counts is None else counts[0].double().cpu()

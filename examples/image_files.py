@@ -64,3 +64,10 @@ def _read(file: Path, name: str, where: str) -> bytes:
     except (OSError, ValueError) as error:  # such as a missing file, or a path with a zero byte
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"`{name}` cannot be read: {reason}{where}.") from error
+
+
+def crop_square(image: Image.Image, side: int) -> Image.Image:
+    """Crops the central square and scales it to `side` pixels."""
+    edge = min(image.size)
+    left, top = (image.width - edge) // 2, (image.height - edge) // 2
+    return image.crop((left, top, left + edge, top + edge)).resize((side, side), Image.Resampling.LANCZOS)

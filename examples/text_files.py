@@ -119,3 +119,23 @@ def _json_rows(lines: _Lines) -> Iterator[dict | str]:
             yield f"not JSON: {error}"
         else:
             yield row if isinstance(row, dict) else "not a JSON object"
+
+
+def text_of(value, name: str) -> str:
+    """Returns a text without surrounding whitespace. Raises a `ValueError` if it is empty, not a text, or not UTF-8."""
+    if isinstance(value, bytes):
+        marked = value.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        try:
+            value = value.decode("utf-16" if marked else "utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name} is not UTF-8: {error}") from error
+    if value is None or is_blank(value):
+        raise ValueError(f"{name} is missing or empty")
+    # JSON can contain halves of characters, which tokenizers cannot represent
+    if not isinstance(value, str) or any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ValueError(f"{name} is not a text: {value!r:.80}")
+    return value.strip()
+
+
+def is_blank(cell) -> bool:
+    return isinstance(cell, (str, bytes)) and not cell.strip()

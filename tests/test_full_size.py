@@ -7,11 +7,17 @@ import numpy as np
 import pytest
 import torch
 import train_ssr
-from conftest import make_picture
-from diffusers import ControlNetModel, StableDiffusionPipeline
-from diffusers_ssr import AnimateDiffSSRPipeline, StableDiffusionSSRControlNetPipeline, StableDiffusionSSRPipeline
+from conftest import call_args, make_components, make_picture
+from diffusers import ControlNetModel, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers_ssr import (
+    AnimateDiffSSRPipeline,
+    SSREncoder,
+    StableDiffusionSSRControlNetPipeline,
+    StableDiffusionSSRPipeline,
+)
 from random_models import motion_adapter, random_model, sd15_pipeline
-from transformers import CLIPImageProcessor
+from test_modeling_ssr import ALIGNER, LAYERS, random_released
+from transformers import CLIPImageProcessor, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 
 
 def state(pipe) -> dict:
@@ -29,6 +35,13 @@ def state(pipe) -> dict:
             found[f"{name} processors"] = {key: id(each) for key, each in component.attn_processors.items()}
     found["unet config"] = dict(pipe.unet.config)
     return found
+
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("RUN_SLOW") != "1",
+    reason="needs RUN_SLOW=1 (`make test-slow`): minutes, and 5 GB of disk space; the same runs on small models in"
+    " test_chains.py and test_train_ssr.py",
+)
 
 
 def test_controlnet_and_animatediff_do_not_change_any_component():
@@ -59,10 +72,6 @@ def test_controlnet_and_animatediff_do_not_change_any_component():
         assert state(chain) == before and state(pipe) == base
 
 
-@pytest.mark.skipif(
-    "RUN_SLOW" not in os.environ,
-    reason="needs RUN_SLOW=1, minutes and 5 GB of disk space; test_train_ssr.py trains small models in the same way",
-)
 def test_encoder_can_be_loaded_after_three_training_steps(tmp_path):
     pipe = sd15_pipeline()
     pipe.ssr_image_encoder.save_pretrained(tmp_path / "clip")
@@ -94,3 +103,40 @@ def test_encoder_can_be_loaded_after_three_training_steps(tmp_path):
         for subject in ({}, {"subject_image": make_picture(), "subject_query": "cat"})
     ]
     assert np.isfinite(drawn[1]).all() and not np.array_equal(*drawn)
+
+
+def test_released_layout_loads_at_full_size_and_changes_the_picture():
+    """The UNet of SD 1.5, the width of CLIP ViT-L, random weights in the layout of the released files, and a small
+    picture."""
+    encoder = SSREncoder.from_released(random_released(ALIGNER), random_released(LAYERS, seed=1))
+    unet = random_model(lambda: UNet2DConditionModel(sample_size=64, cross_attention_dim=768))
+    vae = make_components()["vae"]
+    tokenizer = make_components()["tokenizer"]
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=768,
+        num_hidden_layers=1,
+        num_attention_heads=12,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        intermediate_size=8,
+        image_size=56,
+        patch_size=14,
+    )
+    pipe = StableDiffusionSSRPipeline(
+        vae, CLIPTextModel(text), tokenizer, unet, DDIMScheduler(clip_sample=False, steps_offset=1), None, None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_ssr(encoder, image_encoder=random_model(lambda: CLIPVisionModel(vision)))
+    subject = pipe.encode_subject(make_picture(), "cat")
+    assert subject.subjects[0].embeds.shape == (1, 6 * tokenizer.model_max_length, 768)
+    arguments = call_args(height=64, width=64, num_inference_steps=1, output_type="latent")
+    plain = pipe(**arguments).images
+    arguments["generator"].manual_seed(0)
+    drawn = pipe(**arguments, subject=subject, subject_scale=1.0).images
+    assert torch.isfinite(drawn).all() and (plain - drawn).abs().max() > 1e-3

@@ -16,12 +16,9 @@ from conftest import (
     make_unet,
     snapshot,
 )
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline, SubjectEmbeds, hooks_ssr, request_ssr
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers_ssr import StableDiffusionSSRPipeline, SubjectEmbeds, hooks_ssr, request_ssr
 from diffusers_ssr.subject_embeds_ssr import Subject
-from random_models import random_model
-from test_modeling_ssr import ALIGNER, LAYERS, random_released
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 
 
 def stock_of(pipe) -> StableDiffusionPipeline:
@@ -451,40 +448,3 @@ def test_a_unet_that_does_not_fit_an_encoded_subject_is_rejected(pipe):
 def test_an_encoder_in_memory_needs_an_image_encoder(pipe):
     with pytest.raises(ValueError, match="`image_encoder` has to be given"):
         pipe.load_ssr(make_ssr_encoder())
-
-
-def test_released_layout_loads_at_full_size_and_changes_the_picture():
-    """The UNet of SD 1.5, the width of CLIP ViT-L, random weights in the layout of the released files, and a small
-    picture."""
-    encoder = SSREncoder.from_released(random_released(ALIGNER), random_released(LAYERS, seed=1))
-    unet = random_model(lambda: UNet2DConditionModel(sample_size=64, cross_attention_dim=768))
-    vae = make_components()["vae"]
-    tokenizer = make_components()["tokenizer"]
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=768,
-        num_hidden_layers=1,
-        num_attention_heads=12,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=1024,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        intermediate_size=8,
-        image_size=56,
-        patch_size=14,
-    )
-    pipe = StableDiffusionSSRPipeline(
-        vae, CLIPTextModel(text), tokenizer, unet, DDIMScheduler(clip_sample=False, steps_offset=1), None, None,
-        requires_safety_checker=False,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    pipe.load_ssr(encoder, image_encoder=random_model(lambda: CLIPVisionModel(vision)))
-    subject = pipe.encode_subject(make_picture(), "cat")
-    assert subject.subjects[0].embeds.shape == (1, 6 * tokenizer.model_max_length, 768)
-    arguments = call_args(height=64, width=64, num_inference_steps=1, output_type="latent")
-    plain = pipe(**arguments).images
-    arguments["generator"].manual_seed(0)
-    drawn = pipe(**arguments, subject=subject, subject_scale=1.0).images
-    assert torch.isfinite(drawn).all() and (plain - drawn).abs().max() > 1e-3

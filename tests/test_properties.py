@@ -1,9 +1,13 @@
 """Properties that hold for arbitrary and untrusted inputs. hypothesis searches for counterexamples."""
 
+import gzip
 import json
 import math
+import tarfile
 import tempfile
+from itertools import islice
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -19,6 +23,9 @@ from hypothesis.extra import numpy as npst
 from PIL import Image
 from safetensors.torch import save_file
 from test_modeling_ssr import TWO_LAYERS, small_released
+from test_training_data import GOOD, PICTURE, TEXTS, entry
+from text_files import read_rows
+from training_data import Columns, Preparation, Samples, load_rows, read_shards, summary
 
 
 settings.register_profile("suite", max_examples=40, deadline=None, derandomize=True)
@@ -244,3 +251,90 @@ def test_any_released_weights_are_loaded_or_rejected(argument, ending, data, fil
         assert all(torch.isfinite(parameter).all() for parameter in loaded.parameters())
     except ValueError as error:
         assert f"`{argument}`" in str(error)
+
+
+@settings(max_examples=100)
+@given(content=st.binary(max_size=60), suffix=st.sampled_from([".csv", ".jsonl"]))
+def test_any_bytes_give_rows_or_reasons(content, suffix, file):
+    table = file.with_suffix(suffix)
+    table.write_bytes(content)
+    for errors in ("strict", "replace"):
+        assert all(isinstance(row, (dict, str)) for _, row in read_rows(table, errors=errors))
+
+
+# what a stranger's row can hold: any JSON, and the names of files in all forms
+OUTSIDE = st.sampled_from(["/etc/hostname", "../outside.png", "file:///etc/hostname", "outside.png", "good.png", "/dev/zero",
+                           "http://localhost:9/a.png", "", ".", "\ud83d.png", "\0"])  # fmt: skip
+LEAF = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | OUTSIDE
+FILES = st.dictionaries(st.sampled_from(["path", "bytes"]), OUTSIDE, min_size=1)
+JSON_CELL = st.recursive(
+    LEAF | FILES, lambda each: st.lists(each, max_size=3) | st.dictionaries(st.sampled_from("ab"), each), max_leaves=4
+)
+CELL = LEAF | FILES | st.lists(LEAF | FILES, max_size=3) | JSON_CELL
+PARTS = ["image", "text", "query", "reference", "mask", "file_name", "mask_file_name", "reference_file_name", "_file_name",
+         "image.0", "query.1", "reference.1", "__key__", "__error__", "__error___file_name", "__url__"]  # fmt: skip
+PICTURES = st.dictionaries(
+    st.sampled_from(["image", "reference", "mask"]), FILES | st.lists(FILES, max_size=2), max_size=1
+)
+ROWS = st.dictionaries(st.sampled_from(PARTS), CELL, max_size=6) | PICTURES
+
+
+@pytest.fixture(scope="module")
+def training_set():
+    """A folder with a picture, and with another picture beside the folder."""
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "set"
+        folder.mkdir()
+        (folder / "good.png").write_bytes(PICTURE)
+        (Path(parent) / "outside.png").write_bytes(PICTURE)
+        yield folder
+
+
+@settings(max_examples=100)
+@given(row=ROWS, whole=st.booleans(), kind=st.sampled_from(["metadata.jsonl", "0.tar"]))
+@example(row={"image": {"path": "/etc/hostname"}}, whole=True, kind="metadata.jsonl")
+@example(row={"mask": {"bytes": "file:///etc/hostname"}}, whole=True, kind="0.tar")
+@example(row={"file_name": "\ud83d.png"}, whole=True, kind="metadata.jsonl")
+def test_any_json_in_a_training_set_is_a_sample_or_named(row, whole, kind, training_set):
+    """`whole` adds what a sample needs to the row, so that the other values meet more of the code."""
+    if whole:
+        row = {**TEXTS, "reference_file_name": "good.png", "file_name": "good.png", **row}
+    file = training_set / kind
+    if kind == "0.tar":
+        pictures = entry("0.png", PICTURE) + entry("0.reference.png", PICTURE)
+        good = GOOD + entry("good.reference.png", PICTURE)
+        file.write_bytes(pictures * whole + entry("0.json", json.dumps(row).encode()) + good)
+    else:
+        good = {**TEXTS, "file_name": "good.png", "reference_file_name": "good.png"}
+        file.write_text(f"{json.dumps(row)}\n{json.dumps(good)}\n")
+    prepare = Preparation(Columns(reference="reference", mask="mask"), make_image_processor(), 16, 16)
+    try:
+        with patch("builtins.open", wraps=open) as opened:
+            samples = Samples(load_rows(training_set), prepare, buffer_size=1)
+            assert len(list(islice(samples, 4))) == 4
+    finally:
+        file.unlink()
+    assert len(samples.bad) <= 1
+    summary(samples.bad).encode()
+    images = [
+        call.args[0] for call in opened.call_args_list if str(call.args[0]).endswith((".png", "hostname", "zero"))
+    ]
+    assert all(Path(image).is_relative_to(training_set) for image in images)
+
+
+@settings(max_examples=100)
+@given(data=st.data(), kind=st.sampled_from(["tar", "gz"]))
+def test_a_corrupted_shard_is_read_or_named(data, kind, training_set):
+    """Bytes are overwritten, removed or added at any place."""
+    content = bytearray(GOOD + entry("a.png", PICTURE) + entry("a.json", b"{}") + entry("b/", kind=tarfile.DIRTYPE))
+    content = bytearray(gzip.compress(content)) if kind == "gz" else content
+    # the headers are at the start of a block
+    place = st.integers(0, len(content) - 1) | st.integers(0, len(content) // 512 - 1).map(lambda block: 512 * block)
+    for _ in range(data.draw(st.integers(1, 3))):
+        start = data.draw(place) + data.draw(st.integers(0, 160))
+        content[start : start + data.draw(st.integers(0, 8))] = data.draw(st.binary(max_size=8))
+    file = training_set / "0.tar"
+    file.write_bytes(content)
+    rows = list(read_shards([str(file)]))
+    file.unlink()
+    assert rows and all(isinstance(row, dict) and row.get("__url__", row["__key__"]) == str(file) for row in rows)

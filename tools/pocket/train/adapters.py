@@ -47,8 +47,6 @@ def main():
         help="cache the outputs of the frozen models for each row; otherwise they run on each batch")  # fmt: skip
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()
-    if args.arrays and args.cache:
-        parser.error("`--arrays` requires `--no-cache`, because the cache needs the files of each row.")
     if args.continued and args.methods != ["ssr"]:
         parser.error(
             "`--continued` requires `--methods ssr`, because train_ssr.py cannot load the encoders of other methods."
