@@ -344,14 +344,11 @@ def _load_image_encoder(source, folder: str, kwargs: dict) -> CLIPVisionModel:
     except Exception as error:  # transformers raises different errors for a wrong config
         raise ValueError(f"{name} holds no usable vision encoder: {error or type(error).__name__}") from error
     # transformers initializes missing weights, and those of another shape, with random numbers
-    missing, mismatched = info["missing_keys"], info["mismatched_keys"]
-    for problem, keys in (
-        ("lacks weights", missing),
-        ("holds weights of a wrong shape", (key[0] for key in mismatched)),
-    ):
-        keys = sorted(keys)
-        if keys:
-            raise ValueError(f"{name} {problem} of its vision encoder: {', '.join(keys[:3])}.")
+    wrong = sorted([*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])])
+    if wrong:
+        raise ValueError(
+            f"{name} lacks weights of its vision encoder, or holds them in another shape: {', '.join(wrong[:3])}."
+        )
     broken = [name for name, parameter in model.named_parameters() if not internals_ssr.is_finite(parameter)]
     if broken:
         raise ValueError(f"{name} holds weights that are not finite numbers: {', '.join(broken[:3])}.")

@@ -305,7 +305,7 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
         with_info = kwargs.pop("output_loading_info", False)
         kwargs = internals_ssr.precision_arguments(kwargs)
         try:
-            loaded = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+            loaded: Any = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         except (OSError, ImportError):
             raise
         except Exception as error:  # diffusers raises different errors for a wrong config, name or shape

@@ -3,4 +3,5 @@
 from setuptools import setup
 
 
-setup()
+# the name of this file, which is not a module of the package although it is in its folder
+setup(script_name="setup.py")

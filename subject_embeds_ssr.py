@@ -204,10 +204,9 @@ class SubjectEmbeds:
         return replace(self, subjects=tuple(_compact(subject, count) for subject in self.subjects))
 
     def __repr__(self) -> str:
-        most = 4
-        subjects = [repr(subject) for subject in self.subjects[:most]]
-        if len(self.subjects) > most:
-            subjects.append(f"... {len(self.subjects) - most} more")
+        subjects = [repr(subject) for subject in self.subjects[:4]]
+        if len(self.subjects) > 4:
+            subjects.append(f"... {len(self.subjects) - 4} more")
         where = {f"{subject.embeds.dtype}, {subject.embeds.device}" for subject in self.subjects}
         return f"SubjectEmbeds([{', '.join(subjects)}], {', '.join(sorted(where))})".replace("torch.", "")
 
@@ -341,9 +340,8 @@ def _merge_tokens(
     and values are linear in the tokens, so merging equal tokens does not change the result. The two tokens to merge next
     are selected by Ward's criterion: the pair with the smallest increase of the squared error."""
     tokens = embeds[0].detach().double().cpu()
-    weights = (
-        torch.ones(len(tokens), dtype=torch.float64, device="cpu") if counts is None else counts[0].double().cpu()
-    )
+    ones = torch.ones(len(tokens), dtype=torch.float64, device="cpu")
+    weights = ones if counts is None else counts[0].double().cpu()
     cost = _cost(tokens, weights, tokens, weights)
     cost.fill_diagonal_(torch.inf)
     alive = torch.ones(len(tokens), dtype=torch.bool, device="cpu")
@@ -382,7 +380,6 @@ def same_fingerprint(first: torch.Tensor | None, second: torch.Tensor | None) ->
     if first.shape != second.shape:
         return False
     first, second = first.float().cpu(), second.float().cpu()
-    # compared by row, because single values can be small differences of large numbers, which bfloat16 does not
-    # preserve
+    # compared by row, because bfloat16 does not preserve single values that are small differences of large numbers;
     # float8 weights change a row by up to 5 %, and two trainings of the pocket's encoder differ by 36 % or more
     return bool(((first - second).norm(dim=-1) <= 0.1 * second.norm(dim=-1)).all())

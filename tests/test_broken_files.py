@@ -214,7 +214,7 @@ VISION, WEIGHT = "ssr_image_encoder/model.safetensors", "layers.1.mlp.fc1.weight
 WRONG_WEIGHTS = {
     "nan": (lambda tensor: tensor * torch.nan, "weights that are not finite numbers"),
     "missing": (lambda tensor: None, "lacks weights of its vision encoder"),
-    "another shape": (lambda tensor: tensor[:-1].clone(), "holds weights of a wrong shape of its vision encoder"),
+    "another shape": (lambda tensor: tensor[:-1].clone(), "holds them in another shape"),
 }
 
 

@@ -155,12 +155,9 @@ assert np.array_equal(draw(pipe), expected)
     )
 
 
-@pytest.mark.parametrize(
-    "state,code,encoder,whole", [("cold", 50, 18, 94), ("warm", 35, 10, 25)], ids=["cold", "warm"]
-)
+@pytest.mark.parametrize("state,code,encoder,whole", [("cold", 48, 16, 81), ("warm", 32, 4, 17)], ids=["cold", "warm"])
 def test_number_of_requests(counts, state, code, encoder, whole):
     """`custom_pipeline=` requests each file of the code and the commit for each; `load_ssr` requests the encoders."""
-    print(counts)
     assert counts[f"code, {state}"] <= code
     assert counts[f"encoder, {state}"] <= encoder
     assert counts[f"whole, {state}"] <= whole

@@ -1,8 +1,4 @@
-"""Prints the sizes of the modules, scripts and docs, and the functions from a reference image to the attention. Exits with
-status 1 if a limit is exceeded.
-
-python tools/census.py
-"""
+"""Prints the sizes of the modules, scripts and docs, and exits with status 1 if a limit is exceeded."""
 
 import ast
 import sys
@@ -10,8 +6,8 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).resolve().parent.parent
-# The functions that the reference image, the query, and what is computed from them pass through in a call with one image
-# and one query, in order. Functions that only check, and the functions of libraries, are not among them.
+# The functions that the reference image, the query, and what is computed from them pass through in a call with one of each,
+# in order. A call runs about 100: those that only check, count, look something up or register hooks are not listed.
 WALK = """
 mixin_ssr:SSRPipelineMixin.__call__ mixin_ssr:SSRPipelineMixin._encode_for_prompts encoding_ssr:parse_references
 images_ssr:to_pil images_ssr:_upright images_ssr:_to_rgb encoding_ssr:SubjectEncodingMixin._encode_references
