@@ -153,10 +153,11 @@ def to_mask(mask: Any, size: tuple[int, int], name: str = "subject_mask") -> Ima
 
 def hint_for_labels(mask: Any) -> str:
     """Returns a hint for the error message of an empty mask, if its values look like the numbers of segments."""
-    if isinstance(mask, (np.ndarray, torch.Tensor)) and 1 < mask.max() <= 127:
+    values = np.asarray(mask) if isinstance(mask, Image.Image) and mask.mode in ("L", "I") else mask
+    if isinstance(values, (np.ndarray, torch.Tensor)) and 1 < values.max() <= 127:
         return (
-            f" Its values are from {mask.min().item()} to {mask.max().item()}, of 255 for white: of a segmentation with one number"
-            " for each segment, pass `mask == number`."
+            f" Its values are from {values.min().item()} to {values.max().item()}, of 255 for white: of a segmentation with"
+            " one number for each segment, pass `mask == number`."
         )
     return ""
 
@@ -173,7 +174,7 @@ def preprocess(image: Image.Image, processor: CLIPImageProcessor, resize_mode: s
         torch.tensor(values, device="cpu", dtype=torch.float32).view(3, 1, 1)
         for values in (processor.image_mean, processor.image_std)
     )
-    return _crop_or_fill((_resized(image, processor, resize_mode) - mean) / std, processor)
+    return _to_square(image, processor, resize_mode, mean, std)
 
 
 def preprocess_mask(
@@ -182,7 +183,7 @@ def preprocess_mask(
     """Resizes a mask in mode L in the same way as [`preprocess`] resizes its image, so that it marks the same patches.
     Returns a tensor of shape `(1, 1, height, width)`, from 0 to 1. Raises a `ValueError` if nothing of the mask is left:
     it is outside the central square that "crop" keeps, or too small."""
-    values = _crop_or_fill(_resized(mask, processor, resize_mode), processor)
+    values = _to_square(mask, processor, resize_mode)
     if not values.any():
         height, width = values.shape[2:]
         raise ValueError(
@@ -273,6 +274,11 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _mask_of_image(image: Image.Image, name: str) -> np.ndarray:
+    labels = np.unique(np.asarray(image)) if image.mode == "P" and not image.has_transparency_data else ()
+    if len(labels) > 2:
+        raise ValueError(
+            f"`{name}` is a segmentation with the numbers {labels.tolist()!s:.80}: pass `np.asarray(mask) == number`."
+        )
     if image.mode == "F" or image.mode.startswith("I"):
         return _unit(np.asarray(image), name, deep=image.mode.startswith("I"))
     return _mask_of_colors(
@@ -305,7 +311,8 @@ def _mask_shape(shape: Sequence[int], name: str) -> tuple[int, ...]:
     if len(found) > 3 and found[1] == 1:  # a channel dimension after the frames
         del found[1]
     if len(found) > 3:
-        raise ValueError(f"`{name}` has to be of shape (height, width), but is {tuple(shape)}.")
+        hint = ": pass one color channel of it" if shape[-1] in (3, 4) else ""
+        raise ValueError(f"`{name}` has to be of shape (height, width), but is {tuple(shape)}{hint}.")
     return tuple(found)
 
 
@@ -324,22 +331,23 @@ def _unit(values: np.ndarray, name: str, deep: bool = False) -> np.ndarray:
     return (values.astype(np.float32) / np.float32(fitting[0])).clip(0, 1)
 
 
-def _resized(image: Image.Image, processor: CLIPImageProcessor, resize_mode: str) -> torch.Tensor:
-    """Returns the resized image before cropping or padding, with shape `(channels, height, width)`, from 0 to 1."""
+def _to_square(
+    image: Image.Image, processor: CLIPImageProcessor, resize_mode: str, mean: Any = 0.0, std: Any = 1.0
+) -> torch.Tensor:
+    """Returns the pixels of an image at the input size of the vision encoder, normalized, of shape
+    `(1, channels, height, width)`: resized, and then cropped, or padded with zeros."""
     check_resize_mode(resize_mode)
+    # 1. resize the longer or the shorter edge to the side of the square
     edge = max(image.size) if resize_mode == "pad" else min(image.size)
     ratio = processor.size["shortest_edge"] / edge
     width, height = (max(round(side * ratio), 1) for side in image.size)
-    pixels = np.array(image.resize((width, height), Image.Resampling(processor.resample)))
-    pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-    return torch.from_numpy(pixels).float() / 255
-
-
-def _crop_or_fill(pixels: torch.Tensor, processor: CLIPImageProcessor) -> torch.Tensor:
-    """Center crop, or pad with zeros, to the input size of the vision encoder."""
-    height, width = processor.crop_size["height"], processor.crop_size["width"]
-    left, top = (width - pixels.shape[2]) // 2, (height - pixels.shape[1]) // 2
-    return F.pad(pixels, (left, width - pixels.shape[2] - left, top, height - pixels.shape[1] - top))[None]
+    array = np.array(image.resize((width, height), Image.Resampling(processor.resample)))
+    pixels = torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1)).float() / 255
+    pixels = (pixels - mean) / std
+    # 2. center crop, or pad
+    left, top = (processor.crop_size["width"] - width) // 2, (processor.crop_size["height"] - height) // 2
+    right, bottom = processor.crop_size["width"] - width - left, processor.crop_size["height"] - height - top
+    return F.pad(pixels, (left, right, top, bottom))[None]
 
 
 def default_image_processor(image_encoder) -> CLIPImageProcessor:

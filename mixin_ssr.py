@@ -407,7 +407,11 @@ def _with_signature(ours: Callable, stock: Callable) -> Callable:
         return ours(self, *args, **kwargs)
 
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    parameters = list(inspect.signature(stock).parameters.values())
+    try:  # annotations that are texts are evaluated, because the names in them are not those of this module
+        signature = inspect.signature(stock, eval_str=True)
+    except NameError:
+        signature = inspect.signature(stock)
+    parameters = list(signature.parameters.values())
     added = [p for p in inspect.signature(ours).parameters.values() if p.kind not in variadic and p.name != "self"]
     rest = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
     parameters = [p for p in parameters if p.kind not in variadic] + added + rest

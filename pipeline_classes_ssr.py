@@ -81,6 +81,8 @@ def _made_class(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipeli
                 f"`pipeline_class` has to be a pipeline of Stable Diffusion 1.5, whose `{component}` is a"
                 f" {models[0].__name__}, but that of {name} is a {annotated[0].__name__}."
             )
+    if not any("__call__" in vars(base) for base in pipeline_class.__mro__):
+        raise ValueError(f"`pipeline_class` has to be a pipeline with a `__call__`, which {name} does not have.")
     taken = inspect.signature(pipeline_class.__call__).parameters
     if "prompt" not in taken and not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values()):
         raise ValueError(

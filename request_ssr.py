@@ -181,7 +181,7 @@ class SubjectRequest:
             parts = () if subjects is None else subjects.subjects
             embeds = [(part.embeds if positive else part.negative_embeds).to(device) for part in parts]
             if positive and len(parts) > 1:
-                embeds = [states * self._scale(part) for states, part in zip(embeds, parts, strict=True)]
+                embeds = [states * scale_of(part, self.scale) for states, part in zip(embeds, parts, strict=True)]
             tokens.append(torch.cat(embeds, dim=1) if embeds else None)
             lengths.append([states.shape[1] for states in embeds])
         longest = max(sum(parts) for parts in lengths)
@@ -190,13 +190,10 @@ class SubjectRequest:
         padded = [empty if t is None else F.pad(t, (0, 0, 0, longest - t.shape[1])) for t in tokens]
         return torch.cat(padded).to(self.encoder.dtype), [parts or [longest] for parts in lengths]
 
-    def _scale(self, subject: subject_embeds_ssr.Subject) -> float:
-        return scale_of(subject, self.scale)
-
     def _scale_of_values(self, subjects: subject_embeds_ssr.SubjectEmbeds | None) -> float:
         """Returns the factor of an entry's values: the scale of a single subject. The tokens of several subjects are
         multiplied by their scales already, unless all scales are 0."""
-        scales = [] if subjects is None else [self._scale(subject) for subject in subjects.subjects]
+        scales = [] if subjects is None else [scale_of(subject, self.scale) for subject in subjects.subjects]
         if len(scales) == 1:
             return scales[0]
         return 1.0 if any(scales) else 0.0

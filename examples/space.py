@@ -50,7 +50,7 @@ def write_space(folder: Path, arguments: list[str], models: list[str], weights: 
         weights (`Path`, *optional*):
             A checkpoint to copy into the repository. The folder name stays the same.
     """
-    for name in ("page", "drawing.py", "extras.py", "command_line.py"):
+    for name in ("page", "drawing.py", "extras.py", "command_line.py", "image_files.py"):
         _copy(HERE / name, folder / name)
     # the package is copied, because a Space installs its requirements before the files of the repository are available
     package = folder / "diffusers_ssr"

@@ -1,6 +1,8 @@
 """Tests of SSR-Encoder with every pipeline class for Stable Diffusion 1.5, with ControlNet and with AnimateDiff."""
 
+import importlib.util
 import inspect
+import sys
 from dataclasses import replace
 
 import diffusers
@@ -907,3 +909,50 @@ def test_free_noise_split_inference_raises_an_error(video_pipe):
 def test_incompatible_motion_adapter_raises_an_error(pipe):
     with pytest.raises(ValueError, match="Motion Adapter"):
         AnimateDiffSSRPipeline.from_pipe(pipe, motion_adapter=make_motion_adapter(block_out_channels=(8, 16, 16)))
+
+
+ANNOTATIONS_AS_TEXTS = """
+from __future__ import annotations
+
+import diffusers
+from diffusers import StableDiffusionPipeline
+from diffusers.models import AutoencoderKL, UNet2DConditionModel
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers_ssr import SSRPipelineMixin
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+
+
+class Mine(StableDiffusionPipeline):
+    def __init__(self, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer,
+                 unet: UNet2DConditionModel, scheduler: KarrasDiffusionSchedulers,
+                 safety_checker: StableDiffusionSafetyChecker, feature_extractor: CLIPImageProcessor,
+                 image_encoder: CLIPVisionModelWithProjection = None, requires_safety_checker: bool = False):
+        super().__init__(vae, text_encoder, tokenizer, unet, scheduler, safety_checker, feature_extractor,
+                         image_encoder, requires_safety_checker)
+
+
+class Own(SSRPipelineMixin, Mine):
+    pass
+"""
+
+
+@pytest.mark.parametrize("made", [True, False], ids=["ssr_pipeline_class", "own class"])
+def test_annotations_that_are_texts(pipe, tmp_path, monkeypatch, made):
+    """As in files that begin with `from __future__ import annotations`, for example of community pipelines."""
+    (tmp_path / "mine.py").write_text(ANNOTATIONS_AS_TEXTS)
+    spec = importlib.util.spec_from_file_location("mine_with_texts", tmp_path / "mine.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    own = (ssr_pipeline_class(module.Mine) if made else module.Own).from_pipe(pipe)
+    own.set_progress_bar_config(disable=True)
+    subject = pipe.encode_subject(make_picture(), "cat")
+    assert own.ssr_encoder is pipe.ssr_encoder
+    assert np.array_equal(own(**call_args(subject=subject)).images, pipe(**call_args(subject=subject)).images)
+
+
+def test_a_class_without_call_is_rejected():
+    own = type("WithoutCall", (DiffusionPipeline,), {"__init__": StableDiffusionPipeline.__init__})
+    with pytest.raises(ValueError, match="`pipeline_class` has to be a pipeline with a `__call__`.*WithoutCall"):
+        ssr_pipeline_class(own)

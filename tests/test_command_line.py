@@ -55,7 +55,7 @@ INVALID = [
     ("demo.py --references no_queries", "--references: no_queries/queries.json cannot be loaded: it has to be of"),
     ("convert_released_checkpoint.py --aligner no --layers no --output_dir new", "--aligner: there is no file no"),
     (f"{BATCH.replace('rows', 'no')} a", "`table`: there is no file no.csv"),
-    ("prepare_dataset.py --source empty --output_dir new", "`source`: the folder empty holds no pictures"),
+    ("prepare_dataset.py --source empty --output_dir new", "`source`: the folder empty holds no images"),
     (f"train_ssr.py --pretrained_model_name_or_path {POCKET} --train_data_dir no {TRAINING}", "`train_data_dir`"),
     ("evaluate.py --subjects_dir no --generated_dir new", "no holds no subjects with images"),
     # models that are missing, or a folder that is not a model

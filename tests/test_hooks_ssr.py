@@ -8,10 +8,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import UNET_LAYERS, call_args, make_picture, make_ssr_encoder, make_unet, snapshot
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    LEditsPPPipelineStableDiffusion,
+    StableDiffusionPipeline,
+)
 from diffusers.callbacks import IPAdapterScaleCutoffCallback, MultiPipelineCallbacks, SDCFGCutoffCallback
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
-from diffusers_ssr import StableDiffusionSSRPipeline, hooks_ssr, internals_ssr, subject_in_unet
+from diffusers_ssr import StableDiffusionSSRPipeline, hooks_ssr, internals_ssr, ssr_pipeline_class, subject_in_unet
 from diffusers_ssr.attention_processors import SubjectConditions
 from diffusers_ssr.hooks_ssr import find_unet
 from peft import LoraConfig, get_peft_model
@@ -557,3 +562,93 @@ def test_ctrl_c_leaves_the_unet_unchanged(pipe, subject):
     assert snapshot(pipe.unet) == before
     interrupt.clear()
     assert np.array_equal(pipe(**call_args(subject=subject)).images, expected)
+
+
+# Denoising loops of one's own
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_a_stock_pipeline_inside_the_context(pipe, subject, guidance_scale):
+    """It generates the image of the SSR pipeline, bit for bit."""
+    expected = pipe(**call_args(subject=subject, guidance_scale=guidance_scale)).images
+    stock = other_pipe(pipe, StableDiffusionPipeline)
+    plain = stock(**call_args(guidance_scale=guidance_scale)).images
+    with subject_in_unet(pipe.unet, pipe.ssr_encoder, subject, do_classifier_free_guidance=guidance_scale > 1):
+        assert np.array_equal(stock(**call_args(guidance_scale=guidance_scale)).images, expected)
+    assert np.array_equal(stock(**call_args(guidance_scale=guidance_scale)).images, plain)
+
+
+def test_the_context_with_a_subject_for_each_image(pipe, subject):
+    dog = pipe.encode_subject(make_picture(3), "dog").inside((0, 0, 0.5, 1))
+    arguments = {"prompt": ["a", "b", "c"], "latents": torch.randn(3, 4, 8, 8)}
+    expected = pipe(**call_args(**arguments, subject=[subject, dog, None], subject_scale=0.8)).images
+    with subject_in_unet(pipe.unet, pipe.ssr_encoder, [subject, dog, None], scale=0.8):
+        assert np.array_equal(other_pipe(pipe, StableDiffusionPipeline)(**call_args(**arguments)).images, expected)
+
+
+class WithoutAttentionArguments(StableDiffusionPipeline):
+    """A pipeline with a loop of its own, which passes no `cross_attention_kwargs` to its UNet."""
+
+    def __call__(self, prompt, num_inference_steps=2, generator=None):
+        self.scheduler.set_timesteps(num_inference_steps)
+        latents, (text, negative) = (
+            torch.randn(1, 4, 8, 8, generator=generator),
+            self.encode_prompt(prompt, "cpu", 1, True),
+        )
+        with torch.no_grad():
+            for timestep in self.scheduler.timesteps:
+                noise = self.unet(torch.cat([latents] * 2), timestep, torch.cat([negative, text])).sample
+                negative_noise, positive_noise = noise.chunk(2)
+                noise = negative_noise + 3.0 * (positive_noise - negative_noise)
+                latents = self.scheduler.step(noise, timestep, latents).prev_sample
+        return latents
+
+
+def edit(pipe):
+    pipe.invert(
+        image=make_picture(1, (64, 64)), num_inversion_steps=4, skip=0.1, generator=torch.Generator().manual_seed(0)
+    )
+    options = {"use_cross_attn_mask": False, "use_intersect_mask": False, "output_type": "np"}
+    return lambda **extra: torch.from_numpy(pipe(editing_prompt=["a dog"], **options, **extra).images)
+
+
+def denoise(pipe):
+    return lambda **extra: pipe("a cat", generator=torch.Generator().manual_seed(0), **extra)
+
+
+@pytest.mark.parametrize("kind", ["a loop of its own", "LEdits++"])
+def test_pipelines_without_cross_attention_kwargs(pipe, subject, kind):
+    """Inside the context, and as classes of `ssr_pipeline_class`."""
+    if kind == "LEdits++":
+        scheduler = DPMSolverMultistepScheduler.from_config(
+            pipe.scheduler.config, algorithm_type="sde-dpmsolver++", solver_order=2
+        )
+        stock_class, run = LEditsPPPipelineStableDiffusion, edit
+    else:
+        scheduler, stock_class, run = pipe.scheduler, WithoutAttentionArguments, denoise
+    names = ("vae", "text_encoder", "tokenizer", "unet", "safety_checker", "feature_extractor")
+    parts = {name: getattr(pipe, name) for name in names}
+    stock = stock_class(**parts, scheduler=scheduler, requires_safety_checker=False)
+    ours = ssr_pipeline_class(stock_class)(
+        **parts, scheduler=scheduler, ssr_encoder=pipe.ssr_encoder, requires_safety_checker=False
+    )
+    for pipeline in (stock, ours):
+        pipeline.set_progress_bar_config(disable=True)
+    plain = run(stock)()
+    call = run(stock)
+    with subject_in_unet(pipe.unet, pipe.ssr_encoder, subject):
+        inside = call()
+    assert (inside - plain).abs().max() > 1e-4
+    torch.testing.assert_close(run(ours)(subject=subject), inside, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [({"subject": "cat"}, "`subject` has to be a SubjectEmbeds"), ({"scale": "strong"}, "`scale` has to be a number")],
+)
+def test_invalid_arguments_of_the_context_are_rejected(pipe, subject, arguments, message):
+    before = snapshot(pipe.unet)
+    with pytest.raises(ValueError, match=message):
+        with subject_in_unet(**{"unet": pipe.unet, "encoder": pipe.ssr_encoder, "subject": subject, **arguments}):
+            pass
+    assert snapshot(pipe.unet) == before

@@ -419,3 +419,25 @@ def test_preprocess_matches_the_clip_processor():
         picture, return_tensors="pt"
     ).pixel_values
     torch.testing.assert_close(preprocess(picture, processor, "crop"), expected, atol=1e-5, rtol=0)
+
+
+LABELS = np.zeros((32, 40), np.uint8)
+LABELS[:10], LABELS[10:20] = 1, 2
+
+
+@pytest.mark.parametrize("mode", ["array", "L", "I", "P"])
+def test_label_images_are_explained(mode):
+    """The numbers of a palette image are labels; its colors are no mask."""
+    labels = LABELS if mode == "array" else Image.fromarray(LABELS, "P" if mode == "P" else None)
+    if mode == "P":
+        labels.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
+    elif mode == "I":
+        labels = labels.convert("I")
+    with pytest.raises(ValueError, match=r"`subject_mask`.*pass `(np.asarray\()?mask\)? == number`"):
+        to_mask(labels, (40, 32))
+
+
+@pytest.mark.parametrize("image", ["photo.jpg", "https://host/photo.jpg"])
+def test_a_path_is_explained(image):
+    with pytest.raises(ValueError, match="`subject_image` has to be a PIL image.*load_image"):
+        to_pil(image)

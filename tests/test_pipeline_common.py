@@ -31,6 +31,7 @@ OURS = {
     "mask_weight",
     "subject_scale",
     "subject",
+    "negative_subject",
     "subject_start",
     "subject_end",
     "subject_resize_mode",

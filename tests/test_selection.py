@@ -607,3 +607,93 @@ def test_the_encoders_can_be_dropped(pipe, tmp_path, from_file):
         stranger = StableDiffusionSSRPipeline.from_pipe(other, ssr_encoder=make_ssr_encoder(seed=9))
         pipe(**call_args(subject=stranger.encode_subject(make_picture(), "cat")))
     assert np.array_equal(other(**subject_args(subject_scale=0.9)).images, expected)
+
+
+# Several images of one subject, boxes, and a subject that is not wanted
+
+
+def test_a_list_in_a_list_has_the_images_of_one_subject(pipe):
+    """Also beside another subject, with one query or one for each image, and with masks and boxes."""
+    a, b, c = (make_picture(seed) for seed in range(3))
+    alone = pipe.encode_subject([a, b, c], query=["cat", "cat", "dog"])
+    (cat,) = pipe.encode_subject([[a, b]], query="cat")
+    expected = SubjectEmbeds.mean(alone[:2])
+    torch.testing.assert_close(cat.subjects[0].embeds, expected.subjects[0].embeds)
+    cat, dog = pipe.encode_subject([[a, b], c], query=["cat", "dog"])
+    torch.testing.assert_close(cat.subjects[0].embeds, expected.subjects[0].embeds)
+    torch.testing.assert_close(dog.subjects[0].embeds, alone[2].subjects[0].embeds)
+    box = (0.25, 0.25, 0.75, 0.75)
+    mask = np.zeros((32, 40))
+    mask[8:24, 10:30] = 1
+    (masked,) = pipe.encode_subject([[a, b]], query=[["cat", "thing"]], mask=[[mask, box]])
+    parts = [pipe.encode_subject(a, "cat", mask), pipe.encode_subject(b, "thing", mask)]
+    torch.testing.assert_close(masked.subjects[0].embeds, SubjectEmbeds.mean(parts).subjects[0].embeds)
+    images = pipe(**subject_args(subject_image=[[a, b]], subject_query="cat", subject_scale=1.0)).images
+    np.testing.assert_allclose(images, pipe(**call_args(subject=expected.scaled(1.0))).images, atol=1e-5)
+
+
+@pytest.mark.parametrize("query", [[["cat"]], [["cat", "dog", "cow"]], [[]]])
+def test_lists_of_images_of_one_subject_have_one_length(pipe, query):
+    with pytest.raises(ValueError, match="Lists of images of one subject have to be of one length"):
+        pipe.encode_subject([[make_picture(), make_picture(1)]], query=query)
+
+
+def test_a_box_is_a_mask(pipe):
+    box = pipe.encode_subject(make_picture(), mask=(0.25, 0.25, 0.75, 0.75)).subjects[0]
+    mask = np.zeros((32, 40))
+    mask[8:24, 10:30] = 1
+    assert torch.equal(box.embeds, pipe.encode_subject(make_picture(), mask=mask).subjects[0].embeds)
+    with pytest.raises(ValueError, match="`mask` as a box has to be"):
+        pipe.encode_subject(make_picture(), mask=(0.5, 0, 0.2, 1))
+
+
+def test_a_negative_subject_is_in_the_unconditional_branch(pipe):
+    """With its conditional tokens, its scale and its region. A prompt with `None` has the usual empty subject."""
+    cat, dog = pipe.encode_subject(make_picture(), query=["cat", "dog"])
+    seen = []
+    pipe.unet.register_forward_pre_hook(
+        lambda m, args: seen.append(hooks_ssr._blocks()[-1].subject.conditions(args[0]))
+    )
+    left = (0, 0, 0.5, 1)
+    arguments = {"prompt": ["a", "b"], "subject": cat, "negative_subject": [dog.scaled(0.3).inside(left), None]}
+    pipe(**call_args(**arguments, subject_scale=0.5, latents=None))
+    tokens = [dog.subjects[0].embeds, cat.subjects[0].negative_embeds, cat.subjects[0].embeds, cat.subjects[0].embeds]
+    expected = pipe.ssr_encoder.project(torch.cat(tokens))
+    scales = torch.tensor([0.3, 0.5, 0.5, 0.5])[:, None, None]
+    for name, (key, value) in zip(UNET_LAYERS, expected, strict=True):
+        torch.testing.assert_close(seen[0].pairs[name][0], key)
+        torch.testing.assert_close(seen[0].pairs[name][1], value * scales)
+    assert [row[0] is not None for row in seen[0].regions] == [True, False, False, False]
+
+
+def test_a_negative_subject_alone_and_in_a_video(pipe):
+    from diffusers_ssr import AnimateDiffSSRPipeline
+    from test_chains import make_motion_adapter, video_args
+
+    cat, dog = pipe.encode_subject(make_picture(), query=["cat", "dog"])
+    stock = pipe(**call_args()).images
+    alone = pipe(**call_args(negative_subject=dog.scaled(1.0))).images
+    both = pipe(**call_args(subject=cat.scaled(1.0), negative_subject=dog.scaled(1.0))).images
+    assert min(np.abs(alone - stock).max(), np.abs(both - alone).max()) > 1e-4
+    assert np.array_equal(pipe(**call_args(negative_subject=dog.scaled(0.0))).images, stock)
+    video = AnimateDiffSSRPipeline.from_pipe(pipe, motion_adapter=make_motion_adapter())
+    video.set_progress_bar_config(disable=True)
+    moving = {"subject": {0: cat, 2: dog}}
+    with_negative = video(**video_args(**moving, negative_subject=dog)).frames
+    assert np.abs(with_negative - video(**video_args(**moving)).frames).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"guidance_scale": 1.0}, "`negative_subject` needs guidance"),
+        ({"negative_subject": "dog"}, "`negative_subject` has to be a SubjectEmbeds"),
+        ({"negative_subject": [None, None]}, "`negative_subject` as a list"),
+    ],
+)
+@pytest.mark.parametrize("with_subject", [True, False])
+def test_negative_subjects_that_cannot_be_used_are_rejected(pipe, arguments, message, with_subject):
+    cat = pipe.encode_subject(make_picture(), "cat")
+    given = {"negative_subject": cat, **({"subject": cat} if with_subject else {}), **arguments}
+    with pytest.raises(ValueError, match=message):
+        pipe(**call_args(**given))

@@ -364,3 +364,92 @@ def test_merging_equal_tokens_does_not_change_the_attention(dtype):
 
     expected = attend(many.to(dtype).float())
     torch.testing.assert_close(attend(merged.float(), counts.log()[:, None]), expected, atol=1e-2, rtol=1e-2)
+
+
+# Boxes
+
+
+HALF = np.repeat([[1.0] * 128 + [0.0] * 128], 256, 0)
+
+
+@pytest.mark.parametrize(
+    "region, expected",
+    [
+        ((0, 0, 0.5, 1), HALF),
+        ([0.0, 0.0, 0.5, 1.0], HALF),
+        ([(0, 0, 0.5, 1), (0.5, 0, 1, 1)], np.stack([HALF, HALF[:, ::-1]])),
+        ({0: (0, 0, 0.5, 1), 2: (0.5, 0, 1, 1)}, np.stack([HALF, np.roll(HALF, 64, 1), HALF[:, ::-1]])),
+        ({1: (0, 0, 0.5, 1)}, np.stack([HALF, HALF])),
+    ],
+    ids=["tuple", "list", "one for each frame", "keyframes", "one keyframe"],
+)
+def test_regions_as_boxes(pair, region, expected):
+    for subject in pair.inside(region).subjects:
+        assert torch.equal(subject.region, torch.from_numpy(expected.copy()).float())
+
+
+@pytest.mark.parametrize(
+    "region",
+    [(0, 0, 0, 1), (0.5, 0, 0.2, 1), (0, 0, 2, 1), (0, -0.1, 1, 1), (0, 0, 1, np.nan), (0, 0, 1), [(0, 0, 1, 1), LEFT],
+     {}, {-1: (0, 0, 1, 1)}, {0: LEFT}, {"0": (0, 0, 1, 1)}, {0: (0, 0, 1, 2)}],
+)  # fmt: skip
+def test_boxes_that_cannot_be_regions_are_rejected(pair, region):
+    with pytest.raises(ValueError, match="`region"):
+        pair.inside(region)
+
+
+def test_a_stack_with_color_channels_is_explained(pair):
+    with pytest.raises(ValueError, match=r"`region`.*\(8, 8, 8, 3\): pass one color channel"):
+        pair.inside(np.ones((8, 8, 8, 3)))
+
+
+# A container of subjects
+
+
+def test_len_indexing_and_iteration(pair):
+    assert len(pair) == 2 and [part.subjects for part in pair] == [(subject,) for subject in pair.subjects]
+    assert pair[-1].subjects == pair.subjects[1:] and pair[:1].subjects == pair.subjects[:1]
+    assert pair[0].fingerprint is pair.fingerprint and sum(pair).subjects == pair.subjects
+    with pytest.raises(IndexError):
+        pair[2]
+
+
+def test_equality_is_identity(pair):
+    assert pair == pair and pair != replace(pair) and len({pair, replace(pair)}) == 2
+
+
+def test_to(pair):
+    moved = pair.to(dtype=torch.bfloat16).to("meta")
+    for subject, before in zip(moved.subjects, pair.subjects, strict=True):
+        assert subject.embeds.dtype == subject.negative_embeds.dtype == torch.bfloat16
+        assert subject.embeds.device.type == "meta" and subject.scale == before.scale
+    assert pair.subjects[0].embeds.dtype == torch.float32
+
+
+def test_scaled_replaces_the_scale(pair):
+    assert [subject.scale for subject in pair.scaled(0.5).scaled(0.5).subjects] == [0.5, 0.5]
+
+
+def test_mean(pair):
+    other = replace(pair, subjects=tuple(replace(s, embeds=3 * s.embeds, query="x", scale=0.1) for s in pair.subjects))
+    mean = SubjectEmbeds.mean([pair, other])
+    for subject, first in zip(mean.subjects, pair.subjects, strict=True):
+        torch.testing.assert_close(subject.embeds, 2 * first.embeds)
+        torch.testing.assert_close(subject.negative_embeds, first.negative_embeds)
+        assert (subject.query, subject.scale) == (first.query, first.scale)
+    assert mean.fingerprint is pair.fingerprint
+
+
+@pytest.mark.parametrize(
+    "subjects, message",
+    [
+        (lambda pair: [], "with at least one"),
+        (lambda pair: [pair, None], "list of SubjectEmbeds"),
+        (lambda pair: [pair, pair[0]], "the same numbers of subjects"),
+        (lambda pair: [pair.compact(3), pair.compact(3)], "not to be compact"),
+        (lambda pair: [pair, replace(pair, fingerprint=pair.fingerprint + 9)], "different SSR-Encoders"),
+    ],
+)
+def test_subjects_without_a_mean_are_rejected(pair, subjects, message):
+    with pytest.raises(ValueError, match=message):
+        SubjectEmbeds.mean(subjects(pair))

@@ -20,7 +20,7 @@ from diffusers_ssr.mixin_ssr import _OWN_ARGUMENTS
 
 NEAR = {
     "subject_scal": "subject_scale", "mask_wieght": "mask_weight", "subjects": "subject", "subject_querry": "subject_query",
-    "subject_images": "subject_image",
+    "subject_images": "subject_image", "negative_subjects": "negative_subject",
 }  # fmt: skip
 
 
@@ -32,7 +32,9 @@ def test_names_like_ours_and_names_of_others_raise_an_error_with_a_suggestion(na
 
 
 @pytest.mark.parametrize("with_subject", [False, True])
-@pytest.mark.parametrize("name", ["subject_scal", "image", "subject_begin_at_step"])
+@pytest.mark.parametrize(
+    "name", ["subject_scal", "image", "subject_begin_at_step", "region", "ssr_image", "ref_image", "ssr_strength"]
+)
 def test_unknown_arguments_raise_an_error_in_a_call(pipe, name, with_subject):
     extra = {"subject": pipe.encode_subject(make_picture(), "cat")} if with_subject else {}
     with pytest.raises(ValueError, match=f"`{name}` is not an argument of this pipeline; "):

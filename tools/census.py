@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WALK = """
 mixin_ssr:SSRPipelineMixin.__call__ mixin_ssr:SSRPipelineMixin._encode_for_prompts encoding_ssr:parse_references
 images_ssr:to_pil images_ssr:_upright images_ssr:_to_rgb encoding_ssr:SubjectEncodingMixin._encode_references
-images_ssr:preprocess images_ssr:_resized images_ssr:_crop_or_fill encoding_ssr:SubjectEncodingMixin._encode_queries
+images_ssr:preprocess images_ssr:_to_square encoding_ssr:SubjectEncodingMixin._encode_queries
 encoding_ssr:_vision_levels modeling_ssr:SSREncoder.forward modeling_ssr:SSREncoder.attention_probs
 arguments_ssr:parse_subjects arguments_ssr:_parse_row arguments_ssr:without_disabled_subjects
 mixin_ssr:SSRPipelineMixin._generate hooks_ssr:subject_in_unet hooks_ssr:_before_unet
