@@ -208,7 +208,7 @@ def parse_subjects(subject: Any, num_prompts: int) -> list[request_ssr.Row]:
     if keyframes:
         # a prompt without keyframes has the same subject, or none, at all of them
         (frames,) = keyframes
-        rows = [row if len(row) > 1 else dict.fromkeys(frames, row[0]) for row in rows]
+        rows = [row if len(row) > 1 else dict.fromkeys(frames, *row.values()) for row in rows]
         if not request_ssr.all_subjects(rows):
             raise ValueError("`subject` holds only None: leave it out to generate without a subject.")
         if any(s.counts is not None for s in request_ssr.all_subjects(rows)):
@@ -227,7 +227,9 @@ def parse_negative_subject(subject: Any, num_prompts: int, keyframes: list[int])
     ]
     if any(len(row) > 1 for row in rows):
         raise ValueError("`negative_subject` cannot have keyframes.")
-    return check_one_for_each("`negative_subject`", [dict.fromkeys(keyframes, row[0]) for row in rows], num_prompts)
+    return check_one_for_each(
+        "`negative_subject`", [dict.fromkeys(keyframes, *row.values()) for row in rows], num_prompts
+    )
 
 
 def check_one_for_each(names: str, rows: list, num_prompts: int) -> list:

@@ -274,11 +274,8 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _mask_of_image(image: Image.Image, name: str) -> np.ndarray:
-    labels = np.unique(np.asarray(image)) if image.mode == "P" and not image.has_transparency_data else ()
-    if len(labels) > 2:
-        raise ValueError(
-            f"`{name}` is a segmentation with the numbers {labels.tolist()!s:.80}: pass `np.asarray(mask) == number`."
-        )
+    if image.mode == "P" and not image.has_transparency_data and len(image.getcolors() or ()) > 2:
+        raise ValueError(f"`{name}` is a segmentation with numbers: pass `np.asarray(mask) == number`.")
     if image.mode == "F" or image.mode.startswith("I"):
         return _unit(np.asarray(image), name, deep=image.mode.startswith("I"))
     return _mask_of_colors(

@@ -77,7 +77,7 @@ class SSRLoaderMixin(components_ssr.SSRComponents):
         """
         # 1. arguments; a pipeline without a UNet can encode subjects
         source = pretrained_model_name_or_path
-        _check_load_arguments(source, kwargs)
+        _check_load_arguments(source, image_encoder, kwargs)
         precise = self.text_encoder if self.unet is None else hooks_ssr.find_unet(self.unet)
         kwargs = internals_ssr.precision_arguments(kwargs, default=getattr(precise, "dtype", None))
 
@@ -309,7 +309,7 @@ _FROM_PRETRAINED = (
 )  # fmt: skip
 
 
-def _check_load_arguments(source: Any, kwargs: dict) -> None:
+def _check_load_arguments(source: Any, image_encoder: Any, kwargs: dict) -> None:
     # `custom_pipeline=` imports its own copy of the class, which is recognised by its name
     names = [base.__name__ for base in type(_without_compilation(source)).__mro__]
     if not isinstance(source, (str, os.PathLike)) and modeling_ssr.SSREncoder.__name__ not in names:
@@ -317,6 +317,8 @@ def _check_load_arguments(source: Any, kwargs: dict) -> None:
             "`pretrained_model_name_or_path` has to be a folder, the name of a repository, or an SSREncoder, but is"
             f" of type {type(source).__name__}."
         )
+    if image_encoder is not None and not hasattr(getattr(image_encoder, "config", None), "hidden_size"):
+        raise ValueError(f"`image_encoder` has to be a CLIPVisionModel, but is a {type(image_encoder).__name__}.")
     for name in kwargs:
         if name not in _FROM_PRETRAINED:
             raise ValueError(f"`{name}` is not an argument of `load_ssr`; it has {', '.join(_FROM_PRETRAINED)}.")

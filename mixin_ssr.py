@@ -187,7 +187,7 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
         # 2. rows: the subjects of each prompt
         num_prompts = arguments_ssr.num_prompts(arguments)
         num_frames = arguments_ssr.num_frames(stock_call, arguments)
-        if subject is None and subject_image is not None:
+        if any(own[name] is not None for name in _REFERENCE):
             own["subject"] = self._encode_for_prompts(own, arguments, num_prompts)
         rows = arguments_ssr.parse_subjects([None] if own["subject"] is None else own["subject"], num_prompts)
         negative_rows = arguments_ssr.parse_negative_subject(negative_subject, num_prompts, list(rows[0]))
@@ -209,12 +209,13 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
     def _encode_for_prompts(self, own: dict, arguments: dict, num_prompts: int):
         """Encodes the reference images of a call. Returns one subject for each prompt of a list, or the subjects that
         appear together for a single prompt."""
-        names = ("subject_image", "subject_query", "subject_mask")
-        references = encoding_ssr.parse_references(*(own[name] for name in names))
+        references = encoding_ssr.parse_references(*(own[name] for name in _REFERENCE))
         text = arguments_ssr.text_arguments(arguments)
         encoded: Any = self._encode_references(references, own["mask_weight"], own["subject_resize_mode"], text)
         if num_prompts > 1 or isinstance(arguments.get("prompt"), list):
-            return arguments_ssr.check_one_for_each(", ".join(f"`{name}`" for name in names), encoded, num_prompts)
+            return arguments_ssr.check_one_for_each(
+                ", ".join(f"`{name}`" for name in _REFERENCE), encoded, num_prompts
+            )
         return sum(encoded)
 
     def _generate(
@@ -305,6 +306,9 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
                     "`subject` was encoded by another SSR-Encoder than this pipeline's: encode its image again."
                 )
 
+
+# the arguments of a call that `encode_subject` takes
+_REFERENCE = ("subject_image", "subject_query", "subject_mask")
 
 # the names and default values of the arguments that this class adds to those of the stock call
 _OWN_ARGUMENTS = {

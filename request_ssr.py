@@ -93,7 +93,9 @@ class SubjectRequest:
             return None
         # in guess mode, a ControlNet only gets the conditional branch
         branches = self._branches_of(batch_size // self.num_frames, "text", [*self.branches(), (True,)])
-        embeds, _ = self._embeds([(positive, row[0]) for positive in branches for row in self.rows], device)
+        embeds, _ = self._embeds(
+            [(positive, subjects) for positive in branches for row in self.rows for subjects in row.values()], device
+        )
         return embeds.repeat_interleave(batch_size // len(embeds), dim=0)
 
     def _branches_of(self, batch_size: int, what: str, possible: list[Branches]) -> Branches:
@@ -123,18 +125,15 @@ class SubjectRequest:
             rows = [row for row in rows for _ in range(num_images // len(rows))]
         count = max(len(rows), len(negative_rows))
         if num_images % count or count % len(rows) or count % len(negative_rows):
-            raise ValueError(
-                f"The subjects are for {count} prompts, but the UNet gets a batch of {num_images} images."
-            )
-        pairs_of_rows = [
-            (rows[i * len(rows) // count], negative_rows[i * len(negative_rows) // count]) for i in range(count)
-        ]
-        table = [
-            (True, row) if positive else (True, negative) if negative[0] is not None else (False, row)
-            for positive in branches
-            for row, negative in pairs_of_rows
-        ]
-        entries = [(conditional, row[frame]) for conditional, row in table for frame in keyframes]
+            raise ValueError(f"The subjects are for {count} prompts, but the UNet gets {num_images} images.")
+        table = []
+        for positive in branches:
+            for index in range(count):
+                negative = negative_rows[index * len(negative_rows) // count]
+                has_negative = not positive and any(subjects is not None for subjects in negative.values())
+                row = negative if has_negative else rows[index * len(rows) // count]
+                table.append((positive or has_negative, row))
+        entries = [(conditional, subjects) for conditional, row in table for subjects in row.values()]
 
         # 2. Tokens, keys and values. The tokens are on the device of the UNet's latents. With offloading, the encoder's
         # weights are moved to this device in `project`.

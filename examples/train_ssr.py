@@ -410,9 +410,7 @@ def main(
     pipe, encoder = load_models(args, build)
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    pipe.to(accelerator.device)
-    if dtype != torch.float32:
-        pipe.to(dtype)
+    pipe.to(accelerator.device, dtype)
     if args.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
     encoder.to(accelerator.device)

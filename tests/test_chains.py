@@ -571,13 +571,10 @@ def test_control_picture_is_resized_as_in_the_stock_pipeline(control_pipe):
             "`subject_in_controlnet` needs the same number of subjects",
         ),
         ({"subject_in_controlnet": True, "subject": "compact"}, "`subject_in_controlnet` needs a subject with all"),
-        ({"controlnet": 64}, "`controlnet` reads text of width 64"),
     ],
 )
 def test_invalid_input_with_a_controlnet(control_pipe, arguments, message):
     cat, dog = control_pipe.encode_subject(make_picture(), query=["cat", "dog"])
-    if "controlnet" in arguments:
-        control_pipe.controlnet = make_controlnet(cross_attention_dim=arguments.pop("controlnet"))
     subject = {"both": [cat, cat + dog], "compact": cat.compact(9), None: cat}[arguments.pop("subject", None)]
     prompt = ["a cat", "a cat and a dog"] if isinstance(subject, list) else "a cat"
     with pytest.raises(ValueError, match=message):

@@ -78,7 +78,6 @@ INVALID = [
     ("evaluate.py --generated_dir empty --scale 0.5", "argument --scale: has no effect without --pretrained_model"),
     ("prepare_dataset.py --output_dir new --streaming", "argument --streaming: has no effect without --dataset_name"),
     ("publish.py --repo_id a/b --private", "argument --private: has no effect without --push_to_hub"),
-    ("train_ssr.py --pretrained_model_name_or_path a --ema_decay 0.5", "--ema_decay: has no effect without --use_ema"),
 ]
 
 

@@ -23,7 +23,8 @@ from diffusers_ssr import (
     internals_ssr,
     ssr_pipeline_class,
 )
-from diffusers_ssr.files_ssr import atomic_file, is_finite
+from diffusers_ssr.files_ssr import atomic_file
+from diffusers_ssr.internals_ssr import is_finite
 from test_chains import make_controlnet
 
 

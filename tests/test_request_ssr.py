@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import UNET_LAYERS, make_ssr_encoder
 from diffusers_ssr import SubjectEmbeds
-from diffusers_ssr.arguments_ssr import parse_subjects, without_disabled_subjects
+from diffusers_ssr.arguments_ssr import parse_negative_subject, parse_subjects, without_disabled_subjects
 from diffusers_ssr.request_ssr import Row, SubjectRequest
 from diffusers_ssr.subject_embeds_ssr import Subject
 
@@ -194,3 +194,30 @@ def test_a_keyframe_without_subjects_has_values_of_zero(without, count):
     for key, value in conditions.pairs.values():
         assert key.shape[:2] == value.shape[:2] == (2, 2)
         assert value[:, 1 - without].any() and not value[:, without].any()
+
+
+@pytest.mark.parametrize(
+    "subject", [{2: 0, 3: 1}, {1: 0, 3: None}, [{2: 0, 3: None}, 1], [{2: 0, 3: 1}, {2: 1}], [{3: 1}, None]]
+)
+@pytest.mark.parametrize("negative", [None, 1, {2: 1}])
+def test_keyframes_need_not_begin_at_frame_0(subject, negative):
+    """Also beside rows with one keyframe, and with a negative subject."""
+    subjects = [embeds_of(0), embeds_of(1)]
+
+    def replaced(value):
+        if isinstance(value, dict):
+            return {frame: replaced(part) for frame, part in value.items()}
+        return (
+            [replaced(part) for part in value]
+            if isinstance(value, list)
+            else None
+            if value is None
+            else subjects[value]
+        )
+
+    count = len(subject) if isinstance(subject, list) else 1
+    rows = parse_subjects(replaced(subject), count)
+    request = request_of(*rows, num_images=count, num_frames=4)
+    request.negative_rows = parse_negative_subject(replaced(negative), count, list(rows[0]))
+    conditions = request.conditions(torch.zeros(2 * count, 4, 4, 8, 8))
+    assert all(torch.isfinite(value).all() for _, value in conditions.pairs.values())

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_picture, make_ssr_encoder
-from diffusers_ssr import SubjectEmbeds, subject_embeds_ssr
+from diffusers_ssr import SubjectEmbeds, files_ssr, subject_embeds_ssr
 from diffusers_ssr.subject_embeds_ssr import same_fingerprint
 from PIL import Image
 from safetensors import safe_open
@@ -166,7 +166,7 @@ def test_a_write_error_keeps_the_old_file(pair, tmp_path, monkeypatch):
 
 
 def test_subjects_that_are_too_large_to_load_are_not_saved(pair, tmp_path, monkeypatch):
-    monkeypatch.setattr(subject_embeds_ssr, "MAX_BYTES", 1000 - subject_embeds_ssr.MAX_HEADER_BYTES)
+    monkeypatch.setattr(files_ssr, "MAX_BYTES", 1000 - files_ssr.MAX_HEADER_BYTES)
     with pytest.raises(ValueError, match="cannot be saved: it has .* bytes"):
         pair.save(tmp_path / "pair.safetensors")
     assert not list(tmp_path.iterdir())
