@@ -15,15 +15,12 @@ from . import internals_ssr, request_ssr, subject_embeds_ssr
 # What to use instead of arguments that other pipelines, `encode_subject` and `SubjectEmbeds` have.
 _INSTEAD = {
     "image": "subject_image",
-    "in_controlnet": "subject_in_controlnet",
-    "lora_scale": 'cross_attention_kwargs={"scale": ...}',
     "mask": "subject_mask",
     "query": "subject_query",
     "ref_image": "subject_image",
     "reference": "subject_image",
     "reference_image": "subject_image",
     "region": "subject=cat.inside(region)",
-    "resize_mode": "subject_resize_mode",
     "scale": "subject_scale",
     "ssr_image": "subject_image",
     "ssr_scale": "subject_scale",

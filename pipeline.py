@@ -6,7 +6,7 @@ imports of each file. The entry file that `examples/publish.py` writes only impo
 is requested once.
 """
 
-from . import internals_ssr  # noqa: F401  # isort: skip  (first, because it checks the versions of the libraries)
+from .internals_ssr import check_versions  # noqa: F401  # isort: skip  (first: it names libraries that are too old)
 from .arguments_ssr import parse_subjects  # noqa: F401
 from .attention_processors import SSRAttnProcessor2_0  # noqa: F401
 from .components_ssr import SSRComponents  # noqa: F401
@@ -14,7 +14,6 @@ from .encoding_ssr import SubjectEncodingMixin  # noqa: F401
 from .files_ssr import read_subject_file  # noqa: F401
 from .hooks_ssr import subject_in_unet  # noqa: F401
 from .images_ssr import to_pil  # noqa: F401
-from .internals_ssr import check_versions  # noqa: F401
 from .loading_ssr import SSRLoaderMixin  # noqa: F401
 from .mixin_ssr import SSRPipelineMixin  # noqa: F401
 from .modeling_ssr import SSREncoder  # noqa: F401

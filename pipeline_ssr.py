@@ -1,6 +1,6 @@
 """Text-to-image generation with a subject from a reference image, for any Stable Diffusion 1.5 checkpoint."""
 
-from . import internals_ssr  # noqa: F401  # isort: skip  (first, see that module)
+from .internals_ssr import check_versions  # noqa: F401  # isort: skip  (first: it names libraries that are too old)
 from diffusers import StableDiffusionPipeline
 
 from .arguments_ssr import parse_subjects  # noqa: F401  (see pipeline.py)
@@ -10,7 +10,6 @@ from .encoding_ssr import SubjectEncodingMixin  # noqa: F401
 from .files_ssr import read_subject_file  # noqa: F401
 from .hooks_ssr import subject_in_unet  # noqa: F401
 from .images_ssr import to_pil  # noqa: F401
-from .internals_ssr import check_versions  # noqa: F401
 from .loading_ssr import SSRLoaderMixin  # noqa: F401
 from .mixin_ssr import SSRPipelineMixin
 from .modeling_ssr import SSREncoder  # noqa: F401
