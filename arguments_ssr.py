@@ -4,7 +4,6 @@ import difflib
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
-from numbers import Integral
 from typing import Any
 
 from PIL import Image
@@ -65,8 +64,9 @@ def check_own_arguments(own: dict, defaults: dict, kwargs: dict, stock_call: Cal
             "`subject` is encoded already: pass it to `encode_subject`",
         )
     else:
-        has_subject = bool(reference) or own["negative_subject"] is not None
-        unused, reason = [] if has_subject else list(own), "there is no subject"
+        unused, reason = [] if reference else ["mask_weight", "subject_resize_mode"], "there is no `subject_image`"
+        if not reference and own["negative_subject"] is None:
+            unused, reason = list(own), "there is no subject"
     for name in unused:
         value, default = own[name], defaults[name]
         # arrays are compared by element, so they are never a default value here
@@ -219,14 +219,12 @@ def parse_negative_subject(subject: Any, num_prompts: int, keyframes: list[int])
     """Reads the argument `negative_subject` of a call, which has the same subjects at all keyframes of `subject`."""
     if subject is None:
         return None
-    rows = [
-        _parse_row(value, True, "negative_subject") for value in (subject if isinstance(subject, list) else [subject])
-    ]
+    values = subject if isinstance(subject, list) else [subject]
+    rows = [_parse_row(value, True, "negative_subject") for value in values]
     if any(len(row) > 1 for row in rows):
         raise ValueError("`negative_subject` cannot have keyframes.")
-    return check_one_for_each(
-        "`negative_subject`", [dict.fromkeys(keyframes, *row.values()) for row in rows], num_prompts
-    )
+    rows = [dict.fromkeys(keyframes, *row.values()) for row in rows]
+    return check_one_for_each("`negative_subject`", rows, num_prompts)
 
 
 def check_one_for_each(names: str, rows: list, num_prompts: int) -> list:
@@ -242,9 +240,7 @@ def check_one_for_each(names: str, rows: list, num_prompts: int) -> list:
 
 def _parse_row(subject: Any, none_is_allowed: bool, name: str = "subject") -> request_ssr.Row:
     keyframes = subject if isinstance(subject, dict) else {0: subject}
-    # numpy integers too, but not booleans
-    integers = all(isinstance(frame, Integral) and not isinstance(frame, bool) for frame in keyframes)
-    if not keyframes or not integers or min(keyframes) < 0:
+    if not keyframes or not all(map(internals_ssr.is_frame, keyframes)):
         raise ValueError(f"`subject` as a dict has to hold subjects by frame, 0 the first, but has {list(keyframes)}.")
     for value in keyframes.values():
         if not subject_embeds_ssr.is_subject_embeds(value) and not (
@@ -257,8 +253,7 @@ def _parse_row(subject: Any, none_is_allowed: bool, name: str = "subject") -> re
     shapes = {tuple(s.embeds.shape[1] for s in v.subjects) for v in keyframes.values() if v is not None}
     if len(shapes) > 1:
         raise ValueError(
-            f"`subject` has to have the same numbers of subjects and tokens at all keyframes, but has"
-            f" {sorted(shapes)}."
+            f"`subject` has to have the same numbers of subjects and tokens at all keyframes: {sorted(shapes)}."
         )
     if not isinstance(subject, dict) or not shapes:
         return dict(sorted((int(frame), value) for frame, value in keyframes.items()))
@@ -271,11 +266,8 @@ def _parse_row(subject: Any, none_is_allowed: bool, name: str = "subject") -> re
 def without_disabled_subjects(row: request_ssr.Row, scale: float | dict[str, float]) -> request_ssr.Row:
     """Returns the row without the subjects that have scale 0 at all keyframes. Multiplied by 0, their tokens would still
     take a part of the attention from the other subjects of the row."""
-    scales = [
-        [request_ssr.scale_of(s, scale) for s in subjects.subjects]
-        for subjects in row.values()
-        if subjects is not None
-    ]
+    present = [subjects.subjects for subjects in row.values() if subjects is not None]
+    scales = [[request_ssr.scale_of(subject, scale) for subject in subjects] for subjects in present]
     kept = [index for index, values in enumerate(zip(*scales, strict=True)) if any(values)]
     if not scales or len(kept) == len(scales[0]):
         return row

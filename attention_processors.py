@@ -197,16 +197,16 @@ class SubjectConditions:
 
     def for_transformer(
         self, layers: Sequence[str], text: torch.Tensor | tuple, batch_size: int, grid: tuple[int, int]
-    ) -> LayerSubject:
-        """Returns what the cross-attention layers of one transformer get. `layers` are the names of its layers, one for each
-        block, `text` is its `encoder_hidden_states`, `batch_size` the number of images (or frames) in its batch, and `grid`
-        the height and width of its grid of positions."""
+    ) -> LayerSubject | torch.Tensor | tuple:
+        """Returns what the cross-attention layers of one transformer get: `text` if none has a subject. `layers` are the
+        names of its layers, one for each block, `text` is its `encoder_hidden_states`, `batch_size` the number of images
+        (or frames) in its batch, and `grid` the height and width of its grid of positions."""
         pairs: list[Any] = [self.pairs.get(name, (None, None)) for name in layers]
         if self.keyframes is not None:
             pairs = [(_between_keyframes(k, self.keyframes), _between_keyframes(v, self.keyframes)) for k, v in pairs]
         keys, values = zip(*pairs, strict=True)
-        rows = next((key.shape[0] for key in keys if key is not None), 1)
-        return LayerSubject(text, keys, values, *self._mask(batch_size // rows, grid))
+        rows = [key.shape[0] for key in keys if key is not None]
+        return LayerSubject(text, keys, values, *self._mask(batch_size // rows[0], grid)) if rows else text
 
     def _mask(self, per_row: int, grid: tuple[int, int]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Returns `LayerSubject.mask` and `LayerSubject.reached`. They are computed once for each grid."""

@@ -106,7 +106,8 @@ def check_fits_unet(unet, encoder) -> None:
 def check_precision(text_encoder, unet) -> None:
     """Raises a `ValueError` if the text encoder and the UNet have different precisions, with which the first step would
     fail. Without `dtype=`, transformers keeps the precision of the files, and diffusers loads in float32."""
-    dtypes = {None if model is None else model.dtype for model in (text_encoder, hooks_ssr.find_unet(unet))}
+    unet = hooks_ssr.find_unet(unet)
+    dtypes = {None if model is None else model.dtype for model in (text_encoder, unet)}
     usual = {torch.float16, torch.bfloat16, torch.float32}
     if len(dtypes & usual) > 1 and not torch.is_autocast_enabled(unet.device.type):
         raise ValueError(
@@ -116,7 +117,7 @@ def check_precision(text_encoder, unet) -> None:
 
 
 # The pipelines and schedulers that are in a call, and a lock for each tokenizer. `_lock` is held while they are changed.
-# It is reentrant, because the garbage collector can end an interrupted call in any thread, also while that holds it.
+# It is reentrant, because the garbage collector can end an interrupted call in any thread, even one that holds it.
 _in_use: WeakSet[Any] = WeakSet()
 _tokenizer_locks: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
 _lock = threading.RLock()

@@ -81,7 +81,7 @@ class SubjectEncodingMixin(components_ssr.SSRComponents):
         text = {"lora_scale": lora_scale, "clip_skip": clip_skip}
         references = parse_references(image, query, mask, prefix="")
         encoded = self._encode_references(references, mask_weight, resize_mode, text, prefix="")
-        return encoded if any(isinstance(value, list) for value in (image, query, mask)) else encoded[0]
+        return encoded if any(map(_is_list, (image, query, mask))) else encoded[0]
 
     @torch.no_grad()
     def _encode_references(
@@ -172,7 +172,7 @@ class SubjectEncodingMixin(components_ssr.SSRComponents):
         """
         processor, vision, encoder = self._loaded_image_encoder()
         for name, value in {"image": image, "query": query, "mask": mask}.items():
-            if isinstance(value, list):
+            if _is_list(value):
                 raise ValueError(
                     f"`{name}` is a list of {len(value)}, but an attention map is of one query in one image: call"
                     " `subject_attention_map` for each."
@@ -236,10 +236,14 @@ def parse_references(image: Any, query: Any, mask: Any, prefix: str = "subject_"
     return references
 
 
+def _is_list(value: Any) -> bool:
+    """Whether an argument has a value for each subject. A box is not a list of masks."""
+    return isinstance(value, list) and not images_ssr.is_box(value)
+
+
 def _columns(names: list[str], values: tuple, what: str) -> list[tuple]:
-    """Returns the image, query and mask of each subject, or of each image. A value that is not a list is repeated. A box
-    is not a list of masks."""
-    lists = [isinstance(value, list) and not images_ssr.is_box(value) for value in values]
+    """Returns the image, query and mask of each subject, or of each image. A value that is not a list is repeated."""
+    lists = [_is_list(value) for value in values]
     lengths = {name: len(value) for name, value, is_list in zip(names, values, lists, strict=True) if is_list}
     if len(set(lengths.values())) > 1 or 0 in lengths.values():
         raise ValueError(f"Lists of {what} have to be of one length, and not empty, but got {lengths}.")

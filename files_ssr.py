@@ -77,21 +77,22 @@ def write_subject_file(path: str | os.PathLike, described: list[dict], tensors: 
     # cloned, because subjects can share a region, and safetensors refuses tensors that share memory
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     metadata = {"format": FORMAT, "subjects": json.dumps(described)}
-    try:
-        _check_size(sum(tensor.nbytes for tensor in tensors.values()), len(json.dumps(metadata)))
-        for name, tensor in tensors.items():
-            _check_tensor(name, tensor)
-    except ValueError as error:
-        raise ValueError(f"These subjects cannot be saved: {error}.") from None
     with atomic_file(path) as partial:
-        safetensors.torch.save_file(tensors, partial, metadata=metadata)
+        try:
+            for name, tensor in tensors.items():
+                _check_tensor(name, tensor)
+            safetensors.torch.save_file(tensors, partial, metadata=metadata)
+            with open(partial, "rb") as file:
+                _check_size(partial.stat().st_size, int.from_bytes(file.read(8), "little"))
+        except ValueError as error:
+            raise ValueError(f"These subjects cannot be saved: {error}.") from None
 
 
 def _check_size(num_bytes: int, header_bytes: int) -> None:
     if num_bytes > MAX_BYTES + MAX_HEADER_BYTES or header_bytes > MAX_HEADER_BYTES:
         raise ValueError(
-            f"it has {num_bytes:,} bytes and a header of {header_bytes:,}, more than the {MAX_BYTES:,} and"
-            f" {MAX_HEADER_BYTES:,} that are accepted"
+            f"it has {num_bytes:,} bytes and a header of {header_bytes:,}, more than the"
+            f" {MAX_BYTES + MAX_HEADER_BYTES:,} and {MAX_HEADER_BYTES:,} that are accepted"
         )
 
 
@@ -146,7 +147,9 @@ def _check_tensor(name: str, tensor: torch.Tensor) -> None:
         "negative_embeds": (-MAX_TOKEN_VALUE, MAX_TOKEN_VALUE),
         "region": (0.0, 1.0),
         "fingerprint": (-65504.0, 65504.0),
-    }.get(part, (1.0, 65504.0))
+        "counts": (1.0, 65504.0),
+        "negative_counts": (1.0, 65504.0),
+    }[part]
     exact = part not in ("embeds", "negative_embeds")
     if tensor.dtype not in (
         (torch.float32,) if exact else (torch.float16, torch.bfloat16, torch.float32, torch.float64)

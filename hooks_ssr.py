@@ -8,7 +8,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from diffusers.models import UNet2DConditionModel, UNetMotionModel
+from diffusers.models import Transformer2DModel, UNet2DConditionModel, UNetMotionModel
 from diffusers.utils.torch_utils import is_compiled_module
 from torch import nn
 
@@ -65,7 +65,7 @@ def subject_in_unet(
         do_classifier_free_guidance (`bool`, defaults to `True`):
             Whether the first half of each batch is the unconditional branch.
         controlnet (`ControlNetModel` or `MultiControlNetModel`, *optional*):
-            A ControlNet that gets the tokens of the subject, after those of the text.
+            A ControlNet that gets the tokens of the subject, after those of the text (for a [`SubjectRequest`]).
 
     Raises:
         `ValueError`: if `subject` or `scale` is something else; in the forward pass, if a layer has an attention
@@ -81,9 +81,8 @@ def subject_in_unet(
     if not isinstance(subject, (request_ssr.SubjectRequest, attention_processors.SubjectConditions)):
         branches = (False, True) if do_classifier_free_guidance else (True,)
         rows = arguments_ssr.parse_subjects(subject, len(subject) if isinstance(subject, list) else 1)
-        rows = [
-            arguments_ssr.without_disabled_subjects(row, internals_ssr.check_scale("scale", scale)) for row in rows
-        ]
+        scale = internals_ssr.check_scale("scale", scale)
+        rows = [arguments_ssr.without_disabled_subjects(row, scale) for row in rows]
         subject = request_ssr.SubjectRequest(rows, None, encoder, find_unet(unet).dtype, scale, lambda: [branches])
     block = _Block(unet, encoder, subject, controlnet)
     try:
@@ -147,7 +146,8 @@ class _Block:
             attention_processors.processor_of_block(index).forget()
 
 
-# The blocks of each UNet in all threads, and the modules with hooks. The blocks of each thread, innermost last.
+# The blocks of each UNet in all threads, and the modules with hooks; and the blocks of each thread, innermost last. A
+# forward pass in a thread without a block finds none there, so the hooks do nothing in it.
 _users: WeakKeyDictionary[nn.Module, list[_Block]] = WeakKeyDictionary()
 _hooked: WeakKeyDictionary[nn.Module, set[nn.Module]] = WeakKeyDictionary()
 _thread = threading.local()
@@ -219,18 +219,22 @@ def _transformer_hook(layers: tuple[str, ...]) -> _TransformerHook:
 
 def hooks_of_layers(unet: nn.Module, names: list[str]) -> dict[nn.Module, tuple[Any, Any]]:
     """Returns the forward pre-hook and the forward hook of each module of the cross-attention layers `names`, and of
-    their transformers."""
+    the transformers."""
     hooks: dict[nn.Module, tuple[Any, Any]] = {}
-    for name in names:
-        transformer, _, rest = name.rpartition(".transformer_blocks.")
-        count = len(unet.get_submodule(f"{transformer}.transformer_blocks"))  # type: ignore[arg-type]
-        siblings = tuple(f"{transformer}.transformer_blocks.{index}.attn2" for index in range(count))
-        hooks[unet.get_submodule(transformer)] = _transformer_hook(siblings), None
-        attn, processor = unet.get_submodule(name), attention_processors.processor_of_block(int(rest.split(".")[0]))
-        queries, outputs = _projections(attn)
-        hooks.update(dict.fromkeys(queries, (None, processor.keep_query)))
-        hooks.update(dict.fromkeys(outputs, (processor.add_subject, None)))
-        hooks[attn] = processor.enter, processor.leave
+    owners = {name.rpartition(".transformer_blocks.")[0] for name in names}
+    # all transformers and all their layers, because those without a subject have to take it out of their input as well
+    for transformer, module in unet.named_modules():
+        if not isinstance(module, Transformer2DModel) and transformer not in owners:
+            continue
+        count = len(module.transformer_blocks)
+        layers = tuple(f"{transformer}.transformer_blocks.{index}.attn2" for index in range(count))
+        hooks[module] = _transformer_hook(layers), None
+        for index, name in enumerate(layers if set(names).intersection(layers) else ()):
+            attn, processor = unet.get_submodule(name), attention_processors.processor_of_block(index)
+            queries, outputs = _projections(attn)
+            hooks.update(dict.fromkeys(queries, (None, processor.keep_query)))
+            hooks.update(dict.fromkeys(outputs, (processor.add_subject, None)))
+            hooks[attn] = processor.enter, processor.leave
     return hooks
 
 

@@ -206,8 +206,7 @@ def postprocess_map(attention_map: torch.Tensor, size: tuple[int, int], resize_m
 
 
 def check_resize_mode(resize_mode: Any, name: str = "resize_mode") -> None:
-    """Raises a `ValueError` if `resize_mode` is not one of `RESIZE_MODES`. `name` is the name of the argument in the
-    message."""
+    """Raises a `ValueError` if `resize_mode` is not one of `RESIZE_MODES`."""
     if resize_mode not in RESIZE_MODES:
         raise ValueError(f"`{name}` has to be one of {RESIZE_MODES}, but is {resize_mode!r}.")
 
@@ -278,9 +277,8 @@ def _mask_of_image(image: Image.Image, name: str) -> np.ndarray:
         raise ValueError(f"`{name}` is a segmentation with numbers: pass `np.asarray(mask) == number`.")
     if image.mode == "F" or image.mode.startswith("I"):
         return _unit(np.asarray(image), name, deep=image.mode.startswith("I"))
-    return _mask_of_colors(
-        np.asarray(image.convert("RGBA") if image.has_transparency_data else _to_rgb(image, name)), name
-    )
+    image = image.convert("RGBA") if image.has_transparency_data else _to_rgb(image, name)
+    return _mask_of_colors(np.asarray(image), name)
 
 
 def _mask_of_colors(pixels: np.ndarray, name: str) -> np.ndarray:

@@ -116,7 +116,7 @@ def register_auto_pipeline(pipeline_class: type[Any], stock_class: type[Any]) ->
         for family, known in list(mapping.items()):
             if known is stock_class:
                 present = mapping.setdefault(f"{family}-ssr", pipeline_class)
-                if present.__name__ != own == pipeline_class.__name__:
+                if pipeline_class.__name__ == own and present.__name__ != own:
                     mapping[f"{family}-ssr"] = pipeline_class
                 for name in (made, own):
                     _add_auto_name(name, f"{family}-ssr")
@@ -198,6 +198,17 @@ def is_finite(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
     return bool(torch.isfinite(torch.stack(torch.aminmax(tensor.detach().to(dtype or tensor.dtype)))).all())
 
 
+def check_weights(problem: str, model: nn.Module, info: dict[str, Any]) -> None:
+    """Raises a `ValueError` if a loaded model has weights that are missing, unexpected, of another shape or not finite.
+    The libraries only warn about them, and initialize those that they could not load with random numbers."""
+    broken = [name for name, parameter in model.named_parameters() if not is_finite(parameter)]
+    kinds = {kind: info.get(kind, ()) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    for kind, found in {**kinds, "values that are not finite numbers in": broken}.items():
+        names = sorted(name if isinstance(name, str) else name[0] for name in found)
+        if names:
+            raise ValueError(f"{problem}: {kind.replace('_', ' ')} {', '.join(names[:3])}.")
+
+
 # Far larger than useful scales. Larger values cause NaN in half precision.
 MAX_SCALE = 100
 
@@ -229,3 +240,8 @@ def _number(value: Any) -> Any:
     if getattr(value, "ndim", None) == 0 and not getattr(value, "is_meta", False):
         value = value.item()
     return value if isinstance(value, numbers.Real) and not isinstance(value, bool) else None
+
+
+def is_frame(value: Any) -> bool:
+    """Whether a value is the number of a frame, of Python or numpy."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 0

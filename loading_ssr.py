@@ -245,7 +245,7 @@ class SSRLoaderMixin(components_ssr.SSRComponents):
         else:
             shutil.copy(code, folder)
         if code.parent != Path(__file__).parent:  # the file of a user's own class does not import all modules
-            entry = folder / f"entry_{code.name}"
+            entry = folder / f"entry_{name.lower()}.py"
             entry.write_text(f"{imports}\nfrom .{code.stem} import {name}  # noqa: F401\n")
         for file in get_relative_import_files(listing):
             shutil.copy(file, folder)
@@ -289,11 +289,8 @@ class SSRLoaderMixin(components_ssr.SSRComponents):
         >>> pipe = StableDiffusionSSRPipeline.from_pipe(stock_pipe)
         ```
         """
-        ours = {
-            name: getattr(pipeline, name)
-            for name in components_ssr.COMPONENTS
-            if getattr(pipeline, name, None) is not None
-        }
+        ours = {name: getattr(pipeline, name, None) for name in components_ssr.COMPONENTS}
+        ours = {name: part for name, part in ours.items() if part is not None}
         models = (part for part in pipeline.components.values() if isinstance(part, nn.Module))
         dtypes = {getattr(model, "dtype", None) for model in models} - {None}
         default = dtypes.pop() if len(dtypes) == 1 else None
@@ -335,7 +332,7 @@ def _load_image_encoder(source, folder: str, kwargs: dict) -> CLIPVisionModel:
             )
         source = beside
     kwargs = internals_ssr.precision_arguments(kwargs, "transformers")
-    name = f"`image_encoder_folder`: {folder!r} of {source}"
+    problem = f"`image_encoder_folder`: {folder!r} of {source} holds no usable vision encoder"
     vision: Any = CLIPVisionModel
     try:
         model, info = vision.from_pretrained(
@@ -344,16 +341,8 @@ def _load_image_encoder(source, folder: str, kwargs: dict) -> CLIPVisionModel:
     except (OSError, ImportError):
         raise
     except Exception as error:  # transformers raises different errors for a wrong config
-        raise ValueError(f"{name} holds no usable vision encoder: {error or type(error).__name__}") from error
-    # transformers initializes missing weights, and those of another shape, with random numbers
-    wrong = sorted([*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])])
-    if wrong:
-        raise ValueError(
-            f"{name} lacks weights of its vision encoder, or holds them in another shape: {', '.join(wrong[:3])}."
-        )
-    broken = [name for name, parameter in model.named_parameters() if not internals_ssr.is_finite(parameter)]
-    if broken:
-        raise ValueError(f"{name} holds weights that are not finite numbers: {', '.join(broken[:3])}.")
+        raise ValueError(f"{problem}: {error or type(error).__name__}") from error
+    internals_ssr.check_weights(problem, model, {**info, "unexpected_keys": []})
     return model
 
 

@@ -66,19 +66,23 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        # the methods that use the tokenizer, also those that a user's own class overrides
-        for name in ("encode_prompt", "_encode_prompt"):
-            method = vars(cls).get(name, getattr(super(), name, None))
+        # the methods that use the tokenizer: those of the class, and below those of the stock class
+        stock: Any = super()
+        tokenizing = {name: vars(cls).get(name) for name in ("encode_prompt", "_encode_prompt")}
+        is_first = not any(
+            issubclass(base, SSRPipelineMixin) for base in cls.__bases__ if base is not SSRPipelineMixin
+        )
+        for name, method in tokenizing.items():
+            method = getattr(stock, name, None) if method is None and is_first else method
             if inspect.isfunction(method):
                 setattr(cls, name, _with_tokenizer_lock(method))
-        if any(issubclass(base, SSRPipelineMixin) for base in cls.__bases__ if base is not SSRPipelineMixin):
-            return  # the class inherits all of this
+        if not is_first:
+            return  # the class inherits all of the following
         # diffusers reads a class's components and arguments from its signatures. With only `*args, **kwargs`,
         # `from_pretrained` and `from_pipe` would load no component, so each class gets a signature with all names.
         for name in ("__init__", "__call__"):
             if name not in vars(cls):
                 setattr(cls, name, _with_signature(getattr(cls, name), getattr(super(), name)))
-        stock: Any = super()
         internals_ssr.register_auto_pipeline(cls, _stock_class_of(cls))
         cls._optional_components = [*stock._optional_components, *components_ssr.COMPONENTS]
         if stock.model_cpu_offload_seq is not None:  # a user's own pipeline may not support offloading
@@ -104,7 +108,8 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
     ):
         r"""
         Generates images or videos like the stock pipeline, with subjects from reference images. It accepts all
-        arguments of the stock pipeline. Without a subject, the stock call runs unchanged.
+        arguments of the stock pipeline. Without a subject, the stock call runs unchanged. If the pipeline or its scheduler
+        is in a call already, the call runs on a shallow copy of the pipeline with its own scheduler.
 
         `subject_image`, `subject_query` and `subject_mask` can be lists. With a list of prompts, they have one element
         for each prompt. With a single prompt, they are several subjects that appear together in the generated image. A
@@ -195,6 +200,8 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
         self._check_encoded_by(encoder, all_rows)
         arguments_ssr.check_rows(all_rows, num_frames, own, arguments, self)
         rows = [arguments_ssr.without_disabled_subjects(row, scale) for row in rows]
+        if negative_rows is not None:
+            negative_rows = [arguments_ssr.without_disabled_subjects(row, scale) for row in negative_rows]
         if not arguments_ssr.has_effect(all_rows, scale):
             return stock_call(**arguments)
 
@@ -233,6 +240,7 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
                 if models[0] is not None:
                     components_ssr.check_fits_unet(pipeline.unet, request.encoder)
                 models[:] = pipeline.unet, controlnet
+                request.dtype = hooks_ssr.find_unet(pipeline.unet).dtype
                 stack.enter_context(
                     hooks_ssr.subject_in_unet(pipeline.unet, request.encoder, request, controlnet=controlnet)
                 )

@@ -125,6 +125,7 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
             }
         )
 
+    @apply_forward_hook
     def attention_probs(
         self,
         query_hidden_states: torch.Tensor,
@@ -145,7 +146,8 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
                 1 where the subject is and 0 elsewhere, aligned with the pixels that the vision encoder received.
             mask_weight (`float`, defaults to 1.0):
                 How strongly the mask moves the attention to its inside: with a weight of `w`, `w * w` is added to the
-                logits inside the mask, and `w` is subtracted from the logits outside it.
+                logits inside the mask, `w` is subtracted from the logits outside it, and 1 is added to that of the
+                class token.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, num_attention_heads, num_tokens, 1 + num_patches)`. Each row sums
@@ -164,7 +166,7 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
             patches = F.interpolate(mask.float(), (side, side), mode="bilinear", antialias=True).flatten(1)
             inside = patches * mask_weight
             bias = inside - (1 - inside) * mask_weight
-            bias = F.pad(bias, (1, 0), value=1.0)
+            bias = F.pad(bias, (1, 0), value=1.0)  # the class token, as in the released code
             scores = scores + bias[:, None, None, :].to(scores.dtype)
         return scores.softmax(dim=-1)
 
@@ -301,7 +303,7 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
             `OSError`: if the file or repository does not exist.
             `ValueError`: if a weight is missing, unexpected, of the wrong shape, or not finite.
         """
-        source = f"`pretrained_model_name_or_path`: {pretrained_model_name_or_path}"
+        problem = f"`pretrained_model_name_or_path`: {pretrained_model_name_or_path} holds no usable SSREncoder"
         with_info = kwargs.pop("output_loading_info", False)
         kwargs = internals_ssr.precision_arguments(kwargs)
         try:
@@ -309,24 +311,15 @@ class SSREncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ty
         except (OSError, ImportError):
             raise
         except Exception as error:  # diffusers raises different errors for a wrong config, name or shape
-            raise ValueError(f"{source} holds no usable SSREncoder: {error or type(error).__name__}") from error
+            raise ValueError(f"{problem}: {error or type(error).__name__}") from error
         # a quantized encoder is returned without the info
         info: dict[str, Any] = {}
         model, info = loaded if isinstance(loaded, tuple) else (loaded, info)
-        # diffusers only warns about missing weights and initializes them with random numbers. Those that an index lists,
-        # but no shard has, are on the meta device.
+        # those that an index lists, but no shard has, are on the meta device
         if "missing_keys" in info and not hasattr(model, "_hf_hook"):
             on_meta = [name for name, parameter in model.named_parameters() if parameter.is_meta]
             info["missing_keys"] = [*info["missing_keys"], *on_meta]
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            names = sorted(str(name) for name in info.get(kind, ()))
-            if names:
-                raise ValueError(
-                    f"{source} holds no usable SSREncoder: {kind.replace('_', ' ')} {', '.join(names[:3])}."
-                )
-        broken = [name for name, parameter in model.named_parameters() if not internals_ssr.is_finite(parameter)]
-        if broken:
-            raise ValueError(f"{source} holds weights that are not finite numbers: {', '.join(broken[:3])}.")
+        internals_ssr.check_weights(problem, model, info)
         return (model, info) if with_info else model  # type: ignore[return-value]  # same as in diffusers
 
     @classmethod

@@ -33,7 +33,7 @@ class SubjectRequest:
         encoder ([`SSREncoder`]):
             The encoder that projects the keys and values.
         dtype (`torch.dtype`):
-            The UNet's precision.
+            The UNet's precision. The pipelines set it again if a callback replaces the UNet.
         scale (`float` or `dict[str, float]`):
             The scale for all layers, or a dict with one scale for each layer. A number is only used for subjects that
             do not have their own scale. A dict is multiplied with the subjects' own scales.
@@ -56,8 +56,9 @@ class SubjectRequest:
     branches: Callable[[], list[Branches]]
     num_frames: int = 1
     negative_rows: list[Row] | None = None
-    # whether the next step is inside the call's window, and whether a callback is running, in which the UNet is stock
+    # whether the next step is inside the call's window
     active: bool = True
+    # whether a callback is running, in which the UNet is stock
     in_callback: bool = False
     # the number of forward passes of the UNet, to notice if there is none
     passes: int = 0
@@ -75,9 +76,9 @@ class SubjectRequest:
             return None
         frames = sample.shape[2] if sample.ndim == 5 else 1
         branches = self._branches_of(sample.shape[0], "latents", self.branches())
-        if self.negative_rows is not None and self.passes == 1 and all(branches):
+        if self.negative_rows is not None and not self._prepared and all(branches):
             raise ValueError("`negative_subject` needs guidance: `guidance_scale` has to be greater than 1.")
-        key = branches, sample.shape[0], frames, sample.device
+        key = branches, sample.shape[0], frames, sample.device, self.dtype
         if key not in self._prepared:
             for row in [*self.rows, *(self.negative_rows or [])]:
                 check_frames(row, frames)
@@ -120,12 +121,11 @@ class SubjectRequest:
         rows, keyframes = list(self.rows), list(self.rows[0])
         moving = len(keyframes) > 1
         negative_rows = self.negative_rows or [dict.fromkeys(keyframes)]
-        if moving:
-            # each video needs its own row here, because its frames become rows in the layers
-            rows = [row for row in rows for _ in range(num_images // len(rows))]
         count = max(len(rows), len(negative_rows))
         if num_images % count or count % len(rows) or count % len(negative_rows):
             raise ValueError(f"The subjects are for {count} prompts, but the UNet gets {num_images} images.")
+        # with keyframes, each video needs its own row, because its frames become rows in the layers
+        count = num_images if moving else count
         table = []
         for positive in branches:
             for index in range(count):
@@ -242,13 +242,9 @@ def _places_between(keyframes: list[int], frames: int) -> np.ndarray:
 def _token_subject(lengths: list[list[int]], longest: int) -> torch.Tensor:
     """Returns the index of the subject in its row that each token belongs to, of shape `(num_rows, longest)`, with -1
     for padding."""
-    owners = torch.full((len(lengths), longest), -1.0, device="cpu", dtype=torch.float32)
-    for row, parts in zip(owners, lengths, strict=True):
-        start = 0
-        for index, length in enumerate(parts):
-            row[start : start + length] = index
-            start += length
-    return owners
+    owners = [[index for index, length in enumerate(parts) for _ in range(length)] for parts in lengths]
+    padded = [[*row, *[-1] * (longest - len(row))] for row in owners]
+    return torch.tensor(padded, device="cpu", dtype=torch.float32)
 
 
 def _regions_of_row(row: Row, frames: int) -> list[torch.Tensor | None]:

@@ -83,6 +83,8 @@ class SubjectEmbeds:
     def __getitem__(self, index: int | slice) -> "SubjectEmbeds":
         """Returns one or several of the subjects. Iteration uses this method."""
         subjects = self.subjects[index]
+        if not subjects:
+            raise IndexError("There are no subjects in this slice.")
         return replace(self, subjects=subjects if isinstance(subjects, tuple) else (subjects,))
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> "SubjectEmbeds":
@@ -180,8 +182,7 @@ class SubjectEmbeds:
     def compact(self, num_tokens: int) -> "SubjectEmbeds":
         r"""
         Returns nearly the same subjects with fewer tokens, which makes generation faster. Similar tokens, such as most
-        of the query's padding, are merged into one token. The attention counts it as often as the number of merged
-        tokens. The image changes slightly; docs/performance.md has measurements on the pocket checkpoint.
+        of the query's padding, are merged into one token, which has the weight of all of them in the attention. The image changes slightly; docs/performance.md has measurements on the pocket checkpoint.
 
         Args:
             num_tokens (`int`):
@@ -315,7 +316,7 @@ def _region_values(region: Any) -> np.ndarray:
 def _boxes_of_frames(keyframes: dict) -> list[list[float]]:
     """Returns the box of each frame, up to the last keyframe. Between keyframes, boxes are interpolated."""
     frames = sorted(keyframes)
-    if not frames or not all(isinstance(f, int) and f >= 0 and images_ssr.is_box(keyframes[f]) for f in frames):
+    if not frames or not all(internals_ssr.is_frame(f) and images_ssr.is_box(keyframes[f]) for f in frames):
         raise ValueError(f"`region` as a dict has to hold boxes by frame, 0 the first, but is {keyframes!r:.200}.")
     sides = zip(*(keyframes[frame] for frame in frames), strict=True)
     columns = [np.interp(range(frames[-1] + 1), frames, side) for side in sides]

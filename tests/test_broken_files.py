@@ -212,9 +212,9 @@ def test_broken_subject_files_raise_an_error_with_little_time_and_memory(tmp_pat
 VISION, WEIGHT = "ssr_image_encoder/model.safetensors", "layers.1.mlp.fc1.weight"
 # The changes to a weight of a vision encoder, and the parts of the error. test_modeling_ssr.py has those of SSREncoder.
 WRONG_WEIGHTS = {
-    "nan": (lambda tensor: tensor * torch.nan, "weights that are not finite numbers"),
-    "missing": (lambda tensor: None, "lacks weights of its vision encoder"),
-    "another shape": (lambda tensor: tensor[:-1].clone(), "holds them in another shape"),
+    "nan": (lambda tensor: tensor * torch.nan, "values that are not finite numbers in"),
+    "missing": (lambda tensor: None, "missing keys"),
+    "another shape": (lambda tensor: tensor[:-1].clone(), "mismatched keys"),
 }
 
 

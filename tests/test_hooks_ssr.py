@@ -102,12 +102,18 @@ def test_transformers_with_several_blocks(depth):
             assert (forward(unet) - stock).abs().max() > 1e-5, name
 
 
-def test_layers_without_a_subject_are_stock():
-    """An encoder may be for some of the UNet's layers."""
-    unet = make_unet()
-    encoder = make_ssr_encoder(attention_layers={"mid_block.attentions.0.transformer_blocks.0.attn2": 16})
+@pytest.mark.parametrize("name", ["mid_block.attentions.0.transformer_blocks.0.attn2", list(UNET_LAYERS)[0]])
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_layers_without_a_subject_are_stock(name, blocks, caplog):
+    """An encoder may be for some of the UNet's transformers, and for some layers of a transformer."""
+    unet = make_unet(transformer_layers_per_block=blocks)
+    encoder, stock = (
+        make_ssr_encoder(attention_layers={name: unet.get_submodule(name).to_q.in_features}),
+        forward(unet),
+    )
     with subject_in_unet(unet, encoder, conditions_of(encoder)):
-        assert (forward(unet) - forward(make_unet())).abs().max() > 1e-5
+        assert (forward(unet) - stock).abs().max() > 1e-5
+    assert "not expected" not in caplog.text
 
 
 def test_the_unet_is_stock_in_every_callback(pipe, subject):

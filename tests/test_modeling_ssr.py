@@ -4,11 +4,12 @@ import pickle
 from fractions import Fraction
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from accelerate import cpu_offload
 from conftest import make_ssr_encoder, make_unet
-from diffusers_ssr import SSREncoder
+from diffusers_ssr import SSREncoder, internals_ssr
 from diffusers_ssr.modeling_ssr import SD15_ATTENTION_LAYERS
 from safetensors.torch import load_file, save_file
 
@@ -367,12 +368,18 @@ def test_rejects_a_wrong_number_of_levels():
         make_ssr_encoder()(torch.randn(1, 77, 32), torch.randn(2, 1, 17, 24))
 
 
+# This version reports no unexpected weights, and no names of the weights of a shard.
+WARNS_ONLY = internals_ssr.parse_version(diffusers.__version__) < (0, 32)
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("fault", ["nan", "inf", "missing", "unexpected", "shape", "cut off", "empty", "config"])
 def test_broken_encoder_files_are_rejected(tmp_path, fault, sharded):
     """The error names the folder, and the weight if there is a wrong one."""
     if sharded and fault == "unexpected":
         pytest.skip("a weight of a shard that the index does not list is not loaded")
+    if fault == "unexpected" and WARNS_ONLY:
+        pytest.skip("diffusers 0.31 only logs a warning")
     make_ssr_encoder().save_pretrained(tmp_path, **({"max_shard_size": "4KB"} if sharded else {}))
     weights, name = next(
         (file, "to_q.weight") for file in tmp_path.glob("*.safetensors") if "to_q.weight" in load_file(file)
@@ -393,7 +400,7 @@ def test_broken_encoder_files_are_rejected(tmp_path, fault, sharded):
         (tmp_path / "config.json").write_text("{")
     with pytest.raises((OSError, ValueError), match=str(tmp_path)) as raised:
         SSREncoder.from_pretrained(tmp_path)
-    if fault not in ("cut off", "empty", "config"):
+    if fault not in ("cut off", "empty", "config") and not (sharded and WARNS_ONLY):
         assert isinstance(raised.value, ValueError) and name in str(raised.value)
 
 
@@ -412,7 +419,7 @@ def test_weights_that_overflow_in_the_given_precision_are_rejected(tmp_path):
     encoder.norm.weight.data *= 1e6
     encoder.save_pretrained(tmp_path)
     assert SSREncoder.from_pretrained(tmp_path).dtype == torch.float32
-    with pytest.raises(ValueError, match=f"{tmp_path} holds weights that are not finite numbers: norm.weight"):
+    with pytest.raises(ValueError, match=f"{tmp_path} holds .* values that are not finite numbers in norm.weight"):
         SSREncoder.from_pretrained(tmp_path, dtype=torch.float16)
 
 

@@ -638,8 +638,10 @@ def test_lists_of_images_of_one_subject_have_one_length(pipe, query):
         pipe.encode_subject([[make_picture(), make_picture(1)]], query=query)
 
 
-def test_a_box_is_a_mask(pipe):
-    box = pipe.encode_subject(make_picture(), mask=(0.25, 0.25, 0.75, 0.75)).subjects[0]
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_a_box_is_a_mask(pipe, kind):
+    box = pipe.encode_subject(make_picture(), mask=kind((0.25, 0.25, 0.75, 0.75))).subjects[0]
+    assert pipe.subject_attention_map(make_picture(), mask=kind((0.25, 0.25, 0.75, 0.75))).heat.ndim == 2
     mask = np.zeros((32, 40))
     mask[8:24, 10:30] = 1
     assert torch.equal(box.embeds, pipe.encode_subject(make_picture(), mask=mask).subjects[0].embeds)
@@ -676,6 +678,10 @@ def test_a_negative_subject_alone_and_in_a_video(pipe):
     both = pipe(**call_args(subject=cat.scaled(1.0), negative_subject=dog.scaled(1.0))).images
     assert min(np.abs(alone - stock).max(), np.abs(both - alone).max()) > 1e-4
     assert np.array_equal(pipe(**call_args(negative_subject=dog.scaled(0.0))).images, stock)
+    expected = pipe(**call_args(subject=cat, subject_start=0.5)).images
+    for negative in (dog.scaled(0.0), [dog.scaled(0.0)]):
+        images = pipe(**call_args(subject=cat, negative_subject=negative, subject_start=0.5)).images
+        assert np.array_equal(images, expected)
     video = AnimateDiffSSRPipeline.from_pipe(pipe, motion_adapter=make_motion_adapter())
     video.set_progress_bar_config(disable=True)
     moving = {"subject": {0: cat, 2: dog}}
@@ -687,6 +693,7 @@ def test_a_negative_subject_alone_and_in_a_video(pipe):
     "arguments, message",
     [
         ({"guidance_scale": 1.0}, "`negative_subject` needs guidance"),
+        ({"guidance_scale": 1.0, "subject_start": 0.5}, "`negative_subject` needs guidance"),
         ({"negative_subject": "dog"}, "`negative_subject` has to be a SubjectEmbeds"),
         ({"negative_subject": [None, None]}, "`negative_subject` as a list"),
     ],

@@ -166,10 +166,20 @@ def test_a_write_error_keeps_the_old_file(pair, tmp_path, monkeypatch):
 
 
 def test_subjects_that_are_too_large_to_load_are_not_saved(pair, tmp_path, monkeypatch):
-    monkeypatch.setattr(files_ssr, "MAX_BYTES", 1000 - files_ssr.MAX_HEADER_BYTES)
+    """The limit is the size of the file: a file of that size can be saved and loaded, a smaller limit accepts neither."""
+    saved, other = tmp_path / "pair.safetensors", tmp_path / "other.safetensors"
+    pair.save(saved)
+    size = saved.stat().st_size
+    monkeypatch.setattr(files_ssr, "MAX_BYTES", size - files_ssr.MAX_HEADER_BYTES)
+    pair.save(other)
+    assert len(SubjectEmbeds.load(other)) == len(pair)
+    other.unlink()
+    monkeypatch.setattr(files_ssr, "MAX_BYTES", size - files_ssr.MAX_HEADER_BYTES - 1)
     with pytest.raises(ValueError, match="cannot be saved: it has .* bytes"):
-        pair.save(tmp_path / "pair.safetensors")
-    assert not list(tmp_path.iterdir())
+        pair.save(other)
+    with pytest.raises(ValueError, match="it has .* bytes"):
+        SubjectEmbeds.load(saved)
+    assert list(tmp_path.iterdir()) == [saved]
 
 
 @pytest.mark.parametrize(
@@ -380,8 +390,9 @@ HALF = np.repeat([[1.0] * 128 + [0.0] * 128], 256, 0)
         ([(0, 0, 0.5, 1), (0.5, 0, 1, 1)], np.stack([HALF, HALF[:, ::-1]])),
         ({0: (0, 0, 0.5, 1), 2: (0.5, 0, 1, 1)}, np.stack([HALF, np.roll(HALF, 64, 1), HALF[:, ::-1]])),
         ({1: (0, 0, 0.5, 1)}, np.stack([HALF, HALF])),
+        ({np.int64(1): (0, 0, np.float32(0.5), 1)}, np.stack([HALF, HALF])),
     ],
-    ids=["tuple", "list", "one for each frame", "keyframes", "one keyframe"],
+    ids=["tuple", "list", "one for each frame", "keyframes", "one keyframe", "numpy"],
 )
 def test_regions_as_boxes(pair, region, expected):
     for subject in pair.inside(region).subjects:
@@ -412,6 +423,8 @@ def test_len_indexing_and_iteration(pair):
     assert pair[0].fingerprint is pair.fingerprint and sum(pair).subjects == pair.subjects
     with pytest.raises(IndexError):
         pair[2]
+    with pytest.raises(IndexError):
+        pair[2:]
 
 
 def test_equality_is_identity(pair):

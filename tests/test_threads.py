@@ -123,7 +123,11 @@ class OverridesOurs(StableDiffusionSSRPipeline):
         return super().encode_prompt(*args, **kwargs)
 
 
-@pytest.mark.parametrize("own_class", [OverridesStock, OverridesOurs, StableDiffusionSSRPipeline])
+class CallsTheFirst(OverridesStock):
+    pass
+
+
+@pytest.mark.parametrize("own_class", [OverridesStock, OverridesOurs, CallsTheFirst, StableDiffusionSSRPipeline])
 def test_prompts_of_different_lengths_from_several_threads(pipe, own_class, switch_interval):
     """Also with a class that overrides `encode_prompt`."""
     own = own_class.from_pipe(pipe)
