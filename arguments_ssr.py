@@ -228,8 +228,7 @@ def parse_negative_subject(subject: Any, num_prompts: int, keyframes: list[int])
 
 
 def check_one_for_each(names: str, rows: list, num_prompts: int) -> list:
-    """Returns the list. Raises a `ValueError` if it has neither one subject for all prompts nor one for each
-    prompt."""
+    """Returns the list. Raises a `ValueError` if it has neither one subject nor one for each prompt."""
     if len(rows) not in (1, num_prompts):
         hint = ": for several subjects in one image, add them (`cat + car`)" if num_prompts == 1 else ""
         raise ValueError(

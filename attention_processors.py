@@ -204,9 +204,11 @@ class SubjectConditions:
         pairs: list[Any] = [self.pairs.get(name, (None, None)) for name in layers]
         if self.keyframes is not None:
             pairs = [(_between_keyframes(k, self.keyframes), _between_keyframes(v, self.keyframes)) for k, v in pairs]
+        rows = [key.shape[0] for key, _ in pairs if key is not None]
+        if not rows:
+            return text
         keys, values = zip(*pairs, strict=True)
-        rows = [key.shape[0] for key in keys if key is not None]
-        return LayerSubject(text, keys, values, *self._mask(batch_size // rows[0], grid)) if rows else text
+        return LayerSubject(text, keys, values, *self._mask(batch_size // rows[0], grid))
 
     def _mask(self, per_row: int, grid: tuple[int, int]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Returns `LayerSubject.mask` and `LayerSubject.reached`. They are computed once for each grid."""

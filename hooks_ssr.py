@@ -213,7 +213,7 @@ class _TransformerHook:
 
 @functools.cache
 def _transformer_hook(layers: tuple[str, ...]) -> _TransformerHook:
-    """Returns the same hook for the same layers, because compiled code is only valid for the same hooks."""
+    # the same hook for the same layers, because compiled code is only valid for the same hooks
     return _TransformerHook(layers)
 
 
@@ -221,16 +221,19 @@ def hooks_of_layers(unet: nn.Module, names: list[str]) -> dict[nn.Module, tuple[
     """Returns the forward pre-hook and the forward hook of each module of the cross-attention layers `names`, and of
     the transformers."""
     hooks: dict[nn.Module, tuple[Any, Any]] = {}
+    # All transformers and all their layers, because those without a subject have to take it out of their input as well.
+    # The names are those of `names`: in `named_modules`, a compiled block adds `_orig_mod` to them.
     owners = {name.rpartition(".transformer_blocks.")[0] for name in names}
-    # all transformers and all their layers, because those without a subject have to take it out of their input as well
-    for transformer, module in unet.named_modules():
-        if not isinstance(module, Transformer2DModel) and transformer not in owners:
-            continue
-        count = len(module.transformer_blocks)
-        layers = tuple(f"{transformer}.transformer_blocks.{index}.attn2" for index in range(count))
+    transformers: dict[Any, str] = {unet.get_submodule(name): name for name in owners}
+    for module in unet.modules():
+        if isinstance(module, Transformer2DModel):
+            transformers.setdefault(module, "")
+    for module, name in transformers.items():
+        count = len(module.transformer_blocks) if name else 0
+        layers = tuple(f"{name}.transformer_blocks.{index}.attn2" for index in range(count))
         hooks[module] = _transformer_hook(layers), None
-        for index, name in enumerate(layers if set(names).intersection(layers) else ()):
-            attn, processor = unet.get_submodule(name), attention_processors.processor_of_block(index)
+        for index, layer in enumerate(layers):
+            attn, processor = unet.get_submodule(layer), attention_processors.processor_of_block(index)
             queries, outputs = _projections(attn)
             hooks.update(dict.fromkeys(queries, (None, processor.keep_query)))
             hooks.update(dict.fromkeys(outputs, (processor.add_subject, None)))

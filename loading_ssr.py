@@ -360,7 +360,6 @@ def _load_image_processor(source, subfolder: str, kwargs: dict) -> CLIPImageProc
 
 
 def _check_image_processor(processor: Any, image_encoder: Any) -> None:
-    """Raises a `ValueError` if an image processor does not give images of the size that the vision encoder takes."""
     if processor is None or image_encoder is None:
         return
     side = image_encoder.config.image_size
@@ -373,5 +372,4 @@ def _check_image_processor(processor: Any, image_encoder: Any) -> None:
 
 
 def _without_compilation(model: Any) -> Any:
-    """Returns the model inside `torch.compile`, or the object itself."""
     return model._orig_mod if isinstance(model, nn.Module) and is_compiled_module(model) else model

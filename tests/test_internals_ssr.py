@@ -213,6 +213,7 @@ def test_only_internals_ssr_imports_private_names_of_libraries():
 
 
 IMPORTS = """
+import sys
 for name in ("peft", "accelerate", "datasets", "gradio", "tqdm.notebook"):
     sys.modules[name] = None
 import diffusers
