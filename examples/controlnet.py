@@ -10,9 +10,9 @@ def main():
     add = parser.add_argument
     add("--checkpoint", default="pocket", help="folder or repository with base model and SSR-Encoder")
     add("--controlnet", default="pocket/controlnet", help="such as lllyasviel/control_v11p_sd15_canny")
-    add("--reference", default="pocket/references/1_cat_car.png", help="file or URL of the reference image")
+    add("--reference", default="pocket/references/6_guitar_woman_cat.png", help="file or URL of the reference image")
     add("--query", default="cat", help="the subject in the reference image")
-    add("--control_image", default="pocket/references/6_guitar_woman_cat.png", help="image whose edges are followed")
+    add("--control_image", default="docs/quick_start.png", help="image whose edges are followed")
     add("--prompt", default="a cat on the beach", help="the prompt, which should name the subject")
     add(
         "--scale",
