@@ -1,70 +1,56 @@
-"""Animate a subject with AnimateDiff and save the video as GIF and MP4.
+"""Generate a video of a subject, with AnimateDiff. Run it in the folder of the repository. The defaults are for the small
+checkpoint in pocket/."""
 
-    python examples/animatediff.py --query car --prompt "a car in the snow"
-
-The defaults are for the pocket checkpoint.
-"""
-
-from extras import needs
-
-from command_line import positive, run_script
-from diffusers import MotionAdapter
-from diffusers.utils import export_to_gif, export_to_video
-from diffusers_ssr import AnimateDiffSSRPipeline
-from drawing import (
-    POCKET,
-    call_arguments,
-    check_model,
-    load_pipeline,
-    load_reference,
-    named,
-    options,
-    reference_options,
-)
-from PIL import Image
-
-
-with needs("demo"):
-    # `export_to_video` needs these packages to write the MP4 file
-    import imageio  # noqa: F401
-    import imageio_ffmpeg  # noqa: F401
+import argparse
+from pathlib import Path
 
 
 def main():
-    parser = options(__doc__)
-    place = "in the snow"
-    reference_options(parser, place)
-    parser.add_argument("--motion_adapter", default=str(POCKET / "motion_adapter"), help="folder or repository")
-    parser.add_argument("--num_frames", type=positive, default=8, help="number of frames of the video")
-    parser.add_argument("--fps", type=positive, default=8, help="frames per second")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--checkpoint", default="pocket", help="folder or repository with base model and SSR-Encoder")
+    add("--motion_adapter", default="pocket/motion_adapter", help="such as guoyww/animatediff-motion-adapter-v1-5-3")
+    add("--reference", default="pocket/references/1_cat_car.png", help="file or URL of the reference image")
+    add("--query", default="cat", help="the subject in the reference image")
+    add("--prompt", default="a cat in the snow", help="the prompt, which should name the subject")
+    add("--num_frames", type=int, default=8, help="number of frames; 16 with Stable Diffusion 1.5")
+    add(
+        "--scale",
+        type=float,
+        default=1.0,
+        help="how closely the subject is followed; 0.5 to 0.8 with Stable Diffusion 1.5",
+    )
+    add("--guidance_scale", type=float, default=3.0, help="classifier-free guidance; 7.5 with Stable Diffusion 1.5")
+    add("--num_inference_steps", type=int, default=25, help="denoising steps")
+    add("--seed", type=int, default=0, help="seed of the initial noise")
+    add("--output_dir", type=Path, default=Path("outputs"), help="where the GIF is written")
     args = parser.parse_args()
-    reference = load_reference("--reference", args.reference)
-    longest = check_model("--motion_adapter", args.motion_adapter, MotionAdapter)["motion_max_seq_length"]
-    if args.num_frames > longest:
-        raise ValueError(
-            f"`num_frames` has to be at most {longest} for this motion adapter, but is {args.num_frames}."
-        )
 
-    pipe = load_pipeline(args.checkpoint)
-    adapter = MotionAdapter.from_pretrained(args.motion_adapter, dtype=pipe.unet.dtype)
-    # `from_pipe` creates a new UNet with motion modules on the CPU
-    pipe = AnimateDiffSSRPipeline.from_pipe(pipe, motion_adapter=adapter).to(pipe.device)
-    pipe.set_progress_bar_config(desc="steps")
+    # imported after the options are read, so that --help does not wait
+    import torch
+    from diffusers import MotionAdapter
+    from diffusers.utils import export_to_gif, load_image
+    from diffusers_ssr import AnimateDiffSSRPipeline, StableDiffusionSSRPipeline
+
+    device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    pipe = StableDiffusionSSRPipeline.from_pretrained(args.checkpoint, dtype=dtype, trust_remote_code=True)
+    adapter = MotionAdapter.from_pretrained(args.motion_adapter, dtype=dtype)
+    pipe = AnimateDiffSSRPipeline.from_pipe(pipe, motion_adapter=adapter).to(device)
     frames = pipe(
-        f"{named(args.query)} {place}" if args.prompt is None else args.prompt,
-        subject_image=reference,
+        args.prompt,
+        num_frames=args.num_frames,
+        subject_image=load_image(args.reference),
         subject_query=args.query,
         subject_scale=args.scale,
-        num_frames=args.num_frames,
-        **call_arguments(args),
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        eta=0.9,  # noise of DDIM in each step, for pocket/; the default is 0
+        generator=torch.Generator().manual_seed(args.seed),
     ).frames[0]
-    side = max(256, frames[0].width)  # the frames of the pocket checkpoint are too small to view
-    frames = [frame.resize((side, side * frame.height // frame.width), Image.Resampling.BICUBIC) for frame in frames]
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    for file, export in (("animatediff.gif", export_to_gif), ("animatediff.mp4", export_to_video)):
-        export(frames, str(args.output_dir / file), fps=args.fps)
-        print(f"The video is in {args.output_dir / file}")
+    frames = [frame.resize((256, 256)) if frame.width < 256 else frame for frame in frames]
+    export_to_gif(frames, str(args.output_dir / "animatediff.gif"), fps=8)  # export_to_video writes an MP4
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()

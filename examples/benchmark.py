@@ -17,22 +17,46 @@ from collections.abc import Callable, Iterator
 
 import extras  # noqa: F401  (exits with a message if the project is not installed)
 
+from command_line import image_side, make_parser, positive, run_script
+
+
+PRESETS = ("sd15", "pocket")
+METHODS = ("stock", "ssr", "ssr_compact", "released")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, default="sd15", help="the sizes of SD 1.5, or the pocket checkpoint")
+    add("--size", type=image_side, default=512, help="size of the images in pixels")
+    add("--rounds", type=positive, default=3, help="number of rounds")
+    add("--num_inference_steps", type=positive, default=4, help="number of steps that are timed in each round")
+    add("--batch_size", type=positive, default=1, help="number of prompts per call, each with its own subjects")
+    add("--subjects", type=positive, default=1, help="number of subjects in each image")
+    add("--frames", type=positive, default=0, help="number of frames of a video (AnimateDiff); 0 for images")
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="methods to compare with stock")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="float16 is usual on a GPU")
+    add("--count_only", action="store_true", help="only count FLOPs, which takes seconds")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and wrong options are answered before the imports below, which take seconds
+
 import torch
 import torch.nn.functional as F
-from command_line import image_side, make_parser, positive, run_script
 from diffusers import AnimateDiffPipeline, StableDiffusionPipeline, UNet2DConditionModel, UNetMotionModel
 from diffusers.utils import logging
 from diffusers_ssr import AnimateDiffSSRPipeline, SSREncoder, StableDiffusionSSRPipeline, subject_in_unet
 from diffusers_ssr.attention_processors import SubjectConditions
 from PIL import Image
-from random_models import PRESETS, motion_adapter, random_model
+from random_models import PIPELINES, motion_adapter, random_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 
 COMPACT_TOKENS = 48
-METHODS = ("stock", "ssr", "ssr_compact", "released")
 
 
 class ReleasedAttnProcessor:
@@ -169,7 +193,7 @@ def time_calls(calls: dict[str, Callable], args: argparse.Namespace) -> dict[str
         times.clear()
         gc.collect()
         # the first step includes the preparation of the call, so it only starts the timer
-        calls[name](args.steps + 1, mark)
+        calls[name](args.num_inference_steps + 1, mark)
         if index >= len(calls) or not on_gpu:
             # other processes on the machine can only slow a step down
             seconds[name] = min(seconds[name], *(end - start for start, end in zip(times, times[1:], strict=False)))
@@ -190,22 +214,10 @@ def report(flops: dict[str, tuple[float, float]], seconds: dict[str, float]) -> 
 
 
 def main() -> None:
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("--preset", choices=PRESETS, default="sd15", help="the sizes of SD 1.5, or the pocket checkpoint")
-    add("--size", type=image_side, default=512, help="size of the images in pixels")
-    add("--rounds", type=positive, default=3, help="number of rounds")
-    add("--steps", type=positive, default=4, help="number of steps that are timed in each round")
-    add("--batch_size", type=positive, default=1, help="number of prompts per call, each with its own subjects")
-    add("--subjects", type=positive, default=1, help="number of subjects in each image")
-    add("--frames", type=positive, default=0, help="number of frames of a video (AnimateDiff); 0 for images")
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="methods to compare with stock")
-    add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="float16 is usual on a GPU")
-    add("--count_only", action="store_true", help="only count FLOPs, which takes seconds")
-    args = parser.parse_args()
+    args = parse_args()
     args.methods = ["stock", *(name for name in args.methods if name != "stock")]
     logging.set_verbosity_error()
-    pipe = PRESETS[args.preset]()
+    pipe = PIPELINES[args.preset]()
     flops = {name: count_flops(pipe, name, args.size, args.subjects, args.frames) for name in args.methods}
     seconds = {}
     if not args.count_only:

@@ -17,13 +17,36 @@ from pathlib import Path
 
 import extras  # noqa: F401  (exits with a message if the project is not installed)
 
+from command_line import image_side, make_parser, positive, run_script
+
+
+SETTING_NAMES = (
+    "none", "drop_ssr_encoders", "attention_slicing", "vae_slicing_and_tiling", "model_offload", "sequential_offload",
+)  # fmt: skip
+
+
+def parse_args() -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--preset", choices=("sd15", "pocket"), default="sd15", help="the sizes of SD 1.5, or the pocket checkpoint")
+    add("--size", type=image_side, default=512, help="size of the images in pixels")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="precision")
+    add("--batch_size", type=positive, default=1, help="images per call")
+    add("--num_inference_steps", type=positive, default=4, help="steps that are timed")
+    add("--rounds", type=positive, default=1, help="how often each call is timed")
+    add("--settings", nargs="+", choices=SETTING_NAMES, default=list(SETTING_NAMES), help="the settings to measure")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and wrong options are answered before the imports below, which take seconds
+
 import torch
 from benchmark import time_calls
-from command_line import image_side, make_parser, positive, run_script
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from PIL import Image
-from random_models import PRESETS
+from random_models import PIPELINES
 
 
 def drop_encoders(pipe: DiffusionPipeline, device: torch.device) -> None:
@@ -43,14 +66,15 @@ def slice_vae(pipe: DiffusionPipeline, device: torch.device) -> None:
 
 
 # each function prepares a new pipeline after its subject was encoded
-SETTINGS: dict[str, Callable[[DiffusionPipeline, torch.device], None]] = {
-    "none": lambda pipe, device: pipe.to(device),
-    "drop_ssr_encoders": drop_encoders,
-    "attention_slicing": slice_attention,
-    "vae_slicing_and_tiling": slice_vae,
-    "model_offload": lambda pipe, device: pipe.enable_model_cpu_offload(device=device),
-    "sequential_offload": lambda pipe, device: pipe.enable_sequential_cpu_offload(device=device),
-}
+PREPARE: tuple[Callable[[DiffusionPipeline, torch.device], None], ...] = (
+    lambda pipe, device: pipe.to(device),
+    drop_encoders,
+    slice_attention,
+    slice_vae,
+    lambda pipe, device: pipe.enable_model_cpu_offload(device=device),
+    lambda pipe, device: pipe.enable_sequential_cpu_offload(device=device),
+)
+SETTINGS = dict(zip(SETTING_NAMES, PREPARE, strict=True))
 NEED_GPU = ("model_offload", "sequential_offload")
 
 
@@ -74,7 +98,7 @@ def peak_bytes(on_gpu: bool) -> int:
 
 def measure(setting: str, args: argparse.Namespace, device: torch.device) -> list[str]:
     """Returns a row of the table: the peak memory and the seconds of a step, without and with a subject."""
-    pipe = PRESETS[args.preset]()
+    pipe = PIPELINES[args.preset]()
     pipe.to(getattr(torch, args.dtype))
     pipe.set_progress_bar_config(disable=True)
     subject = pipe.encode_subject(Image.effect_noise((256, 256), 20), query="cat")
@@ -96,16 +120,7 @@ def measure(setting: str, args: argparse.Namespace, device: torch.device) -> lis
 
 
 def main():
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("--preset", choices=PRESETS, default="sd15", help="the sizes of SD 1.5, or the pocket checkpoint")
-    add("--size", type=image_side, default=512, help="size of the images in pixels")
-    add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="precision")
-    add("--batch_size", type=positive, default=1, help="images per call")
-    add("--steps", type=positive, default=4, help="steps that are timed")
-    add("--rounds", type=positive, default=1, help="how often each call is timed")
-    add("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="the settings to measure")
-    args = parser.parse_args()
+    args = parse_args()
     logging.set_verbosity_error()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, memory of the process"

@@ -1,90 +1,63 @@
-"""Draw a subject along the lines of a photo, which controlnet-aux detects and a ControlNet follows.
+"""Generate a subject along the edges of an image, with a ControlNet. Run it in the folder of the repository. The defaults
+are for the small checkpoint in pocket/; generate.py has more options."""
 
-    python examples/controlnet.py --query cat --prompt "a cat on the beach" --photo photo.jpg
-
-Both detectors work without a download. Without --photo, the lines are taken from a picture of the query that the base
-model draws first.
-"""
-
-import warnings
-
-from extras import needs
-
-from command_line import positive, run_script
-from diffusers import ControlNetModel
-from diffusers_ssr import StableDiffusionSSRControlNetPipeline
-from drawing import (
-    POCKET,
-    call_arguments,
-    check_model,
-    load_pipeline,
-    load_reference,
-    named,
-    options,
-    reference_options,
-    write_contact_sheet,
-)
-from PIL import Image, ImageOps
-
-
-with needs("demo"), warnings.catch_warnings():
-    # ignore warnings about missing packages that only other detectors need
-    warnings.simplefilter("ignore")
-    from controlnet_aux import CannyDetector, LineartStandardDetector
-
-
-def canny(photo: Image.Image) -> Image.Image:
-    side = photo.width
-    return CannyDetector()(photo, detect_resolution=side, image_resolution=side)
-
-
-def lineart(photo: Image.Image) -> Image.Image:
-    side = photo.width
-    # the line width scales with the picture size; `guassian_sigma` is the spelling of controlnet-aux
-    return LineartStandardDetector()(photo, guassian_sigma=6 * side / 512, detect_resolution=side)
-
-
-DETECTORS = {"canny": canny, "lineart": lineart}
+import argparse
+from pathlib import Path
 
 
 def main():
-    parser = options(__doc__)
-    place = "on the beach"
-    reference_options(parser, place)
-    parser.set_defaults(seed=3)
-    parser.add_argument("--controlnet", default=str(POCKET / "controlnet"), help="folder or repository")
-    parser.add_argument("--photo", help="file or URL of a picture; the result follows its lines")
-    parser.add_argument("--detector", choices=DETECTORS, default="canny", help="detector for the lines")
-    parser.add_argument("--controlnet_conditioning_scale", type=float, default=1.0, help="scale of the ControlNet")
-    parser.add_argument("--num_images", type=positive, default=3, help="pictures to draw")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--checkpoint", default="pocket", help="folder or repository with base model and SSR-Encoder")
+    add("--controlnet", default="pocket/controlnet", help="such as lllyasviel/control_v11p_sd15_canny")
+    add("--reference", default="pocket/references/6_guitar_woman_cat.png", help="file or URL of the reference image")
+    add("--query", default="cat", help="the subject in the reference image")
+    add("--control_image", default="docs/quick_start.png", help="image whose edges are followed")
+    add("--prompt", default="a cat on the beach", help="the prompt, which should name the subject")
+    add(
+        "--scale",
+        type=float,
+        default=1.0,
+        help="how closely the subject is followed; 0.5 to 0.8 with Stable Diffusion 1.5",
+    )
+    add("--guidance_scale", type=float, default=3.0, help="classifier-free guidance; 7.5 with Stable Diffusion 1.5")
+    add("--num_inference_steps", type=int, default=25, help="denoising steps")
+    add("--seed", type=int, default=3, help="seed of the initial noise")
+    add("--output_dir", type=Path, default=Path("outputs"), help="where the image is written")
     args = parser.parse_args()
 
-    check_model("--controlnet", args.controlnet, ControlNetModel)
-    reference = load_reference("--reference", args.reference)
-    photo = None if args.photo is None else load_reference("--photo", args.photo)
-    pipe = load_pipeline(args.checkpoint)
-    controlnet = ControlNetModel.from_pretrained(args.controlnet, dtype=pipe.unet.dtype).to(pipe.device)
-    if photo is None:
-        photo = pipe(named(args.query), **call_arguments(args)).images[0]
-    pipe = StableDiffusionSSRControlNetPipeline.from_pipe(pipe, controlnet=controlnet)
-    pipe.set_progress_bar_config(desc="steps")
+    # imported after the options are read, so that --help does not wait
+    import cv2
+    import numpy as np
+    import torch
+    from diffusers import ControlNetModel
+    from diffusers.utils import load_image, make_image_grid
+    from diffusers_ssr import StableDiffusionSSRControlNetPipeline, StableDiffusionSSRPipeline
+    from PIL import Image
+
+    device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    pipe = StableDiffusionSSRPipeline.from_pretrained(args.checkpoint, dtype=dtype, trust_remote_code=True)
+    controlnet = ControlNetModel.from_pretrained(args.controlnet, dtype=dtype)
+    pipe = StableDiffusionSSRControlNetPipeline.from_pipe(pipe, controlnet=controlnet).to(device)
+
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    photo = ImageOps.fit(photo, (side, side), Image.Resampling.LANCZOS)
-    lines = DETECTORS[args.detector](photo)
-    images = pipe(
-        f"{named(args.query)} {place}" if args.prompt is None else args.prompt,
-        image=lines,
+    edges = cv2.Canny(np.array(load_image(args.control_image).resize((side, side))), 100, 200)
+    edges = Image.fromarray(edges).convert("RGB")
+    reference = load_image(args.reference)
+    image = pipe(
+        args.prompt,
+        image=edges,
         subject_image=reference,
         subject_query=args.query,
         subject_scale=args.scale,
-        controlnet_conditioning_scale=args.controlnet_conditioning_scale,
-        num_images_per_prompt=args.num_images,
-        **call_arguments(args),
-    ).images
-    row = [("reference", reference), ("photo", photo), (args.detector, lines)]
-    row += [(f'"{args.query}"', image) for image in images]
-    write_contact_sheet([row], args.output_dir / "controlnet.png")
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        eta=0.9,  # noise of DDIM in each step, for pocket/; the default is 0
+        generator=torch.Generator().manual_seed(args.seed),
+    ).images[0]
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    make_image_grid([reference, edges, image], 1, 3, resize=256).save(args.output_dir / "controlnet.png")
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()

@@ -9,8 +9,6 @@ from pathlib import Path
 import extras  # noqa: F401  (exits with a message if the project is not installed)
 
 from command_line import make_parser, naming, output_folder, run_script
-from diffusers_ssr import SSREncoder
-from transformers import CLIPImageProcessor, CLIPVisionModel
 
 
 def main():
@@ -27,6 +25,9 @@ def main():
     for option, file in (("--aligner", args.aligner), ("--layers", args.layers)):
         if not file.is_file():
             raise ValueError(f"{option}: there is no file {file}.")
+    from diffusers_ssr import SSREncoder
+    from transformers import CLIPImageProcessor, CLIPVisionModel
+
     encoder = SSREncoder.from_released(args.aligner, args.layers)
     with naming("--image_encoder", args.image_encoder):
         image_encoder = CLIPVisionModel.from_pretrained(args.image_encoder)

@@ -1,8 +1,8 @@
-"""Draw each subject of a few reference pictures with the pocket checkpoint.
+"""Generate images of each subject of a few reference images with the pocket checkpoint.
 
 Every reference shows two or three things, which are not in the training data in this design and colour. A contact
-sheet shows the references, the queries and the pictures that were drawn for them. More rows show subjects of two
-references in one picture, subjects that were selected with a mask, and the first subjects with another checkpoint,
+sheet shows the references, the queries and the images that were generated for them. More rows show subjects of two
+references in one image, subjects that were selected with a mask, and the first subjects with another checkpoint,
 with a ControlNet, and in a video. The video is also saved as a GIF.
 
     python examples/demo.py
@@ -14,13 +14,32 @@ from pathlib import Path
 
 from extras import is_installed
 
-import numpy as np
 from command_line import run_script
+from drawing import POCKET, call_arguments, load_pipeline, named, options, write_contact_sheet
+from PIL import Image
+
+
+def parse_args() -> argparse.Namespace:
+    parser = options(__doc__)
+    parser.add_argument(
+        "--references", type=Path, default=POCKET / "references", help="reference images and queries.json"
+    )
+    parser.add_argument("--places", nargs="+", default=["in the snow", "on the beach"], help="places in the prompts")
+    args = parser.parse_args()
+    if not (args.references / "queries.json").is_file():
+        parser.error(f"--references: {args.references} holds no queries.json, which lists the queries of each image.")
+    if not all(place.strip() for place in args.places):
+        parser.error(f"--places: a place has to be a text, but got {args.places}.")
+    return args
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and wrong options are answered before the imports below, which take seconds
+
+import numpy as np
 from diffusers import ControlNetModel, DiffusionPipeline, MotionAdapter, UNet2DConditionModel
 from diffusers.utils import export_to_gif
 from diffusers_ssr import AnimateDiffSSRPipeline, StableDiffusionSSRControlNetPipeline
-from drawing import POCKET, call_arguments, load_pipeline, named, options, write_contact_sheet
-from PIL import Image
 from references import read_queries
 from tqdm.auto import tqdm
 
@@ -28,8 +47,8 @@ from tqdm.auto import tqdm
 Row = list[tuple[str, Image.Image | None]]
 
 
-def draw_subjects(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> Iterator[Row]:
-    """Yields a row for each reference, with a picture of each of its subjects in each place."""
+def generate_subjects(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) -> Iterator[Row]:
+    """Yields a row for each reference, with an image of each of its subjects in each place."""
     for name, queries in args.queries.items():
         reference = Image.open(args.references / name)
         row = [("reference", reference)]
@@ -44,7 +63,7 @@ def draw_subjects(pipe: DiffusionPipeline, args: argparse.Namespace, bar: tqdm) 
 
 
 def first_subjects(pipe: DiffusionPipeline, args: argparse.Namespace, count: int) -> list[tuple]:
-    """Returns the picture, the first query and the encoded subject for each of the first references."""
+    """Returns the reference image, the first query and the encoded subject for each of the first references."""
     found = []
     for name, (query, *_) in list(args.queries.items())[:count]:
         reference = Image.open(args.references / name)
@@ -52,8 +71,8 @@ def first_subjects(pipe: DiffusionPipeline, args: argparse.Namespace, count: int
     return found
 
 
-def draw_together(pipe: DiffusionPipeline, args: argparse.Namespace) -> Row:
-    """Draws the first subjects of two references in one picture, each in its half (see docs/several.md)."""
+def generate_together(pipe: DiffusionPipeline, args: argparse.Namespace) -> Row:
+    """Generates the first subjects of two references in one image, each in its half (see docs/several.md)."""
     row = []
     subjects = first_subjects(pipe, args, len(args.queries))
     for (first, one, left), (second, other, right) in zip(subjects[::2], subjects[1::2], strict=False):
@@ -66,8 +85,8 @@ def draw_together(pipe: DiffusionPipeline, args: argparse.Namespace) -> Row:
     return row
 
 
-def draw_masked(pipe: DiffusionPipeline, args: argparse.Namespace) -> Row:
-    """Draws subjects that a mask selects in the reference, without a query."""
+def generate_masked(pipe: DiffusionPipeline, args: argparse.Namespace) -> Row:
+    """Generates subjects that a mask selects in the reference, without a query."""
     row = []
     for file in sorted((Path(args.checkpoint) / "masks").glob("*.png")):
         if not (args.references / file.name).exists():
@@ -75,12 +94,12 @@ def draw_masked(pipe: DiffusionPipeline, args: argparse.Namespace) -> Row:
         reference, mask = Image.open(args.references / file.name), Image.open(file)
         subject = pipe.encode_subject(reference, mask=mask, mask_weight=3.0).scaled(args.scale)
         image = pipe(f"a thing {args.places[-1]}", subject=subject, **call_arguments(args)).images[0]
-        row += [("reference", reference), ("mask", mask.convert("RGB")), ("drawn by mask", image)]
+        row += [("reference", reference), ("mask", mask.convert("RGB")), ("by mask", image)]
     return row
 
 
-def draw_look(pipe: DiffusionPipeline, args: argparse.Namespace) -> Row:
-    """Draws the first subjects with another UNet, which has the same architecture and another style."""
+def generate_look(pipe: DiffusionPipeline, args: argparse.Namespace) -> Row:
+    """Generates the first subjects with another UNet, which has the same architecture and another style."""
     unet = UNet2DConditionModel.from_pretrained(args.checkpoint, subfolder="unet", dtype=pipe.unet.dtype)
     pipe = type(pipe).from_pipe(pipe, unet=unet.to(pipe.device))
     pipe.set_progress_bar_config(disable=True)
@@ -93,8 +112,8 @@ def draw_look(pipe: DiffusionPipeline, args: argparse.Namespace) -> Row:
     return row
 
 
-def draw_along_edges(pipe: DiffusionPipeline, args: argparse.Namespace) -> Row:
-    """Draws the first subjects along the edges of another picture with a ControlNet."""
+def generate_along_edges(pipe: DiffusionPipeline, args: argparse.Namespace) -> Row:
+    """Generates the first subjects along the edges of another image with a ControlNet."""
     controlnet = ControlNetModel.from_pretrained(args.checkpoint, subfolder="controlnet", dtype=pipe.unet.dtype)
     pipe = StableDiffusionSSRControlNetPipeline.from_pipe(pipe, controlnet=controlnet.to(pipe.device))
     pipe.set_progress_bar_config(disable=True)
@@ -110,8 +129,8 @@ def draw_along_edges(pipe: DiffusionPipeline, args: argparse.Namespace) -> Row:
     return row
 
 
-def draw_video(pipe: DiffusionPipeline, args: argparse.Namespace) -> Row:
-    """Draws a video of the first subject. Some frames are shown on the sheet, and all frames are saved as a GIF."""
+def generate_video(pipe: DiffusionPipeline, args: argparse.Namespace) -> Row:
+    """Generates a video of the first subject. Some frames are shown on the sheet, and all frames are saved as a GIF."""
     adapter = MotionAdapter.from_pretrained(args.checkpoint, subfolder="motion_adapter", dtype=pipe.unet.dtype)
     # `from_pipe` creates a new UNet with motion modules on the CPU
     pipe = AnimateDiffSSRPipeline.from_pipe(pipe, motion_adapter=adapter).to(pipe.device)
@@ -128,22 +147,13 @@ def draw_video(pipe: DiffusionPipeline, args: argparse.Namespace) -> Row:
 
 # The part of the checkpoint that each additional row needs, because other checkpoints may not contain all parts
 CHAINS = {
-    "unet": draw_together, "masks": draw_masked, "look": draw_look, "controlnet": draw_along_edges,
-    "motion_adapter": draw_video,
+    "unet": generate_together, "masks": generate_masked, "look": generate_look, "controlnet": generate_along_edges,
+    "motion_adapter": generate_video,
 }  # fmt: skip
 
 
 def main():
-    parser = options(__doc__)
-    parser.add_argument("--references", type=Path, default=POCKET / "references", help="pictures and queries.json")
-    parser.add_argument("--places", nargs="+", default=["in the snow", "on the beach"], help="where to draw them")
-    args = parser.parse_args()
-    if not (args.references / "queries.json").is_file():
-        parser.error(
-            f"--references: {args.references} holds no queries.json, which lists the queries of each picture."
-        )
-    if not all(place.strip() for place in args.places):
-        parser.error(f"--places: a place has to be a text, but got {args.places}.")
+    args = parse_args()
     args.queries = read_queries(args.references)
     pipe = load_pipeline(args.checkpoint)
     chains = {part: draw for part, draw in CHAINS.items() if (Path(args.checkpoint) / part).is_dir()}
@@ -151,11 +161,11 @@ def main():
         print('The row with another look is skipped, because it needs peft. To install it: pip install -e ".[demo]"')
         del chains["look"]
     sheet = args.output_dir / "demo.png"
-    print(f"The pictures appear in {sheet}, one row for each reference.")
+    print(f"The images appear in {sheet}, one row for each reference.")
     rows = []
     with tqdm(total=sum(map(len, args.queries.values())), desc="subjects") as bar:
-        # the sheet is written after each reference, so that the first pictures can be viewed early
-        for row in draw_subjects(pipe, args, bar):
+        # the sheet is written after each reference, so that the first images can be viewed early
+        for row in generate_subjects(pipe, args, bar):
             rows.append(row)
             write_contact_sheet(rows, sheet, finished=False)
     rows += [row for draw in tqdm(chains.values(), desc="more rows") if (row := draw(pipe, args))]

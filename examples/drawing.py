@@ -2,29 +2,42 @@
 
 import argparse
 import ast
+import importlib.util
+import json
+from collections.abc import Sequence
 from logging import LogRecord
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import extras  # noqa: F401  (exits with a message if the project is not installed)
 
-import diffusers_ssr
-import torch
-import transformers
 from command_line import make_parser, naming, output_folder, positive, seed, share
-from diffusers import ConfigMixin
-from diffusers.utils import load_image, logging
-from diffusers_ssr import StableDiffusionSSRPipeline
-from diffusers_ssr.images_ssr import to_pil
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
-CODE = Path(diffusers_ssr.__file__).parent
+# the functions import torch, diffusers and transformers, which take seconds, so that `--help` does not wait for them
+if TYPE_CHECKING:
+    import torch
+    from diffusers import ConfigMixin
+    from diffusers_ssr import StableDiffusionSSRPipeline
+
+CODE = Path(importlib.util.find_spec("diffusers_ssr").origin).parent
 POCKET = Path(__file__).resolve().parent.parent / "pocket"
+# the vision encoder of the authors' weights
+RELEASED_IMAGE_ENCODER = "openai/clip-vit-large-patch14"
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 ZOOM = 2
 LARGEST = 512
 GAP = 12
 LABEL = 22
+SD15_SETTINGS = {"num_inference_steps": 30, "guidance_scale": 7.5, "eta": 0.0, "scale": 0.65}
+
+
+def default_settings(checkpoint: str | Path) -> dict:
+    """Returns the settings that suit a checkpoint: those in its `settings.json`, which the pocket checkpoint has, or
+    else usual ones for Stable Diffusion 1.5."""
+    file = Path(checkpoint) / "settings.json"
+    return json.loads(file.read_text()) if file.is_file() else dict(SD15_SETTINGS)
 
 
 def options(description: str | None) -> argparse.ArgumentParser:
@@ -38,20 +51,23 @@ def options(description: str | None) -> argparse.ArgumentParser:
 
 def call_options(parser: argparse.ArgumentParser) -> None:
     """Adds options for generation. The defaults are for the pocket checkpoint."""
-    add = parser.add_argument
+    add, settings = parser.add_argument, default_settings(POCKET)
     add("--checkpoint", default=str(POCKET), help="folder or repository with base model and SSR-Encoder")
-    add("--scale", type=float, default=1.0, help="subject scale; 0.5 to 0.8 is usual with full-size checkpoints")
-    add("--num_inference_steps", type=positive, default=25, help="denoising steps")
-    add("--guidance_scale", type=float, default=3.0, help="scale of classifier-free guidance")
-    add("--eta", type=share, default=0.9, help="eta of DDIM: how much noise is added in each step, from 0 to 1")
+    add(
+        "--scale",
+        type=float,
+        default=settings["scale"],
+        help="subject scale; 0.5 to 0.8 is usual with full-size checkpoints",
+    )
+    add("--num_inference_steps", type=positive, default=settings["num_inference_steps"], help="denoising steps")
+    add("--guidance_scale", type=float, default=settings["guidance_scale"], help="scale of classifier-free guidance")
+    add(
+        "--eta",
+        type=share,
+        default=settings["eta"],
+        help="eta of DDIM: how much noise is added in each step, from 0 to 1",
+    )
     add("--seed", type=seed, default=0, help="seed of the initial noise")
-
-
-def reference_options(parser: argparse.ArgumentParser, place: str) -> None:
-    """Adds options for the subject and the prompt."""
-    parser.add_argument("--reference", default=str(POCKET / "references" / "1_cat_car.png"), help="file or URL")
-    parser.add_argument("--query", default="cat", help="the subject in the reference image")
-    parser.add_argument("--prompt", help=f"prompt, which should name the query; default: the query {place}")
 
 
 _UNIMPORTANT = ("should be kept in float32: []", "No LoRA keys associated to")
@@ -61,6 +77,9 @@ _reported: set[str] = set()
 def hide_library_output() -> None:
     """Disables progress bars of the libraries in the output of a script, and messages of diffusers about nothing.
     Other warnings are printed, for example which part of a prompt or query is too long and was cut."""
+    import transformers
+    from diffusers.utils import logging
+
     for handler in logging.get_logger("diffusers").handlers:
         handler.addFilter(_is_important)
     logging.disable_progress_bar()
@@ -80,9 +99,11 @@ def _is_important(record: LogRecord) -> bool:
 
 
 def check_source(option: str, source: str | None) -> None:
-    """Raises a `ValueError` if the value of an option is neither a folder nor the name of a repository."""
+    """Raises a `ValueError` if the value of an option is neither a folder or file nor the name of a repository."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
     try:
-        if source is not None and not Path(source).is_dir():
+        if source is not None and not Path(source).exists():
             validate_repo_id(source)
     except HFValidationError:
         raise ValueError(
@@ -93,11 +114,14 @@ def check_source(option: str, source: str | None) -> None:
 def load_reference(option: str, source: str) -> Image.Image:
     """Loads the image of an option from a file or a URL. It is upright and in RGB, with white instead of transparent
     parts."""
+    from diffusers.utils import load_image
+    from diffusers_ssr.images_ssr import to_pil
+
     with naming(option, source):
         return load_image(source, convert_method=to_pil)
 
 
-def check_model(option: str, source: str, model_class: type[ConfigMixin]) -> dict:
+def check_model(option: str, source: str, model_class: "type[ConfigMixin]") -> dict:
     """Returns the config of the model in an option. Raises a `ValueError` if it is a model of another class, which would
     load without its weights."""
     with naming(option, source):
@@ -114,23 +138,41 @@ def named(thing: str) -> str:
 
 
 def load_pipeline(
-    checkpoint: str, ssr: str | None = None, option: str = "--checkpoint", device: torch.device | None = None, **kwargs
-) -> StableDiffusionSSRPipeline:
-    """Loads the SSR pipeline of a checkpoint, which is the value of `option`. The SSR-Encoder is that of the
-    checkpoint, or the one in `ssr` if it is given. By default, the pipeline is on the GPU in half precision if there is
-    one. `kwargs` are passed to `from_pretrained`."""
-    check_source(option, checkpoint)
-    check_source("--ssr", ssr)
+    checkpoint: str,
+    ssr: str | Sequence[str] | None = None,
+    option: str = "--checkpoint",
+    device: "torch.device | None" = None,
+    **kwargs,
+) -> "StableDiffusionSSRPipeline":
+    """Loads the SSR pipeline of a checkpoint, which is the value of `option`: a folder, a repository, or a single file.
+    The SSR-Encoder is that of the checkpoint, or the one in `ssr` if it is given: a folder, a repository, or the two
+    files of the authors. By default, the pipeline is on the GPU in half precision if there is one. `kwargs` are passed to
+    `from_pretrained`."""
+    ssr = [ssr] if isinstance(ssr, str) else list(ssr or ())
+    for name, source in ((option, checkpoint), *(("--ssr", source) for source in ssr)):
+        check_source(name, source)
+    import torch
+    from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline
+
     hide_library_output()
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kwargs["dtype"] = kwargs.get("dtype") or (torch.float32 if device.type == "cpu" else torch.float16)
-    if ssr is not None:
-        kwargs |= {"ssr_encoder": None, "ssr_image_encoder": None}
     with naming(option, checkpoint):
-        pipe = StableDiffusionSSRPipeline.from_pretrained(checkpoint, trust_remote_code=True, **kwargs)
-    if ssr is not None:
-        with naming("--ssr", ssr):
-            pipe.load_ssr(ssr)
+        if Path(checkpoint).is_file():
+            kwargs["torch_dtype"] = kwargs.pop("dtype")
+            pipe = StableDiffusionSSRPipeline.from_single_file(checkpoint, **kwargs)
+        else:
+            parts = {"ssr_encoder": None, "ssr_image_encoder": None} if ssr else {}
+            pipe = StableDiffusionSSRPipeline.from_pretrained(checkpoint, trust_remote_code=True, **parts, **kwargs)
+    if ssr:
+        with naming("--ssr", " ".join(ssr)):
+            if len(ssr) == 2:
+                from transformers import CLIPVisionModel
+
+                vision = CLIPVisionModel.from_pretrained(RELEASED_IMAGE_ENCODER)
+                pipe.load_ssr(SSREncoder.from_released(*ssr), image_encoder=vision)
+            else:
+                pipe.load_ssr(ssr[0])
     elif pipe.ssr_encoder is None:
         raise ValueError(
             f"{option}: {checkpoint} contains no SSR-Encoder. Load one with `pipe.load_ssr`, save the whole pipeline with"
@@ -142,6 +184,8 @@ def load_pipeline(
 
 def call_arguments(args: argparse.Namespace) -> dict:
     """Returns the arguments of a pipeline call that the options specify."""
+    import torch
+
     return {
         "num_inference_steps": args.num_inference_steps,
         "guidance_scale": args.guidance_scale,

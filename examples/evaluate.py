@@ -4,14 +4,13 @@
 
 The real images of a subject are expected in `<subjects_dir>/<subject>/*.jpg`, as in DreamBench, and the generated ones
 in `<generated_dir>/<subject>/`. CLIP-T also needs `<generated_dir>/manifest.jsonl`, which generate_batch.py writes, for
-the prompt of each file. With `--pretrained_model_name_or_path`, the script first generates the images: each prompt of
-`--prompts` with the first image of each subject. The results are DINO, CLIP-I (the mean cosine similarity over all
-pairs of a generated and a real image) and CLIP-T.
+the prompt of each file. With `--checkpoint`, the script first generates the images: each prompt of `--prompts` with the
+first image of each subject. The results are DINO, CLIP-I (the mean cosine similarity over all pairs of a generated and
+a real image) and CLIP-T.
 
 With `--selective_dir`, the script measures selection instead. The subjects of a reference are cropped images
 `<reference>/crops/<query>.png`, and the images generated for a subject are in `<generated_dir>/<reference>/<query>/`.
-
-The results are written as CSV and Markdown, with a row for each subject. The subjects are divided among the processes.
+The results are written as CSV and Markdown, with a row for each subject. The processes divide the subjects.
 """
 
 import argparse
@@ -25,22 +24,54 @@ from statistics import fmean
 
 from extras import needs
 
-import torch
 from command_line import check_companions, make_parser, naming, output_folder, positive, run_script, seed
-from diffusers_ssr.images_ssr import to_pil
-from image_files import SUFFIXES, open_image
-from PIL import Image
-from similarity import ClipFeatures, DinoFeatures, ImageFeatures, mean_matching, mean_pairwise, selection
-from text_files import read_lines, read_rows
-
-
-with needs("demo"):
-    import generate_batch
-    from accelerate.utils import gather_object
-    from processes import own_share, start_processes
 
 
 PROMPTS = Path(__file__).resolve().parent / "evaluation_prompts.txt"
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--subjects_dir", type=Path, help="folder with a subfolder of real images for each subject, as in DreamBench")
+    add("--selective_dir", type=Path, help="folder with references that show several subjects")
+    add("--generated_dir", type=Path, required=True, help="the generated images")
+    add("--output_dir", type=output_folder, default=Path("results"), help="where the tables are written")
+    add("--dino", default="facebook/dino-vits16", help='name or folder, or "none"')
+    add("--clip", default="openai/clip-vit-base-patch32", help='a CLIPModel\'s name or folder, or "none"')
+    add("--checkpoint", help="folder or repository to generate the images with: base model or complete SSR pipeline")
+    add("--ssr", help="folder or repository with the SSR-Encoder, if the checkpoint has none")
+    add("--classes", type=Path, help="file of lines subject,class; default: the folder name without its number")
+    add("--prompts", type=Path, default=PROMPTS, help="file with one prompt per line, and {} for the subject")
+    add("--images_per_prompt", type=positive, default=4, help="images for each prompt, with different seeds")
+    add("--scale", type=float, default=0.65, help="subject scale")
+    add("--num_inference_steps", type=positive, default=30, help="denoising steps")
+    add("--guidance_scale", type=float, default=5.0, help="scale of classifier-free guidance")
+    add("--seed", type=seed, default=0, help="seed of the first image of each prompt")
+    args = parser.parse_args(arguments)
+    generation = "ssr classes prompts images_per_prompt scale num_inference_steps guidance_scale seed".split()
+    check_companions(parser, args, {"checkpoint": generation})
+    if (args.subjects_dir is None) == (args.selective_dir is None):
+        parser.error("pass either --subjects_dir or --selective_dir")
+    if args.checkpoint is not None and args.selective_dir is not None:
+        parser.error("--checkpoint generates for --subjects_dir; see generate_batch.py")
+    if args.dino == args.clip == "none":
+        parser.error('--dino and --clip are both "none", so there is no metric')
+    return args
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and wrong options are answered before the imports below, which take seconds
+with needs("demo"):
+    import generate_batch
+    import torch
+    from accelerate.utils import gather_object
+    from diffusers_ssr.images_ssr import to_pil
+    from image_files import SUFFIXES, open_image
+    from PIL import Image
+    from processes import own_share, start_processes
+    from similarity import ClipFeatures, DinoFeatures, ImageFeatures, mean_matching, mean_pairwise, selection
+    from text_files import read_lines, read_rows
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -96,7 +127,7 @@ def generate(args: argparse.Namespace, folders: list[Path]) -> dict[Path, str]:
     """Generates each prompt for the first image of each subject. Returns the prompt of each file."""
     rows = make_rows(args, folders)
     options = {"table": args.subjects_dir, "output_dir": args.generated_dir}
-    for name in ("pretrained_model_name_or_path", "ssr", "scale", "num_inference_steps", "guidance_scale"):
+    for name in ("checkpoint", "ssr", "scale", "num_inference_steps", "guidance_scale"):
         options[name] = getattr(args, name)
     arguments = [f"--{name}={value}" for name, value in options.items() if value is not None]
     if message := generate_batch.generate_table(rows, generate_batch.parse_args(arguments)):
@@ -182,36 +213,6 @@ def write_results(rows: list[dict], folder: Path, name: str) -> str:
     return text
 
 
-def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("--subjects_dir", type=Path, help="folder with a subfolder of real images for each subject, as in DreamBench")
-    add("--selective_dir", type=Path, help="folder with references that show several subjects")
-    add("--generated_dir", type=Path, required=True, help="the generated images")
-    add("--output_dir", type=output_folder, default=Path("results"), help="where the tables are written")
-    add("--dino", default="facebook/dino-vits16", help='name or folder, or "none"')
-    add("--clip", default="openai/clip-vit-base-patch32", help='a CLIPModel\'s name or folder, or "none"')
-    add("--pretrained_model_name_or_path", help="base model, or complete SSR pipeline, to generate the images with")
-    add("--ssr", help="repository or folder with the SSR-Encoder; default: that of the pipeline")
-    add("--classes", type=Path, help="file of lines subject,class; default: the folder name without its number")
-    add("--prompts", type=Path, default=PROMPTS, help="file with one prompt per line, and {} for the subject")
-    add("--images_per_prompt", type=positive, default=4, help="images for each prompt, with different seeds")
-    add("--scale", type=float, default=0.65, help="subject scale")
-    add("--num_inference_steps", type=positive, default=30, help="denoising steps")
-    add("--guidance_scale", type=float, default=5.0, help="scale of classifier-free guidance")
-    add("--seed", type=seed, default=0, help="seed of the first image of each prompt")
-    args = parser.parse_args(arguments)
-    generation = "ssr classes prompts images_per_prompt scale num_inference_steps guidance_scale seed".split()
-    check_companions(parser, args, {"pretrained_model_name_or_path": generation})
-    if (args.subjects_dir is None) == (args.selective_dir is None):
-        parser.error("pass either --subjects_dir or --selective_dir")
-    if args.pretrained_model_name_or_path is not None and args.selective_dir is not None:
-        parser.error("--pretrained_model_name_or_path generates for --subjects_dir; see generate_batch.py")
-    if args.dino == args.clip == "none":
-        parser.error('--dino and --clip are both "none", so there is no metric')
-    return args
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_args(arguments)
     source = args.subjects_dir or args.selective_dir
@@ -220,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not folders:
         raise ValueError(f"--subjects_dir or --selective_dir: {source} holds no subjects with images.")
     state = start_processes()
-    stored = args.pretrained_model_name_or_path is None
+    stored = args.checkpoint is None
     prompts = read_prompts(args.generated_dir) if stored else generate(args, folders)
     models = {}
     for name, kind in (("dino", DinoFeatures), ("clip", ClipFeatures)):

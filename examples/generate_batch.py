@@ -1,15 +1,13 @@
 """Generate an image for each row of a table with reference images, queries, prompts and seeds.
 
     accelerate launch examples/generate_batch.py --table rows.csv --output_dir generated \\
-        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --ssr my-ssr
+        --checkpoint stable-diffusion-v1-5/stable-diffusion-v1-5 --ssr my-ssr
 
 The table is CSV with a header, or JSON lines. The columns are `image`, `prompt`, `query` or `mask` (or both), and
 optionally `negative_prompt`, `seed`, `scale` and `name` (the file to write). Paths are relative to the table. The rows
 are divided among the processes. Each row has its own random generator, so its image does not depend on the number of
-processes or, except for rounding errors, on the batch size.
-
-At the end, `manifest.jsonl` contains the file or the error message of each row, and the exit status is 1 if a row
-failed. Run the same command again to generate only the missing images.
+processes or, except for rounding errors, on the batch size. At the end, `manifest.jsonl` contains the file or the error
+message of each row. Run the same command again to generate only the missing images.
 """
 
 import argparse
@@ -22,26 +20,47 @@ from pathlib import Path
 
 from extras import needs
 
-import torch
 from command_line import image_side, make_parser, output_folder, positive, run_script, share
-from diffusers_ssr import StableDiffusionSSRPipeline
-from diffusers_ssr.files_ssr import atomic_file
-from drawing import load_pipeline
-from image_files import open_image
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-from text_files import read_rows
-from tqdm.auto import tqdm
+from drawing import DTYPES, load_pipeline
 
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--table", type=Path, required=True, help=".csv or .jsonl")
+    add("--output_dir", type=output_folder, required=True, help="where the images are written")
+    add("--checkpoint", required=True, help="folder or repository with the base model or a complete SSR pipeline")
+    add("--ssr", help="folder or repository with the SSR-Encoder, if the checkpoint has none")
+    add("--dtype", choices=DTYPES, help="default: fp16 on a GPU, else fp32")
+    add("--batch_size", type=positive, default=1, help="number of rows per batch")
+    add("--scale", type=float, default=0.65, help="subject scale of rows without their own")
+    add("--negative_prompt", default="", help="negative prompt of rows without their own")
+    add("--height", type=image_side, help="height in pixels, a multiple of 8; default: the base model's")
+    add("--width", type=image_side, help="width in pixels, a multiple of 8; default: the base model's")
+    add("--num_inference_steps", type=positive, default=30, help="denoising steps")
+    add("--guidance_scale", type=float, default=5.0, help="scale of classifier-free guidance")
+    add("--eta", type=share, default=0.0, help="eta of DDIM: how much noise is added in each step, from 0 to 1")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and wrong options are answered before the imports below, which take seconds
 
 with needs("demo"):
+    import torch
     from accelerate.utils import gather_object
+    from diffusers_ssr import StableDiffusionSSRPipeline
+    from diffusers_ssr.files_ssr import atomic_file
+    from image_files import open_image
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
     from processes import own_share, start_processes
+    from text_files import read_rows
+    from tqdm.auto import tqdm
 
 
 COLUMNS = ("image", "prompt", "query", "mask", "negative_prompt", "seed", "scale", "name")
 UNRELATED = ("table", "output_dir", "batch_size")  # options that do not change the image of a row
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def read_table(table: Path) -> list[dict]:
@@ -179,25 +198,6 @@ def save_image(image: Image.Image | Exception, file: Path, row_id: str) -> None:
         image.save(partial, "png", pnginfo=info)
 
 
-def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("--table", type=Path, required=True, help=".csv or .jsonl")
-    add("--output_dir", type=output_folder, required=True, help="where the images are written")
-    add("--pretrained_model_name_or_path", required=True, help="the base model, or a complete SSR pipeline")
-    add("--ssr", help="repository or folder with the SSR-Encoder; default: that of the pipeline")
-    add("--dtype", choices=DTYPES, help="default: fp16 on a GPU, else fp32")
-    add("--batch_size", type=positive, default=1, help="number of rows per batch")
-    add("--scale", type=float, default=0.65, help="subject scale of rows without their own")
-    add("--negative_prompt", default="", help="negative prompt of rows without their own")
-    add("--height", type=image_side, help="height in pixels, a multiple of 8; default: the base model's")
-    add("--width", type=image_side, help="width in pixels, a multiple of 8; default: the base model's")
-    add("--num_inference_steps", type=positive, default=30, help="denoising steps")
-    add("--guidance_scale", type=float, default=5.0, help="scale of classifier-free guidance")
-    add("--eta", type=share, default=0.0, help="eta of DDIM: how much noise is added in each step, from 0 to 1")
-    return parser.parse_args(arguments)
-
-
 def generate_table(rows: list[dict], args: argparse.Namespace) -> str | None:
     """Generates the images of all rows. Returns a message about the rows that failed, in the main process."""
     files = name_files(rows)
@@ -209,9 +209,9 @@ def generate_table(rows: list[dict], args: argparse.Namespace) -> str | None:
     own = own_share(state, [index for index, file in enumerate(files) if isinstance(file, str)], "rows")
     own = [index for index in own if not is_done(args.output_dir / files[index], ids[index])]
     if own:
-        base, option = args.pretrained_model_name_or_path, "--pretrained_model_name_or_path"
         no_checker = {"safety_checker": None, "requires_safety_checker": False}
-        pipe = load_pipeline(base, args.ssr, option, state.device, dtype=DTYPES.get(args.dtype), **no_checker)
+        dtype = args.dtype and getattr(torch, DTYPES[args.dtype])
+        pipe = load_pipeline(args.checkpoint, args.ssr, device=state.device, dtype=dtype, **no_checker)
     failed = [(index, str(file)) for index, file in enumerate(files) if isinstance(file, ValueError)]
     with tqdm(total=len(own), desc="images", disable=not state.is_local_main_process) as bar:
         for start in range(0, len(own), args.batch_size):

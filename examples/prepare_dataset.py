@@ -4,9 +4,8 @@
         --caption_model Salesforce/blip-image-captioning-large
 
 `--source` is a folder of images, or a folder that train_ssr.py accepts. The caption of `photo.jpg` is the text in
-`photo.txt` if there is this file, and with `--query_from file`, the query is the text in `photo.query.txt`. A run that
-was interrupted continues with the next shard. The shards are divided among the processes of accelerate. Pass the result
-to train_ssr.py with `--train_data_dir shards`.
+`photo.txt` if it exists, and with `--query_from file`, the query is the text in `photo.query.txt`. An interrupted run
+continues with the next shard. The processes of accelerate divide the shards. train_ssr.py reads `--train_data_dir shards`.
 """
 
 import argparse
@@ -19,20 +18,45 @@ from pathlib import Path
 
 from extras import needs
 
-import torch
-from command_line import HelpFormatter, check_companions, naming, output_folder, positive, run_script
-from image_files import SUFFIXES
-from PIL import Image
-from text_files import is_blank, text_of
-from tqdm.auto import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from command_line import check_companions, make_parser, naming, output_folder, positive, run_script
 
 
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--source", type=Path, help="a folder")
+    add("--dataset_name", help="a dataset of the Hub, instead of --source")
+    add("--dataset_config_name", help="configuration of the Hub's dataset")
+    add("--streaming", action="store_true", help="stream the dataset instead of downloading it first")
+    add("--output_dir", type=output_folder, required=True, help="output folder for the shards")
+    add("--shard_size", type=positive, default=1000, help="number of rows of the source per shard")
+    add("--image_column", default="image", help="the image")
+    add("--caption_column", default="text", help="column with captions; empty cells are captioned")
+    add("--query_column", default="query", help="column with queries, for `--query_from column`")
+    add("--query_from", choices=("caption", "column", "file"), default="caption", help="source of the query")
+    add("--caption_model", help="model for images without a caption, such as Salesforce/blip-image-captioning-large")
+    add("--batch_size", type=positive, default=16, help="number of images that are captioned together")
+    add("--min_image_size", type=positive, default=512, help="images with a shorter side are skipped")
+    add("--max_image_size", type=positive, help="length of the shorter side; larger images are resized to it")
+    add("--max_aspect_ratio", type=float, default=2.0, help="maximum aspect ratio; longer images are skipped")
+    add("--jpeg_quality", type=positive, default=95, help="JPEG quality of the images in the shards")
+    args = parser.parse_args(arguments)
+    check_companions(parser, args, {"dataset_name": ("dataset_config_name", "streaming")})
+    return args
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and wrong options are answered before the imports below, which take seconds
 with needs("train"):
     import datasets
+    import torch
     import training_data
     from accelerate import PartialState
-    from training_data import FilePath
+    from image_files import SUFFIXES
+    from PIL import Image
+    from text_files import is_blank, text_of
+    from tqdm.auto import tqdm
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
 TEXT = datasets.Value("string")
@@ -101,7 +125,7 @@ def read_source(args: argparse.Namespace) -> tuple[Iterable[dict], dict[str, str
         raise ValueError(f"`source`: the folder {args.source} holds no images.")
     texts = {file.with_suffix(suffix) for file in images for suffix in (".txt", ".query.txt")}
     others = [names[file] for file in files if file not in {*images, *texts}]
-    rows = [{"__key__": names[file], args.image_column: FilePath(file)} for file in images]
+    rows = [{"__key__": names[file], args.image_column: training_data.FilePath(file)} for file in images]
     return rows, dict.fromkeys(others, "neither an image file, by its suffix, nor the text of one")
 
 
@@ -113,7 +137,7 @@ def chunks(rows: Iterable, size: int) -> Iterator[list[tuple]]:
 
 def sidecar(cell, suffix: str) -> str | None:
     """Returns the text in the file with the name of the image and this suffix, or `None` without such a text."""
-    file = Path(cell).with_suffix(suffix) if isinstance(cell, FilePath) else None
+    file = Path(cell).with_suffix(suffix) if isinstance(cell, training_data.FilePath) else None
     return text_of(file.read_bytes(), file.name) if file and file.is_file() and file.stat().st_size else None
 
 
@@ -176,30 +200,6 @@ def write_whole(file: Path, write: Callable[[Path], object]) -> None:
 
 def write_json(file: Path, content: dict) -> None:
     write_whole(file, lambda partial_file: partial_file.write_text(json.dumps(content, indent=1) + "\n"))
-
-
-def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    add = parser.add_argument
-    add("--source", type=Path, help="a folder")
-    add("--dataset_name", help="a dataset of the Hub, instead of --source")
-    add("--dataset_config_name", help="configuration of the Hub's dataset")
-    add("--streaming", action="store_true", help="stream the dataset instead of downloading it first")
-    add("--output_dir", type=output_folder, required=True, help="output folder for the shards")
-    add("--shard_size", type=positive, default=1000, help="number of rows of the source per shard")
-    add("--image_column", default="image", help="the image")
-    add("--caption_column", default="text", help="column with captions; empty cells are captioned")
-    add("--query_column", default="query", help="column with queries, for `--query_from column`")
-    add("--query_from", choices=("caption", "column", "file"), default="caption", help="source of the query")
-    add("--caption_model", help="model for images without a caption, such as Salesforce/blip-image-captioning-large")
-    add("--batch_size", type=positive, default=16, help="number of images that are captioned together")
-    add("--min_image_size", type=positive, default=512, help="images with a shorter side are skipped")
-    add("--max_image_size", type=positive, help="length of the shorter side; larger images are resized to it")
-    add("--max_aspect_ratio", type=float, default=2.0, help="maximum aspect ratio; longer images are skipped")
-    add("--jpeg_quality", type=positive, default=95, help="JPEG quality of the images in the shards")
-    args = parser.parse_args(arguments)
-    check_companions(parser, args, {"dataset_name": ("dataset_config_name", "streaming")})
-    return args
 
 
 def check_settings(args: argparse.Namespace, state: PartialState) -> None:

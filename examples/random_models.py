@@ -61,7 +61,7 @@ def pocket_pipeline() -> StableDiffusionSSRPipeline:
     return StableDiffusionSSRPipeline.from_pretrained(POCKET, trust_remote_code=True)
 
 
-PRESETS = {"sd15": sd15_pipeline, "pocket": pocket_pipeline}
+PIPELINES = {"sd15": sd15_pipeline, "pocket": pocket_pipeline}
 
 
 def motion_adapter(unet: UNet2DConditionModel) -> MotionAdapter:

@@ -9,9 +9,8 @@ with `--reference_column reference`:
 
     {"file_name": "2.jpg", "text": "a cat and a dog", "reference_file_name": ["3.jpg", "4.jpg"], "query": ["cat", "dog"]}
 
-For other training sets, see docs/training.md. The result can be loaded with `pipe.load_ssr("my-ssr")`.
-
-For several processes on CPUs, use `ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2`.
+For other training sets, see docs/training.md. The result can be loaded with `pipe.load_ssr("my-ssr")`. For several
+processes on CPUs, use `ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2`.
 """
 
 import argparse
@@ -25,26 +24,29 @@ from pathlib import Path
 
 from extras import needs
 
-import numpy as np
-import torch
-import torch.nn.functional as F
 from command_line import naming, run_script
-from diffusers import DDPMScheduler
-from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline, subject_in_unet
-from diffusers_ssr.attention_processors import SubjectConditions
-from torch import nn
-from tqdm.auto import tqdm
-from transformers import CLIPImageProcessor, CLIPVisionModel
+from training_options import check_args, parse_args
 
+
+if __name__ == "__main__":
+    parse_args(__doc__)  # --help and wrong options are answered before the imports below, which take seconds
 
 with needs("train"):
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
     from accelerate import Accelerator
     from accelerate.logging import get_logger
     from accelerate.utils import ProjectConfiguration, gather_object, set_seed
+    from diffusers import DDPMScheduler
+    from diffusers.optimization import get_scheduler
+    from diffusers_ssr import SSREncoder, StableDiffusionSSRPipeline, subject_in_unet
+    from diffusers_ssr.attention_processors import SubjectConditions
     from processes import check_processes
+    from torch import nn
+    from tqdm.auto import tqdm
     from training_data import Columns, FeatureCache, Preparation, Samples, Tensors, load_rows, summary
-    from training_options import check_args, parse_args
+    from transformers import CLIPImageProcessor, CLIPVisionModel
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -243,7 +245,6 @@ def denoising_loss(frozen: FrozenFeatures, features: Tensors, drawn: Tensors, sc
     """Returns the denoising loss (equation 6). Call this inside [`subject_in_unet`]."""
     pipe, device = frozen.pipe, frozen.pipe.unet.device
     time_share, no_prompt, _ = drawn["shares"].to(device).unbind(1)
-    # noisy latents
     noise = drawn["noise"].to(device)
     latents = features["latent_mean"].float()
     if args.latents == "sample":
@@ -252,11 +253,9 @@ def denoising_loss(frozen: FrozenFeatures, features: Tensors, drawn: Tensors, sc
     num_steps = scheduler.config.num_train_timesteps
     timesteps = (num_steps * time_share**args.timestep_bias).long().clamp(max=num_steps - 1)
     noisy_latents = scheduler.add_noise(latents, noise, timesteps).to(frozen.dtype)
-    # prediction
     no_prompt = (no_prompt < args.prompt_dropout)[:, None, None]
     prompt_states = torch.where(no_prompt, frozen.empty_text, features["caption_states"]).to(frozen.dtype)
     predicted = pipe.unet(noisy_latents, timesteps, encoder_hidden_states=prompt_states).sample
-    # target
     target = {"epsilon": noise, "sample": latents}.get(args.prediction_type or scheduler.config.prediction_type)
     if target is None:
         target = scheduler.get_velocity(latents, noise, timesteps)
@@ -393,14 +392,12 @@ def main(
     `open_samples` gets the [`Preparation`] of the run and the position to start at, and returns an iterable like
     [`training_data.Samples`], for samples that are not read from the rows of a training set."""
     # options, training set and processes: what can be wrong is checked before models are loaded
-    args = parse_args(__doc__, [scheduler.value for scheduler in SchedulerType], arguments)
+    args = parse_args(__doc__, arguments)
     check_args(args)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    columns = Columns(
-        *(getattr(args, f"{name}_column") for name in ("image", "caption", "query", "reference", "mask"))
-    )
-    source = (args.train_data_dir, args.dataset_name, args.dataset_config_name, args.streaming)
-    rows = load_rows(*source, columns) if open_samples is None else []
+    columns = Columns(*(getattr(args, f"{name}_column") for name in "image caption query reference mask".split()))
+    source = (args.train_data_dir, args.dataset_name, args.dataset_config_name, args.streaming, columns)
+    rows = load_rows(*source) if open_samples is None else []
     accelerator = make_accelerator(args)
     process, num_processes = accelerator.process_index, accelerator.num_processes
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32

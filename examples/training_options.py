@@ -5,15 +5,16 @@ from argparse import BooleanOptionalAction
 from collections.abc import Sequence
 from pathlib import Path
 
-from accelerate.tracking import get_available_trackers
-from command_line import HelpFormatter, check_unused, output_folder, positive, seed, share
+from command_line import check_unused, make_parser, output_folder, positive, seed, share
 
 
-def parse_args(
-    description: str, lr_schedulers: Sequence[str], arguments: Sequence[str] | None = None
-) -> argparse.Namespace:
+# those of diffusers' SchedulerType
+SCHEDULES = "linear cosine cosine_with_restarts polynomial constant constant_with_warmup piecewise_constant".split()
+
+
+def parse_args(description: str, arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the options from `arguments` or from the command line."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = make_parser(description)
     add = parser.add_argument
 
     add("--pretrained_model_name_or_path", required=True, help="Stable Diffusion 1.5, from the Hub or a folder")
@@ -54,7 +55,7 @@ def parse_args(
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's config")
     add("--allow_tf32", action="store_true", help="use TF32, which is faster on NVIDIA GPUs since Ampere")
     add("--learning_rate", type=float, default=5e-5, help="learning rate of AdamW")
-    add("--lr_scheduler", choices=lr_schedulers, default="constant", help="learning rate schedule")
+    add("--lr_scheduler", choices=SCHEDULES, default="constant", help="learning rate schedule")
     add("--lr_warmup_steps", type=int, default=500, help="number of steps in which the learning rate rises from 0")
     add("--adam_beta1", type=float, default=0.9, help="AdamW's decay of the mean of the gradients")
     add("--adam_beta2", type=float, default=0.999, help="AdamW's decay of the mean of the squared gradients")
@@ -107,6 +108,8 @@ def check_args(args: argparse.Namespace) -> None:
     resume = args.resume_from_checkpoint
     valid = resume in (None, "latest") or (Path(resume) / "run_0.json").is_file()
     check(valid, f'`resume_from_checkpoint` has to be "latest" or the folder of a checkpoint, but is {resume!r}.')
+
+    from accelerate.tracking import get_available_trackers  # slow
 
     # accelerate only skips trackers that are not installed
     trackers = ["none", "all", *map(str, get_available_trackers())]

@@ -8,6 +8,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlparse
 
+import yaml
+
 
 class Hub:
     """
@@ -116,7 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(f"POST {path}")
         parts = path.split("/")
         if path == "api/validate-yaml":
-            return self.answer_json({"errors": [], "warnings": []})
+            return self.answer_json({"errors": _card_errors(json.loads(body)["content"]), "warnings": []})
         if path == "api/repos/create":
             asked = json.loads(body)
             name = "/".join(filter(None, (asked.get("organization"), asked["name"])))
@@ -141,6 +143,15 @@ class _Handler(BaseHTTPRequestHandler):
                 {"success": True, "commitOid": sha, "commitUrl": f"{self.hub.endpoint}/{name}/commit/{sha}"}
             )
         return self.refuse("NotFound")
+
+
+def _card_errors(content: str) -> list[dict]:
+    """Returns what the Hub would refuse in the metadata of a card."""
+    data = yaml.safe_load(content.split("---")[1])
+    kinds = {"license": str, "library_name": str, "pipeline_tag": str, "tags": list, "base_model": str, "widget": list}
+    wrong = [name for name, kind in kinds.items() if name in data and not isinstance(data[name], kind)]
+    wrong += ["widget" for each in data.get("widget", ()) if not {"text", "output"} <= each.keys()]
+    return [{"message": f"{name} is not valid"} for name in [*wrong, *({"license"} - data.keys())]]
 
 
 def _entry(path: str, content: bytes) -> dict:

@@ -6,29 +6,31 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 from command_line import check_companions, check_unused, image_side, naming, port, positive, run_script, seed, share
-from conftest import POCKET, make_components
-from diffusers_ssr import AnimateDiffSSRPipeline, StableDiffusionSSRControlNetPipeline, StableDiffusionSSRPipeline
+from commands import example_scripts
+from conftest import POCKET, ROOT, make_components
+from diffusers_ssr import StableDiffusionSSRPipeline
 from huggingface_hub.errors import HfHubHTTPError
 from processes import check_processes, own_share
 
 
 REFERENCE = POCKET / "references" / "1_cat_car.png"
 TRAINING = f"--image_encoder_name_or_path {POCKET}/ssr_image_encoder"
-BATCH = "generate_batch.py --table rows.csv --output_dir new --pretrained_model_name_or_path"
+BATCH = "generate_batch.py --table rows.csv --output_dir new --checkpoint"
 # Arguments of the scripts, and the message that they end with. `make_files` creates the files.
 INVALID = [
     # options whose value has the wrong type or range
     ("benchmark.py --frames -3", "argument --frames: has to be a whole number of 1 or more, but is '-3'"),
-    ("benchmark_memory.py --steps -1", "argument --steps: has to be"),
-    ("controlnet.py --num_images 0", "argument --num_images: has to be"),
-    ("animatediff.py --num_frames 33", "`num_frames` has to be at most 32"),
-    ("animatediff.py --scale nan", "`subject_scale` has to be a number"),
-    ("animatediff.py --query ''", "`subject_query` has to be a text"),
+    ("benchmark_memory.py --num_inference_steps -1", "argument --num_inference_steps: has to be"),
+    ("generate.py --num_images 0", "argument --num_images: has to be"),
+    ("generate.py --scale nan", "`scale` has to be a"),
+    ("generate.py --query ''", "`query` has to be a text"),
     ("demo.py --places ''", "--places: a place has to be a text"),
     ("generate_batch.py --height 65", "argument --height: has to be"),
     ("generate_batch.py --eta=-1", "argument --eta: has to be a number from 0 to 1, but is '-1'"),
@@ -38,17 +40,18 @@ INVALID = [
     ("app.py --host nowhere.invalid", "--host: nowhere.invalid is not an address"),
     # output folders that are files
     ("demo.py --output_dir file", "argument --output_dir: has to be a folder, but file is a file"),
-    ("attention_map.py --output_dir file/new", "argument --output_dir: has to be a folder, but file is a file"),
+    ("generate.py --output_dir file/new", "argument --output_dir: has to be a folder, but file is a file"),
     ("publish.py --repo_id a/b --output_dir file", "argument --output_dir: has to be a folder"),
     ("evaluate.py --generated_dir empty --output_dir file", "argument --output_dir: has to be a folder"),
     ("generate_batch.py --table rows.csv --output_dir file", "argument --output_dir: has to be a folder"),
     ("train_ssr.py --pretrained_model_name_or_path a --output_dir file", "argument --output_dir: has to be a folder"),
     ("prepare_dataset.py --output_dir file", "argument --output_dir: has to be a folder"),
     # files that are missing or broken
-    ("attention_map.py --image no.png --queries cat", "--image: no.png cannot be loaded"),
-    ("attention_map.py --image empty --queries cat", "--image: empty cannot be loaded"),
-    ("animatediff.py --reference broken.png", "--reference: broken.png cannot be loaded"),
-    ("controlnet.py --photo broken.png", "--photo: broken.png cannot be loaded"),
+    ("generate.py --reference no.png --query cat", "--reference: no.png cannot be loaded"),
+    ("generate.py --reference empty --query cat", "--reference: empty cannot be loaded"),
+    ("generate.py --mask broken.png", "--mask: broken.png cannot be loaded"),
+    ("generate.py --query cat --region no.png", "--region: no.png cannot be loaded"),
+    (f"generate.py --controlnet {POCKET}/controlnet --control_image broken.png", "--control_image: broken.png cannot"),
     ("demo.py --references empty", "--references: empty holds no queries.json"),
     ("demo.py --references broken_json", "--references: broken_json/queries.json cannot be loaded"),
     ("demo.py --references no_picture", "--references: no_picture/queries.json cannot be loaded: .*no.png"),
@@ -59,23 +62,32 @@ INVALID = [
     (f"train_ssr.py --pretrained_model_name_or_path {POCKET} --train_data_dir no {TRAINING}", "`train_data_dir`"),
     ("evaluate.py --subjects_dir no --generated_dir new", "no holds no subjects with images"),
     # models that are missing, or a folder that is not a model
-    ("animatediff.py --motion_adapter empty", "--motion_adapter: empty cannot be loaded"),
-    (f"animatediff.py --motion_adapter {POCKET}/controlnet", "it is a ControlNetModel, not a MotionAdapter"),
-    (f"controlnet.py --controlnet {POCKET}/unet", "it is a UNet2DConditionModel, not a ControlNetModel"),
+    (
+        f"generate.py --controlnet {POCKET}/unet --control_image {REFERENCE}",
+        "it is a UNet2DConditionModel, not a Contr",
+    ),
+    ("generate.py --checkpoint broken.png", "--checkpoint: broken.png cannot be loaded"),
+    ("generate.py --ssr file file", "--ssr: file file cannot be loaded"),
     ("app.py --ssr /no", "--ssr: /no is neither a folder nor"),
     ("app.py --controlnet empty", "--controlnet: empty cannot be loaded"),
     ("evaluate.py --subjects_dir subjects --generated_dir new --dino no", "--dino: no cannot be loaded"),
     ("evaluate.py --subjects_dir subjects --generated_dir new --dino none --clip no", "--clip: no cannot be loaded"),
-    (f"{BATCH} no", "--pretrained_model_name_or_path: no cannot be loaded"),
+    (f"{BATCH} no", "--checkpoint: no cannot be loaded"),
     (f"{BATCH} {POCKET} --ssr empty", "--ssr: empty cannot be loaded"),
     (f"prepare_dataset.py --source {POCKET}/references --output_dir new --caption_model no", "--caption_model: no "),
     (f"train_ssr.py --pretrained_model_name_or_path no --train_data_dir rows {TRAINING}", "path: no cannot be loaded"),
     # combinations of options
-    ("attention_map.py --queries cat", "--image and --queries go together"),
+    (f"generate.py --reference {REFERENCE}", "name the subject with --query, or show where it is with --mask"),
+    (
+        f"generate.py --query cat --reference {REFERENCE} --region 0,0,1,1 --reference a",
+        "--reference a: name the subject",
+    ),
+    ("generate.py --controlnet a", "--controlnet and --control_image go together"),
+    ("generate.py --ssr a b c", "--ssr: pass a folder, a repository, or the two files"),
     ("evaluate.py --generated_dir empty", "pass either --subjects_dir or --selective_dir"),
     ("evaluate.py --subjects_dir a --selective_dir a --generated_dir empty", "pass either --subjects_dir"),
     ("evaluate.py --subjects_dir a --generated_dir empty --clip none --dino none", "there is no metric"),
-    ("evaluate.py --generated_dir empty --scale 0.5", "argument --scale: has no effect without --pretrained_model"),
+    ("evaluate.py --generated_dir empty --scale 0.5", "argument --scale: has no effect without --checkpoint"),
     ("prepare_dataset.py --output_dir new --streaming", "argument --streaming: has no effect without --dataset_name"),
     ("publish.py --repo_id a/b --private", "argument --private: has no effect without --push_to_hub"),
 ]
@@ -112,10 +124,10 @@ def test_invalid_arguments_end_a_script_with_a_message(run, tmp_path, capfd, com
 def test_checkpoint_without_an_encoder(run, tmp_path):
     StableDiffusionSSRPipeline(**make_components(), requires_safety_checker=False).save_pretrained(tmp_path / "base")
     with pytest.raises(SystemExit, match="--checkpoint: .*base contains no SSR-Encoder.*pipe.load_ssr"):
-        run("attention_map.py", "--checkpoint", tmp_path / "base")
+        run("generate.py", "--checkpoint", tmp_path / "base")
 
 
-@pytest.mark.parametrize("script", ["app.py", "attention_map.py", "demo.py", "controlnet.py", "animatediff.py"])
+@pytest.mark.parametrize("script", ["app.py", "demo.py", "generate.py"])
 @pytest.mark.parametrize("source, said", [("/nope", "is neither a folder nor"), ("owner/nope", "cannot be loaded")])
 def test_missing_checkpoint(run, script, source, said):
     if script == "app.py":
@@ -158,23 +170,57 @@ def test_naming_adds_the_option_to_an_error(error):
         raise error
 
 
-@pytest.mark.parametrize("script", ["controlnet.py", "animatediff.py"])
-def test_the_default_prompt_names_the_query(run, monkeypatch, script):
-    prompts = []
+@pytest.mark.parametrize(
+    "arguments, subjects, prompt",
+    [
+        ([], [("1_cat_car", "cat", None)], "a cat on the beach"),
+        (["--query", "umbrella"], [("1_cat_car", "umbrella", None)], "an umbrella on the beach"),
+        (["--reference", "a", "--query", "cat", "--query", "car"], [("a", "cat", None), ("a", "car", None)],
+         "a cat and a car on the beach"),
+        (["--query", "cat", "--reference", "a", "--reference", "b", "--mask", "0,0,.5,1", "--prompt", "x"],
+         [("a", "cat", None), ("b", None, (0, 0, 0.5, 1))], "x"),
+        (["--mask", "m.png", "--mask", "1,2,3"], [("1_cat_car", None, "m.png"), ("1_cat_car", None, "1,2,3")],
+         "a thing and a thing on the beach"),
+    ],
+)  # fmt: skip
+def test_subjects_of_the_generate_script(monkeypatch, arguments, subjects, prompt):
+    from generate import parse_args
 
-    class Drawn(Exception):
-        pass
+    monkeypatch.setattr(sys, "argv", ["generate.py", *arguments])
+    args = parse_args()
+    found = [(each["reference"], each.get("query"), each.get("mask")) for each in args.subjects]
+    assert [(Path(reference).stem, query, mask) for reference, query, mask in found] == subjects
+    assert args.prompt == prompt
+    # the settings of the checkpoint
+    settings = json.loads((POCKET / "settings.json").read_text())
+    assert {name: getattr(args, name) for name in settings} == settings
 
-    def stop(self, prompt, *args, **kwargs):
-        prompts.append(prompt)
-        raise Drawn
 
-    for pipeline_class in (AnimateDiffSSRPipeline, StableDiffusionSSRControlNetPipeline):
-        monkeypatch.setattr(pipeline_class, "__call__", stop)
-    photo = ["--photo", REFERENCE] if script == "controlnet.py" else []
-    with pytest.raises(Drawn):
-        run(script, "--query", "umbrella", *photo)
-    assert prompts[0].startswith("an umbrella ")
+def test_options_are_read_before_slow_imports():
+    """`--help` and wrong options are answered without torch, which takes seconds to import."""
+    code = """
+import contextlib, io, runpy, sys
+sys.path.insert(0, sys.argv[1])
+for script in sys.argv[2:]:
+    for option in ("--help", "--no_such_option"):
+        sys.argv = [script, option]
+        with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())), contextlib.suppress(SystemExit):
+            runpy.run_path(f"{sys.path[0]}/{script}", run_name="__main__")
+        slow = {"torch", "diffusers", "transformers", "datasets", "gradio", "accelerate"} & set(sys.modules)
+        assert not slow, (script, option, slow)
+"""
+    scripts = [file.name for file in example_scripts()]
+    command = [sys.executable, "-c", code, str(ROOT / "examples"), *scripts]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("error: ") == len(scripts)
+
+
+def test_the_schedules_are_those_of_diffusers():
+    from diffusers.optimization import SchedulerType
+    from training_options import SCHEDULES
+
+    assert set(SCHEDULES) == {each.value for each in SchedulerType}
 
 
 @pytest.mark.parametrize("arguments", [[], ["--space", "owner/space"]])

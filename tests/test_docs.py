@@ -4,14 +4,17 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from commands import check_script, make_targets, shell_lines, split_command
 from conftest import POCKET, ROOT
 from diffusers.utils import logging
+from PIL import Image
 
 
 PAGES = [
@@ -63,6 +66,49 @@ def test_python_blocks_run_as_printed(page, checkout, capfd, one_thread):
             imports = [node for node in ast.parse(text).body if isinstance(node, (ast.Import, ast.ImportFrom))]
             code = compile(ast.Module(imports, []), page.name, "exec")
         exec(code, namespace)
+    if page == ROOT / "README.md":  # the image that is shown beside the quick start
+        shown, made = (
+            np.asarray(Image.open(file).convert("RGB")).astype(int) for file in ("docs/quick_start.png", "cat.png")
+        )
+        assert np.abs(made - shown).max() <= 8  # libraries round differently
+
+
+def test_the_quick_start_has_the_settings_of_pocket_and_its_image():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    settings = json.loads((POCKET / "settings.json").read_text())
+    settings["subject_scale"] = settings.pop("scale")
+    code = next(text for language, text in blocks(ROOT / "README.md") if language == "python")
+    assert all(f"{name}={value}" in code for name, value in settings.items())
+    assert text.index("```python") < text.index("docs/quick_start.png") < text.index(REAL)
+
+
+def test_the_readme_is_short():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.split()) <= 850
+    assert text.index("docs/figure.jpg") < text.index("make demo") < text.index("Nothing here was run on real weights")
+
+
+@pytest.mark.parametrize("url", ["", "git@github.com:owner/repo.git", "https://huggingface.co/owner/repo"])
+def test_the_long_description_has_no_front_matter_and_no_relative_links(tmp_path, url):
+    for name in ("setup.py", "README.md", "pyproject.toml", "LICENSE", "__init__.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "py.typed").touch()
+    if url:
+        subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+        subprocess.run(["git", "-C", str(tmp_path), "remote", "add", "origin", url], check=True)
+    command = [sys.executable, "setup.py", "-q", "egg_info"]
+    environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    metadata = (tmp_path / "diffusers_ssr.egg-info" / "PKG-INFO").read_text(encoding="utf-8")
+    description = metadata.partition("\n\n")[2]
+    assert description.startswith("# SSR-Encoder for diffusers") and "text/markdown" in metadata
+    links = re.findall(r"\]\(([^)\s]+)\)", without_blocks(description))
+    assert links and all(link.startswith("https://") for link in links)
+    image = {"": None, "git": "https://github.com/owner/repo/raw/HEAD/docs/figure.jpg"}.get(
+        url[:3], f"{url}/resolve/main/docs/figure.jpg"
+    )
+    assert image is None or image in links
 
 
 def check_pip(words: list[str], name: str) -> None:

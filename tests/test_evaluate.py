@@ -148,7 +148,7 @@ def test_images_are_generated_if_a_model_is_given(models, tmp_path):
     (tmp_path / "classes.txt").write_text("subject_name,class\ncan,tin\n")
     (tmp_path / "prompts.txt").write_text("a {} on the beach\n\na red {}\n")
     options = {
-        "subjects_dir": tmp_path / "real", "pretrained_model_name_or_path": tmp_path / "pipe",
+        "subjects_dir": tmp_path / "real", "checkpoint": tmp_path / "pipe",
         "prompts": tmp_path / "prompts.txt", "images_per_prompt": 2, "num_inference_steps": 1,
         "classes": tmp_path / "classes.txt",
     }  # fmt: skip

@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import io
+import json
 import logging
 import os
 import re
@@ -21,6 +22,9 @@ from PIL import Image
 from test_modeling_ssr import ALIGNER, LAYERS, random_released
 
 
+SETTINGS = json.loads((POCKET / "settings.json").read_text())
+SELF_CONTAINED = ("controlnet.py", "animatediff.py", "attention_map.py")
+MODULES = [file.stem for file in (ROOT / "examples").glob("*.py")]
 POCKET_SCRIPTS = ROOT / "tools" / "pocket" / "train"
 
 
@@ -39,12 +43,85 @@ def test_demo_writes_its_contact_sheet(tmp_path):
         assert video.n_frames == 8
 
 
-def test_attention_maps_are_drawn(run, tmp_path):
-    assert "outputs/attention_map.png" in run("attention_map.py")
-    picture = next((POCKET / "references").glob("*.png"))
-    run("attention_map.py", "--image", picture, "--queries", "a cat", "car")
-    sheet = Image.open(tmp_path / "outputs" / "attention_map.png")
-    assert sheet.width > 4 * 64
+@pytest.mark.parametrize(
+    "script, output, size",
+    [("controlnet.py", "controlnet.png", (768, 256)), ("animatediff.py", "animatediff.gif", (256, 256)),
+     ("attention_map.py", "attention_map.png", (768, 256))],
+)  # fmt: skip
+def test_self_contained_examples(run, tmp_path, script, output, size):
+    """They need no other file of examples/, and pass the settings of the pocket checkpoint."""
+    for name in ("pocket", "docs"):
+        os.symlink(ROOT / name, tmp_path / name)
+    source = (ROOT / "examples" / script).read_text()
+    assert not re.findall(rf"^ *(?:from|import) ({'|'.join(MODULES)})\\b", source, re.MULTILINE)
+    defaults = dict(
+        re.findall(r'"--(scale|guidance_scale|num_inference_steps)",\s+type=\w+,\s+default=([\d.]+)', source)
+    )
+    defaults |= dict(re.findall(r"(eta)=([\d.]+)", source))
+    assert {SETTINGS[name] - float(value) for name, value in defaults.items()} <= {0}
+    assert script == "attention_map.py" or defaults.keys() == SETTINGS.keys()
+    run(script, *(() if script == "attention_map.py" else ("--num_inference_steps", 2)))
+    with Image.open(tmp_path / "outputs" / output) as image:
+        assert image.size == size and getattr(image, "n_frames", 1) == (8 if output.endswith("gif") else 1)
+
+
+def test_generate_writes_the_images_of_seeds(run, tmp_path):
+    """Two subjects with a mask and regions, along edges, and on a photo of one's own."""
+    Image.new("RGB", (90, 60), "green").save(tmp_path / "photo.jpg")
+    said = run(
+        "generate.py", "--reference", "photo.jpg", "--query", "cat", "--region", "0,0,0.5,1", "--mask", "0,0,0.5,1",
+        "--query", "dog", "--region", "0.5,0,1,1", "--num_images", 2, "--seed", 7, "--num_inference_steps", 2, "--controlnet",
+        POCKET / "controlnet", "--control_image", POCKET / "controls" / "cat.png", "--dtype", "bf16", "--device", "cpu",
+    )  # fmt: skip
+    assert "generates an emoji and not the subject of your photo" in said
+    first, second = (np.asarray(Image.open(tmp_path / "outputs" / f"generated_{seed}.png")) for seed in (7, 8))
+    assert first.shape == second.shape == (64, 64, 3) and (first != second).any()
+    assert Image.open(tmp_path / "outputs" / "generated.png").width > 4 * 256
+
+
+def test_generate_without_options_gives_the_image_of_a_call(run, tmp_path):
+    from diffusers_ssr import StableDiffusionSSRPipeline
+
+    assert "emoji" not in run("generate.py")
+    pipe = StableDiffusionSSRPipeline.from_pretrained(POCKET, trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    settings = {("subject_scale" if name == "scale" else name): value for name, value in SETTINGS.items()}
+    expected = pipe(
+        "a cat on the beach", subject_image=Image.open(POCKET / "references" / "1_cat_car.png"), subject_query="cat",
+        generator=torch.Generator().manual_seed(0), **settings,
+    ).images[0]  # fmt: skip
+    difference = np.asarray(Image.open(tmp_path / "outputs" / "generated_0.png")).astype(int) - np.asarray(expected)
+    assert np.abs(difference).max() <= 1
+
+
+@pytest.mark.parametrize("single_file", [False, True])
+def test_generate_with_another_base_model_and_the_files_of_the_authors(monkeypatch, tmp_path, single_file):
+    """The classes are replaced, because the files of the authors only fit Stable Diffusion 1.5."""
+    import diffusers_ssr
+    import transformers
+    from drawing import RELEASED_IMAGE_ENCODER, load_pipeline
+
+    calls = []
+
+    class Pipeline:
+        from_pretrained = classmethod(lambda cls, *args, **kwargs: calls.append(("folder", args, kwargs)) or cls())
+        from_single_file = classmethod(lambda cls, *args, **kwargs: calls.append(("file", args, kwargs)) or cls())
+        set_progress_bar_config = lambda self, **kwargs: None  # noqa: E731
+        load_ssr = lambda self, *args, **kwargs: calls.append(("ssr", args, kwargs))  # noqa: E731
+        to = lambda self, device: self  # noqa: E731
+
+    monkeypatch.setattr(diffusers_ssr, "StableDiffusionSSRPipeline", Pipeline)
+    monkeypatch.setattr(transformers.CLIPVisionModel, "from_pretrained", lambda name: name)
+    monkeypatch.chdir(tmp_path)
+    torch.save(random_released(ALIGNER), "pytorch_model.bin")
+    torch.save(random_released(LAYERS), "pytorch_model_1.bin")
+    (tmp_path / "model.safetensors").write_text("")
+    base = "model.safetensors" if single_file else "owner/base"
+    load_pipeline(base, ["pytorch_model.bin", "pytorch_model_1.bin"], device=torch.device("cpu"))
+    (how, args, kwargs), (_, (encoder,), parts) = calls
+    assert (how, args) == ("file" if single_file else "folder", (base,))
+    assert kwargs["torch_dtype" if single_file else "dtype"] == torch.float32
+    assert isinstance(encoder, SSREncoder) and parts == {"image_encoder": RELEASED_IMAGE_ENCODER}
 
 
 def test_demo_with_other_references(run, tmp_path):
@@ -78,12 +155,22 @@ def test_publishing_under_a_bad_name_raises_an_error_before_anything_is_written(
 def test_the_model_card_of_an_encoder_loads_it_into_its_base_model(tmp_path):
     from publish import write_card
 
-    write_card(tmp_path, "owner/encoder", "owner/base")
+    write_card(tmp_path, "owner/encoder", "owner/base", tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert 'from_pretrained("owner/base", custom_pipeline="owner/encoder", trust_remote_code=True)' in card
     assert 'pipe.load_ssr("owner/encoder")' in card and "base_model: owner/base" in card and "@inproceedings" in card
     for block in card.split("```python\n")[1:]:
         compile(block.partition("```")[0], "card", "exec")
+
+
+def test_the_model_card_of_pocket_says_what_it_is(tmp_path):
+    from publish import write_card
+
+    write_card(tmp_path, "owner/pocket", None, POCKET)
+    card = (tmp_path / "README.md").read_text()
+    assert "test fixture" in card and "emoji" in card and "base_model" not in card
+    assert all(f"{name}={value}" in card for name, value in SETTINGS.items() if name != "scale")
+    assert (tmp_path / "example.png").read_bytes() == (ROOT / "docs" / "quick_start.png").read_bytes()
 
 
 def test_transparent_parts_of_a_reference_are_white(tmp_path):
@@ -99,26 +186,12 @@ def test_a_long_query_is_reported_and_nothing_else(run, monkeypatch):
     # pytest adds handlers of other types
     (handler,) = (each for each in logging.getLogger("diffusers").handlers if type(each) is logging.StreamHandler)
     monkeypatch.setattr(handler, "stream", printed)
-    options = ("--detector", "canny", "--num_inference_steps", 1)
-    run("controlnet.py", *options)
+    options = ("--num_inference_steps", 1)
+    run("generate.py", *options)
     assert printed.getvalue() == ""
-    run("controlnet.py", *options, "--query", "cat " * 40)
+    run("generate.py", *options, "--query", "cat " * 40)
     lines = printed.getvalue().splitlines()
     assert lines and all("was truncated because CLIP can only handle" in line for line in lines)
-
-
-@pytest.mark.parametrize("detector", ["canny", "lineart"])
-def test_controlnet_example(run, tmp_path, detector):
-    run("controlnet.py", "--detector", detector, "--num_inference_steps", 3)
-    sheet = np.asarray(Image.open(tmp_path / "outputs" / "controlnet.png"))
-    assert sheet.shape[1] > 6 * 128 and sheet[40:160, 40:-40].std() > 30
-
-
-def test_animatediff_example(run, tmp_path):
-    run("animatediff.py", "--num_inference_steps", 3, "--num_frames", 4)
-    with Image.open(tmp_path / "outputs" / "animatediff.gif") as video:
-        assert video.n_frames == 4
-    assert (tmp_path / "outputs" / "animatediff.mp4").read_bytes()[4:8] == b"ftyp"
 
 
 def test_released_files_are_converted(run, tmp_path):
@@ -139,7 +212,7 @@ def test_released_files_are_converted(run, tmp_path):
 
 @pytest.mark.parametrize("extra", [("--subjects", 2, "--batch_size", 2), ("--frames", 2), ("--count_only",)])
 def test_benchmark_compares_the_methods(run, extra):
-    output = run("benchmark.py", "--preset", "pocket", "--size", 64, "--steps", 1, "--rounds", 1, *extra)
+    output = run("benchmark.py", "--preset", "pocket", "--size", 64, "--num_inference_steps", 1, "--rounds", 1, *extra)
     rows = re.findall(r"^\| (\w+) \| \S+ \| (\S+) \| \S+ \| (\S+) \| (\S+) \|$", output, re.MULTILINE)
     flops = {method: float(ratio) for method, ratio, *_ in rows}
     assert list(flops) == ["stock", "ssr", "ssr_compact", "released"]
@@ -151,7 +224,7 @@ def test_benchmark_compares_the_methods(run, extra):
 
 
 def test_benchmark_memory_measures_every_setting(run):
-    output = run("benchmark_memory.py", "--preset", "pocket", "--size", 64, "--steps", 1)
+    output = run("benchmark_memory.py", "--preset", "pocket", "--size", 64, "--num_inference_steps", 1)
     cells = dict(re.findall(r"^\| (\w+) (\| .* s \|)$", output, re.MULTILINE))
     settings = {"none", "drop_ssr_encoders", "attention_slicing", "vae_slicing_and_tiling"}
     offloading = {"model_offload", "sequential_offload"}
@@ -175,13 +248,12 @@ def test_demo_skips_a_row_without_peft(run, tmp_path, monkeypatch):
 
 
 def test_library_progress_bars_are_hidden(run, capfd):
-    run("controlnet.py", "--num_inference_steps", 2)
-    run("attention_map.py")
+    run("generate.py", "--num_inference_steps", 2)
     shown = capfd.readouterr().err
     assert "Loading" not in shown
 
 
-SCRIPTS = [file.name for file in example_scripts()]
+SCRIPTS = [file.name for file in example_scripts() if file.name not in SELF_CONTAINED]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -229,13 +301,11 @@ def test_every_script_starts_with_run_script(script):
 @pytest.mark.parametrize(
     "script, package, extra",
     [
-        ("controlnet.py", "controlnet_aux", "demo"),
-        ("animatediff.py", "imageio_ffmpeg", "demo"),
-        ("generate_batch.py", "accelerate", "demo"),
-        ("train_ssr.py", "accelerate", "train"),
-        ("train_ssr.py", "datasets", "train"),
-        ("prepare_dataset.py", "datasets", "train"),
-        ("evaluate.py", "accelerate", "demo"),
+        ("generate_batch.py --table a --output_dir a --checkpoint a", "accelerate", "demo"),
+        ("train_ssr.py --pretrained_model_name_or_path a", "accelerate", "train"),
+        ("train_ssr.py --pretrained_model_name_or_path a", "datasets", "train"),
+        ("prepare_dataset.py --output_dir a", "datasets", "train"),
+        ("evaluate.py --subjects_dir a --generated_dir a", "accelerate", "demo"),
     ],
 )
 def test_missing_package_raises_an_error_with_the_extra(script, package, extra, run, monkeypatch):
@@ -245,7 +315,7 @@ def test_missing_package_raises_an_error_with_the_extra(script, package, extra, 
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SystemExit) as ended:
-        run(script, "--help")
+        run(*script.split())
     assert package in ended.value.code and f'pip install -e ".[{extra}]"' in ended.value.code
     metadata = (ROOT / "pyproject.toml").read_text()
     listed = re.search(rf"^{extra} = \[(.*?)\]", metadata, re.MULTILINE | re.DOTALL)[1]

@@ -71,7 +71,7 @@ def write(file, rows):
 
 def arguments(models, table, output_dir, **changes) -> list[str]:
     options = {
-        "table": table, "output_dir": output_dir, "pretrained_model_name_or_path": models / "base",
+        "table": table, "output_dir": output_dir, "checkpoint": models / "base",
         "ssr": models / "ssr", "num_inference_steps": 2, "height": 16, "width": 16, **changes,
     }  # fmt: skip
     return [f"--{name}={value}" for name, value in options.items() if value is not None]
@@ -147,7 +147,7 @@ def test_values_of_rows(table, pipe, values, expected):
 @pytest.mark.parametrize("ssr", ["ssr", None])
 def test_images_are_written_and_invalid_rows_have_an_error(models, table, tmp_path, capsys, ssr):
     out = tmp_path / "out"
-    base = {"pretrained_model_name_or_path": models / "complete", "ssr": None} if ssr is None else {}
+    base = {"checkpoint": models / "complete", "ssr": None} if ssr is None else {}
     message = generate_batch.main(arguments(models, table, out, **base))
     output = capsys.readouterr().out
     assert "process 0 of 1 on " in output and ": 6 of 6 rows" in output and "3 of 6 images are in" in output
@@ -169,7 +169,7 @@ def test_images_are_written_and_invalid_rows_have_an_error(models, table, tmp_pa
 
 
 def test_a_base_model_without_an_encoder_is_refused(models, table, tmp_path):
-    with pytest.raises(ValueError, match="--pretrained_model_name_or_path: .*base contains no SSR-Encoder.*--ssr"):
+    with pytest.raises(ValueError, match="--checkpoint: .*base contains no SSR-Encoder.*--ssr"):
         generate_batch.main(arguments(models, table, tmp_path / "out", ssr=None))
 
 

@@ -172,7 +172,17 @@ def test_loading_offline(hub, counts):
 def test_published_repository_can_be_loaded(hub):
     """Publishes the repository and a Space, and runs the code of the model card."""
     StableDiffusionSSRPipeline.from_pretrained(hub.folder / "base", **ssr_parts()).save_pretrained(hub.folder / "mine")
-    arguments = ["--weights", "mine", "--push_to_hub", "--token", "hf_mine", "--space", "owner/page"]
+    arguments = [
+        "--weights",
+        "mine",
+        "--push_to_hub",
+        "--token",
+        "hf_mine",
+        "--space",
+        "owner/page",
+        "--image",
+        "image.png",
+    ]
     run_in_new_process(
         hub,
         f"""
@@ -183,6 +193,12 @@ runpy.run_path({str(ROOT / "examples" / "publish.py")!r}, run_name="__main__")
 card = open("outputs/hub/owner--published/README.md").read()
 exec(card.partition("```python\\n")[2].partition("```")[0])
 assert np.array_equal(draw(pipe), expected)
+# the code for another base model, and the metadata
+pipe = DiffusionPipeline.from_pretrained("base", custom_pipeline="owner/published", trust_remote_code=True)
+pipe.load_ssr("owner/published")
+assert np.array_equal(draw(pipe), expected)
+from huggingface_hub import ModelCard
+ModelCard.load("owner/published").validate()
 """,
         home="hf-published",
     )
@@ -191,7 +207,11 @@ assert np.array_equal(draw(pipe), expected)
     assert "ssr_encoder/diffusion_pytorch_model.fp16.safetensors" in files
     card = files["README.md"].decode()
     assert card.startswith("---\n") and "library_name: diffusers" in card and "base_model" not in card
-    assert not re.findall(r"\]\((?!https:)", card), "a link to a file that is not in the repository"
+    assert set(re.findall(r"\]\((?!https:)([^)]*)", card)) == {"example.png"} and "url: example.png" in card
+    assert "example.png" in files and "num_inference_steps=30" in card and "text: a cat in the snow" in card
+    for name, content in files.items():
+        assert not name.endswith(".json") or (b"_name_or_path" not in content and b"mine" not in content), name
+    assert hub.requests.count("POST api/validate-yaml") >= 2
     space = hub.repos["owner/page"]["main"]
     assert {"app.py", "README.md", "requirements.txt", "page/layout.py", "diffusers_ssr/mixin_ssr.py"} <= set(space)
     assert b"'owner/published'" in space["app.py"] and b"sdk: gradio" in space["README.md"]

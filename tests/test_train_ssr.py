@@ -131,7 +131,7 @@ STATEFUL = {
 
 
 def test_training_changes_only_the_encoder(models, pictures, trained):
-    args = parse_args("", ["cosine"], arguments(models, pictures, trained, **STATEFUL))
+    args = parse_args("", arguments(models, pictures, trained, **STATEFUL))
     torch.manual_seed(0)
     train_ssr.set_seed(0)
     pipe, fresh = train_ssr.load_models(args)
@@ -143,7 +143,7 @@ def test_training_changes_only_the_encoder(models, pictures, trained):
 
 
 def test_a_new_encoder_is_initialised_with_the_text_projections(models, pictures, tmp_path):
-    args = parse_args("", ["constant"], arguments(models, pictures, tmp_path))
+    args = parse_args("", arguments(models, pictures, tmp_path))
     pipe, encoder = train_ssr.load_models(args)
     layers = {name: layer for name, layer in pipe.unet.named_modules() if name.endswith("attn2")}
     args.init_from_text = False
@@ -267,7 +267,7 @@ def test_two_processes_have_the_same_result_as_one(models, pictures, tmp_path):
     states = [json.loads((tmp_path / "two" / "checkpoint-2" / f"run_{i}.json").read_text()) for i in range(2)]
     assert [state["num_processes"] for state in states] == [2, 2]
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    args = parse_args("", ["constant"], arguments(models, pictures, tmp_path))
+    args = parse_args("", arguments(models, pictures, tmp_path))
     train_ssr.set_seed(0)
     fresh = train_ssr.load_models(args)[1].state_dict()
     for name, tensor in one.items():
@@ -285,7 +285,7 @@ def test_processes_that_are_not_connected_are_rejected(models, pictures, tmp_pat
 
 
 def frozen_and_batch(models, pictures, tmp_path, **changes):
-    args = parse_args("", ["constant"], arguments(models, pictures, tmp_path, **changes))
+    args = parse_args("", arguments(models, pictures, tmp_path, **changes))
     train_ssr.set_seed(0)
     pipe, encoder = train_ssr.load_models(args)
     frozen = train_ssr.FrozenFeatures(pipe, encoder.config.image_levels, torch.float32, None)
@@ -539,9 +539,9 @@ def test_fine_tuning_starts_from_the_given_encoder(models, pictures, trained, tm
     options = arguments(
         models, pictures, tmp_path, image_encoder_name_or_path=None, ssr_encoder_name_or_path=trained, **NO_SIZES
     )
-    assert parse_args("", ["constant"], options).consistency_weight == 0.001
-    assert parse_args("", ["constant"], arguments(models, pictures, tmp_path)).consistency_weight == 0.1
-    _, encoder = train_ssr.load_models(parse_args("", ["constant"], options))
+    assert parse_args("", options).consistency_weight == 0.001
+    assert parse_args("", arguments(models, pictures, tmp_path)).consistency_weight == 0.1
+    _, encoder = train_ssr.load_models(parse_args("", options))
     assert not differing(dict(encoder.state_dict()), weights(trained))
     train_ssr.main([*options, "--learning_rate", "1e-6", "--max_train_steps", "1"])
     for name, tensor in weights(trained).items():
@@ -552,7 +552,7 @@ def test_an_encoder_of_another_size_is_rejected(models, pictures, tmp_path):
     make_ssr_encoder(vision_hidden_size=20).save_pretrained(tmp_path / "ssr_encoder")
     options = arguments(models, pictures, tmp_path, ssr_encoder_name_or_path=tmp_path, **NO_SIZES)
     with pytest.raises(ValueError, match="width 20"):
-        train_ssr.load_models(parse_args("", ["constant"], options))
+        train_ssr.load_models(parse_args("", options))
 
 
 def test_bad_samples_are_left_out_and_reported(models, pictures, tmp_path):
@@ -585,7 +585,7 @@ def test_bad_samples_are_left_out_and_reported(models, pictures, tmp_path):
 def test_errors_name_the_invalid_option(changes, message):
     options = arguments(ROOT, ROOT, "out", **changes)
     with pytest.raises(ValueError, match=message):
-        check_args(parse_args("", ["constant"], options))
+        check_args(parse_args("", options))
 
 
 @pytest.mark.parametrize(
@@ -594,7 +594,7 @@ def test_errors_name_the_invalid_option(changes, message):
 )
 def test_invalid_values_and_abbreviations_end_the_script(option, value, capsys):
     with pytest.raises(SystemExit):
-        parse_args("", ["constant"], arguments(ROOT, ROOT, "out", **{option: value}))
+        parse_args("", arguments(ROOT, ROOT, "out", **{option: value}))
     assert f"--{option}" in capsys.readouterr().err
 
 

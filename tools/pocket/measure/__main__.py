@@ -32,6 +32,7 @@ PARTS = {
     "people": controls.people,
     "pointing": controls.pointing,
     "comparison": comparison.comparison,
+    "cutouts": comparison.cutouts,
     "controlnet": chains.controlnet,
     "video": chains.video,
     "look": chains.look,

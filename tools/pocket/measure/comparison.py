@@ -3,12 +3,14 @@ checkpoint. All methods were trained alike, so the SSR-Encoder is not the one of
 
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from diffusers_ssr import SSREncoder
 from PIL import Image
 
 from ..methods import COMPARISON, METHODS, write_contact_sheet
+from ..world import Scene
 from .references import References, draw, share
 
 
@@ -52,6 +54,31 @@ def comparison(refs: References) -> None:
                 print(f"  a queried third thing is drawn:        {share(drawn)}")
     pipe.load_ssr(own, image_encoder=vision, image_processor=processor)
     save_figure(refs, rows)
+
+
+def cutouts(refs: References) -> None:
+    """Measures SSR-Encoder with a query, and the adapter in the style of IP-Adapter Plus without the other thing, which is
+    erased from the reference with OpenCV. This needs masks of both things. (On white, or enlarged, the queried thing looks
+    unlike the training data, and the adapter is worse.)"""
+    pipe = refs.pipe
+    own, vision, processor = pipe.ssr_encoder, pipe.ssr_image_encoder, pipe.ssr_image_processor
+    for name, how in (("ssr", "with a query"), ("ip_adapter_plus", "the other thing erased")):
+        encoder = load_adapter(name, refs.args.comparison_dir).to(refs.args.device)
+        pipe.load_ssr(encoder, image_encoder=vision, image_processor=processor)
+        pictures = [scene.picture if name == "ssr" else _erase_other(scene) for scene in refs.scenes]
+        subjects = [
+            pipe.encode_subject(picture, query=scene.instances[0].name)
+            for picture, scene in zip(pictures, refs.scenes, strict=True)
+        ]
+        verdict = refs.judge.look_at(draw(pipe, refs.args, refs.prompts(None), subjects, how))
+        print(f'{METHODS[name].label}, {how}, the prompt names "a thing" ({len(refs.rows)} pictures):')
+        refs.report_instances(verdict)
+    pipe.load_ssr(own, image_encoder=vision, image_processor=processor)
+
+
+def _erase_other(scene: Scene) -> np.ndarray:
+    queried, other = (mask.astype(np.uint8) for mask in scene.masks)
+    return cv2.inpaint(scene.picture, cv2.dilate(other, np.ones((3, 3))) * (1 - queried), 3, cv2.INPAINT_TELEA)
 
 
 def save_figure(refs: References, rows: dict[str, np.ndarray]) -> None:

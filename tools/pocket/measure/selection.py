@@ -113,10 +113,20 @@ def _together(refs: References, name: str) -> None:
         present = verdict.categories.numpy() > 0
         rows = np.arange(len(prompts))
         both = present[rows, category[use]] & present[rows, category[partner][use]]
-        looks = []
+        looks, exact = [], both
         for index in (refs.rows[use], partner[use]):
             judged = verdict.variants[rows, category[index]].argmax(1).numpy()
             looks.append(judged == refs.wanted("variant")[index])
+            design = verdict.designs[rows, category[index]].argmax(1).numpy() == refs.wanted("design")[index]
+            exact = exact & looks[-1] & design
         print(f"subjects of two references in one picture{how}, {name} ({len(prompts)} pictures):")
         print(f"  both are there:                       {share(both)}")
         print(f"  each in its colour or look (of 12):   {share(np.concatenate(looks))}")
+        print(f"  both, in both colours and designs:    {share(exact)}")
+        known = {(instance.category, instance.design) for instance in refs.seen}
+        new = np.array(
+            [(scene.instances[0].category, scene.instances[0].design) not in known for scene in refs.scenes]
+        )
+        for kind, some in (("seen", ~(new | new[partner])[use]), ("never seen", (new | new[partner])[use])):
+            if some.any() and not some.all():
+                print(f"    a design {kind + ' (' + str(some.sum()) + ' pictures):':26} {share(exact[some])}")
