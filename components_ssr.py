@@ -27,8 +27,7 @@ else:
 
 
 class SSRComponents(_Pipeline):
-    """Declares the pipeline's attributes that the mixins use. The SSR components are `None` until `load_ssr` is
-    called."""
+    """Declares the pipeline's attributes that the mixins use. The SSR components are `None` before `load_ssr`."""
 
     unet: Any
     text_encoder: Any
@@ -81,8 +80,7 @@ def check_fits(unet, encoder, image_encoder, text_encoder) -> None:
 
 
 def check_fits_unet(unet, encoder) -> None:
-    """Raises a `ValueError` if an SSR-Encoder was made for another UNet, or if FreeNoise's split inference is
-    enabled."""
+    """Raises a `ValueError` if an SSR-Encoder was made for another UNet, or with FreeNoise's split inference."""
     config, unet = encoder.config, hooks_ssr.find_unet(unet)
     if internals_ssr.uses_split_inference(unet):
         raise ValueError(
@@ -125,10 +123,9 @@ _lock = threading.RLock()
 
 @contextmanager
 def own_pipeline(pipeline) -> Iterator:
-    """Context manager that gives a call a pipeline that no other call uses. This is the pipeline itself, unless the
-    pipeline or its scheduler is already in a call (in another thread, or because a callback uses the pipeline that
-    called it). In that case it is a shallow copy with its own scheduler, because a scheduler and the private
-    attributes of a pipeline store the state of one call."""
+    """Context manager that gives a call a pipeline that no other call uses: the pipeline itself, or, if the pipeline or
+    its scheduler is in a call already (in another thread, or the call whose callback this is), a shallow copy with its
+    own scheduler. A scheduler and the private attributes of a pipeline store the state of one call."""
     with _lock:
         scheduler = pipeline.scheduler
         if pipeline in _in_use or scheduler in _in_use:

@@ -119,12 +119,10 @@ class SubjectEncodingMixin(components_ssr.SSRComponents):
             embeds = encoder(query_states[[0, index]], levels[:, [0, place]], both, mask_weight)
             subjects.append(subject_embeds_ssr.Subject(embeds[1:], embeds[:1], reference.query))
         encoded = [subject_embeds_ssr.SubjectEmbeds((subject,), fingerprint) for subject in subjects]
-        return [
-            subject_embeds_ssr.SubjectEmbeds.mean(
-                [e for e, r in zip(encoded, references, strict=True) if r.number == n]
-            )
-            for n in range(references[-1].number + 1)
-        ]
+        of_subject: dict[int, list] = {}
+        for reference, embeds in zip(references, encoded, strict=True):
+            of_subject.setdefault(reference.number, []).append(embeds)
+        return [subject_embeds_ssr.SubjectEmbeds.mean(embeds) for embeds in of_subject.values()]
 
     def _encode_queries(self, queries: list[str], device, text: dict) -> torch.Tensor:
         """Returns the text hidden states of the queries. The pipeline's text encoder encodes them in the same way as a
@@ -207,8 +205,7 @@ class SubjectEncodingMixin(components_ssr.SSRComponents):
         return dict(zip(own, tokenizer.convert_ids_to_tokens([ids[i] for i in own]), strict=True))
 
     def _loaded_image_encoder(self) -> tuple[CLIPImageProcessor, Any, Any]:
-        """Returns the components that encode reference images. Raises a `ValueError` if one is missing or does not
-        fit."""
+        """Returns the components that encode reference images. Raises a `ValueError` if one is missing or wrong."""
         encoder, vision = self._loaded_encoder(), self.ssr_image_encoder
         if vision is None or not encoder.config.image_levels:
             raise ValueError(
@@ -221,8 +218,7 @@ class SubjectEncodingMixin(components_ssr.SSRComponents):
 
 def parse_references(image: Any, query: Any, mask: Any, prefix: str = "subject_") -> list[_Reference]:
     """Reads reference images, queries and masks. An argument that is not a list is used for all subjects, and a list
-    inside of a list has the images of one subject. In error messages, the names of the arguments begin with
-    `prefix`."""
+    inside of a list has the images of one subject. `prefix` begins the names of the arguments in error messages."""
     names = [f"{prefix}image", f"{prefix}query", f"{prefix}mask"]
     images: dict[int, Image.Image] = {}
     references = []
@@ -324,13 +320,8 @@ class SubjectAttentionMap:
     gathered: float = 0.0
 
     def __repr__(self) -> str:
-        height, width = self.heat.shape
-        tokens = [token.removesuffix("</w>") for token, _ in self.tokens]
-        shown = tokens if len(tokens) <= 8 else [*tokens[:8], f"... {len(tokens) - 8} more"]
-        return (
-            f"SubjectAttentionMap({' '.join(shown)!r}, {len(tokens)} tokens, {width} x {height} pixels,"
-            f" gathered={self.gathered:.2f})"
-        )
+        size = f"{self.image.width} x {self.image.height} pixels"
+        return f"SubjectAttentionMap({len(self.tokens)} tokens, {size}, gathered={self.gathered:.2f})"
 
     def overlay(self, heat: np.ndarray | None = None) -> Image.Image:
         """Returns the image with the map, or with another one such as that of one token, over it: red where the attention is
@@ -346,13 +337,12 @@ def _make_attention_map(
     probs: torch.Tensor,
     empty_probs: torch.Tensor,
     own_tokens: dict[int, str],
-    image: Image.Image,
+    image: Any,
     resize_mode: str,
     tokens: str,
 ) -> SubjectAttentionMap:
     """Creates an attention map. `probs` and `empty_probs`, of shape `(num_tokens, 1 + num_patches)`, are the attention of
-    the query and of an empty query, averaged over the heads. `own_tokens` has the tokens of the query's words by
-    position."""
+    the query and of an empty query. `own_tokens` has the tokens of the query's words by position."""
     empty = empty_probs.mean(0)
     own = probs[list(own_tokens)]
     if tokens == "own":
@@ -372,6 +362,5 @@ def _make_attention_map(
 
 
 def _distance(probs: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Returns the total variation distance: the share of the attention that two distributions do not have in
-    common."""
+    """Returns the total variation distance: the share that two distributions do not have in common."""
     return (probs - others).abs().sum(-1) / 2

@@ -108,8 +108,8 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
     ):
         r"""
         Generates images or videos like the stock pipeline, with subjects from reference images. It accepts all
-        arguments of the stock pipeline. Without a subject, the stock call runs unchanged. If the pipeline or its scheduler
-        is in a call already, the call runs on a shallow copy of the pipeline with its own scheduler.
+        arguments of the stock pipeline. Without a subject, the stock call runs unchanged. If the pipeline or its
+        scheduler is in a call already, the call runs on a shallow copy of the pipeline with its own scheduler.
 
         `subject_image`, `subject_query` and `subject_mask` can be lists. With a list of prompts, they have one element
         for each prompt. With a single prompt, they are several subjects that appear together in the generated image. A
@@ -279,8 +279,7 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
         self._ssr_scale = copy.deepcopy(scale)
 
     def _layer_scales(self, name: str, scale) -> float | dict[str, float]:
-        """Returns a scale as one number for all layers, or as a dict with one number for each of
-        `config.attention_layers`."""
+        """Returns a scale as one number for all layers, or as a dict with one number for each layer."""
         if isinstance(scale, (list, tuple)):
             raise ValueError(
                 f"`{name}` has to be a number or a dict, but is a {type(scale).__name__}: for a scale of each subject, pass"
@@ -301,8 +300,7 @@ class SSRPipelineMixin(loading_ssr.SSRLoaderMixin, encoding_ssr.SubjectEncodingM
         }
 
     def _check_encoded_by(self, encoder, rows: list[request_ssr.Row]) -> None:
-        """Raises a `ValueError` if a subject was encoded by another SSR-Encoder. The encoder's fingerprint is only
-        computed if it is needed."""
+        """Raises a `ValueError` if a subject was encoded by another SSR-Encoder."""
         fingerprint = functools.cache(lambda: encoder.fingerprint(self._execution_device))
         for subject in (subject for row in rows for subject in row.values() if subject is not None):
             width = subject.subjects[0].embeds.shape[-1]
@@ -392,19 +390,15 @@ def _marked(request: request_ssr.SubjectRequest, callback: Callable) -> Callable
 
 def _stock_class_of(pipeline_class: type) -> type:
     """Returns the class of diffusers, or the user-defined class, to which the mixin was added."""
-    return next(
-        base
-        for base in pipeline_class.__mro__
-        if not issubclass(base, SSRPipelineMixin) and base not in SSRPipelineMixin.__mro__
-    )
+    bases = (base for base in pipeline_class.__mro__ if not issubclass(base, SSRPipelineMixin))
+    return next(base for base in bases if base not in SSRPipelineMixin.__mro__)
 
 
 def _with_tokenizer_lock(encode_prompt: Callable) -> Callable:
     @functools.wraps(encode_prompt)
     def method(self, *args, **kwargs):
-        if self.tokenizer is None:
-            return encode_prompt(self, *args, **kwargs)
-        with components_ssr.tokenizer_lock(self.tokenizer):
+        has_none = self.tokenizer is None
+        with contextlib.nullcontext() if has_none else components_ssr.tokenizer_lock(self.tokenizer):
             return encode_prompt(self, *args, **kwargs)
 
     return method

@@ -35,12 +35,10 @@ class SubjectRequest:
         dtype (`torch.dtype`):
             The UNet's precision. The pipelines set it again if a callback replaces the UNet.
         scale (`float` or `dict[str, float]`):
-            The scale for all layers, or a dict with one scale for each layer. A number is only used for subjects that
-            do not have their own scale. A dict is multiplied with the subjects' own scales.
+            The scale of subjects without their own scale, or a dict with a factor of all scales for each layer.
         branches (`Callable`):
-            A function that returns the branches of guidance. It is called for each forward pass, because a callback may
-            switch guidance off or on. It returns a list of the possible cases, which has one element if the pipeline
-            says whether guidance is on.
+            Returns the possible branches of guidance: one element if the pipeline says whether guidance is on. It is
+            called for each forward pass, because a callback may switch guidance off or on.
         num_frames (`int`, *optional*, defaults to 1):
             The number of frames of each video; 1 for images.
         negative_rows (`list[dict[int, SubjectEmbeds | None]]`, *optional*):
@@ -65,10 +63,9 @@ class SubjectRequest:
     _prepared: dict = field(default_factory=dict, repr=False)
 
     def conditions(self, sample: torch.Tensor) -> attention_processors.SubjectConditions | None:
-        """Returns the conditions for a forward pass of the UNet, or `None` outside the call's window and in callbacks. They are
-        computed once per call, and again if the batch changes: if a callback switches guidance off, only the conditional
-        branch remains. The batch size of `sample`, of shape `(batch_size, channels, height, width)` or
-        `(batch_size, channels, num_frames, height, width)`, determines the branches of guidance."""
+        """Returns the conditions for a forward pass of the UNet, or `None` outside the call's window and in callbacks.
+        They are computed once per call, and again if the batch changes, for example if a callback switches guidance
+        off. `sample` has shape `(batch_size, channels, height, width)`, for a video with frames after the channels."""
         if self.in_callback:
             return None
         self.passes += 1
@@ -87,9 +84,8 @@ class SubjectRequest:
         return self._prepared[key]
 
     def tokens(self, batch_size: int, device: torch.device) -> torch.Tensor | None:
-        """Returns the subject embeddings for a ControlNet's batch, of shape
-        `(batch_size, num_subject_tokens, cross_attention_dim)`, or `None` outside the call's window and in
-        callbacks."""
+        """Returns the subject embeddings for a ControlNet's batch, of shape `(batch_size, num_subject_tokens, width)`,
+        or `None` outside the call's window and in callbacks."""
         if not self.active or self.in_callback:
             return None
         # in guess mode, a ControlNet only gets the conditional branch

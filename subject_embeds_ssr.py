@@ -88,8 +88,8 @@ class SubjectEmbeds:
         return replace(self, subjects=subjects if isinstance(subjects, tuple) else (subjects,))
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> "SubjectEmbeds":
-        """Returns the same subjects with their tokens on another device or in another precision, as `torch.Tensor.to`. Pipelines
-        do this themselves."""
+        """Returns the same subjects with their tokens on another device or in another precision, as `torch.Tensor.to`.
+        Pipelines do this themselves."""
 
         def moved(subject: Subject) -> Subject:
             embeds, negative_embeds = (t.to(device, dtype) for t in (subject.embeds, subject.negative_embeds))
@@ -182,7 +182,8 @@ class SubjectEmbeds:
     def compact(self, num_tokens: int) -> "SubjectEmbeds":
         r"""
         Returns nearly the same subjects with fewer tokens, which makes generation faster. Similar tokens, such as most
-        of the query's padding, are merged into one token, which has the weight of all of them in the attention. The image changes slightly; docs/performance.md has measurements on the pocket checkpoint.
+        of the query's padding, are merged into one, which has the weight of all of them in the attention. The image
+        changes slightly; docs/performance.md has measurements on the pocket checkpoint.
 
         Args:
             num_tokens (`int`):
@@ -288,16 +289,9 @@ def _region_values(region: Any) -> np.ndarray:
     0 to 1."""
     if isinstance(region, dict):
         region = _boxes_of_frames(region)
-    if images_ssr.is_box(region):
-        return images_ssr.box_values(region, _BOX_SHAPE, "region")
-    if isinstance(region, (list, tuple)):
+    if isinstance(region, (list, tuple)) and not images_ssr.is_box(region):
         names = [f"region[{index}]" for index in range(len(region))]
-        frames = [
-            images_ssr.box_values(frame, _BOX_SHAPE, name)
-            if images_ssr.is_box(frame)
-            else images_ssr.mask_values(frame, name)
-            for frame, name in zip(region, names, strict=True)
-        ]
+        frames = [_frame_values(frame, name) for frame, name in zip(region, names, strict=True)]
         shapes = {frame.shape for frame in frames}
         if len(shapes) != 1 or frames[0].ndim != 2:
             raise ValueError(
@@ -306,11 +300,16 @@ def _region_values(region: Any) -> np.ndarray:
             )
         values = np.stack(frames) if len(frames) > 1 else frames[0]
     else:
-        values = images_ssr.mask_values(region, "region")
+        values = _frame_values(region, "region")
     if not (values > 0.5).any():
         hint = images_ssr.hint_for_labels(region)
         raise ValueError(f"`region` is empty: it has to mark an area in at least one frame.{hint}")
     return values
+
+
+def _frame_values(region: Any, name: str) -> np.ndarray:
+    is_box = images_ssr.is_box(region)
+    return images_ssr.box_values(region, _BOX_SHAPE, name) if is_box else images_ssr.mask_values(region, name)
 
 
 def _boxes_of_frames(keyframes: dict) -> list[list[float]]:
@@ -333,9 +332,7 @@ def _compact(subject: Subject, num_tokens: int) -> Subject:
     )
 
 
-def _merge_tokens(
-    embeds: torch.Tensor, counts: torch.Tensor | None, num_tokens: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _merge_tokens(embeds: torch.Tensor, counts: torch.Tensor | None, num_tokens: int) -> tuple[torch.Tensor, ...]:
     """Merges the most similar tokens of shape `(1, length, width)` until `num_tokens` are left, and returns them with their
     counts. A merged token is the mean of its original tokens, and the softmax counts it as often as their number. Keys
     and values are linear in the tokens, so merging equal tokens does not change the result. The two tokens to merge next
@@ -374,8 +371,7 @@ def is_subject_embeds(value) -> bool:
 
 
 def same_fingerprint(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
-    """Whether two fingerprints are of the same encoder. They can be computed in different dtypes. `None` matches any
-    fingerprint."""
+    """Whether two fingerprints are of the same encoder, in any precision. `None` matches any fingerprint."""
     if first is None or second is None:
         return True
     if first.shape != second.shape:
