@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import json
 from logging import LogRecord
 from pathlib import Path
 
@@ -25,6 +26,14 @@ ZOOM = 2
 LARGEST = 512
 GAP = 12
 LABEL = 22
+SD15_SETTINGS = {"num_inference_steps": 30, "guidance_scale": 7.5, "eta": 0.0, "scale": 0.65}
+
+
+def default_settings(checkpoint: str | Path) -> dict:
+    """Returns the settings that suit a checkpoint: those in its `settings.json`, which the pocket checkpoint has, or
+    else usual ones for Stable Diffusion 1.5."""
+    file = Path(checkpoint) / "settings.json"
+    return json.loads(file.read_text()) if file.is_file() else dict(SD15_SETTINGS)
 
 
 def options(description: str | None) -> argparse.ArgumentParser:
@@ -38,12 +47,22 @@ def options(description: str | None) -> argparse.ArgumentParser:
 
 def call_options(parser: argparse.ArgumentParser) -> None:
     """Adds options for generation. The defaults are for the pocket checkpoint."""
-    add = parser.add_argument
+    add, settings = parser.add_argument, default_settings(POCKET)
     add("--checkpoint", default=str(POCKET), help="folder or repository with base model and SSR-Encoder")
-    add("--scale", type=float, default=1.0, help="subject scale; 0.5 to 0.8 is usual with full-size checkpoints")
-    add("--num_inference_steps", type=positive, default=25, help="denoising steps")
-    add("--guidance_scale", type=float, default=3.0, help="scale of classifier-free guidance")
-    add("--eta", type=share, default=0.9, help="eta of DDIM: how much noise is added in each step, from 0 to 1")
+    add(
+        "--scale",
+        type=float,
+        default=settings["scale"],
+        help="subject scale; 0.5 to 0.8 is usual with full-size checkpoints",
+    )
+    add("--num_inference_steps", type=positive, default=settings["num_inference_steps"], help="denoising steps")
+    add("--guidance_scale", type=float, default=settings["guidance_scale"], help="scale of classifier-free guidance")
+    add(
+        "--eta",
+        type=share,
+        default=settings["eta"],
+        help="eta of DDIM: how much noise is added in each step, from 0 to 1",
+    )
     add("--seed", type=seed, default=0, help="seed of the initial noise")
 
 
