@@ -1,4 +1,4 @@
-"""The state of each session: the running drawings, which can be cancelled, and a folder for files."""
+"""The state of each session: the running generations, which can be cancelled, and a folder for files."""
 
 import shutil
 import threading
@@ -17,8 +17,8 @@ class Sessions:
         self._folder = TemporaryDirectory(prefix="ssr-page-")
 
     @contextmanager
-    def drawing(self, session: str) -> Iterator[threading.Event]:
-        """Registers a running drawing inside the context. Yields an event that is set when the drawing has to stop."""
+    def generating(self, session: str) -> Iterator[threading.Event]:
+        """Registers a running generation inside the context. Yields an event that is set when the generation has to stop."""
         event = threading.Event()
         with self._lock:
             self._running.setdefault(session, set()).add(event)
@@ -31,7 +31,7 @@ class Sessions:
                     del self._running[session]
 
     def cancel(self, session: str) -> int:
-        """Stops the running drawings of a session and returns their number."""
+        """Stops the running generations of a session and returns their number."""
         with self._lock:
             events = list(self._running.get(session, ()))
         for event in events:
@@ -45,6 +45,6 @@ class Sessions:
         return folder / name
 
     def close(self, session: str) -> None:
-        """Stops the drawings of a session and deletes its files, after its browser tab was closed."""
+        """Stops the generations of a session and deletes its files, after its browser tab was closed."""
         self.cancel(session)
         shutil.rmtree(Path(self._folder.name) / session, ignore_errors=True)
