@@ -157,20 +157,21 @@ class Page:
             chosen.success(None, js=SHOW_RESULTS, **HIDDEN)
 
     def _keep_after_reload(self) -> None:
-        """Keeps texts and settings in the browser when they change, and images when they are uploaded or used."""
+        """Keeps texts and settings in the browser when they change, and reference images when they are opened.
+        Paint is not kept: the editor shows layers that it is given at another place."""
         panels = self.subjects.panels
         components = [*self.settings.components, *self.subjects.queries, *(panel.scale for panel in panels)]
         entered = gr.BrowserState(storage_key="ssr-entered")
         changes = [component.change for component in components]
         gr.on(changes, None, components, entered, js="(...values) => ({values})", **HIDDEN)
 
-        def restore(entered: dict | None, *kept: dict | None) -> dict:
+        def restore(entered: dict | None, *kept: str | None) -> dict:
             values = {} if entered is None else dict(zip(components, entered["values"], strict=True))
-            for panel, images in zip(panels, kept, strict=True):
-                values |= panel.restore(images)
+            for panel, image in zip(panels, kept, strict=True):
+                values |= panel.restore(image)
             return values or {self.prompt: gr.skip()}
 
-        outputs = [*components, *(component for panel in panels for component in [*panel.shown, panel.region])]
+        outputs = [*components, *(component for panel in panels for component in panel.shown)]
         self.blocks.load(
             restore, [entered, *(panel.kept for panel in panels)], outputs, show_progress="hidden", **HIDDEN
         )
@@ -178,7 +179,6 @@ class Page:
     def _generating(self, outputs: Outputs, panels: list) -> None:
         """Adds the actions of the buttons of one kind of generation. The inputs are the panels."""
         buttons = [outputs.generate, outputs.cancel]
-        kept = [panel.kept for panel in self.subjects.panels]
 
         # Gradio recognizes the last two arguments by their type and default value
         def run(values: dict, request: gr.Request, progress=gr.Progress()) -> Iterator[dict]:  # noqa: B008
@@ -189,14 +189,13 @@ class Page:
                 if outputs.kind == VIDEO:
                     arguments["seeds"] = arguments["seeds"][:1]
                 asked = GenerationRequest(**arguments)
-                self._report_cut_texts(asked)
-                yield self._maps(values) | {
-                    panel.kept: panel.keep(panel.read(values)) for panel in self.subjects.panels
-                }
+                self._report_texts(asked)
+                yield self._maps(values)
                 results = self._generate(asked, request.session_hash, progress)
                 if results is not None:
                     history = [*(values[outputs.results] or ()), *(values[self.history] or ())][:LONGEST_HISTORY]
                     yield {
+                        self.settings.seed: asked.seeds[0],
                         **dict(zip([outputs.results, outputs.script, outputs.bundle], results, strict=True)),
                         self.history: gr.Gallery(history, visible=bool(history)),
                     }
@@ -209,7 +208,7 @@ class Page:
         generating = started.success(
             run,
             {component for panel in panels for component in panel.components} | {outputs.results, self.history},
-            [outputs.results, outputs.script, outputs.bundle, self.history, *self.maps, *kept],
+            [outputs.results, outputs.script, outputs.bundle, self.history, self.settings.seed, *self.maps],
             concurrency_limit=self.args.concurrency,
             concurrency_id="generate",
             show_progress_on=outputs.results,
@@ -245,11 +244,14 @@ class Page:
         write_bundle(bundle, request, script)
         return list(zip(results, captions, strict=True)), script, str(bundle)
 
-    def _report_cut_texts(self, request: GenerationRequest) -> None:
+    def _report_texts(self, request: GenerationRequest) -> None:
+        """Says which texts are too long, and that a name is missing."""
+        if "a thing" in request.prompt and not all(choice.query for choice in request.subjects):
+            gr.Info("Without a name, the prompt says “a thing”. The images are often better with a name.")
         texts = {"prompt": request.prompt, "negative prompt": request.negative_prompt}
         texts |= {f"name of subject {number}": choice.query for number, choice in enumerate(request.subjects, 1)}
         for field, text in texts.items():
-            if cut := self.studio.cut(text):
+            if cut := self.studio.cut_end(text):
                 gr.Warning(f"The {field} is too long. Its end is not used: “{cut}”")
 
     @messages()

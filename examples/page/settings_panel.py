@@ -6,9 +6,6 @@ import random
 import gradio as gr
 
 
-LARGEST_SEED = 2**32 - 1
-
-
 class SettingsPanel:
     """
     Panel for the prompt and the settings that all kinds of generations share.
@@ -23,16 +20,20 @@ class SettingsPanel:
     def __init__(self, args: argparse.Namespace, prompt: gr.Textbox):
         with gr.Accordion("Settings", open=False, elem_id="settings"):
             negative_prompt = gr.Textbox(
-                label="Negative prompt", info="What the image should not show", max_lines=3, elem_id="negative-prompt"
+                value="",
+                label="Negative prompt",
+                info="What the image should not show",
+                max_lines=3,
+                elem_id="negative-prompt",
             )
             self.num_images = gr.Slider(1, 4, 4, step=1, label="Images", elem_id="num-images")
+            self.random_seed = gr.Checkbox(args.seed is None, label="Random seed", elem_id="random-seed")
             self.seed = gr.Number(
                 label="Seed",
-                value=args.seed,
+                value=args.seed or 0,
                 precision=0,
                 minimum=0,
-                maximum=LARGEST_SEED,
-                info="Empty: a random seed. The images have this seed and the following ones",
+                info="Of the first image; the others have the following ones. To repeat it, turn off the random seed",
                 elem_id="seed",
             )
             steps = gr.Slider(
@@ -78,7 +79,7 @@ class SettingsPanel:
             "subject_start": start,
             "subject_end": end,
         }
-        self.components = [*self._by_name.values(), self.num_images, self.seed]
+        self.components = [*self._by_name.values(), self.num_images, self.random_seed, self.seed]
         # the settings that an example sets
         self.defaults = {negative_prompt: "", start: 0, end: 1}
         self.defaults |= {steps: args.num_inference_steps, guidance: args.guidance_scale, eta: args.eta}
@@ -91,7 +92,7 @@ class SettingsPanel:
             raise ValueError("The prompt is empty: describe the new image, for example “a cat in the snow”.")
         if arguments["subject_start"] >= arguments["subject_end"]:
             raise ValueError("The start of the subjects has to be before their end: change them in the settings.")
-        first = values[self.seed]
+        first = random.randint(0, 999_999) if values[self.random_seed] else values[self.seed]
         if first is None:
-            first = random.randint(0, LARGEST_SEED)
+            raise ValueError("The seed is empty: enter a whole number, or turn on the random seed.")
         return {**arguments, "seeds": tuple(range(first, first + values[self.num_images]))}

@@ -39,7 +39,7 @@ class Studio:
         self._loading = threading.Lock()
         loaded = load_pipeline(checkpoints.base, checkpoints.ssr)
         # `custom_pipeline` imports a copy of the code, and all pipelines that share the UNet must use the same copy
-        # counting tokens sets the truncation of a tokenizer, which must not change during a call
+        # counting tokens changes the truncation of a tokenizer, so the pipelines need another one
         self._tokenizer = copy.deepcopy(loaded.tokenizer)
         self._pipelines: dict[str, DiffusionPipeline] = {IMAGE: StableDiffusionSSRPipeline.from_pipe(loaded)}
 
@@ -83,10 +83,10 @@ class Studio:
         pipe = self.pipeline(IMAGE)
         return pipe.subject_attention_map(choice.image, query=choice.query or None, mask=choice.mask).heat
 
-    def cut(self, text: str) -> str:
+    def cut_end(self, text: str) -> str:
         """Returns the end of a prompt or query that the text encoder does not see, because it is too long."""
         tokens = self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        return self._tokenizer.decode(tokens[self._tokenizer.model_max_length - 2 :]).strip()
+        return self._pipelines[IMAGE].tokenizer.decode(tokens[self._tokenizer.model_max_length - 2 :]).strip()
 
     def generate(
         self,

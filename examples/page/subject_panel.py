@@ -53,15 +53,16 @@ class SubjectPanel:
                 elem_classes="thumbnails",
             )
         self.painting = gr.ImageEditor(
-            label="Paint over the subject (optional)",
+            label="Paint over it (optional)",
             visible=False,
             height=330,
             elem_id=f"painting-{number}",
             **PAINT,
         )
         self.query = gr.Textbox(
+            value="",
             label="Name of the subject",
-            info="What to take from the reference image, in a word. It can stay empty if you paint over it",
+            info="What to take from the reference image, in a word. Better with a name, also if you paint over it",
             max_lines=1,
             elem_id=f"query-{number}",
         )
@@ -110,36 +111,26 @@ class SubjectPanel:
     @messages()
     def _open(self, file: str) -> tuple:
         image = open_upload(file)
-        return *self._show(image), {"image": to_text(image)}
+        return *self._show(image), to_text(image)
 
     @messages()
     def open_example(self, index: int) -> dict:
         """Returns the new values of the components for an example."""
         file, query = self.examples[index]
         image = open_upload(file)
-        values = [*self._show(image), {"image": to_text(image)}, query, self.usual_scale, empty_canvas()]
+        values = [*self._show(image), to_text(image), query, self.usual_scale, empty_canvas()]
         return dict(zip([*self.shown, self.kept, self.query, self.scale, self.region], values, strict=True))
 
-    def _show(self, image: Image.Image, mask: Image.Image | None = None) -> tuple:
-        painting = gr.ImageEditor(editor_value(canvas_for(image), mask), visible=True)
+    def _show(self, image: Image.Image) -> tuple:
+        painting = gr.ImageEditor(editor_value(canvas_for(image)), visible=True)
         return image, painting, gr.Accordion("Another reference image", open=False)
 
     def _clear(self) -> tuple:
         return None, gr.ImageEditor(visible=False), gr.Accordion("Reference image", open=True), None
 
-    def keep(self, choice: SubjectChoice | None) -> dict | None:
-        """Returns the images of a choice for `kept`, from which `restore` shows them after a reload."""
-        if choice is None:
-            return None
-        return {name: to_text(getattr(choice, name)) for name in ("image", "mask", "region")}
-
-    def restore(self, kept: dict | None) -> dict:
+    def restore(self, kept: str | None) -> dict:
         """Returns the values of the components after a reload."""
-        if kept is None:
-            return {}
-        shown = self._show(from_text(kept["image"]), from_text(kept.get("mask"), "L"))
-        region = editor_value(empty_canvas()["background"], from_text(kept.get("region"), "L"))
-        return {**dict(zip(self.shown, shown, strict=True)), self.region: region}
+        return {} if kept is None else dict(zip(self.shown, self._show(from_text(kept)), strict=True))
 
     def attention(self, choice: SubjectChoice) -> gr.AnnotatedImage:
         """Returns the gray reference image with the attention of the query and the mask over it."""
@@ -151,9 +142,7 @@ class SubjectPanel:
             layers.append((heat, "attention of the name (faint: little, red: much)"))
         if choice.mask is not None:
             layers.append((np.asarray(choice.mask.resize(canvas.size)) / 255 * 0.6, "mask"))
-        return gr.AnnotatedImage(
-            (canvas, layers), visible=True, label=f"Subject {self.number}: {choice.query or 'mask'}"
-        )
+        return gr.AnnotatedImage((canvas, layers), visible=True, label=f"Subject {self.number}")
 
 
 class SubjectPanels:

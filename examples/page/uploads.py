@@ -34,15 +34,13 @@ def open_upload(path: str | Path) -> Image.Image:
     return image
 
 
-def to_text(image: Image.Image | None) -> str | None:
-    """Returns an image as a text that the browser can keep. Large images are compressed with a loss."""
-    if image is None:
-        return None
+def to_text(image: Image.Image) -> str:
+    """Returns an image as a text that the browser can keep. A large image is compressed with a loss."""
     file = io.BytesIO()
-    image.save(file, "PNG" if image.mode == "L" or max(image.size) <= 256 else "WEBP", quality=90)
+    image.save(file, "WEBP", lossless=max(image.size) <= 256, quality=90)
     return base64.b64encode(file.getvalue()).decode()
 
 
-def from_text(text: str | None, mode: str = "RGB") -> Image.Image | None:
+def from_text(text: str) -> Image.Image:
     """Returns the image of `to_text`."""
-    return None if text is None else open_image(base64.b64decode(text)).convert(mode)
+    return open_image(base64.b64decode(text)).convert("RGB")

@@ -22,6 +22,7 @@ HIDDEN = {"api_visibility": "private"}
 
 # some colours of the default theme have less contrast than the 4.5:1 that WCAG requires
 THEME = gr.themes.Default(primary_hue="indigo").set(
+    color_accent="*primary_600",
     button_primary_background_fill="*primary_600",
     button_primary_background_fill_hover="*primary_700",
     button_primary_background_fill_dark="*primary_600",
@@ -36,8 +37,19 @@ THEME = gr.themes.Default(primary_hue="indigo").set(
     input_placeholder_color_dark="*neutral_300",
 )
 CSS = """
+.results .grid-wrap, .results .grid-container { height: 100% !important; max-height: none; }
+.results .grid-container {
+    grid-template-columns: repeat(auto-fit, minmax(40%, 1fr)); grid-auto-rows: minmax(0, 1fr); padding-top: 28px;
+}
+.results .grid-wrap { overflow: hidden !important; box-sizing: border-box; }
+.results .gallery-item, .results .thumbnail-item { width: 100%; height: 100%; min-height: 0; aspect-ratio: auto; }
+.results .caption-label { max-width: 100%; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.dark [role=tab][aria-selected=true] { color: #c7d2fe; }
+#history .thumbnail-item .caption-label { display: none; }
+#history:has(.preview) { min-height: 360px; }
 .thumbnails .grid-wrap { height: auto; max-height: none; min-height: 0; overflow: hidden; }
 .thumbnails .grid-container { grid-template-columns: repeat(6, minmax(0, 1fr)); padding-top: 28px; }
+.thumbnails .grid-container { grid-auto-rows: min-content; height: auto; }
 .thumbnails .thumbnail-item { width: 100%; height: auto; aspect-ratio: 1; }
 @media (max-width: 767px) {
     .thumbnails .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)); }
@@ -58,7 +70,7 @@ GENERATE = """() => {
 
 def file_drop(label: str, elem_id: str) -> gr.File:
     """Creates an upload field for an image. It accepts any file, so that the page can show its own error message."""
-    return gr.File(label=label, type="filepath", height=130, elem_id=elem_id)
+    return gr.File(label=label, type="filepath", height=155, elem_id=elem_id)
 
 
 def at_end(event: gr.events.Dependency, *args, **kwargs) -> None:
@@ -72,13 +84,9 @@ def empty_canvas() -> dict:
     return editor_value(Image.new("RGB", (CANVAS_SIDE, CANVAS_SIDE), "#e4e4e7"))
 
 
-def editor_value(background: Image.Image, mask: Image.Image | None = None) -> dict:
-    """Returns an editor value with an image to paint on, and optionally with a mask that was painted before."""
-    layers = []
-    if mask is not None:
-        layers = [Image.new("RGBA", background.size, "#ff280099")]
-        layers[0].putalpha(mask.resize(background.size, Image.Resampling.NEAREST).point(lambda value: value * 0.6))
-    return {"background": background, "layers": layers, "composite": None}
+def editor_value(background: Image.Image) -> dict:
+    """Returns an editor value with an image to paint on."""
+    return {"background": background, "layers": [], "composite": None}
 
 
 def layers(painting: dict | None) -> list[Image.Image]:
