@@ -277,17 +277,19 @@ def test_concurrent_requests_on_one_unet_do_not_affect_each_other(studio, one_th
 # sessions and options
 
 
-def test_cancel_only_affects_its_own_session():
+def test_cancel_only_affects_its_own_session_and_kind():
     sessions = Sessions()
     with (
-        sessions.generating("anna") as first,
-        sessions.generating("anna") as second,
-        sessions.generating("ben") as other,
+        sessions.generating("anna", "image") as first,
+        sessions.generating("anna", "video") as second,
+        sessions.generating("ben", "image") as other,
     ):
+        assert sessions.cancel("anna", "image") == 1
+        assert first.is_set() and not second.is_set() and not other.is_set()
         assert sessions.cancel("anna") == 2
-        assert first.is_set() and second.is_set() and not other.is_set()
+        assert second.is_set() and not other.is_set()
     assert sessions.cancel("anna") == sessions.cancel("nobody") == 0
-    with sessions.generating("anna") as later:
+    with sessions.generating("anna", "image") as later:
         assert not later.is_set()
 
 
@@ -296,7 +298,7 @@ def test_closing_a_session_removes_its_files():
     file = sessions.file("anna", "image.zip")
     file.write_bytes(b"1")
     assert sessions.file("ben", "image.zip") != file
-    with sessions.generating("anna") as event:
+    with sessions.generating("anna", "image") as event:
         sessions.close("anna")
         assert event.is_set()
     assert not file.parent.exists()

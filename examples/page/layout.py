@@ -22,11 +22,12 @@ INTRODUCTION = f"""# {TITLE}
 Upload a reference image, name one of the things in it or paint over it, and generate new images of that thing."""
 PLACE = "in the snow"
 LONGEST_HISTORY = 24
-# the prompt, until it is edited
+# the prompt, until it is edited, and whether it was
 FOLLOW = f"""(edited, prompt, ...queries) => {{
     const names = queries.map((query) => (query || "").trim()).filter((query) => query);
     const things = names.map((name) => (/^[aeiou]/i.test(name) ? "an " : "a ") + name);
-    return edited ? prompt : (things.join(" and ") || "a thing") + " {PLACE}";
+    const keep = Boolean(edited && (prompt || "").trim());
+    return [keep ? prompt : (things.join(" and ") || "a thing") + " {PLACE}", keep];
 }}"""
 
 
@@ -143,8 +144,15 @@ class Page:
         """Lets the prompt follow the queries until it is edited, and examples set it."""
         self.edited = gr.BrowserState(bool(self.args.prompt), storage_key="ssr-edited")
         given = [self.edited, self.prompt, *self.subjects.queries]
-        self.prompt.input(None, self.prompt, self.edited, js="(prompt) => prompt.trim() !== ''", **HIDDEN)
-        gr.on([query.change for query in self.subjects.queries], None, given, self.prompt, js=FOLLOW, **HIDDEN)
+        self.prompt.input(None, self.prompt, self.edited, js="() => true", **HIDDEN)
+        gr.on(
+            [query.change for query in self.subjects.queries],
+            None,
+            given,
+            [self.prompt, self.edited],
+            js=FOLLOW,
+            **HIDDEN,
+        )
         for panel in self.subjects.panels:
 
             def choose(event: gr.SelectData, panel: SubjectPanel = panel) -> dict:
@@ -153,7 +161,7 @@ class Page:
             outputs = [*panel.components, *panel.shown, panel.kept, *self.settings.defaults, self.edited]
             chosen = panel.gallery.select(choose, None, list(dict.fromkeys(outputs)), **HIDDEN)
             # also if the query did not change
-            chosen.success(None, given, self.prompt, js=FOLLOW, **HIDDEN)
+            chosen.success(None, given, [self.prompt, self.edited], js=FOLLOW, **HIDDEN)
             chosen.success(None, js=SHOW_RESULTS, **HIDDEN)
 
     def _keep_after_reload(self) -> None:
@@ -217,7 +225,7 @@ class Page:
         at_end(generating, lambda: swap(False), None, buttons, queue=False)
 
         def cancel(request: gr.Request) -> list[gr.Button]:
-            self.sessions.cancel(request.session_hash)
+            self.sessions.cancel(request.session_hash, outputs.kind)
             gr.Info("The generation was cancelled.")
             return swap(False)
 
@@ -228,7 +236,7 @@ class Page:
         """Returns the results with captions, the script, and the archive file, or `None` if cancelled."""
         progress(0, desc="Encoding")
         try:
-            with self.sessions.generating(session) as cancelled:
+            with self.sessions.generating(session, request.kind) as cancelled:
                 results = self.studio.generate(
                     request, lambda step, steps: progress((step, steps), desc="Generating"), cancelled.is_set
                 )
