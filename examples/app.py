@@ -1,9 +1,9 @@
-"""Web page to draw subjects: upload a picture, name the subject or paint over it, and draw new pictures of it.
+"""Web page: upload a reference image, name the subject or paint over it, and generate new images of it.
 
 The page uses the pocket checkpoint, or another checkpoint with its SSR-Encoder:
 
     python examples/app.py
-    python examples/app.py --checkpoint stable-diffusion-v1-5/stable-diffusion-v1-5 --ssr <owner>/<repo> --scale 0.65
+    python examples/app.py --checkpoint stable-diffusion-v1-5/stable-diffusion-v1-5 --ssr <owner>/<repo>
 """
 
 import extras  # noqa: F401  (exits with a message if the project is not installed)

@@ -31,7 +31,7 @@ CARD = """---
 
 # {title}
 
-Upload a picture, name one of the things in it or paint over it, and draw new pictures of that thing:
+Upload a reference image, name one of the things in it or paint over it, and generate new images of that thing:
 [SSR-Encoder](https://arxiv.org/abs/2312.16272) for diffusers. `python app.py` starts the page on your own machine.
 """
 
@@ -72,7 +72,7 @@ def write_space(folder: Path, arguments: list[str], models: list[str], weights: 
         app_file="app.py",
         license="apache-2.0",
         models=models,
-        short_description="Select a subject in a picture and draw new pictures of it",
+        short_description="Select a subject in an image and generate new images of it",
         colorFrom="yellow",
         colorTo="red",
     )

@@ -1,4 +1,4 @@
-"""Tests of the pictures and files that examples/app.py creates, without a browser."""
+"""Tests of the images and files that examples/app.py creates, without a browser."""
 
 import io
 import itertools
@@ -17,18 +17,18 @@ from conftest import POCKET, ROOT
 from page.checkpoints import Checkpoints
 from page.edges import find_edges, fit
 from page.painting import CANVAS_SIDE, canvas_for, painted_mask
-from page.pictures import LONGEST_SIDE, open_picture
-from page.request import DrawingRequest, SubjectChoice
-from page.script import needed_pictures, write_bundle, write_script
+from page.request import GenerationRequest, SubjectChoice
+from page.script import needed_images, write_bundle, write_script
 from page.server import parse_args, start
 from page.sessions import Sessions
 from page.studio import Cancelled, Studio
+from page.uploads import LONGEST_SIDE, from_text, open_upload, to_text
 from PIL import Image, ImageDraw
 
 
 CAT_AND_CAR = POCKET / "references" / "1_cat_car.png"
 HOUSE_AND_DOG = POCKET / "references" / "3_house_dog.png"
-FAST = {"num_inference_steps": 4, "seed": 3}
+FAST = {"num_inference_steps": 4, "seeds": (3,)}
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +36,8 @@ def studio() -> Studio:
     return Studio(Checkpoints.from_options(parse_args([])))
 
 
-def subject(query: str = "cat", picture=CAT_AND_CAR, **choice) -> SubjectChoice:
-    return SubjectChoice(picture=open_picture(picture), query=query, **choice)
+def subject(query: str = "cat", image=CAT_AND_CAR, **choice) -> SubjectChoice:
+    return SubjectChoice(image=open_upload(image), query=query, **choice)
 
 
 def half(size: tuple[int, int], right: bool) -> Image.Image:
@@ -48,14 +48,14 @@ def half(size: tuple[int, int], right: bool) -> Image.Image:
 
 
 def edges() -> Image.Image:
-    return find_edges(open_picture(HOUSE_AND_DOG), 64)
+    return find_edges(open_upload(HOUSE_AND_DOG), 64)
 
 
 REQUESTS = {
     "a query": {"prompt": "a cat in the snow", "subjects": (subject(),)},
     "a mask": {
         "prompt": "a thing",
-        "subjects": (SubjectChoice(open_picture(CAT_AND_CAR), mask=half((64, 64), True)),),
+        "subjects": (SubjectChoice(open_upload(CAT_AND_CAR), mask=half((64, 64), True)),),
     },
     "two subjects with regions and step range": {
         "prompt": "a cat and a dog",
@@ -73,11 +73,14 @@ REQUESTS = {
 }
 
 
+SEEDS = {"a query": (3, 4, 5), "edges": (3, 4)}
+
+
 def as_array(result) -> np.ndarray:
-    return np.stack([np.asarray(picture) for picture in (result if isinstance(result, list) else [result])])
+    return np.stack([np.asarray(image) for image in result])
 
 
-# pictures
+# images
 
 
 def png(size: tuple[int, int] = (32, 16), mode: str = "RGB", **save) -> bytes:
@@ -93,7 +96,7 @@ def declared(width: int, height: int) -> bytes:
 
 
 BROKEN = {
-    "text": (b"this is no picture", "cannot be decoded"),
+    "text": (b"this is no image", "cannot be decoded"),
     "empty": (b"", "cannot be decoded"),
     "truncated": (png()[:-200], "cannot be decoded: .*truncated"),
     "truncated early": (png()[:60], "cannot be decoded: .*truncated"),
@@ -110,18 +113,25 @@ def test_invalid_picture_files_raise_an_error_with_the_file_name(tmp_path, kind)
     data, reason = BROKEN[kind]
     (tmp_path / "holiday.png").write_bytes(data)
     with pytest.raises(ValueError, match=f"`holiday.png` {reason}"):
-        open_picture(tmp_path / "holiday.png")
+        open_upload(tmp_path / "holiday.png")
 
 
 def test_pictures_are_rotated_flattened_and_resized(tmp_path):
     turned = Image.Exif()
     turned[0x0112] = 6
     Image.new("RGB", (3000, 1000), "red").save(tmp_path / "wide.jpg", exif=turned)
-    picture = open_picture(tmp_path / "wide.jpg")
-    assert picture.mode == "RGB" and picture.height == LONGEST_SIDE and picture.width < picture.height
+    image = open_upload(tmp_path / "wide.jpg")
+    assert image.mode == "RGB" and image.height == LONGEST_SIDE and image.width < image.height
     Image.new("RGBA", (20, 20)).save(tmp_path / "clear.png")
-    assert np.asarray(open_picture(tmp_path / "clear.png")).min() == 255
-    assert np.array_equal(open_picture(CAT_AND_CAR), Image.open(CAT_AND_CAR).convert("RGB"))
+    assert np.asarray(open_upload(tmp_path / "clear.png")).min() == 255
+    assert np.array_equal(open_upload(CAT_AND_CAR), Image.open(CAT_AND_CAR).convert("RGB"))
+
+
+def test_the_browser_keeps_small_images_exactly_and_large_ones_in_few_bytes():
+    small = open_upload(CAT_AND_CAR)
+    assert np.array_equal(from_text(to_text(small)), small)
+    large = Image.effect_noise((1024, 1024), 60).convert("RGB")
+    assert len(to_text(large)) < 2e6 and from_text(to_text(large)).size == large.size
 
 
 # masks and edges
@@ -155,7 +165,7 @@ def test_small_pictures_are_enlarged_for_the_canvas():
 def test_edges_are_white_on_black_and_edge_maps_are_not_changed():
     found = edges()
     assert found.size == (64, 64) and set(np.unique(found)) == {0, 255} and 0.02 < np.mean(found) / 255 < 0.5
-    assert np.mean(find_edges(open_picture(HOUSE_AND_DOG), 64, 20, 40)) > np.mean(found)
+    assert np.mean(find_edges(open_upload(HOUSE_AND_DOG), 64, 20, 40)) > np.mean(found)
     assert np.array_equal(fit(found, 64), found)
 
 
@@ -164,9 +174,9 @@ def test_edges_are_white_on_black_and_edge_maps_are_not_changed():
 
 @pytest.mark.parametrize("kind", REQUESTS)
 def test_script_reproduces_the_picture_of_the_page(studio, one_thread, tmp_path, monkeypatch, kind):
-    request = DrawingRequest(**REQUESTS[kind], **FAST)
+    request = GenerationRequest(**{**REQUESTS[kind], **FAST, "seeds": SEEDS.get(kind, (3,))})
     steps = []
-    drawn = studio.draw(request, on_step=lambda *step: steps.append(step))
+    drawn = studio.generate(request, on_step=lambda *step: steps.append(step))
     assert steps == [(number, 4) for number in (1, 2, 3, 4)]
     checkpoints = studio.checkpoints if kind != "a mask" else replace(studio.checkpoints, ssr=str(POCKET))
     script = write_script(request, checkpoints, studio.dtype, studio.device)
@@ -174,22 +184,22 @@ def test_script_reproduces_the_picture_of_the_page(studio, one_thread, tmp_path,
     write_bundle(tmp_path / "it.zip", request, script)
     with zipfile.ZipFile(tmp_path / "it.zip") as archive:
         archive.extractall(tmp_path)
-        assert sorted(archive.namelist()) == sorted(["repeat.py", *needed_pictures(request)])
+        assert sorted(archive.namelist()) == sorted(["repeat.py", *needed_images(request)])
     monkeypatch.chdir(tmp_path)
     repeated = runpy.run_path("repeat.py")
-    again = repeated["frames"] if request.num_frames else repeated["image"]
+    again = repeated["frames"] if request.num_frames else repeated["images"]
     assert np.array_equal(as_array(again), as_array(drawn))
-    written = Image.open("video.gif" if request.num_frames else "picture.png")
+    written = Image.open("video.gif" if request.num_frames else f"image_{request.seeds[-1]}.png")
     assert written.size == (64, 64)
 
 
 def test_every_option_changes_the_picture(studio, one_thread):
-    """All pictures are different, so every option of the page has an effect."""
+    """All images are different, so every option of the page has an effect."""
     plain = {**REQUESTS["a query"], **FAST}
     cat = plain["subjects"][0]
     variants = [
         plain,
-        {**plain, "seed": 4},
+        {**plain, "seeds": (4,)},
         {**plain, "prompt": "a cat on the beach"},
         {**plain, "negative_prompt": "snow"},
         {**plain, "num_inference_steps": 5},
@@ -199,7 +209,7 @@ def test_every_option_changes_the_picture(studio, one_thread):
         {**plain, "subject_end": 0.5},
         {**plain, "subjects": ()},
         {**plain, "subjects": (subject("car"),)},
-        {**plain, "subjects": (subject(picture=POCKET / "references" / "6_guitar_woman_cat.png"),)},
+        {**plain, "subjects": (subject(image=POCKET / "references" / "6_guitar_woman_cat.png"),)},
         {**plain, "subjects": (subject(scale=0.5),)},
         {**plain, "subjects": (subject(mask=half((64, 64), False)),)},
         {**plain, "subjects": (subject(region=half((64, 64), False)),)},
@@ -207,27 +217,32 @@ def test_every_option_changes_the_picture(studio, one_thread):
         {**plain, "edges": edges()},
         {**plain, "edges": edges(), "controlnet_conditioning_scale": 0.5},
     ]
-    drawn = [as_array(studio.draw(DrawingRequest(**each))).astype(int) for each in variants]
+    drawn = [as_array(studio.generate(GenerationRequest(**each))).astype(int) for each in variants]
     for (first, one), (second, other) in itertools.combinations(enumerate(drawn), 2):
         assert np.abs(one - other).max() > 2, (variants[first], variants[second])
 
 
-def test_attention_map_depends_on_query_and_mask(studio):
+def test_attention_depends_on_query_and_mask(studio):
     maps = [
-        np.asarray(studio.attention_map(choice), dtype=int)
-        for choice in (subject(), subject("car"), subject("", mask=half((64, 64), False)))
+        studio.attention(choice) for choice in (subject(), subject("car"), subject("", mask=half((64, 64), False)))
     ]
-    assert all(each.shape == (64, 64, 3) for each in maps)
-    assert all(np.abs(one - other).max() > 20 for one, other in itertools.combinations(maps, 2))
+    assert all(each.shape == (64, 64) and 0 <= each.min() < each.max() <= 1 for each in maps)
+    assert all(np.abs(one - other).max() > 0.1 for one, other in itertools.combinations(maps, 2))
+
+
+def test_the_end_of_a_long_text_is_returned(studio):
+    assert studio.cut_end("a cat in the snow") == ""
+    text = "a cat in the snow " + "and on " * 20 + "a house"
+    assert studio.cut_end(text).endswith("and on a house") and studio.cut_end(text) in text
 
 
 @pytest.mark.parametrize("kind", ["a query", "edges", "video"])
 @pytest.mark.parametrize("after", [0, 2, 4])
 def test_cancellation_stops_after_the_current_step(studio, kind, after):
-    request = DrawingRequest(**REQUESTS[kind], **FAST)
+    request = GenerationRequest(**REQUESTS[kind], **FAST)
     steps = []
     with pytest.raises(Cancelled):
-        studio.draw(request, lambda step, _: steps.append(step), lambda: len(steps) >= after)
+        studio.generate(request, lambda step, _: steps.append(step), lambda: len(steps) >= after)
     assert steps == list(range(1, after + 1))
 
 
@@ -241,18 +256,20 @@ def test_cancellation_stops_after_the_current_step(studio, kind, after):
 )
 def test_invalid_requests_raise_an_error_before_the_first_step(studio, wrong, message):
     with pytest.raises(ValueError, match=message):
-        studio.draw(DrawingRequest("a cat", **wrong, **FAST), on_step=lambda *_: pytest.fail("a step was taken"))
+        studio.generate(
+            GenerationRequest("a cat", **wrong, **FAST), on_step=lambda *_: pytest.fail("a step was taken")
+        )
 
 
 def test_concurrent_requests_on_one_unet_do_not_affect_each_other(studio, one_thread):
     requests = [
-        DrawingRequest(**{**REQUESTS[kind], **FAST, "seed": seed})
+        GenerationRequest(**{**REQUESTS[kind], **FAST, "seeds": (seed,)})
         for kind, seed in itertools.product(("a query", "two subjects with regions and step range", "edges"), (1, 2))
     ]
-    alone = [as_array(studio.draw(request)) for request in requests]
-    assert studio.pipeline("picture").unet is studio.pipeline("along_edges").unet
+    alone = [as_array(studio.generate(request)) for request in requests]
+    assert studio.pipeline("image").unet is studio.pipeline("along_edges").unet
     with ThreadPoolExecutor(3) as people:
-        together = list(people.map(lambda request: as_array(studio.draw(request)), requests * 2))
+        together = list(people.map(lambda request: as_array(studio.generate(request)), requests * 2))
     for expected, drawn in zip(alone * 2, together, strict=True):
         assert np.array_equal(drawn, expected)
 
@@ -260,22 +277,28 @@ def test_concurrent_requests_on_one_unet_do_not_affect_each_other(studio, one_th
 # sessions and options
 
 
-def test_cancel_only_affects_its_own_session():
+def test_cancel_only_affects_its_own_session_and_kind():
     sessions = Sessions()
-    with sessions.drawing("anna") as first, sessions.drawing("anna") as second, sessions.drawing("ben") as other:
+    with (
+        sessions.generating("anna", "image") as first,
+        sessions.generating("anna", "video") as second,
+        sessions.generating("ben", "image") as other,
+    ):
+        assert sessions.cancel("anna", "image") == 1
+        assert first.is_set() and not second.is_set() and not other.is_set()
         assert sessions.cancel("anna") == 2
-        assert first.is_set() and second.is_set() and not other.is_set()
+        assert second.is_set() and not other.is_set()
     assert sessions.cancel("anna") == sessions.cancel("nobody") == 0
-    with sessions.drawing("anna") as later:
+    with sessions.generating("anna", "image") as later:
         assert not later.is_set()
 
 
 def test_closing_a_session_removes_its_files():
     sessions = Sessions()
-    file = sessions.file("anna", "picture.zip")
+    file = sessions.file("anna", "image.zip")
     file.write_bytes(b"1")
-    assert sessions.file("ben", "picture.zip") != file
-    with sessions.drawing("anna") as event:
+    assert sessions.file("ben", "image.zip") != file
+    with sessions.generating("anna", "image") as event:
         sessions.close("anna")
         assert event.is_set()
     assert not file.parent.exists()
@@ -298,6 +321,17 @@ def test_checkpoints_from_options():
         "a/m",
     ]
     assert Checkpoints.from_options(parse_args(given)) == Checkpoints("owner/base", "owner/ssr", "owner/canny", "a/m")
+
+
+def test_settings_and_description_depend_on_the_checkpoint(tmp_path):
+    names = ("num_inference_steps", "guidance_scale", "eta", "scale")
+    pocket, other = parse_args([]), parse_args(["--checkpoint", "owner/base", "--ssr", "owner/ssr", "--eta", "0.5"])
+    assert [getattr(pocket, name) for name in names] == [25, 3.0, 0.9, 1.0]
+    assert [getattr(other, name) for name in names] == [30, 7.5, 0.5, 0.65]
+    text = Checkpoints.from_options(pocket).describe(64)
+    assert "`pocket`" in text and "12 kinds of emoji (cat, " in text and "64 x 64" in text and str(POCKET) not in text
+    text = Checkpoints.from_options(other).describe(512)
+    assert text == "**Checkpoint:** `owner/base` with the SSR-Encoder `owner/ssr`, images of 512 x 512 pixels."
 
 
 def test_page_listens_on_loopback_by_default(monkeypatch):

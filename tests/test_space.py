@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import POCKET, make_image_encoder, make_ssr_encoder
 from page.checkpoints import Checkpoints
-from page.request import DrawingRequest, SubjectChoice
+from page.request import GenerationRequest, SubjectChoice
 from page.studio import Studio
 from PIL import Image
 from publish import assemble_space
@@ -23,7 +23,7 @@ START = """
 import sys, urllib.request
 sys.path.insert(0, ".")
 import app, diffusers_ssr, numpy, runpy
-from page.request import DrawingRequest, SubjectChoice
+from page.request import GenerationRequest, SubjectChoice
 from page.script import write_bundle, write_script
 from page.server import parse_args, start
 from PIL import Image
@@ -33,12 +33,12 @@ page = start(parse_args(app.ARGUMENTS ), wait=False)
 html = urllib.request.urlopen(page.blocks.local_url).read().decode()
 assert "SSR-Encoder" in html and "Along edges" in html and "Video" in html
 reference = Image.open("pocket/references/1_cat_car.png").convert("RGB")
-request = DrawingRequest("a cat", (SubjectChoice(reference, "cat"),), num_inference_steps=2)
-numpy.save("drawn.npy", page.studio.draw(request))
+request = GenerationRequest("a cat", (SubjectChoice(reference, "cat"),), num_inference_steps=2)
+numpy.save("image.npy", page.studio.generate(request)[0])
 write_bundle("bundle.zip", request, write_script(request, page.studio.checkpoints, page.studio.dtype, page.studio.device))
 import zipfile
 zipfile.ZipFile("bundle.zip").extractall(".")
-assert numpy.array_equal(runpy.run_path("repeat.py")["image"], numpy.load("drawn.npy"))
+assert numpy.array_equal(runpy.run_path("repeat.py")["images"][0], numpy.load("image.npy"))
 page.blocks.close(verbose=False)
 """
 
@@ -61,8 +61,8 @@ def test_a_space_can_be_started_from_its_folder(tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     here = Studio(Checkpoints(str(POCKET)))
     choice = SubjectChoice(Image.open(POCKET / "references" / "1_cat_car.png").convert("RGB"), "cat")
-    expected = here.draw(DrawingRequest("a cat", (choice,), num_inference_steps=2))
-    assert np.abs(np.load(folder / "drawn.npy").astype(int) - np.asarray(expected)).max() <= 1
+    expected = here.generate(GenerationRequest("a cat", (choice,), num_inference_steps=2))[0]
+    assert np.abs(np.load(folder / "image.npy").astype(int) - np.asarray(expected)).max() <= 1
 
 
 def test_the_card_has_the_metadata_that_the_hub_requires(tmp_path):

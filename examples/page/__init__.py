@@ -1,1 +1,1 @@
-"""The web page of examples/app.py: the layout, the drawing, and the Python script of each drawing."""
+"""The web page of examples/app.py: the layout, the generation, and the Python script of each generation."""

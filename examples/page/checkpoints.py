@@ -1,6 +1,7 @@
 """The checkpoints that the page uses."""
 
 import argparse
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,4 +31,19 @@ class Checkpoints:
             ssr=args.ssr,
             controlnet=part(args.controlnet, "controlnet"),
             motion_adapter=part(args.motion_adapter, "motion_adapter"),
+        )
+
+    def describe(self, side: int) -> str:
+        """Returns a sentence about the checkpoint for the page. What it knows is read from its `world.json`, which only
+        the pocket checkpoint has. `side` is the size of a generated image."""
+        names = [f"`{Path(name).name if Path(name).is_dir() else name}`" for name in (self.base, self.ssr) if name]
+        checkpoint = f"**Checkpoint:** {' with the SSR-Encoder '.join(names)}, images of {side} x {side} pixels."
+        file = Path(self.base) / "world.json"
+        if not file.is_file():
+            return checkpoint
+        world = json.loads(file.read_text())
+        kinds = world["categories"]
+        return (
+            f"{checkpoint} It is a small checkpoint for tests and only knows {len(kinds)} kinds of emoji"
+            f" ({', '.join(kinds)}), {', '.join(world['places'])}. From a photo, it generates an emoji."
         )

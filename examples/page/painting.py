@@ -7,12 +7,12 @@ from PIL import Image, ImageChops
 CANVAS_SIDE = 512
 
 
-def canvas_for(picture: Image.Image) -> Image.Image:
-    """Returns the picture to paint on. A small picture is enlarged, so that the brush is smaller than its pixels."""
-    ratio = CANVAS_SIDE / max(picture.size)
+def canvas_for(image: Image.Image) -> Image.Image:
+    """Returns the image to paint on. A small image is enlarged, so that the brush is smaller than its pixels."""
+    ratio = CANVAS_SIDE / max(image.size)
     if ratio <= 1:
-        return picture
-    return picture.resize(tuple(max(round(side * ratio), 1) for side in picture.size), Image.Resampling.BICUBIC)
+        return image
+    return image.resize(tuple(max(round(side * ratio), 1) for side in image.size), Image.Resampling.BICUBIC)
 
 
 def painted_mask(layers: list[Image.Image], size: tuple[int, int]) -> Image.Image | None:

@@ -1,20 +1,20 @@
-"""The requests of users to draw a picture."""
+"""The requests of users to generate an image."""
 
 from dataclasses import dataclass
 
 from PIL import Image
 
 
-PICTURE, ALONG_EDGES, VIDEO = "picture", "along_edges", "video"
+IMAGE, ALONG_EDGES, VIDEO = "image", "along_edges", "video"
 
 
 @dataclass(frozen=True, eq=False)
 class SubjectChoice:
-    """A subject: the reference picture, the query or the mask that selects the subject, the scale, and the region of
+    """A subject: the reference image, the query or the mask that selects the subject, the scale, and the region of
     the output where it can appear. Masks are white at the subject. `mask` has the size of the reference, and `region`
     has the aspect ratio of the output."""
 
-    picture: Image.Image
+    image: Image.Image
     query: str = ""
     mask: Image.Image | None = None
     scale: float = 1.0
@@ -22,14 +22,14 @@ class SubjectChoice:
 
 
 @dataclass(frozen=True, eq=False)
-class DrawingRequest:
-    """A request to draw a picture. With `edges`, an edge map of the output size, the picture follows the edges. With
+class GenerationRequest:
+    """A request to generate images, one for each seed. With `edges`, an edge map of the output size, the image follows the edges. With
     `num_frames`, the request is for a video."""
 
     prompt: str
     subjects: tuple[SubjectChoice, ...] = ()
     negative_prompt: str = ""
-    seed: int = 0
+    seeds: tuple[int, ...] = (0,)
     num_inference_steps: int = 25
     guidance_scale: float = 3.0
     eta: float = 0.9
@@ -41,14 +41,16 @@ class DrawingRequest:
 
     @property
     def kind(self) -> str:
-        """The kind of pipeline that draws the request."""
+        """The kind of pipeline that generates the request."""
         if self.edges is not None:
             return ALONG_EDGES
-        return PICTURE if self.num_frames is None else VIDEO
+        return IMAGE if self.num_frames is None else VIDEO
 
     def call_arguments(self) -> dict:
         """Returns the number and string arguments of the pipeline call, without those that have no effect."""
         arguments = {"prompt": self.prompt}
+        if len(self.seeds) > 1:
+            arguments["num_images_per_prompt"] = len(self.seeds)
         if self.negative_prompt:
             arguments["negative_prompt"] = self.negative_prompt
         arguments |= {

@@ -1,4 +1,4 @@
-"""Writes Python scripts that repeat a drawing of the page."""
+"""Writes Python scripts that repeat a generation of the page."""
 
 import json
 import zipfile
@@ -8,41 +8,41 @@ import torch
 from PIL import Image
 
 from .checkpoints import Checkpoints
-from .request import ALONG_EDGES, PICTURE, VIDEO, DrawingRequest, SubjectChoice
+from .request import ALONG_EDGES, IMAGE, VIDEO, GenerationRequest, SubjectChoice
 
 
 FRAMES_PER_SECOND = 8
 CLASSES = {
-    PICTURE: ["StableDiffusionSSRPipeline"],
+    IMAGE: ["StableDiffusionSSRPipeline"],
     ALONG_EDGES: ["StableDiffusionSSRControlNetPipeline", "StableDiffusionSSRPipeline"],
     VIDEO: ["AnimateDiffSSRPipeline", "StableDiffusionSSRPipeline"],
 }
 
 
-def needed_pictures(request: DrawingRequest) -> dict[str, Image.Image]:
-    """Returns the pictures that the script opens, by file name."""
-    pictures = {"edges.png": request.edges}
+def needed_images(request: GenerationRequest) -> dict[str, Image.Image]:
+    """Returns the images that the script opens, by file name."""
+    images = {"edges.png": request.edges}
     for number, choice in enumerate(request.subjects, start=1):
-        pictures[f"subject_{number}.png"] = choice.picture
-        pictures[f"subject_{number}_mask.png"] = choice.mask
-        pictures[f"subject_{number}_region.png"] = choice.region
-    return {name: picture for name, picture in pictures.items() if picture is not None}
+        images[f"subject_{number}.png"] = choice.image
+        images[f"subject_{number}_mask.png"] = choice.mask
+        images[f"subject_{number}_region.png"] = choice.region
+    return {name: image for name, image in images.items() if image is not None}
 
 
 def write_script(
-    request: DrawingRequest, checkpoints: Checkpoints, dtype: torch.dtype, device: torch.device | str
+    request: GenerationRequest, checkpoints: Checkpoints, dtype: torch.dtype, device: torch.device | str
 ) -> str:
     """
-    Returns a script that draws the same picture again. The pictures of `needed_pictures` have to be in the folder that
+    Returns a script that generates the same images again. The images of `needed_images` have to be in the folder that
     the script runs in.
 
     Args:
-        request ([`DrawingRequest`]):
-            The request that was drawn.
+        request ([`GenerationRequest`]):
+            The request that was generated.
         checkpoints ([`Checkpoints`]):
             The checkpoints that were used.
         dtype (`torch.dtype`), device (`torch.device` or `str`):
-            Precision and device of the models. With other values, the picture is slightly different.
+            Precision and device of the models. With other values, the images are slightly different.
 
     Returns:
         `str`, the source code of the script.
@@ -61,7 +61,7 @@ def text(value: str) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _imports(request: DrawingRequest) -> str:
+def _imports(request: GenerationRequest) -> str:
     diffusers = {
         ALONG_EDGES: "from diffusers import ControlNetModel\n",
         VIDEO: "from diffusers import MotionAdapter\n",
@@ -70,11 +70,13 @@ def _imports(request: DrawingRequest) -> str:
     if request.kind == VIDEO:
         lines += "from diffusers.utils import export_to_gif\n"
     lines += f"from diffusers_ssr import {', '.join(CLASSES[request.kind])}\n"
-    names = needed_pictures(request)
+    names = needed_images(request)
     return lines + (f"from PIL import Image  # to open {', '.join(names)}\n" if names else "")
 
 
-def _loading(request: DrawingRequest, checkpoints: Checkpoints, dtype: torch.dtype, device: torch.device | str) -> str:
+def _loading(
+    request: GenerationRequest, checkpoints: Checkpoints, dtype: torch.dtype, device: torch.device | str
+) -> str:
     lines = (
         "pipe = StableDiffusionSSRPipeline.from_pretrained(\n"
         f"    {text(checkpoints.base)}, trust_remote_code=True, dtype={dtype}\n"
@@ -108,7 +110,7 @@ def _subject(number: int, choice: SubjectChoice) -> str:
     return f"{name} = pipe.encode_subject({', '.join(arguments)})\n{name} = {name}{changes}\n"
 
 
-def _call(request: DrawingRequest) -> str:
+def _call(request: GenerationRequest) -> str:
     arguments = {
         name: text(value) if isinstance(value, str) else repr(value)
         for name, value in request.call_arguments().items()
@@ -117,17 +119,20 @@ def _call(request: DrawingRequest) -> str:
         arguments["subject"] = " + ".join(f"subject_{number}" for number in range(1, len(request.subjects) + 1))
     if request.edges is not None:
         arguments["image"] = 'Image.open("edges.png")'
-    arguments["generator"] = f"torch.Generator().manual_seed({request.seed})"
+    seeds = ", ".join(map(str, request.seeds))
+    arguments["generator"] = f"[torch.Generator().manual_seed(seed) for seed in [{seeds}]]"
     call = "pipe(\n" + "".join(f"    {name}={value},\n" for name, value in arguments.items()) + ")"
     if request.kind == VIDEO:
         return f'frames = {call}.frames[0]\nexport_to_gif(frames, "video.gif", fps={FRAMES_PER_SECOND})\n'
-    return f'image = {call}.images[0]\nimage.save("picture.png")\n'
+    return (
+        f'images = {call}.images\nfor seed, image in zip([{seeds}], images):\n    image.save(f"image_{{seed}}.png")\n'
+    )
 
 
-def write_bundle(file: Path, request: DrawingRequest, script: str) -> None:
-    """Writes the script and the pictures that it opens to a zip archive."""
+def write_bundle(file: Path, request: GenerationRequest, script: str) -> None:
+    """Writes the script and the images that it opens to a zip archive."""
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("repeat.py", script)
-        for name, picture in needed_pictures(request).items():
+        for name, image in needed_images(request).items():
             with archive.open(name, "w") as entry:
-                picture.save(entry, format="PNG")
+                image.save(entry, format="PNG")

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Sequence
 
 from command_line import make_parser, port, positive
-from drawing import call_options, check_model, check_source
+from drawing import SD15_SETTINGS, call_options, check_model, check_source, default_settings
 
 
 LARGEST_FILE = "32mb"
@@ -16,7 +16,9 @@ NEEDS = 'The page needs Gradio: pip install -e ".[app]"'
 def parse_args(arguments: Sequence[str] | None = None, description: str | None = __doc__) -> argparse.Namespace:
     parser = make_parser(description, epilog=NEEDS)
     call_options(parser)
-    parser.add_argument("--prompt", default="a cat in the snow", help="the first prompt")
+    # these depend on the checkpoint, and the seed is random
+    parser.set_defaults(**dict.fromkeys(SD15_SETTINGS), seed=None)
+    parser.add_argument("--prompt", help="the first prompt; default: one that follows the queries")
     parser.add_argument("--ssr", help="the SSR-Encoder, if --checkpoint is only a base model")
     parser.add_argument(
         "--controlnet", help="a ControlNet that follows edges; default: that of the checkpoint, if it has one"
@@ -24,7 +26,7 @@ def parse_args(arguments: Sequence[str] | None = None, description: str | None =
     parser.add_argument(
         "--motion_adapter", help="a motion adapter for videos; default: that of the checkpoint, if it has one"
     )
-    parser.add_argument("--max_subjects", type=positive, default=3, help="how many subjects a picture may have")
+    parser.add_argument("--max_subjects", type=positive, default=3, help="how many subjects an image may have")
     parser.add_argument("--max_frames", type=positive, default=16, help="how many frames a video may have")
     parser.add_argument(
         "--concurrency", type=positive, default=2, help="how many requests run at once; others wait in a queue"
@@ -37,7 +39,11 @@ def parse_args(arguments: Sequence[str] | None = None, description: str | None =
         "--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), help="address to listen on"
     )
     parser.add_argument("--port", type=port, help="port; default: the first free one from 7860")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    for name, value in default_settings(args.checkpoint).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
 
 
 def main(arguments: Sequence[str] | None = None, description: str | None = __doc__) -> None:
@@ -65,7 +71,7 @@ def start(args: argparse.Namespace, wait: bool = True) -> "Page":  # noqa: F821
     from .checkpoints import Checkpoints
     from .layout import Page
     from .studio import Studio
-    from .widgets import CSS
+    from .widgets import CSS, THEME
 
     # the studio loads these models when they are used first
     for model_class, option in ((ControlNetModel, "controlnet"), (MotionAdapter, "motion_adapter")):
@@ -77,6 +83,7 @@ def start(args: argparse.Namespace, wait: bool = True) -> "Page":  # noqa: F821
         server_name=args.host,
         server_port=args.port,
         css=CSS,
+        theme=THEME,
         footer_links=[],
         max_file_size=LARGEST_FILE,
         ssr_mode=False,  # server-side rendering of Gradio, which needs Node

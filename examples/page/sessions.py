@@ -1,4 +1,4 @@
-"""The state of each session: the running drawings, which can be cancelled, and a folder for files."""
+"""The state of each session: the running generations, which can be cancelled, and a folder for files."""
 
 import shutil
 import threading
@@ -13,27 +13,28 @@ class Sessions:
 
     def __init__(self):
         self._lock = threading.Lock()
-        self._running: dict[str, set[threading.Event]] = {}
+        self._running: dict[str, dict[threading.Event, str]] = {}
         self._folder = TemporaryDirectory(prefix="ssr-page-")
 
     @contextmanager
-    def drawing(self, session: str) -> Iterator[threading.Event]:
-        """Registers a running drawing inside the context. Yields an event that is set when the drawing has to stop."""
+    def generating(self, session: str, kind: str) -> Iterator[threading.Event]:
+        """Registers a running generation inside the context. Yields an event that is set when the generation has to stop."""
         event = threading.Event()
         with self._lock:
-            self._running.setdefault(session, set()).add(event)
+            self._running.setdefault(session, {})[event] = kind
         try:
             yield event
         finally:
             with self._lock:
-                self._running[session].discard(event)
+                del self._running[session][event]
                 if not self._running[session]:
                     del self._running[session]
 
-    def cancel(self, session: str) -> int:
-        """Stops the running drawings of a session and returns their number."""
+    def cancel(self, session: str, kind: str | None = None) -> int:
+        """Stops the running generations of a session, or only those of a kind, and returns their number."""
         with self._lock:
-            events = list(self._running.get(session, ()))
+            running = self._running.get(session, {})
+            events = [event for event, other in running.items() if kind in (None, other)]
         for event in events:
             event.set()
         return len(events)
@@ -45,6 +46,6 @@ class Sessions:
         return folder / name
 
     def close(self, session: str) -> None:
-        """Stops the drawings of a session and deletes its files, after its browser tab was closed."""
+        """Stops the generations of a session and deletes its files, after its browser tab was closed."""
         self.cancel(session)
         shutil.rmtree(Path(self._folder.name) / session, ignore_errors=True)

@@ -1,8 +1,10 @@
-"""Draws the requests of users with pipelines for pictures, ControlNet and video that share one SSR-Encoder."""
+"""Generates the requests of users with pipelines for images, ControlNet and video that share one SSR-Encoder."""
 
+import copy
 import threading
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from diffusers import ControlNetModel, DiffusionPipeline, MotionAdapter
 from diffusers_ssr import (
@@ -15,17 +17,17 @@ from drawing import load_pipeline
 from PIL import Image
 
 from .checkpoints import Checkpoints
-from .request import ALONG_EDGES, PICTURE, VIDEO, DrawingRequest, SubjectChoice
+from .request import ALONG_EDGES, IMAGE, VIDEO, GenerationRequest, SubjectChoice
 
 
 class Cancelled(Exception):
-    """The drawing was cancelled."""
+    """The generation was cancelled."""
 
 
 class Studio:
     """
-    Draws pictures and videos. It can be used by several threads at the same time. The models are loaded once. The
-    pipelines for pictures and ControlNet share one UNet. The UNet for video is created for the first video.
+    Generates images and videos. It can be used by several threads at the same time. The models are loaded once. The
+    pipelines for images and ControlNet share one UNet. The UNet for video is created for the first video.
 
     Args:
         checkpoints ([`Checkpoints`]):
@@ -37,20 +39,22 @@ class Studio:
         self._loading = threading.Lock()
         loaded = load_pipeline(checkpoints.base, checkpoints.ssr)
         # `custom_pipeline` imports a copy of the code, and all pipelines that share the UNet must use the same copy
-        self._pipelines: dict[str, DiffusionPipeline] = {PICTURE: StableDiffusionSSRPipeline.from_pipe(loaded)}
+        # counting tokens changes the truncation of a tokenizer, so the pipelines need another one
+        self._tokenizer = copy.deepcopy(loaded.tokenizer)
+        self._pipelines: dict[str, DiffusionPipeline] = {IMAGE: StableDiffusionSSRPipeline.from_pipe(loaded)}
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._pipelines[PICTURE].unet.dtype
+        return self._pipelines[IMAGE].unet.dtype
 
     @property
     def device(self) -> torch.device:
-        return self._pipelines[PICTURE].device
+        return self._pipelines[IMAGE].device
 
     @property
     def side(self) -> int:
-        """Height and width of a drawn picture in pixels."""
-        pipe = self._pipelines[PICTURE]
+        """Height and width of a generated image in pixels."""
+        pipe = self._pipelines[IMAGE]
         return pipe.unet.config.sample_size * pipe.vae_scale_factor
 
     def pipeline(self, kind: str) -> DiffusionPipeline:
@@ -67,40 +71,45 @@ class Studio:
 
     def _with_controlnet(self) -> DiffusionPipeline:
         controlnet = ControlNetModel.from_pretrained(self.checkpoints.controlnet, dtype=self.dtype).to(self.device)
-        return StableDiffusionSSRControlNetPipeline.from_pipe(self._pipelines[PICTURE], controlnet=controlnet)
+        return StableDiffusionSSRControlNetPipeline.from_pipe(self._pipelines[IMAGE], controlnet=controlnet)
 
     def _with_motion(self) -> DiffusionPipeline:
         adapter = MotionAdapter.from_pretrained(self.checkpoints.motion_adapter, dtype=self.dtype)
-        pipe = AnimateDiffSSRPipeline.from_pipe(self._pipelines[PICTURE], motion_adapter=adapter)
+        pipe = AnimateDiffSSRPipeline.from_pipe(self._pipelines[IMAGE], motion_adapter=adapter)
         return pipe.to(self.device)
 
-    def attention_map(self, choice: SubjectChoice) -> Image.Image:
-        """Returns the reference with the attention of the query or the mask as a red overlay."""
-        pipe = self.pipeline(PICTURE)
-        return pipe.subject_attention_map(choice.picture, query=choice.query or None, mask=choice.mask).overlay()
+    def attention(self, choice: SubjectChoice) -> np.ndarray:
+        """Returns where the query or the mask finds the subject, from 0 to 1 for each pixel of the reference image."""
+        pipe = self.pipeline(IMAGE)
+        return pipe.subject_attention_map(choice.image, query=choice.query or None, mask=choice.mask).heat
 
-    def draw(
+    def cut_end(self, text: str) -> str:
+        """Returns the end of a prompt or query that the text encoder does not see, because it is too long."""
+        tokens = self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return self._pipelines[IMAGE].tokenizer.decode(tokens[self._tokenizer.model_max_length - 2 :]).strip()
+
+    def generate(
         self,
-        request: DrawingRequest,
+        request: GenerationRequest,
         on_step: Callable[[int, int], None] = lambda step, steps: None,
         cancelled: Callable[[], bool] = lambda: False,
-    ) -> Image.Image | list[Image.Image]:
+    ) -> list[Image.Image]:
         """
-        Draws a picture, or the frames of a video.
+        Generates an image for each seed, or the frames of a video.
 
         Args:
-            request ([`DrawingRequest`]):
-                The request to draw.
+            request ([`GenerationRequest`]):
+                The request to generate.
             on_step (`Callable`, *optional*):
                 Called after each step with the number of the step, starting at 1, and the total number of steps.
             cancelled (`Callable`, *optional*):
-                Called after each step. The drawing stops if it returns `True`.
+                Called after each step. The generation stops if it returns `True`.
 
         Returns:
-            `PIL.Image.Image` or `list[PIL.Image.Image]`.
+            `list[PIL.Image.Image]`.
 
         Raises:
-            [`Cancelled`]: if the drawing was cancelled. `ValueError`: if the request is invalid.
+            [`Cancelled`]: if the generation was cancelled. `ValueError`: if the request is invalid.
         """
 
         def after_step(pipe: DiffusionPipeline, step: int, timestep, tensors: dict) -> dict:
@@ -117,19 +126,19 @@ class Studio:
             arguments["image"] = request.edges
         if cancelled():
             raise Cancelled
-        generator = torch.Generator().manual_seed(request.seed)
+        generator = [torch.Generator().manual_seed(seed) for seed in request.seeds]
         output = pipe(**arguments, generator=generator, callback_on_step_end=after_step)
         if cancelled():
             raise Cancelled
-        return output.frames[0] if request.kind == VIDEO else output.images[0]
+        return output.frames[0] if request.kind == VIDEO else output.images
 
 
 def encode(pipe: DiffusionPipeline, choices: tuple[SubjectChoice, ...]) -> SubjectEmbeds:
-    """Encodes all subjects and combines them to draw them in one picture."""
+    """Encodes all subjects and combines them to generate them in one image."""
     together = None
     for number, choice in enumerate(choices, start=1):
         try:
-            subject = pipe.encode_subject(choice.picture, query=choice.query or None, mask=choice.mask)
+            subject = pipe.encode_subject(choice.image, query=choice.query or None, mask=choice.mask)
         except ValueError as error:
             raise ValueError(f"Subject {number}: {error}") from error
         subject = subject.scaled(choice.scale)

@@ -5,20 +5,21 @@ import json
 from pathlib import Path
 
 import gradio as gr
+import numpy as np
 from PIL import Image
 
 from .messages import messages
 from .painting import CANVAS_SIDE, canvas_for, painted_mask
-from .pictures import open_picture
 from .request import SubjectChoice
 from .studio import Studio
-from .widgets import DAY, HIDDEN, PAINT, SHOW, empty_after, empty_canvas, file_drop, layers
+from .uploads import from_text, open_upload, to_text
+from .widgets import DAY, GENERATE, HIDDEN, PAINT, SHOW_RESULTS, at_end, editor_value, empty_canvas, file_drop, layers
 
 
 class SubjectPanel:
     """
-    Panel for a reference picture, the query or painted mask that selects a subject in the picture, the scale of the
-    subject, and its region in the new picture.
+    Panel for a reference image, the query or painted mask that selects a subject in the image, the scale of the
+    subject, and its region in the new image.
 
     Args:
         studio ([`Studio`]):
@@ -32,131 +33,142 @@ class SubjectPanel:
     def __init__(self, studio: Studio, args: argparse.Namespace, number: int):
         self.studio = studio
         self.number = number
-        self.samples = _samples(Path(studio.checkpoints.ssr or studio.checkpoints.base) / "references")
-        # the picture is stored separately, because the canvas of the editor can be larger than the picture
-        self.picture = gr.State(time_to_live=DAY)
-        file = file_drop("Reference picture", f"file-{number}")
-        examples = self._examples(number)
+        self.usual_scale = args.scale
+        self.examples = _examples(Path(studio.checkpoints.ssr or studio.checkpoints.base) / "references")
+        # the image is stored separately, because the canvas of the editor can be larger than the image
+        self.image = gr.State(time_to_live=DAY)
+        self.kept = gr.BrowserState(storage_key=f"ssr-subject-{number}")
+        with gr.Accordion("Reference image", elem_id=f"choose-{number}") as choose:
+            file = file_drop("Upload a reference image", f"file-{number}")
+            self.gallery = gr.Gallery(
+                [(file, query) for file, query in self.examples],
+                label="Or choose an example",
+                visible=bool(self.examples),
+                columns=6,
+                height="auto",
+                allow_preview=False,
+                interactive=False,
+                buttons=[],
+                elem_id=f"examples-{number}",
+                elem_classes="thumbnails",
+            )
         self.painting = gr.ImageEditor(
-            label="Paint over the subject",
+            label="Paint over it (optional)",
             visible=False,
-            height=400,
+            height=330,
             elem_id=f"painting-{number}",
             **PAINT,
         )
         self.query = gr.Textbox(
-            label="Name the subject (optional with a mask)", placeholder="cat", max_lines=1, elem_id=f"query-{number}"
+            value="",
+            label="Name of the subject",
+            info="What to take from the reference image, in a word. Better with a name, also if you paint over it",
+            max_lines=1,
+            elem_id=f"query-{number}",
         )
-        look = gr.Button("Show the attention map", size="sm", elem_id=f"look-{number}")
-        self.heat = gr.Image(
-            label="Attention map (red: high)", visible=False, height=260, elem_id=f"heat-{number}", **SHOW
-        )
-        self.scale = gr.Slider(0, 1.5, args.scale, step=0.05, label="Subject scale", elem_id=f"scale-{number}")
-        with gr.Accordion("Region in the new picture", open=False, elem_id=f"place-{number}"):
-            gr.Markdown("Paint where the subject can appear. Without paint, it can appear anywhere.")
-            self.region = gr.ImageEditor(
-                value=empty_canvas(), show_label=False, height=340, elem_id=f"region-{number}", **PAINT
+        with gr.Accordion("Scale and region", open=False, elem_id=f"place-{number}"):
+            self.scale = gr.Slider(
+                0,
+                1.5,
+                args.scale,
+                step=0.05,
+                label="Subject scale",
+                info=f"Usual: {args.scale:g}. A higher scale follows the reference more, and the prompt less",
+                elem_id=f"scale-{number}",
             )
-        self.components = {self.picture, self.painting, self.query, self.scale, self.region}
+            self.region = gr.ImageEditor(
+                value=empty_canvas(),
+                label="Region: paint where the subject can appear. Without paint, anywhere",
+                height=340,
+                elem_id=f"region-{number}",
+                **PAINT,
+            )
+        self.components = [self.image, self.painting, self.query, self.scale, self.region]
+        self.shown = [self.image, self.painting, choose]
 
-        shown = [self.picture, self.painting, self.heat]
-        opened = file.upload(self._open, file, shown, **HIDDEN)
-        empty_after(opened, file)
-        self.painting.clear(self._clear, None, shown, **HIDDEN)
-        events = [look.click, self.query.submit]
-        if examples is not None:
-            opened = examples.click(self._open_sample, examples, [*shown, self.query], **HIDDEN)
-            events.append(opened.success)
-        for event in events:
-            event(self._look, self.components, self.heat, **HIDDEN)
+        opened = file.upload(self._open, file, [*self.shown, self.kept], **HIDDEN)
+        at_end(opened, lambda: None, None, file)  # another file can be uploaded
+        opened.success(None, js=SHOW_RESULTS, **HIDDEN)
+        self.painting.clear(self._clear, None, [*self.shown, self.kept], **HIDDEN)
+        self.query.submit(None, js=GENERATE, **HIDDEN)
 
     def read(self, values: dict) -> SubjectChoice | None:
-        """Returns the subject that was chosen in the components, or `None` if there is no picture. Raises a `ValueError`
-        if there is a query or a region without a picture."""
-        picture = values[self.picture]
+        """Returns the subject that was chosen in the components, or `None` if the panel was not used. Raises a
+        `ValueError` if the reference image is missing, or both the name and the mask."""
+        image = values[self.image]
         query = (values[self.query] or "").strip()  # a tab that was not opened yet has no value
-        if picture is None:
-            region = painted_mask(layers(values[self.region]), (CANVAS_SIDE, CANVAS_SIDE))
+        region = painted_mask(layers(values[self.region]), (CANVAS_SIDE, CANVAS_SIDE))
+        if image is None:
             if query or region is not None:
-                raise ValueError(f"Subject {self.number} has a name or a region, but no reference picture.")
+                field = "name" if query else "region"
+                raise ValueError(f"Subject {self.number} has a {field}, but no reference image: upload one.")
             return None
-        return SubjectChoice(
-            picture=picture,
-            query=query,
-            mask=painted_mask(layers(values[self.painting]), picture.size),
-            scale=values[self.scale],
-            region=painted_mask(layers(values[self.region]), (CANVAS_SIDE, CANVAS_SIDE)),
-        )
-
-    def _examples(self, number: int) -> gr.Dataset | None:
-        if not self.samples:
-            return None
-        return gr.Dataset(
-            components=[gr.Image(render=False, type="filepath")],
-            samples=[[file] for file, _ in self.samples],
-            type="index",
-            label="Example pictures",
-            elem_id=f"examples-{number}",
-        )
+        mask = painted_mask(layers(values[self.painting]), image.size)
+        if not query and mask is None:
+            raise ValueError(f"Which subject is meant in reference image {self.number}? Name it, or paint over it.")
+        return SubjectChoice(image, query, mask, values[self.scale], region)
 
     @messages()
     def _open(self, file: str) -> tuple:
-        return self._shown(open_picture(file))
+        image = open_upload(file)
+        return *self._show(image), to_text(image)
 
     @messages()
-    def _open_sample(self, index: int) -> tuple:
-        file, query = self.samples[index]
-        return *self._shown(open_picture(file)), query
+    def open_example(self, index: int) -> dict:
+        """Returns the new values of the components for an example."""
+        file, query = self.examples[index]
+        image = open_upload(file)
+        values = [*self._show(image), to_text(image), query, self.usual_scale, empty_canvas()]
+        return dict(zip([*self.shown, self.kept, self.query, self.scale, self.region], values, strict=True))
 
-    def _shown(self, picture: Image.Image) -> tuple:
-        painting = {"background": canvas_for(picture), "layers": [], "composite": None}
-        return picture, gr.ImageEditor(value=painting, visible=True), gr.Image(value=None, visible=False)
+    def _show(self, image: Image.Image) -> tuple:
+        painting = gr.ImageEditor(editor_value(canvas_for(image)), visible=True)
+        return image, painting, gr.Accordion("Another reference image", open=False)
 
     def _clear(self) -> tuple:
-        return None, gr.ImageEditor(visible=False), gr.Image(value=None, visible=False)
+        return None, gr.ImageEditor(visible=False), gr.Accordion("Reference image", open=True), None
 
-    @messages()
-    def _look(self, values: dict) -> gr.Image:
-        if values[self.picture] is None:
-            raise ValueError(f"Subject {self.number}: there is no reference picture yet.")
-        return self.look(values)
+    def restore(self, kept: str | None) -> dict:
+        """Returns the values of the components after a reload."""
+        return {} if kept is None else dict(zip(self.shown, self._show(from_text(kept)), strict=True))
 
-    def look(self, values: dict) -> gr.Image | dict:
-        """Returns the attention map, or no update if there is no picture."""
-        choice = self.read(values)
-        if choice is None:
-            return gr.skip()
-        try:
-            return gr.Image(value=self.studio.attention_map(choice), visible=True)
-        except ValueError as error:
-            raise ValueError(f"Subject {self.number}: {error}") from error
+    def attention(self, choice: SubjectChoice) -> gr.AnnotatedImage:
+        """Returns the gray reference image with the attention of the query and the mask over it."""
+        canvas = canvas_for(choice.image).convert("L").point(lambda value: 90 + value * 0.6).convert("RGB")
+        layers = []
+        if choice.query:
+            heat = Image.fromarray(self.studio.attention(choice).astype(np.float32))
+            heat = np.asarray(heat.resize(canvas.size, Image.Resampling.BILINEAR))
+            layers.append((heat, "attention of the name (faint: little, red: much)"))
+        if choice.mask is not None:
+            layers.append((np.asarray(choice.mask.resize(canvas.size)) / 255 * 0.6, "mask"))
+        return gr.AnnotatedImage((canvas, layers), visible=True, label=f"Subject {self.number}")
 
 
 class SubjectPanels:
     """Tabs with a panel for each subject."""
 
     def __init__(self, studio: Studio, args: argparse.Namespace):
-        self.panels = []
+        self.panels: list[SubjectPanel] = []
         with gr.Tabs():
             for number in range(1, args.max_subjects + 1):
                 with gr.Tab(f"Subject {number}"):
                     self.panels.append(SubjectPanel(studio, args, number))
-        self.components = {component for panel in self.panels for component in panel.components}
-        self.heats = [panel.heat for panel in self.panels]
+        self.components = [component for panel in self.panels for component in panel.components]
+        self.queries = [panel.query for panel in self.panels]
 
     def read(self, values: dict) -> dict:
-        """Returns the values of the panels as arguments of a `DrawingRequest`."""
-        choices = (panel.read(values) for panel in self.panels)
-        return {"subjects": tuple(choice for choice in choices if choice is not None)}
+        """Returns the values of the panels as arguments of a `GenerationRequest`. Raises a `ValueError` if there is no
+        subject."""
+        choices = tuple(choice for choice in (panel.read(values) for panel in self.panels) if choice is not None)
+        if not choices:
+            raise ValueError("There is no reference image yet: upload one, or choose an example.")
+        return {"subjects": choices}
 
-    def look(self, values: dict) -> list:
-        """Returns the attention maps of all panels, which are the new values of `heats`."""
-        return [panel.look(values) for panel in self.panels]
 
-
-def _samples(folder: Path) -> list[tuple[str, str]]:
-    """Returns the paths of the reference pictures of a checkpoint, each with its first query."""
+def _examples(folder: Path) -> list[tuple[str, str]]:
+    """Returns the reference images of a checkpoint, each with one of its queries."""
     listed = folder / "queries.json"
     if not listed.is_file():
         return []
-    return [(str(folder / name), queries[0]) for name, queries in json.loads(listed.read_text()).items()]
+    return [(str(folder / name), queries[-1]) for name, queries in json.loads(listed.read_text()).items()]

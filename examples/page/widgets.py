@@ -1,4 +1,4 @@
-"""Components and event options that several parts of the page share."""
+"""The theme, and components and event options that several parts of the page share."""
 
 import gradio as gr
 from PIL import Image
@@ -8,10 +8,9 @@ from .painting import CANVAS_SIDE
 
 DAY = 86400  # seconds
 
-SHOW = {"interactive": False, "format": "png", "elem_classes": "drawn", "buttons": ["download", "fullscreen"]}
 PAINT = {
     "type": "pil",
-    # pictures are uploaded with `file_drop`, because the editor accepts other files without an error message
+    # images are uploaded with `file_drop`, because the editor accepts other files without an error message
     "sources": (),
     "transforms": (),
     "layers": False,
@@ -21,25 +20,73 @@ PAINT = {
 # events are hidden in the API that Gradio generates
 HIDDEN = {"api_visibility": "private"}
 
+# some colours of the default theme have less contrast than the 4.5:1 that WCAG requires
+THEME = gr.themes.Default(primary_hue="indigo").set(
+    color_accent="*primary_600",
+    button_primary_background_fill="*primary_600",
+    button_primary_background_fill_hover="*primary_700",
+    button_primary_background_fill_dark="*primary_600",
+    button_primary_background_fill_hover_dark="*primary_700",
+    body_text_color_subdued="*neutral_600",
+    body_text_color_subdued_dark="*neutral_300",
+    block_info_text_color="*neutral_600",
+    block_info_text_color_dark="*neutral_300",
+    block_label_text_color="*neutral_700",
+    block_title_text_color="*neutral_700",
+    input_placeholder_color="*neutral_600",
+    input_placeholder_color_dark="*neutral_300",
+)
 CSS = """
-.drawn img { width: 100%; object-fit: contain; }
+.results .grid-wrap, .results .grid-container { height: 100% !important; max-height: none; }
+.results .grid-container {
+    grid-template-columns: repeat(auto-fit, minmax(40%, 1fr)); grid-auto-rows: minmax(0, 1fr); padding-top: 28px;
+}
+.results .grid-wrap { overflow: hidden !important; box-sizing: border-box; }
+.results .gallery-item, .results .thumbnail-item { width: 100%; height: 100%; min-height: 0; aspect-ratio: auto; }
+.results .caption-label { max-width: 100%; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.dark [role=tab][aria-selected=true] { color: #c7d2fe; }
+#history .thumbnail-item .caption-label { display: none; }
+#history:has(.preview) { min-height: 360px; }
+.thumbnails .grid-wrap { height: auto; max-height: none; min-height: 0; overflow: hidden; }
+.thumbnails .grid-container { grid-template-columns: repeat(6, minmax(0, 1fr)); padding-top: 28px; }
+.thumbnails .grid-container { grid-auto-rows: min-content; height: auto; }
+.thumbnails .thumbnail-item { width: 100%; height: auto; aspect-ratio: 1; }
+@media (max-width: 767px) {
+    .thumbnails .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)); }
+    .results { height: 300px !important; }
+}
 """
+
+# scrolls on a phone, where the results are below the reference image
+SHOW_RESULTS = """() => setTimeout(() => {
+    const results = [...document.querySelectorAll(".results")].find((element) => element.offsetParent);
+    if (window.innerWidth < 768) results?.scrollIntoView({block: "end"});
+}, 400)"""
+# Enter presses the button of the tab that is open
+GENERATE = """() => {
+    [...document.querySelectorAll("button.generate")].find((button) => button.offsetParent)?.click();
+}"""
 
 
 def file_drop(label: str, elem_id: str) -> gr.File:
-    """Creates an upload field for a picture. It accepts any file, so that the page can show its own error message."""
-    return gr.File(label=label, type="filepath", height=130, elem_id=elem_id)
+    """Creates an upload field for an image. It accepts any file, so that the page can show its own error message."""
+    return gr.File(label=label, type="filepath", height=155, elem_id=elem_id)
 
 
-def empty_after(opened: gr.events.Dependency, file: gr.File) -> None:
-    """Clears an upload field after its file was opened or rejected, so that another file can be uploaded."""
-    for event in (opened.success, opened.failure):  # `then` is not triggered after an error
-        event(lambda: None, None, file, **HIDDEN)
+def at_end(event: gr.events.Dependency, *args, **kwargs) -> None:
+    """Adds a listener for the end of an event, also after an error, when `then` is not triggered."""
+    for end in (event.success, event.failure):
+        end(*args, **HIDDEN, **kwargs)
 
 
 def empty_canvas() -> dict:
-    """Returns an editor value with a gray canvas that has the aspect ratio of a drawn picture."""
-    return {"background": Image.new("RGB", (CANVAS_SIDE, CANVAS_SIDE), "#e4e4e7"), "layers": [], "composite": None}
+    """Returns an editor value with a gray canvas that has the aspect ratio of a generated image."""
+    return editor_value(Image.new("RGB", (CANVAS_SIDE, CANVAS_SIDE), "#e4e4e7"))
+
+
+def editor_value(background: Image.Image) -> dict:
+    """Returns an editor value with an image to paint on."""
+    return {"background": background, "layers": [], "composite": None}
 
 
 def layers(painting: dict | None) -> list[Image.Image]:

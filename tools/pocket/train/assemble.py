@@ -25,7 +25,7 @@ from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPV
 
 from ..methods import COMPARISON, METHODS
 from ..pictures import edges
-from ..world import CATEGORY_NAMES, PLACE_NAMES, SPLITS, Instance, World, draw_scene
+from ..world import CATEGORY_NAMES, PLACE_NAMES, PLACES, SPLITS, Instance, World, draw_scene
 
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -167,7 +167,8 @@ def main():
     world = World(trained / "designs")
     draw_references(world, output / "references", output / "masks", SPLITS[args.split][1])
     draw_controls(world, output / "controls", SPLITS[args.split][1])
-    (output / "world.json").write_text(json.dumps({"split": args.split}) + "\n")
+    known = {"split": args.split, "categories": CATEGORY_NAMES, "places": tuple(PLACES.values())}
+    (output / "world.json").write_text(json.dumps(known) + "\n")
     for folder in (output, args.comparison_dir) if compared else (output,):
         name_dtypes(folder)
     name_ssr_components(output)
