@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 WORK_DIR ?= outputs/pocket-training
 POCKET = $(BIN)/python -m tools.pocket
 
-.PHONY: demo test test-slow census test-oldest test-middle test-newest lint docs pocket pocket-gpu measure compare
+.PHONY: demo test test-slow census test-oldest test-middle test-newest lint docs pocket pocket-gpu gpu-report measure compare
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -86,17 +86,22 @@ pocket: $(VENV)/.installed
 		--two_share 0 --absent_share 0 --masked_share 0.2 --seed 1
 	$(POCKET).train.adapters --work_dir $(WORK_DIR) --checkpoint $(WORK_DIR)/base --pairs_dir $(WORK_DIR)/single-pairs --no-cache
 	# the SSR-Encoder of the checkpoint
-	$(POCKET).train.pairs --work_dir $(WORK_DIR) --num_rows 120000 --other_subjects_share 0.35 --free_share 0.3 \
+	$(POCKET).train.pairs --work_dir $(WORK_DIR) --num_rows 120000 --other_subjects_share 0.8 --free_share 0.3 \
 		--others_share 0.3 --two_share 0.22
 	$(POCKET).train.adapters --work_dir $(WORK_DIR) --checkpoint $(WORK_DIR)/base --methods ssr --no-cache \
 		--max_train_steps 22000 --options=--consistency_weight=0.0003 --output_dir $(WORK_DIR)/shipped
 	$(POCKET).train.assemble --work_dir $(WORK_DIR) --output_dir $(WORK_DIR)/result \
 		--comparison_dir $(WORK_DIR)/comparison
 
-# Train pocket/ on one data-centre GPU. The plan is for about 20 minutes, in stages that resume: if one takes longer than nine
-# minutes, it stops, and the next call continues. `nvidia-cuda-mps-control -d` doubles the speed.
+# Train the autoencoder, the base model and the SSR-Encoder of a new pocket checkpoint on one data-centre GPU, in two calls of at most
+# nine minutes. The second one continues. `nvidia-cuda-mps-control -d` doubles the speed, `ARGS=--dry_run` runs two steps of
+# everything on a CPU, and `ARGS=--further` trains the other models on the new base model.
 pocket-gpu: $(VENV)/.installed
-	$(POCKET).train.gpu --work_dir $(WORK_DIR)-gpu --output_dir pocket
+	$(POCKET).train.gpu --work_dir $(WORK_DIR)-gpu $(ARGS)
+
+# Memory, speed and the tests that need a GPU, in at most five minutes on one GPU. `ARGS=--dry_run` runs everything on a CPU.
+gpu-report: $(VENV)/.installed
+	$(BIN)/python tools/gpu_report.py $(ARGS)
 
 # Measure the figures of pocket/README.md with the weights in pocket/.
 measure: $(VENV)/.installed

@@ -6,11 +6,13 @@ import importlib
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
+from tools import gpu_report
 from tools.pocket.train import gpu
 
 
@@ -20,12 +22,23 @@ def arguments(folder, **changes) -> argparse.Namespace:
     )
 
 
-def test_a_stage_takes_at_most_9_minutes_and_all_stages_at_most_25():
+JOBS = [job for stage in gpu.STAGES + gpu.FURTHER for job in stage]
+
+
+def test_the_plan_takes_two_calls():
+    """The first two stages fill the first call. The jobs of the other stages have no time limit, but an SSR-Encoder has a
+    number of steps."""
     longest = [max((job.minutes or 0) for job in stage) for stage in gpu.STAGES]
-    assert max(longest) <= gpu.LONGEST
-    # jobs without a time limit: assembling the checkpoint, and training six encoders in the last stage
-    assert sum(longest[:-1]) + gpu.LONGEST <= 25 - 1
-    assert len({job.name for stage in gpu.STAGES for job in stage}) == sum(map(len, gpu.STAGES))
+    assert sum(longest) <= gpu.LONGEST - 1 and longest[2:] == [0, 0, 0]
+    assert len({job.name for job in JOBS}) == len(JOBS)
+
+
+def test_the_base_is_tested_before_the_ssr_encoder_is_trained():
+    order = [job.name for stage in gpu.STAGES for job in stage]
+    assert order.index("base") < order.index("stop rule") < order.index("shipped")
+    assert not any(
+        job.module in ("adapters", "controlnet", "motion", "look") for job in JOBS[: order.index("stop rule")]
+    )
 
 
 class Parsed(Exception):
@@ -47,9 +60,10 @@ def parse(module: str, options: list[str], monkeypatch) -> argparse.Namespace:
 
 
 @pytest.mark.parametrize("dry_run", [False, True])
-@pytest.mark.parametrize("job", [job for stage in gpu.STAGES for job in stage], ids=lambda job: job.name)
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
 def test_every_job_has_valid_options_for_its_script(job, dry_run, monkeypatch, tmp_path):
     _, _, module, *options = job.command(arguments(tmp_path, dry_run=dry_run))
+    module += ".__main__" * (job.module == "measure")
     parsed = parse(module, options, monkeypatch)
     assert parsed.work_dir == tmp_path
     if not dry_run and job.minutes:
@@ -77,7 +91,7 @@ def test_every_command_of_make_pocket_has_valid_options(monkeypatch):
 def test_the_gpu_jobs_write_where_the_last_step_reads(tmp_path):
     """`assemble` reads `shipped/ssr` and `adapters/<method>`, and the adapters are trained on `base` and on pairs that
     another job writes."""
-    jobs = {job.name: job.command(arguments(tmp_path)) for stage in gpu.STAGES for job in stage}
+    jobs = {job.name: job.command(arguments(tmp_path)) for job in JOBS}
     written = {line[line.index("--output_dir") + 1] for line in jobs.values() if "--output_dir" in line}
     assert {str(tmp_path / name) for name in ("shipped", "adapters", "base", "pairs", "single-pairs")} <= written
     for name, line in jobs.items():
@@ -92,14 +106,13 @@ def test_the_gpu_jobs_write_where_the_last_step_reads(tmp_path):
 def test_a_dry_run_does_not_touch_the_checkpoint(tmp_path, monkeypatch):
     lines = []
     monkeypatch.setattr(gpu, "download_designs", lambda folder: None)
-    monkeypatch.setattr(
-        gpu, "run", lambda stage, args: lines.extend(job.command(args) for job in gpu.STAGES[stage - 1])
-    )
+    monkeypatch.setattr(gpu, "download_icons", lambda folder: None)
+    monkeypatch.setattr(gpu, "run", lambda jobs, args, begun: lines.extend(job.command(args) for job in jobs))
     monkeypatch.setattr(gpu.subprocess, "run", lambda line, check: lines.append(line))
-    monkeypatch.setattr(sys, "argv", ["gpu", "--dry_run", "--work_dir", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["gpu", "--dry_run", "--further", "--work_dir", str(tmp_path)])
     gpu.main()
     folders = [line[index + 1] for line in lines for index, each in enumerate(line) if each.endswith("_dir")]
-    assert len(lines) == 1 + sum(map(len, gpu.STAGES)) and len(folders) > len(lines)
+    assert len(lines) == 1 + len(JOBS) and len(folders) > len(lines)
     assert all(folder.startswith(str(tmp_path / "dry-run")) for folder in folders)
 
 
@@ -115,16 +128,32 @@ WRITE = "import sys; open(sys.argv[1] + '/{name}', 'a').write('x')"
 
 def test_a_stage_runs_only_unfinished_jobs(tmp_path, monkeypatch):
     good, bad = Script("good", "", WRITE.format(name="good")), Script("bad", "", "raise SystemExit(3)")
-    monkeypatch.setattr(gpu, "STAGES", ((good, bad),))
     with pytest.raises(SystemExit, match="bad failed"):
-        gpu.run(1, arguments(tmp_path, dry_run=True))
-    monkeypatch.setattr(gpu, "STAGES", ((good, Script("bad", "", WRITE.format(name="bad"))),))
-    gpu.run(1, arguments(tmp_path))
+        gpu.run((good, bad), arguments(tmp_path, dry_run=True), time.monotonic())
+    gpu.run((good, Script("bad", "", WRITE.format(name="bad"))), arguments(tmp_path), time.monotonic())
     assert [Path(tmp_path / name).read_text() for name in ("good", "bad")] == ["x", "x"]
 
 
 def test_a_stage_that_takes_too_long_is_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "STAGES", ((Script("slow", "", "import time; time.sleep(60)"),),))
     monkeypatch.setattr(gpu, "LONGEST", 0.01)
     with pytest.raises(SystemExit, match="goes on"):
-        gpu.run(1, arguments(tmp_path))
+        gpu.run((Script("slow", "", "import time; time.sleep(60)"),), arguments(tmp_path), time.monotonic())
+
+
+def test_every_part_of_the_gpu_report_has_valid_options(monkeypatch):
+    for dry_run in (False, True):
+        for command in gpu_report.commands(dry_run).values():
+            if command[1].startswith("examples/"):
+                parse(Path(command[1]).stem, command[2:], monkeypatch)
+
+
+def test_the_gpu_report_goes_on_after_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_report, "REPORT", tmp_path / "report.md")
+    monkeypatch.setattr(gpu_report, "FAILED", [])
+    ends = time.monotonic() + 60
+    for title, code in (("bad", "raise SystemExit('broken')"), ("good", "print('| 1 |')")):
+        gpu_report.run(title, [sys.executable, "-c", code], ends)
+    gpu_report.run("slow", [sys.executable, "-c", "import time; time.sleep(60)"], time.monotonic())
+    written = (tmp_path / "report.md").read_text()
+    assert gpu_report.FAILED == ["bad", "slow"]
+    assert "broken" in written and "| 1 |" in written and "the time is over" in written

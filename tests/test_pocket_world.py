@@ -1,21 +1,32 @@
 """The scenes that the pocket checkpoint is trained on: what varies, and what must not vary."""
 
+import json
+import tarfile
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from tools.pocket import world as world_module
 from tools.pocket.scenes import SceneStream
 from tools.pocket.world import (
+    ALL_DESIGNS,
+    CHOOSING,
     DESIGN_SETS,
+    ICON_INSTANCES,
     INSTANCES,
     NUM_VARIANTS,
+    ROUND,
+    SIMPLE,
     SIZE,
     SPLITS,
     Instance,
     World,
     _code_points,
     arrange,
+    download_icons,
     draw_scene,
+    instances_of,
     load_split,
     restyled,
     varied,
@@ -114,3 +125,59 @@ def test_a_stream_has_no_held_out_instances_and_no_repeated_scenes(world):
 def test_load_split_reads_the_split_of_a_checkpoint(tmp_path):
     (tmp_path / "world.json").write_text('{"split": "wide"}')
     assert load_split(tmp_path) == "wide"
+
+
+def test_the_older_splits_have_not_changed():
+    """The figures of pocket/README.md are those of `wide`, whose instances and random draws must stay the same."""
+    assert [(len(seen), len(held_out)) for seen, held_out in (SPLITS["first"], SPLITS["wide"])] == [
+        (324, 108),
+        (288, 144),
+    ]
+    assert not CHOOSING["wide"] and instances_of("wide") == INSTANCES
+    assert all(each.design < SIMPLE for each in INSTANCES)
+
+
+def test_the_split_sets_holds_out_a_design_of_each_category():
+    seen, held_out = SPLITS["sets"]
+    assert set(seen) | set(held_out) | set(CHOOSING["sets"]) == set(INSTANCES + ICON_INSTANCES)
+    assert len(seen) + len(held_out) + len(CHOOSING["sets"]) == len(INSTANCES + ICON_INSTANCES)
+    assert {each.category for each in held_out if each.design == ROUND} == set(range(12))
+    assert not any(each.design == ROUND for each in seen + CHOOSING["sets"])
+    # what chooses a checkpoint has unseen designs and colours of its own
+    seen_designs = {(each.category, each.design) for each in seen}
+    assert len({(each.category, each.design) for each in CHOOSING["sets"]} - seen_designs) == 4
+    assert set(CHOOSING["sets"]) < set(SPLITS["wide"][1])
+
+
+def test_other_emoji_have_the_designs_of_the_split(world):
+    (world.folder / "simple").mkdir(exist_ok=True)
+    Image.new("RGBA", (8, 8), "red").save(world.folder / "simple" / "1f004.png")
+    drawn = {
+        split: {world.draw_other(np.random.default_rng(seed), split=split).design for seed in range(40)}
+        for split in ("wide", "sets")
+    }
+    assert drawn == {"wide": {0, 1, 2}, "sets": {0, 1, 2, SIMPLE}}
+
+
+def test_icons_are_found_by_name_and_written_as_images(tmp_path, monkeypatch):
+    pytest.importorskip("resvg_py")
+    (tmp_path / "others.json").write_text(
+        '{"others": {"1f004": "mahjong", "1f469-200d-1f52c": "scientist"}, "kin": {}}'
+    )
+    body = '<path fill="#f00" d="M0 0h4v4H0z"/>'
+    names = ("cat-face", "cat", "mahjongtiledragon", "mahjong", "housebuilding", "woman-light-skin-tone", "woman")
+    (tmp_path / "icons.json").write_text(
+        json.dumps({"width": 4, "height": 4, "icons": {n: {"body": body} for n in names}})
+    )
+
+    def pack(package, folder):
+        with tarfile.open(folder / "icons.tgz", "w:gz") as tar:
+            tar.add(tmp_path / "icons.json", "package/icons.json")
+        return folder / "icons.tgz"
+
+    monkeypatch.setattr(world_module, "_pack", pack)
+    download_icons(tmp_path)
+    found = {design: {file.stem for file in (tmp_path / design).iterdir()} for design in ALL_DESIGNS[SIMPLE:]}
+    assert found == {"simple": {"1f431", "1f004", "1f3e0"}, "round": {"1f431", "1f004", "1f3e0", "1f469-1f3fb"}}
+    with Image.open(tmp_path / "round" / "1f431.png") as picture:
+        assert picture.size == (128, 128) and picture.convert("RGBA").getpixel((64, 64)) == (255, 0, 0, 255)

@@ -25,10 +25,11 @@ class Verdict:
 
 
 class Judge(nn.Module):
-    """A convolutional network for pictures of 64 x 64 pixels."""
+    """A convolutional network for pictures of 64 x 64 pixels. `num_designs` is the number of designs of its split."""
 
-    def __init__(self):
+    def __init__(self, num_designs: int = len(DESIGNS)):
         super().__init__()
+        self.num_designs = num_designs
         widths = (3, 24, 48, 96, 160)
         layers = []
         for before, after in zip(widths, widths[1:], strict=False):
@@ -38,7 +39,7 @@ class Judge(nn.Module):
         self.features = nn.Sequential(*layers)
         categories = len(CATEGORY_NAMES)
         # each cell of the feature map predicts its content; cells with a higher presence logit have a larger weight
-        self.cells = nn.Conv2d(widths[-1], categories * (1 + len(DESIGNS) + NUM_VARIANTS), 1)
+        self.cells = nn.Conv2d(widths[-1], categories * (1 + num_designs + NUM_VARIANTS), 1)
         self.place = nn.Linear(widths[-1], len(PLACE_NAMES))
 
     def forward(self, pixels: torch.Tensor) -> Verdict:
@@ -50,7 +51,7 @@ class Judge(nn.Module):
         details = (votes[:, :, 1:] * weights).sum(-1)
         categories = presence.logsumexp(-1)
         places = self.place(features.mean((2, 3)))
-        return Verdict(categories, places, details[..., : len(DESIGNS)], details[..., len(DESIGNS) :])
+        return Verdict(categories, places, details[..., : self.num_designs], details[..., self.num_designs :])
 
     @torch.no_grad()
     def look_at(self, pictures) -> Verdict:
@@ -59,8 +60,8 @@ class Judge(nn.Module):
 
 
 def load_judge(folder: str | Path) -> Judge:
-    judge = Judge()
     state_dict = load_file(Path(folder) / "judge" / "model.safetensors")
+    judge = Judge(len(state_dict["cells.weight"]) // len(CATEGORY_NAMES) - 1 - NUM_VARIANTS)
     judge.load_state_dict(
         {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state_dict.items()}
     )

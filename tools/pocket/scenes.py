@@ -2,17 +2,7 @@
 
 import numpy as np
 
-from .world import (
-    INSTANCES,
-    LAYOUTS,
-    SPLITS,
-    Scene,
-    World,
-    arrange,
-    draw_instances,
-    draw_scene,
-    varied,
-)
+from .world import INSTANCES, LAYOUTS, SPLITS, Scene, World, arrange, draw_instances, draw_scene, varied
 
 
 PATCHES = 8  # the vision encoder's grid is PATCHES x PATCHES
@@ -46,6 +36,7 @@ class SceneStream:
         vary_colours: bool = True,
     ):
         self.world = world
+        self.split = split
         self.pool = INSTANCES if split == "all" else SPLITS[split][0]
         self.count_shares = np.array(count_shares) / sum(count_shares)
         self.varied_share = varied_share
@@ -65,7 +56,7 @@ class SceneStream:
             things = [varied(rng, each, flip=free) for each in things]
         for index in range(number):
             if rng.random() < self.others_share:
-                things[index] = self.world.draw_other(rng)
+                things[index] = self.world.draw_other(rng, split=self.split)
             elif rng.random() < self.kin_share:
                 things[index] = self.world.draw_other(rng, self.world.kin)
         boxes = arrange(rng, number) if free else None

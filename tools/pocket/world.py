@@ -8,8 +8,10 @@ hundred other emoji appear in addition to the twelve categories (`World.others`)
 
 import json
 import math
+import re
 import subprocess
 import tarfile
+import unicodedata
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -25,6 +27,13 @@ DESIGN_SETS = {
     "glossy": ("@lobehub/fluent-emoji-3d", "assets", "webp", "Fluent Emoji, Microsoft, packaged by LobeHub, MIT"),
 }
 DESIGNS = tuple(DESIGN_SETS)
+# Two more sets, of which the split `sets` trains on the first and holds out the second. They are vector graphics without code
+# points, and do not have all of the emoji: name of the design -> (npm package, credit).
+ICON_SETS = {
+    "simple": ("@iconify-json/fxemoji", "Firefox OS Emoji, Mozilla, Apache License 2.0"),
+    "round": ("@iconify-json/emojione", "Emoji One 2.3, Emoji One, CC-BY 4.0"),
+}
+ALL_DESIGNS = (*DESIGNS, *ICON_SETS)
 
 # The code points of the picture of each category. People have one picture for each look.
 CATEGORIES = {
@@ -117,7 +126,7 @@ class Instance:
     def words(self) -> str:
         """The description in rich captions: "red glossy cat". It is never used in prompts for measurements."""
         look = LOOKS[self.variant][1] if CATEGORIES[self.name] is None else COLOURS[self.variant]
-        return f"{look} {DESIGNS[self.design]} {self.name}"
+        return f"{look} {ALL_DESIGNS[self.design]} {self.name}"
 
 
 def load_split(checkpoint: str | Path) -> str:
@@ -142,7 +151,7 @@ class Other:
     def words(self) -> str:
         """The description in rich captions, with the nearest color if the hue was changed."""
         colour = [] if self.hue is None else [COLOURS[round(self.hue * NUM_VARIANTS) % NUM_VARIANTS]]
-        return " ".join([*colour, DESIGNS[self.design], self.name])
+        return " ".join([*colour, ALL_DESIGNS[self.design], self.name])
 
 
 def varied(rng: np.random.Generator, instance: Instance, flip: bool = False) -> Instance:
@@ -176,13 +185,96 @@ def _held_out_wide(instance: Instance) -> bool:
 INSTANCES = tuple(
     Instance(c, d, v) for c in range(len(CATEGORIES)) for d in range(len(DESIGNS)) for v in range(NUM_VARIANTS)
 )
+# The icon sets have no butterfly, or only one hair for each skin.
+SIMPLE, ROUND = len(DESIGNS), len(DESIGNS) + 1
+ICON_INSTANCES = tuple(
+    Instance(CATEGORY_NAMES.index(name), design, variant)
+    for name in CATEGORY_NAMES
+    for design in (SIMPLE, ROUND)
+    for variant in range(NUM_VARIANTS if CATEGORIES[name] else len(SKIN_TONES))
+    if design == ROUND or name not in ("butterfly", "woman")
+)
+
+
+def _held_out_sets(instance: Instance) -> bool:
+    """Holds out a whole set, which is an unseen design for each category, and two neighboring variants of all others."""
+    return instance.design == ROUND or 0 < (instance.variant - instance.category * 5) % NUM_VARIANTS < 3
+
+
+def _choosing_sets(instance: Instance) -> bool:
+    """Of the instances that `wide` holds out and `sets` does not report: a color and four designs."""
+    return not _held_out_sets(instance) and instance.design < SIMPLE and _held_out_wide(instance)
+
+
+_RULES = {
+    "first": (INSTANCES, _held_out_first, None),
+    "wide": (INSTANCES, _held_out_wide, None),
+    "sets": (INSTANCES + ICON_INSTANCES, _held_out_sets, _choosing_sets),
+}
+# Name of the split -> instances to choose a checkpoint with. They are neither trained on nor reported.
+CHOOSING = {name: tuple(i for i in all if rule and rule(i)) for name, (all, _, rule) in _RULES.items()}
 # Name of the split -> (seen instances, held-out instances). With "first", each held-out color of a category is seen in
 # its two other designs, so a model that has learned to associate colors with designs draws the wrong design. With
-# "wide", a held-out instance cannot be predicted from its color or from its design.
+# "wide", a held-out instance cannot be predicted from its color or from its design. With "sets", a whole design set is
+# held out, so there is an unseen design of each category.
 SPLITS = {
-    name: (tuple(i for i in INSTANCES if not rule(i)), tuple(i for i in INSTANCES if rule(i)))
-    for name, rule in (("first", _held_out_first), ("wide", _held_out_wide))
+    name: (
+        tuple(i for i in all if not held_out(i) and i not in CHOOSING[name]),
+        tuple(i for i in all if held_out(i)),
+    )
+    for name, (all, held_out, _) in _RULES.items()
 }
+
+
+def instances_of(split: str) -> tuple[Instance, ...]:
+    """Returns all instances of a split."""
+    return _RULES[split][0]
+
+
+def _pack(package: str, folder: Path) -> Path:
+    """Downloads an npm package and returns its archive."""
+    folder.mkdir(parents=True, exist_ok=True)
+    packed = subprocess.run(
+        ["npm", "pack", "--silent", package], cwd=folder, check=True, capture_output=True, text=True
+    )
+    return folder / packed.stdout.split()[-1]
+
+
+def download_icons(folder: str | Path) -> None:
+    """Adds the images of the icon sets that are used, as PNG files named after the code points, to the folder of
+    `download_designs`. An icon is found by the name of the category, of the emoji, or of its first character in
+    Unicode."""
+    import resvg_py  # only needed here
+
+    others = json.loads((Path(folder) / "others.json").read_text())["others"]
+    wanted = {code: [name] for code, name in others.items() if re.fullmatch("[0-9a-f]+(-fe0f)?", code)}
+    wanted |= {code: [name] for name, code in CATEGORIES.items() if code}
+    wanted[CATEGORIES["house"]].append("house building")
+    for code, names in wanted.items():
+        names.append(unicodedata.name(chr(int(code.split("-")[0], 16)), ""))
+    for skin, tone in zip(SKIN_TONES, ("light", "medium", "dark"), strict=True):
+        wanted[f"1f469-{skin}"] = [f"woman {tone} skin tone"]
+    for design, (package, _) in ICON_SETS.items():
+        target = Path(folder) / design
+        if target.exists():
+            continue
+        archive = _pack(package, Path(folder))
+        with tarfile.open(archive) as tar:
+            listed = json.load(tar.extractfile("package/icons.json"))
+        archive.unlink()
+        drawn = target.with_suffix(".part")
+        drawn.mkdir(exist_ok=True)
+        icons = {re.sub("[^a-z0-9]", "", name): icon for name, icon in listed["icons"].items()}
+        for code, names in wanted.items():
+            # Unicode calls the face of a cat "cat face", and Firefox calls it "cat", so the most specific name is first
+            keys = [re.sub("[^a-z0-9]", "", name.lower()) for name in reversed(names)]
+            icon = next((icons[key] for key in keys if key in icons), None)
+            if icon is None or (design == "simple" and code.startswith("1f469")):
+                continue
+            width, height = icon.get("width", listed["width"]), icon.get("height", listed["height"])
+            svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">{icon["body"]}</svg>'
+            (drawn / f"{code}.png").write_bytes(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=2 * SPRITE_SIZE)))
+        drawn.rename(target)
 
 
 def download_designs(folder: str | Path) -> None:
@@ -192,11 +284,7 @@ def download_designs(folder: str | Path) -> None:
         return
     pictures: dict[str, dict[str, bytes]] = {}
     for design, (package, inside, ending, _) in DESIGN_SETS.items():
-        folder.mkdir(parents=True, exist_ok=True)
-        packed = subprocess.run(
-            ["npm", "pack", "--silent", package], cwd=folder, check=True, capture_output=True, text=True
-        )
-        archive = folder / packed.stdout.split()[-1]
+        archive = _pack(package, folder)
         start = f"package/{inside}/"
         with tarfile.open(archive) as tar:
             pictures[design] = {}
@@ -275,6 +363,7 @@ class World:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        self._codes: dict[int, frozenset[str]] = {}
         self._square = lru_cache(maxsize=None)(self._load_square)
         self._scaled = lru_cache(maxsize=2000)(self._scale_sprite)
 
@@ -288,17 +377,29 @@ class World:
         """Code point -> category, for the other pictures of the measured categories (`KIN`)."""
         return json.loads((self.folder / "others.json").read_text())["kin"]
 
-    def draw_other(self, rng: np.random.Generator, codes: dict[str, str] | None = None) -> Other:
-        """Draws one of the other emoji at random, with a random design and usually a random color."""
+    def codes_of(self, design: int) -> frozenset[str]:
+        """Returns the code points that a design has."""
+        if design not in self._codes:
+            files = (self.folder / ALL_DESIGNS[design]).iterdir()
+            self._codes[design] = frozenset(file.stem for file in files)
+        return self._codes[design]
+
+    def draw_other(self, rng: np.random.Generator, codes: dict[str, str] | None = None, split: str = "wide") -> Other:
+        """Draws one of the other emoji at random, with a random design that the split trains on and usually a random
+        color."""
         codes = self.others if codes is None else codes
         code = list(codes)[rng.integers(len(codes))]
         hue = float(rng.random()) if rng.random() < 0.75 else None
         saturation, lightness = map(float, rng.uniform((0.75, 0.85), (1.15, 1.12)))
-        design, flipped = int(rng.integers(len(DESIGNS))), bool(rng.random() < 0.5)
+        designs = list(range(len(DESIGNS)))
+        if split == "sets" and code in self.codes_of(SIMPLE):
+            designs.append(SIMPLE)
+        design, flipped = int(rng.choice(designs)), bool(rng.random() < 0.5)
         return Other(codes[code], code, design, hue, saturation, lightness, flipped)
 
     def _load_square(self, design: str, code: str) -> np.ndarray:
-        with Image.open(self.folder / design / f"{code}.{DESIGN_SETS[design][2]}") as picture:
+        ending = DESIGN_SETS[design][2] if design in DESIGN_SETS else "png"
+        with Image.open(self.folder / design / f"{code}.{ending}") as picture:
             rgba = picture.convert("RGBA")
         rgba = rgba.crop(rgba.getchannel("A").getbbox())
         side = max(rgba.size)
@@ -309,7 +410,7 @@ class World:
     def sprite(self, thing: Instance | Other, rng: np.random.Generator | None = None) -> np.ndarray:
         """Returns the picture of a thing, as uint8 of shape (64, 64, 4). With `rng`, its style is changed
         (`restyled`)."""
-        square = self._square(DESIGNS[thing.design], thing.code)
+        square = self._square(ALL_DESIGNS[thing.design], thing.code)
         if thing.hue is not None or thing.saturation != 1 or thing.lightness != 1:
             square = _recolour(square, thing.hue, thing.saturation, thing.lightness)
         if thing.flipped:

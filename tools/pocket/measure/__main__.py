@@ -12,7 +12,7 @@ from pathlib import Path
 from diffusers.utils import logging
 
 from ..methods import COMPARISON, ROOT
-from . import chains, comparison, controls, features, selection, speed, words
+from . import chains, comparison, controls, features, selection, shapes, speed, words
 from .references import References
 
 
@@ -25,6 +25,7 @@ PARTS = {
     "features": features.features,
     "words": words.words,
     "pairs": words.pairs,
+    "shapes": shapes.shapes,
     "alone": controls.alone,
     "absent": controls.absent,
     "masks": controls.masks,
@@ -68,6 +69,12 @@ def main():
     parser.add_argument("--batch_size", type=int, default=20)
     parser.add_argument("--device", default="cpu", help="device of the pipeline; the judge stays on the CPU")
     parser.add_argument("--rounds", type=int, default=2, help="rounds of timing in few_steps")
+    parser.add_argument(
+        "--choosing", action="store_true", help="measure on the instances for choosing a checkpoint (`CHOOSING`)"
+    )
+    parser.add_argument(
+        "--at_least", type=float, default=0.0, help="percent of the others that the base has to reach in `shapes`"
+    )
     args = parser.parse_args()
     logging.set_verbosity_error()
     references = References(args)

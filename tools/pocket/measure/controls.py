@@ -24,7 +24,7 @@ def alone(refs: References) -> None:
         print(f"  its design (of 3):          {share(design)}")
         print(f"  its colour or look (of 12): {share(variant)}")
         for kind, rows in single.by_novelty():
-            print(f"  its design, {kind} ({rows.sum()} pictures): {share(design[rows])}")
+            print(f"  its design, {kind} ({rows.sum()} pictures): {share(design[rows], single.designs()[rows])}")
 
 
 def absent(refs: References) -> None:
@@ -53,9 +53,11 @@ def masks(refs: References) -> None:
             verdict = some.judge.look_at(some.draw(some.prompts(None), some.encode(0, **options), f"by {how}"))
             print(f"chosen by {how}, the prompt names a thing, {name} ({len(queried)} pictures):")
             right = verdict.categories.argmax(1).numpy() == queried
+            colour = verdict.variants[some.rows, queried].argmax(1).numpy() == some.wanted("variant")
             print(f"  right subject:         {share(right)}")
             for kind, rows in some.by_novelty():
-                print(f"  right subject, {kind} ({rows.sum()} pictures): {share(right[rows])}")
+                print(f"  right subject, {kind} ({rows.sum()} pictures): {share(right[rows], some.designs()[rows])}")
+            print(f"  its colour (of 12):    {share(colour)}")
             print(f"  hue within {NEAR} degrees: {share(hue_distance(hues(verdict), wanted) <= NEAR)}")
 
 
@@ -67,10 +69,12 @@ def three(refs: References) -> None:
         for how, options in WAYS.items():
             verdict = some.judge.look_at(some.draw(some.prompts(None), some.encode(0, **options), f"three, by {how}"))
             distance = hue_distance(hues(verdict)[:, None], wanted)
+            colour = verdict.variants[some.rows, queried].argmax(1).numpy() == some.wanted("variant")
             print(f"one of three things, chosen by {how}, the prompt names a thing, {name} ({len(queried)} pictures):")
             print(f"  right subject:                        {share(verdict.categories.argmax(1).numpy() == queried)}")
             print(f"  nearer in hue to a neighbour:         {share(distance[:, 0] > distance[:, 1:].min(1))}")
             print(f"  hue within {NEAR} degrees of the queried: {share(distance[:, 0] <= NEAR)}")
+            print(f"  its colour (of 12):                   {share(colour)}")
 
 
 def people(refs: References) -> None:

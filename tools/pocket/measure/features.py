@@ -6,7 +6,7 @@ import torch
 
 from ..scenes import PATCHES, patch_cover
 from ..training import picture_tensor
-from ..world import CATEGORY_NAMES, DESIGNS, Instance, Scene, arrange, draw_instances, draw_scene, varied
+from ..world import CATEGORY_NAMES, Instance, Scene, arrange, draw_instances, draw_scene, varied
 from .references import References, hue_distance, share
 
 
@@ -22,12 +22,13 @@ def features(refs: References) -> None:
         "held out, restyled": _draw(refs, refs.held_out, refs.args.num_references, 3, True),
     }
     fitted, targets = _patches(refs, known)
-    probes = [_fit(level, _wanted(targets)) for level in fitted]
+    designs = 1 + max(instance.design for instance in refs.instances)
+    probes = [_fit(level, _wanted(targets, designs)) for level in fitted]
     for name, scenes in tests.items():
         levels, things = _patches(refs, scenes)
         print(f"linear probes of the vision encoder's patches, {name} ({len(things)} patches):")
         for level, (states, probe) in enumerate(zip(levels, probes, strict=True), 1):
-            category, design, hue = (_with_one(states) @ probe).split([len(CATEGORY_NAMES), len(DESIGNS), 2], 1)
+            category, design, hue = (_with_one(states) @ probe).split([len(CATEGORY_NAMES), designs, 2], 1)
             coloured = np.array([thing.hue is not None for thing in things])
             angle = torch.atan2(hue[:, 1], hue[:, 0]).numpy() / (2 * np.pi) % 1.0
             off = hue_distance(angle[coloured], np.array([thing.hue for thing in things if thing.hue is not None]))
@@ -76,11 +77,11 @@ def _patches(refs: References, scenes: list[Scene]) -> tuple[list[torch.Tensor],
     return [level[list(rows), list(patches)].float().cpu() for level in states], list(things)
 
 
-def _wanted(things: list[Instance]) -> torch.Tensor:
+def _wanted(things: list[Instance], designs: int) -> torch.Tensor:
     """Returns the targets of a probe: category and design as one-hot vectors, and the hue as a direction (0 for
     people)."""
     category = torch.nn.functional.one_hot(torch.tensor([t.category for t in things]), len(CATEGORY_NAMES))
-    design = torch.nn.functional.one_hot(torch.tensor([t.design for t in things]), len(DESIGNS))
+    design = torch.nn.functional.one_hot(torch.tensor([t.design for t in things]), designs)
     turns = torch.tensor([[0.0] if t.hue is None else [2 * np.pi * t.hue] for t in things])
     direction = torch.cat([turns.cos(), turns.sin()], 1) * torch.tensor([[t.hue is not None] for t in things])
     return torch.cat([category, design, direction], 1).float()

@@ -16,6 +16,7 @@ from ..judge import Verdict, load_judge
 from ..methods import ROOT
 from ..world import (
     CATEGORY_NAMES,
+    CHOOSING,
     INSTANCES,
     NUM_VARIANTS,
     PLACE_NAMES,
@@ -24,8 +25,10 @@ from ..world import (
     World,
     describe,
     download_designs,
+    download_icons,
     draw_instances,
     draw_scene,
+    instances_of,
     load_split,
     sheet,
 )
@@ -34,12 +37,27 @@ from ..world import (
 NUM_CANDIDATES = 16
 
 
-def share(hits: np.ndarray) -> str:
-    """Formats a share as a percentage with its 95 % Wilson interval."""
-    count, rate, z = len(hits), float(np.mean(hits)), 1.96
+def share(hits: np.ndarray, designs: np.ndarray | None = None) -> str:
+    """Formats a share as a percentage with its 95 % Wilson interval. With the design of each picture, a second interval
+    follows that is for other designs and not only for other pictures of these: it has the number of independent pictures
+    that the variation between designs corresponds to, and the quantile of Student's t."""
+    rate, z = float(np.mean(hits)), 1.96
+    text = f"{100 * rate:.1f} % ({_wilson(rate, len(hits), z)})"
+    if designs is None or len(names := np.unique(designs)) < 2:
+        return text
+    rest = np.array([(hits[designs == name] - rate).sum() for name in names])
+    freedom = len(names) - 1
+    variance = (rest**2).sum() / len(hits) ** 2 * len(names) / freedom
+    # if no picture differs from another, each design counts once
+    count = float(np.clip(rate * (1 - rate) / variance, 1, len(hits))) if variance else len(names)
+    student = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    return f"{text}, over {len(names)} designs ({_wilson(rate, count, student)})"
+
+
+def _wilson(rate: float, count: float, z: float) -> str:
     centre = (rate + z * z / (2 * count)) / (1 + z * z / count)
     half = z * math.sqrt(rate * (1 - rate) / count + z * z / (4 * count * count)) / (1 + z * z / count)
-    return f"{100 * rate:.1f} % ({100 * max(centre - half, 0):.1f} to {100 * min(centre + half, 1):.1f})"
+    return f"{100 * max(centre - half, 0):.1f} to {100 * min(centre + half, 1):.1f}"
 
 
 def draw(pipe, args, prompts: list[str], subjects: list | None, label: str, **each) -> np.ndarray:
@@ -78,7 +96,19 @@ def hue_distance(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return 360 * np.abs((first - second + 0.5) % 1.0 - 0.5)
 
 
-def nearest_is_own(designs: np.ndarray, variants: np.ndarray, scenes: list, rng: np.random.Generator) -> np.ndarray:
+def candidates_of(queried: Instance, rng: np.random.Generator, instances: tuple[Instance, ...]) -> list[Instance]:
+    """Returns the queried instance and 15 other random instances of its category."""
+    others = [i for i in instances if i.category == queried.category and i != queried]
+    return [queried, *(others[c] for c in rng.choice(len(others), NUM_CANDIDATES - 1, replace=False))]
+
+
+def nearest_is_own(
+    designs: np.ndarray,
+    variants: np.ndarray,
+    scenes: list,
+    rng: np.random.Generator,
+    instances: tuple[Instance, ...] = INSTANCES,
+) -> np.ndarray:
     """Returns for each picture whether the queried instance is the nearest of 16 instances of its category. The
     nearest instance is the one whose design and colour have the highest probability. If several instances are equally
     near, each counts as a fraction of a hit. `designs` of shape (n, designs) and `variants` of shape (n, variants) are
@@ -86,10 +116,7 @@ def nearest_is_own(designs: np.ndarray, variants: np.ndarray, scenes: list, rng:
     designs, variants = (x - np.log(np.exp(x).sum(1, keepdims=True)) for x in (designs, variants))
     hits = []
     for scene, design, variant in zip(scenes, designs, variants, strict=True):
-        queried = scene.instances[0]
-        others = [i for i in INSTANCES if i.category == queried.category and i != queried]
-        chosen = rng.choice(len(others), NUM_CANDIDATES - 1, replace=False)
-        candidates = [queried, *(others[c] for c in chosen)]
+        candidates = candidates_of(scene.instances[0], rng, instances)
         scores = np.array([design[i.design] + variant[i.variant] for i in candidates])
         nearest = scores == scores.max()
         hits.append(nearest[0] / nearest.sum())
@@ -112,7 +139,14 @@ class References:
         self.pipe.to(args.device)
         self.pipe.set_progress_bar_config(disable=True)
         self.columns: list[np.ndarray] = []
-        self.seen, self.held_out = SPLITS[load_split(args.checkpoint)]
+        split = load_split(args.checkpoint)
+        self.instances, (self.seen, self.held_out) = instances_of(split), SPLITS[split]
+        if split == "sets":
+            download_icons(args.work_dir / "designs")
+        if args.choosing:
+            self.held_out = CHOOSING[split]
+        knows = "was not" if CHOOSING[split] and not args.choosing else "was"
+        print(f"The judge {knows} trained on the held-out instances. What is measured by pixels needs no judge.")
         self._sample(self.held_out, 2)
 
     def _sample(self, pool: tuple[Instance, ...], things: int) -> None:
@@ -150,6 +184,11 @@ class References:
         if new.any() and not new.all():
             yield "design seen in other colours", ~new
             yield "design never seen", new
+
+    def designs(self, instances: list[Instance] | None = None) -> np.ndarray:
+        """Returns the category and design of each instance (by default the queried ones) as a text."""
+        instances = [scene.instances[0] for scene in self.scenes] if instances is None else instances
+        return np.array([f"{each.name} {each.design}" for each in instances])
 
     def prompts(self, categories: np.ndarray | None) -> list[str]:
         names = ["thing"] * len(self.rows) if categories is None else [CATEGORY_NAMES[c] for c in categories]
@@ -198,8 +237,10 @@ class References:
         designs, variants = (part[self.rows, queried].numpy() for part in (verdict.designs, verdict.variants))
         print(f"  right subject:                                  {share(shown)}")
         for name, design, variant in (("", 1, 1), (", by colour or look alone", 0, 1), (", by design alone", 1, 0)):
-            hits = nearest_is_own(design * designs, variant * variants, self.scenes, np.random.default_rng(16))
-            print(f"  {f'right instance of 16{name}:':47} {share(hits)}")
+            hits = nearest_is_own(
+                design * designs, variant * variants, self.scenes, np.random.default_rng(16), self.instances
+            )
+            print(f"  {f'right instance of 16{name}:':47} {share(hits, self.designs())}")
             if not name:
                 print(f"  both:                                           {share(shown * hits)}")
 

@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 
 from ..world import CATEGORY_NAMES, PLACE_NAMES, describe
-from .references import References, draw, nearest_is_own, share
+from .references import References, candidates_of, draw, nearest_is_own, share
+from .shapes import nearest_by_pixels
 
 
 def from_text(refs: References) -> None:
@@ -44,7 +45,8 @@ def seen(refs: References) -> None:
     design."""
     for name, some in refs.pools():
         queried = some.wanted("category")
-        verdict = some.judge.look_at(some.draw(some.prompts(None), some.encode(0), name))
+        pictures = some.draw(some.prompts(None), some.encode(0), name)
+        verdict = some.judge.look_at(pictures)
         shown = verdict.categories.argmax(1).numpy() == queried
         design, variant = (part[some.rows, queried].argmax(1).numpy() for part in (verdict.designs, verdict.variants))
         other = verdict.categories.numpy()[some.rows, some.wanted("category", 1)]
@@ -57,16 +59,21 @@ def seen(refs: References) -> None:
         print(f"  its design (of 3):                              {share(design == some.wanted('design'))}")
         print(f"  its colour or look (of 12):                     {share(variant == some.wanted('variant'))}")
         logits = (part[some.rows, queried].numpy() for part in (verdict.designs, verdict.variants))
-        nearest = nearest_is_own(*logits, some.scenes, np.random.default_rng(16))
+        nearest = nearest_is_own(*logits, some.scenes, np.random.default_rng(16), some.instances)
+        rng = np.random.default_rng(16)
+        candidates = [candidates_of(scene.instances[0], rng, some.instances) for scene in some.scenes]
+        by_pixels = nearest_by_pixels(some.world, pictures, candidates)
+        print(f"  right instance of 16 by pixels:                 {share(by_pixels, some.designs())}")
         for kind, rows in some.by_novelty():
             print(f"  {kind} ({rows.sum()} pictures):")
             for what, hits in (
                 ("right subject", shown),
                 ("right instance of 16", nearest),
+                ("right instance of 16 by pixels", by_pixels),
                 ("its design (of 3)", design == some.wanted("design")),
                 ("its colour or look (of 12)", variant == some.wanted("variant")),
             ):
-                print(f"    {f'{what}:':45} {share(hits[rows])}")
+                print(f"    {f'{what}:':45} {share(hits[rows], some.designs()[rows])}")
 
 
 def both_subjects(refs: References) -> None:

@@ -22,7 +22,7 @@ def words(refs: References) -> None:
         print(f"  colour or look:      {share((verdict.variants[refs.rows, category].argmax(1) == variant).numpy())}")
         right = (verdict.designs[refs.rows, category].argmax(1) == design).numpy()
         for kind, rows in refs.by_novelty(asked):
-            print(f"  {kind} ({rows.sum()} pictures): {share(right[rows])}")
+            print(f"  {kind} ({rows.sum()} pictures): {share(right[rows], refs.designs(asked)[rows])}")
 
 
 def pairs(refs: References) -> None:

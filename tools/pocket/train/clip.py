@@ -21,9 +21,9 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConf
 from ..scenes import SceneStream, patch_cover
 from ..training import Batches, options, train
 from ..world import (
+    ALL_DESIGNS,
     CATEGORY_NAMES,
     COLOURS,
-    DESIGNS,
     LOOKS,
     PLACE_NAMES,
     PLACES,
@@ -42,7 +42,7 @@ NUM_LAYERS = 6
 MOVE = 4  # pixels; the cover of the patches of 8 pixels is not adjusted
 NUM_TOKENS = 32  # the longest caption has 25 tokens; 77 tokens, as in CLIP, would be slower
 WORDS = "a an and of picture with thing something " + " ".join(
-    [*CATEGORY_NAMES, *COLOURS, *DESIGNS, *(look for _, look in LOOKS), *PLACES.values()]
+    [*CATEGORY_NAMES, *COLOURS, *ALL_DESIGNS, *(look for _, look in LOOKS), *PLACES.values()]
 )
 
 
@@ -93,7 +93,7 @@ class PatchNamer(torch.nn.Module):
     def __init__(self, num_things: int):
         super().__init__()
         self.norm = torch.nn.LayerNorm(VISION_WIDTH)
-        self.sizes = (num_things + 1, len(DESIGNS), 2, len(LOOKS))
+        self.sizes = (num_things + 1, len(ALL_DESIGNS), 2, len(LOOKS))
         self.patch = torch.nn.Linear(VISION_WIDTH, sum(self.sizes))
         self.place = torch.nn.Linear(VISION_WIDTH, len(PLACES))
 
@@ -167,7 +167,7 @@ def name_things(scene: Scene, rng: np.random.Generator) -> str:
     named = list(scene.instances)
     if len(named) > 2 and rng.random() < 0.5:
         named = [named[rng.integers(len(named))]]
-    words = [thing.words if rng.random() < 0.8 else f"{DESIGNS[thing.design]} {thing.name}" for thing in named]
+    words = [thing.words if rng.random() < 0.8 else f"{ALL_DESIGNS[thing.design]} {thing.name}" for thing in named]
     rng.shuffle(words)
     return describe(words, PLACE_NAMES[scene.place])
 

@@ -1,4 +1,5 @@
-"""Train the judge on scenes of all instances, including the held-out ones, because it has to recognise them.
+"""Train the judge on scenes of all instances, including the held-out ones, because it has to recognise them. With `--split
+sets`, it is only trained on seen instances and those that choose a checkpoint (`CHOOSING`), so none that is reported.
 
 Things have the positions of the measured pictures, or random sizes and positions. Some are restyled, and some are not
 of the twelve categories. Pictures are slightly blurred, shifted and recoloured, like generated pictures. Each colour
@@ -14,7 +15,7 @@ from ..base import draw_noise
 from ..judge import Judge
 from ..scenes import SceneStream
 from ..training import Batches, options, train
-from ..world import CATEGORY_NAMES, Instance, Scene, World, download_designs
+from ..world import ALL_DESIGNS, CATEGORY_NAMES, CHOOSING, DESIGNS, SPLITS, Instance, Scene, World, download_designs
 
 
 def spoil(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -50,15 +51,18 @@ def targets(scenes: list[Scene]) -> tuple[torch.Tensor, ...]:
 
 def main():
     parser = options(__doc__, max_train_steps=6000, train_batch_size=48, learning_rate=2e-3, ema_decay=0.99)
+    parser.add_argument("--split", choices=SPLITS, default="wide", help="the split of instances")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     download_designs(args.work_dir / "designs")
     world = World(args.work_dir / "designs")
+    split = args.split if CHOOSING[args.split] else "all"
     stream = SceneStream(
-        world, "all", (0.6, 0.35, 0.05), varied_share=0.5, others_share=0.1, kin_share=0.05, restyled_share=0.2
+        world, split, (0.6, 0.35, 0.05), varied_share=0.5, others_share=0.1, kin_share=0.05, restyled_share=0.2
     )
-    judge = Judge().train().to(args.device)
+    stream.pool += CHOOSING[args.split]
+    judge = Judge(len(ALL_DESIGNS if args.split == "sets" else DESIGNS)).train().to(args.device)
 
     def prepare(number):
         scenes = stream.draw(np.random.default_rng([args.seed, number]), args.train_batch_size)
@@ -80,6 +84,8 @@ def main():
 
     train("judge", args, {"judge": judge}, loss_fn)
     measured = SceneStream(world, "all", (0.7, 0.25, 0.05), varied_share=0.0, vary_colours=False)
+    if CHOOSING[args.split]:
+        measured.pool = SPLITS[args.split][1]
     scenes = measured.draw(np.random.default_rng(2), 1000)
     verdict = judge.cpu().look_at(np.stack([scene.picture for scene in scenes]))
     designs, variants, places = targets(scenes)

@@ -82,7 +82,7 @@ class Rows:
         other_subjects_share: float = 0.0,
     ):
         self.world = World(designs)
-        self.seen = SPLITS[split][0]
+        self.split, self.seen = split, SPLITS[split][0]
         self.free_share = free_share
         self.others_share = others_share
         self.shares = (1 - two_share - absent_share, two_share, absent_share)
@@ -111,7 +111,7 @@ class Rows:
     def absent(self, rng: np.random.Generator) -> dict:
         missing, shown, asked_for = draw_instances(rng, self.seen, 3)
         if self.other_subjects_share and rng.random() < self.other_subjects_share:
-            missing = self.world.draw_other(rng)
+            missing = self.world.draw_other(rng, split=self.split)
         drawn = [varied(rng, shown)] if rng.random() < 0.85 else []
         reference = self._reference(rng, drawn, but=missing.name)
         asked = {"reference": reference.picture, "query": _name(rng, missing.name), "mask": None}
@@ -121,7 +121,10 @@ class Rows:
         drawn: list = [varied(rng, each) for each in draw_instances(rng, self.seen, count)]
         if self.other_subjects_share:  # otherwise the same seed draws the same rows as before
             others = rng.random(count) < self.other_subjects_share
-            drawn = [self.world.draw_other(rng) if o else each for each, o in zip(drawn, others, strict=True)]
+            drawn = [
+                self.world.draw_other(rng, split=self.split) if o else each
+                for each, o in zip(drawn, others, strict=True)
+            ]
         return drawn
 
     def _reference(self, rng: np.random.Generator, subjects: list[Instance | Other], but: str = "") -> Scene:
@@ -130,7 +133,7 @@ class Rows:
         things: list = list(subjects)
         while len(things) < count:
             if rng.random() < self.others_share:
-                other = self.world.draw_other(rng)
+                other = self.world.draw_other(rng, split=self.split)
                 if other.name not in (but, *(subject.name for subject in subjects)):
                     things.append(other)
                 continue

@@ -60,7 +60,7 @@ def main():
         "--varied_share", type=float, default=0.25, help="share of scenes with random sizes, positions and mirroring"
     )
     parser.add_argument(
-        "--others_share", type=float, default=0.3, help="share of things that are not of a measured category"
+        "--others_share", type=float, default=0.9, help="share of things that are not of a measured category"
     )
     parser.add_argument("--channels", type=int, nargs="+", default=[128, 128], help="channels of a new UNet's levels")
     parser.add_argument("--layers", type=int, default=2, help="layers of each block of a new UNet")
