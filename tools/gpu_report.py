@@ -26,7 +26,7 @@ ROWS = 2048  # training pairs of noise; neither memory nor time depends on the v
 
 def commands(dry_run: bool) -> dict[str, list[str]]:
     """Returns the title and the command of each part except the training."""
-    size = "--preset pocket --dtype float32 --steps 1" if dry_run else "--dtype float16"
+    size = "--preset pocket --dtype float32 --num_inference_steps 1" if dry_run else "--dtype float16"
     sides, larger = ("64", "64 96") if dry_run else ("512", "512 768")
     memory, speed = f"examples/benchmark_memory.py {size}", f"examples/benchmark.py {size} --size {sides} --rounds 2"
     lines = {

@@ -12,7 +12,7 @@ from pathlib import Path
 from diffusers.utils import logging
 
 from ..methods import COMPARISON, ROOT
-from . import chains, comparison, controls, features, selection, shapes, speed, words
+from . import chains, comparison, controls, features, selection, several_images, shapes, speed, words
 from .references import References
 
 
@@ -32,6 +32,8 @@ PARTS = {
     "three": controls.three,
     "people": controls.people,
     "pointing": controls.pointing,
+    "images": several_images.images,
+    "negative": several_images.negative,
     "comparison": comparison.comparison,
     "cutouts": comparison.cutouts,
     "controlnet": chains.controlnet,
