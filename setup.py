@@ -1,12 +1,12 @@
 """For tools that look for this file, and the long description. The other metadata of the package is in pyproject.toml."""
 
-import re
-import subprocess
-from pathlib import Path
+import os
+import runpy
 
 from setuptools import setup
 
 
+<<<<<<< HEAD
 HERE = Path(__file__).parent
 
 
@@ -30,3 +30,7 @@ setup(
     long_description=long_description(),
     long_description_content_type="text/markdown",
 )
+=======
+text = runpy.run_path("tools/long_description.py")["long_description"]() if os.path.exists("tools") else ""
+setup(script_name="setup.py", long_description=text, long_description_content_type="text/markdown")
+>>>>>>> first

@@ -51,9 +51,9 @@ with needs("train"):
     import datasets
     import torch
     import training_data
-    from accelerate import PartialState
     from image_files import SUFFIXES
     from PIL import Image
+    from processes import start_processes
     from text_files import is_blank, text_of
     from tqdm.auto import tqdm
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -202,7 +202,7 @@ def write_json(file: Path, content: dict) -> None:
     write_whole(file, lambda partial_file: partial_file.write_text(json.dumps(content, indent=1) + "\n"))
 
 
-def check_settings(args: argparse.Namespace, state: PartialState) -> None:
+def check_settings(args: argparse.Namespace, state) -> None:
     """Creates the output folder. Raises a `ValueError` if it holds a run with other options."""
     settings = {name: str(value) for name, value in vars(args).items() if name not in ("output_dir", "batch_size")}
     file = args.output_dir / "settings.json"
@@ -217,7 +217,7 @@ def check_settings(args: argparse.Namespace, state: PartialState) -> None:
 def main(arguments: Sequence[str] | None = None) -> int | None:
     """Prepares the training set. Returns the number of samples in the main process, and `None` in other processes."""
     args = parse_args(arguments)
-    state = PartialState()
+    state = start_processes()
     rows, bad = read_source(args)
     captioner = kept = None
     if args.caption_model is not None:
@@ -242,7 +242,6 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
         kept = sum(report["kept"] for report in reports)
         print(f"{kept} samples are in {args.output_dir}" if kept else "No sample was kept, so no shard was written.")
         print(training_data.summary(bad))
-    state.destroy_process_group()
     return kept
 
 

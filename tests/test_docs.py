@@ -93,6 +93,8 @@ def test_the_long_description_has_no_front_matter_and_no_relative_links(tmp_path
     for name in ("setup.py", "README.md", "pyproject.toml", "LICENSE", "__init__.py"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "py.typed").touch()
+    (tmp_path / "tools").mkdir()
+    shutil.copy(ROOT / "tools" / "long_description.py", tmp_path / "tools")
     if url:
         subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
         subprocess.run(["git", "-C", str(tmp_path), "remote", "add", "origin", url], check=True)
