@@ -28,16 +28,18 @@ class SubjectPanel:
             The options of the page.
         number (`int`):
             The number of the subject on the page, starting at 1.
+        kept (`gr.BrowserState`):
+            Keeps the reference image in the browser.
     """
 
-    def __init__(self, studio: Studio, args: argparse.Namespace, number: int):
+    def __init__(self, studio: Studio, args: argparse.Namespace, number: int, kept: gr.BrowserState):
         self.studio = studio
         self.number = number
         self.usual_scale = args.scale
         self.examples = _examples(Path(studio.checkpoints.ssr or studio.checkpoints.base) / "references")
         # the image is stored separately, because the canvas of the editor can be larger than the image
         self.image = gr.State(time_to_live=DAY)
-        self.kept = gr.BrowserState(storage_key=f"ssr-subject-{number}")
+        self.kept = kept
         with gr.Accordion("Reference image", elem_id=f"choose-{number}") as choose:
             file = file_drop("Upload a reference image", f"file-{number}")
             self.gallery = gr.Gallery(
@@ -150,10 +152,13 @@ class SubjectPanels:
 
     def __init__(self, studio: Studio, args: argparse.Namespace):
         self.panels: list[SubjectPanel] = []
+        numbers = range(1, args.max_subjects + 1)
+        # the browser does not load the states in a tab before it is opened
+        kept = [gr.BrowserState(storage_key=f"ssr-subject-{number}") for number in numbers]
         with gr.Tabs():
-            for number in range(1, args.max_subjects + 1):
+            for number in numbers:
                 with gr.Tab(f"Subject {number}"):
-                    self.panels.append(SubjectPanel(studio, args, number))
+                    self.panels.append(SubjectPanel(studio, args, number, kept[number - 1]))
         self.components = [component for panel in self.panels for component in panel.components]
         self.queries = [panel.query for panel in self.panels]
 
