@@ -28,14 +28,18 @@ def commands(dry_run: bool) -> dict[str, list[str]]:
     """Returns the title and the command of each part except the training."""
     size = "--preset pocket --dtype float32 --num_inference_steps 1" if dry_run else "--dtype float16"
     sides, larger = ("64", "64 96") if dry_run else ("512", "512 768")
-    memory, speed = f"examples/benchmark_memory.py {size}", f"examples/benchmark.py {size} --size {sides} --rounds 2"
+    more = "--subjects 1 3" if dry_run else "--batch_size 1 8 --subjects 1 3"
+    memory, speed = (
+        f"examples/benchmark_memory.py {size}",
+        f"examples/benchmark.py {size} --size {sides} --rounds {1 if dry_run else 2}",
+    )
     lines = {
-        "Memory and seconds of a step": f"{memory} --size {larger} --batch_size 1 8 --subjects 1 3 --settings none",
+        "Memory and seconds of a step": f"{memory} --size {larger} {more} --settings none",
         "Tests": "-m pytest -q -rs tests/test_gpu.py",
         "What a subject adds to a step": f"{speed} --methods stock ssr ssr_compact",
         "What three subjects add": f"{speed} --methods stock ssr ssr_compact --subjects 3",
         "Offloading": f"{memory} --size {sides} --settings model_offload sequential_offload",
-        "Compiled": f"{memory} --size {sides} --batch_size 1 8 --subjects 1 3 --settings compiled",
+        "Compiled": f"{memory} --size {sides} {more} --settings compiled",
     }
     return {title: [sys.executable, *line.split()] for title, line in lines.items()}
 
@@ -66,7 +70,7 @@ def train(folder: Path, ends: float, dry_run: bool) -> None:
     from tools.pocket.drawn_pairs import write_arrays
 
     write_arrays(folder / "pairs", Noise, ROWS if not dry_run else 16, 0, 1)
-    batch, steps = (4, (2, 4)) if dry_run else (64, (50, 250))
+    batch, steps = (4, (2, 4)) if dry_run else (64, (50, 300))
     lines = []
     for name, options in (("with", ""), ("without", "--consistency_weight=0")):
         seconds = []
