@@ -49,8 +49,8 @@ METHODS = {
 }
 # The options that are different when the training of an SSR-Encoder is continued on other data.
 CONTINUED = "--learning_rate 7e-4 --lr_warmup_steps 50 --ema_decay 0.995"
-# The encoder of each method. All were trained with the same data and steps, on the vision encoder of the checkpoint. The
-# SSR-Encoder of the checkpoint was trained longer and on other pairs.
+# The encoder of each method. All were trained with the same data and steps, on the vision encoder of the checkpoint.
+# The SSR-Encoder of the checkpoint was trained longer and on other pairs.
 COMPARISON = Path(__file__).parent / "comparison"
 COMMON = (
     "--reference_column reference --mask_column mask --mask_weight 3 --resolution 64 --min_image_size 64 --latents mode"
