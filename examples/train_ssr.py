@@ -1,9 +1,9 @@
 """Train or fine-tune an SSR-Encoder on a frozen Stable Diffusion 1.5 (section 3.4 of the paper).
 
     accelerate launch examples/train_ssr.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
-        --image_encoder_name_or_path openai/clip-vit-large-patch14 --train_data_dir pictures --output_dir my-ssr
+        --image_encoder_name_or_path openai/clip-vit-large-patch14 --train_data_dir images --output_dir my-ssr
 
-The folder `pictures` contains a `metadata.jsonl` with lines like
+The folder `images` contains a `metadata.jsonl` with lines like
 {"file_name": "1.jpg", "text": "a cat on a sofa", "query": "cat"}. A target that shows several subjects has lists, here
 with `--reference_column reference`:
 

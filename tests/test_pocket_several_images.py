@@ -52,7 +52,7 @@ def test_images(refs, capsys):
     one, mean, tokens = (pictures.astype(int) for pictures in refs.columns[-3:])
     assert np.abs(mean - one).max() <= 1 and np.abs(tokens - one).max() <= 1 and one.std() > 10
     printed = capsys.readouterr().out
-    assert 'from 2 images, all tokens (384), "a thing" (2 pictures)' in printed
+    assert 'from 2 images, all tokens (384), "a thing" (2 images)' in printed
     assert printed.count("  a cat:") == 2 and "all tokens against the mean: +0.0 points" in printed
 
 
@@ -71,7 +71,7 @@ def test_an_unwanted_instance(refs, capsys, monkeypatch):
     monkeypatch.setattr(several_images, "SCALES", (1.0,))
     several_images._unwanted_instance(refs.of(tuple(i for i in refs.held_out if i.hue is not None), 2))
     blocks = capsys.readouterr().out.split("no `subject`")[1:]
-    assert len(blocks) == 4 and "the instance drawn without is unwanted; no negative subject" in blocks[2]
+    assert len(blocks) == 4 and "the instance generated without is unwanted; no negative subject" in blocks[2]
     for figure in ("hue within 30 degrees of the unwanted", "hue within 30 degrees of that without"):
         assert f"{figure}:" in blocks[2] and "100.0 %" in blocks[2].split(f"{figure}:")[1].splitlines()[0]
 

@@ -27,14 +27,14 @@ class Request:
         name (`str`):
             The kind of the request.
         draw (`Callable`):
-            Generates and returns pictures of shape `(num_images, height, width, 3)`.
+            Generates and returns images of shape `(num_images, height, width, 3)`.
     """
 
     name: str
     draw: Callable[[], np.ndarray]
 
     def outcome(self) -> np.ndarray | str:
-        """Runs the request and returns its pictures, or its error as text."""
+        """Runs the request and returns its images, or its error as text."""
         try:
             return self.draw()
         except (CallbackError, ValueError) as error:
@@ -62,9 +62,9 @@ def mixed_requests(
         controlnet (`ControlNetModel`):
             The ControlNet for the ControlNet requests.
         photos (`list[PIL.Image.Image]`), queries (`list[str]`):
-            The reference pictures and the query for each of them.
+            The reference images and the query for each of them.
         size (`int`):
-            Height and width of the pictures.
+            Height and width of the images.
         steps (`int`, defaults to 2):
             The number of denoising steps.
     """
@@ -132,7 +132,7 @@ def mixed_requests(
             "without": draw,
             "stock": functools.partial(stock, prompt, seed),
             "callback raises": functools.partial(draw, subject=subject, callback_on_step_end=raising),
-            "callback draws": functools.partial(drawing, prompt, subject, seed),
+            "callback generates": functools.partial(drawing, prompt, subject, seed),
             "invalid": functools.partial(draw, subject=subject, subject_image=photo),
         }
         requests += [Request(name, each) for name, each in kinds.items()]

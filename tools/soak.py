@@ -103,7 +103,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=0, help="rounds of the comparison with one request at a time")
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--batch", type=int, default=64, help="requests between two measurements of the memory")
-    parser.add_argument("--size", type=int, default=64, help="height and width of the pictures")
+    parser.add_argument("--size", type=int, default=64, help="height and width of the images")
     args = parser.parse_args()
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()

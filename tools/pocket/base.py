@@ -81,7 +81,7 @@ class Base:
         return pipe
 
     def draw(self, pipe, prompts: list[str], **kwargs) -> np.ndarray:
-        """Generates pictures with a pipeline, as uint8 of shape (n, 64, 64, 3)."""
+        """Generates images with a pipeline, as uint8 of shape (n, 64, 64, 3)."""
         settings = {"num_inference_steps": 20, "guidance_scale": 3.0, **kwargs}
         images = pipe(prompts, generator=torch.Generator().manual_seed(0), output_type="pt", **settings).images
         return picture_array(images * 2 - 1)

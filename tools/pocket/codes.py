@@ -2,7 +2,7 @@
 
 Training a latent space from scratch takes hours on a CPU, and colors are learned last. A linear code needs no training
 and preserves colors exactly. The UNet can be trained on the codes while the AutoencoderKL is trained: its encoder
-learns to produce the codes, and its decoder learns to reconstruct sharp pictures from them.
+learns to produce the codes, and its decoder learns to reconstruct sharp images from them.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ PATCH = 8
 
 
 class Codes:
-    """Linear codes. `encode` converts uint8 pictures of shape (n, 64, 64, 3) to latents of shape (n, 24, 8, 8)."""
+    """Linear codes. `encode` converts uint8 images of shape (n, 64, 64, 3) to latents of shape (n, 24, 8, 8)."""
 
     def __init__(self, mean: torch.Tensor, basis: torch.Tensor):
         self.mean = mean
@@ -33,14 +33,14 @@ class Codes:
         variance, basis = torch.linalg.eigh(torch.cov((patches - mean).T))
         variance, basis = variance.flip(0)[:CHANNELS], basis.flip(1)[:, :CHANNELS]
         # strong components (colors) remain stronger than weak ones (details), but the difference is smaller than in
-        # the picture
+        # the image
         weights = variance**-0.25
         weights = weights / (variance * weights**2).mean().sqrt()
         return cls(mean, basis * weights)
 
     @classmethod
     def from_latents(cls, pictures: np.ndarray, latents: torch.Tensor) -> "Codes":
-        """Fits codes to given latents of shape (n, 24, 8, 8) of these pictures, by least squares."""
+        """Fits codes to given latents of shape (n, 24, 8, 8) of these images, by least squares."""
         patches = _patches(pictures).flatten(0, 2).double()
         mean = patches.mean(0)
         # the codes have no bias, so the latents of the mean patch are zero
@@ -55,7 +55,7 @@ class Codes:
 
     def importance(self) -> torch.Tensor:
         """Returns the weight of each latent channel in the loss, of shape (1, 24, 1, 1) with a mean of 1. Weaker
-        channels have larger weights. If channels were weighted by their contribution to the picture, the details that
+        channels have larger weights. If channels were weighted by their contribution to the image, the details that
         distinguish the designs would not be learned."""
         weights = self.basis.norm(dim=0)
         return (weights / weights.mean())[None, :, None, None]

@@ -1,6 +1,6 @@
 """Training pairs as arrays on the disk, and samples of them for examples/train_ssr.py.
 
-A Parquet file of PNG pictures, which `train_ssr.py` reads by default, can be used with any set of pictures. On a GPU, the
+A Parquet file of PNG images, which `train_ssr.py` reads by default, can be used with any set of images. On a GPU, the
 pocket model trains on more rows in a second than a process can decode. The arrays are mapped into memory, so several
 trainings can share them.
 """
@@ -72,7 +72,7 @@ class DrawnSamples:
 
     Args:
         folder (`Path`): the folder that `write_arrays` wrote.
-        processor (`CLIPImageProcessor`): the normalization for the vision encoder. The pictures have its size already.
+        processor (`CLIPImageProcessor`): the normalization for the vision encoder. The images have its size already.
         seed (`int`): determines the order of the rows.
         position (`tuple[int, int]`): the epoch and the number of the first sample.
     """

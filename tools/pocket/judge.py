@@ -1,4 +1,4 @@
-"""The judge: a small classifier that recognizes the content of a picture. It is trained separately from the models
+"""The judge: a small classifier that recognizes the content of an image. It is trained separately from the models
 that it evaluates."""
 
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from .world import CATEGORY_NAMES, DESIGNS, NUM_VARIANTS, PLACE_NAMES
 
 @dataclass
 class Verdict:
-    """Logits for a batch of pictures: `categories` (n, categories), independent of each other, tell which categories
-    are in the picture; `places` (n, places) tell the place; `designs` (n, categories, designs) and `variants` (n,
+    """Logits for a batch of images: `categories` (n, categories), independent of each other, tell which categories
+    are in the image; `places` (n, places) tell the place; `designs` (n, categories, designs) and `variants` (n,
     categories, variants) tell the design and the variant (color or look) of the subject of each category."""
 
     categories: torch.Tensor
@@ -25,7 +25,7 @@ class Verdict:
 
 
 class Judge(nn.Module):
-    """A convolutional network for pictures of 64 x 64 pixels. `num_designs` is the number of designs of its split."""
+    """A convolutional network for images of 64 x 64 pixels. `num_designs` is the number of designs of its split."""
 
     def __init__(self, num_designs: int = len(DESIGNS)):
         super().__init__()

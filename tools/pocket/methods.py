@@ -19,7 +19,7 @@ from drawing import write_contact_sheet  # noqa: E402, F401
 
 @dataclass(frozen=True)
 class Method:
-    """A method to encode the reference picture: the encoder class, and the specific options of train_ssr.py."""
+    """A method to encode the reference image: the encoder class, and the specific options of train_ssr.py."""
 
     label: str
     options: str = "--inner_dim 128 --num_attention_heads 4 --image_levels 1 2 3 4 5 6"
@@ -37,7 +37,7 @@ class Method:
 METHODS = {
     "ssr": Method("SSR-Encoder"),
     "ip_adapter_plus": Method(
-        "IP-Adapter-Plus style: the whole picture, no query",
+        "IP-Adapter-Plus style: the whole image, no query",
         # the second to last level, a head width of 64 and four blocks, as in IP-Adapter Plus
         "--inner_dim 64 --num_attention_heads 1 --image_levels 5 --consistency_form paper --consistency_weight 0",
         WholePictureEncoder,
@@ -49,8 +49,8 @@ METHODS = {
 }
 # The options that are different when the training of an SSR-Encoder is continued on other data.
 CONTINUED = "--learning_rate 7e-4 --lr_warmup_steps 50 --ema_decay 0.995"
-# The encoder of each method, all trained alike on the vision encoder of the checkpoint. The SSR-Encoder of the checkpoint
-# was trained for longer and on other pairs.
+# The encoder of each method. All were trained with the same data and steps, on the vision encoder of the checkpoint.
+# The SSR-Encoder of the checkpoint was trained longer and on other pairs.
 COMPARISON = Path(__file__).parent / "comparison"
 COMMON = (
     "--reference_column reference --mask_column mask --mask_weight 3 --resolution 64 --min_image_size 64 --latents mode"

@@ -1,4 +1,4 @@
-"""Picture conversions: edges for the ControlNet, and the photograph look, which is the second style of pictures."""
+"""Image conversions: edges for the ControlNet, and the photograph look, which is the second style of images."""
 
 import cv2
 import numpy as np
@@ -10,13 +10,13 @@ FADED_TO = np.array((225, 190, 150), np.float32)
 
 
 def edges(picture: np.ndarray) -> np.ndarray:
-    """Detects edges in the same way as `CannyDetector` of controlnet-aux. Returns white edges on black. Both pictures
+    """Detects edges in the same way as `CannyDetector` of controlnet-aux. Returns white edges on black. Both images
     are uint8 of shape (height, width, 3)."""
     return np.repeat(cv2.Canny(picture, 100, 200)[..., None], 3, axis=-1)
 
 
 def as_photograph(pictures: np.ndarray) -> np.ndarray:
-    """Makes uint8 pictures of shape (n, 64, 64, 3) look like faded instant photographs with a white frame."""
+    """Makes uint8 images of shape (n, 64, 64, 3) look like faded instant photographs with a white frame."""
     faded = 0.68 * pictures + 0.32 * FADED_TO
     framed = np.broadcast_to(PAPER, pictures.shape).copy()
     framed[:, FRAME:-FRAME, FRAME:-FRAME] = faded[:, FRAME:-FRAME, FRAME:-FRAME]
@@ -32,7 +32,7 @@ def without_look(pictures: np.ndarray) -> np.ndarray:
 
 
 def is_framed(pictures: np.ndarray) -> np.ndarray:
-    """Returns which of the uint8 pictures of shape (n, 64, 64, 3) have the frame of `as_photograph`. The color of all
+    """Returns which of the uint8 images of shape (n, 64, 64, 3) have the frame of `as_photograph`. The color of all
     four sides has to be close to `PAPER`."""
     depth = FRAME - 2  # the inner edge may be blurred
     sides = (pictures[:, :depth], pictures[:, -depth:], pictures[:, :, :depth], pictures[:, :, -depth:])

@@ -12,13 +12,13 @@ from diffusers_ssr import SSREncoder
 
 class WholePictureEncoder(SSREncoder):
     """
-    Encodes the whole picture without a query, as IP-Adapter Plus does. The resampler of diffusers converts the
+    Encodes the whole image without a query, as IP-Adapter Plus does. The resampler of diffusers converts the
     patches' hidden states at one level to a few tokens, and each layer projects these tokens to keys and values.
 
     Args:
         cross_attention_dim (`int`), vision_hidden_size (`int`), attention_layers (`dict[str, int]`): as in `SSREncoder`.
         image_levels (`tuple[int]`): the level that is used; IP-Adapter Plus uses the second to last level.
-        num_queries (`int`): the number of tokens for a picture.
+        num_queries (`int`): the number of tokens for an image.
         depth (`int`): the number of blocks of the resampler.
         inner_dim (`int`): the width of the resampler.
         num_attention_heads (`int`): the resampler's heads, each with a width of `inner_dim // num_attention_heads`.

@@ -19,7 +19,7 @@ class SceneStream:
         count_shares (`tuple[float, ...]`): the relative frequency of scenes with one, two, three (and four) things.
         varied_share (`float`): the share of scenes with random positions; the other scenes use `LAYOUTS`.
         others_share (`float`): the share of things that are not of a measured category.
-        kin_share (`float`): the share of the remaining things that are other pictures of a measured category (`KIN`).
+        kin_share (`float`): the share of the remaining things that are other images of a measured category (`KIN`).
         restyled_share (`float`): the share of scenes that are drawn in another style (`restyled`).
         vary_colours (`bool`): whether hues are continuous.
     """
@@ -65,7 +65,7 @@ class SceneStream:
 
 
 def draw_pictures(stream: SceneStream, count: int, seed: tuple[int, ...]) -> np.ndarray:
-    """Returns uint8 pictures of shape (count, 64, 64, 3) from a stream. The same seed gives the same pictures."""
+    """Returns uint8 images of shape (count, 64, 64, 3) from a stream. The same seed gives the same images."""
     return np.stack([scene.picture for scene in stream.draw(np.random.default_rng(seed), count)])
 
 

@@ -251,7 +251,7 @@ def train(
 
 
 def picture_tensor(pictures) -> torch.Tensor:
-    """Converts uint8 pictures of shape (n, height, width, 3) to values from -1 to 1 of shape (n, 3, height, width)."""
+    """Converts uint8 images of shape (n, height, width, 3) to values from -1 to 1 of shape (n, 3, height, width)."""
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 

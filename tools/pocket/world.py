@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 
-# Name of the design -> (npm package, folder of its pictures, their file extension, credit)
+# Name of the design -> (npm package, folder of its images, their file extension, credit)
 DESIGN_SETS = {
     "painted": ("emoji-datasource-google", "img/google/64", "png", "Noto Emoji, Google, Apache License 2.0"),
     "flat": ("emoji-datasource-twitter", "img/twitter/64", "png", "Twemoji, Twitter and contributors, CC-BY 4.0"),
@@ -35,7 +35,7 @@ ICON_SETS = {
 }
 ALL_DESIGNS = (*DESIGNS, *ICON_SETS)
 
-# The code points of the picture of each category. People have one picture for each look.
+# The code points of the image of each category. People have one image for each look.
 CATEGORIES = {
     "cat": "1f431",
     "dog": "1f436",
@@ -136,7 +136,7 @@ def load_split(checkpoint: str | Path) -> str:
 
 @dataclass(frozen=True)
 class Other:
-    """A thing that is not used in measurements: an emoji that appears next to subjects, or another picture of a
+    """A thing that is not used in measurements: an emoji that appears next to subjects, or another image of a
     category (`KIN`)."""
 
     name: str
@@ -214,7 +214,7 @@ _RULES = {
 # Name of the split -> instances to choose a checkpoint with. They are neither trained on nor reported.
 CHOOSING = {name: tuple(i for i in all if rule and rule(i)) for name, (all, _, rule) in _RULES.items()}
 # Name of the split -> (seen instances, held-out instances). With "first", each held-out color of a category is seen in
-# its two other designs, so a model that has learned to associate colors with designs draws the wrong design. With
+# its two other designs, so a model that has learned to associate colors with designs generates the wrong design. With
 # "wide", a held-out instance cannot be predicted from its color or from its design. With "sets", a whole design set is
 # held out, so there is an unseen design of each category.
 SPLITS = {
@@ -278,7 +278,7 @@ def download_icons(folder: str | Path) -> None:
 
 
 def download_designs(folder: str | Path) -> None:
-    """Downloads the three design sets from the npm registry with `npm pack`, and keeps the pictures that are used."""
+    """Downloads the three design sets from the npm registry with `npm pack`, and keeps the images that are used."""
     folder = Path(folder)
     if (folder / "others.json").exists():
         return
@@ -374,7 +374,7 @@ class World:
 
     @cached_property
     def kin(self) -> dict[str, str]:
-        """Code point -> category, for the other pictures of the measured categories (`KIN`)."""
+        """Code point -> category, for the other images of the measured categories (`KIN`)."""
         return json.loads((self.folder / "others.json").read_text())["kin"]
 
     def codes_of(self, design: int) -> frozenset[str]:
@@ -408,7 +408,7 @@ class World:
         return np.asarray(square.resize((SPRITE_SIZE, SPRITE_SIZE), Image.Resampling.LANCZOS))
 
     def sprite(self, thing: Instance | Other, rng: np.random.Generator | None = None) -> np.ndarray:
-        """Returns the picture of a thing, as uint8 of shape (64, 64, 4). With `rng`, its style is changed
+        """Returns the image of a thing, as uint8 of shape (64, 64, 4). With `rng`, its style is changed
         (`restyled`)."""
         square = self._square(ALL_DESIGNS[thing.design], thing.code)
         if thing.hue is not None or thing.saturation != 1 or thing.lightness != 1:
@@ -429,7 +429,7 @@ class World:
         side: int,
         style: np.random.Generator | None = None,
     ) -> np.ndarray:
-        """Draws the picture of a thing into `canvas`, of shape (height, width, 3) from 0 to 1. Returns its alpha
+        """Draws the image of a thing into `canvas`, of shape (height, width, 3) from 0 to 1. Returns its alpha
         channel, of shape (height, width)."""
         sprite = self._scaled(thing, side) if style is None else _scale(self.sprite(thing, style), side)
         region = canvas[y : y + side, x : x + side]
@@ -450,7 +450,7 @@ def _scale(sprite: np.ndarray, side: int) -> np.ndarray:
 
 @dataclass
 class Scene:
-    """A uint8 picture of shape (height, width, 3), its place, and each subject's instance and boolean mask."""
+    """A uint8 image of shape (height, width, 3), its place, and each subject's instance and boolean mask."""
 
     picture: np.ndarray
     place: int
@@ -566,7 +566,7 @@ def draw_scene(
 ) -> Scene:
     """Draws things side by side, in random order, in a place (a random one if `None`).
 
-    `shift` moves the things to the right and down by a number of pixels, at most to the edge of the picture. `canvas`
+    `shift` moves the things to the right and down by a number of pixels, at most to the edge of the image. `canvas`
     is an already painted place. `boxes` are positions of the things (`arrange`) and replace `LAYOUTS`. With `restyle`,
     the style of each thing is changed (`restyled`).
     """
@@ -597,7 +597,7 @@ def draw_instances(rng: np.random.Generator, pool: tuple[Instance, ...], count: 
 
 
 def sheet(pictures: list[np.ndarray], columns: int, zoom: int = 2, gap: int = 4) -> Image.Image:
-    """Combines uint8 pictures of the same shape (height, width, 3) to one contact sheet."""
+    """Combines uint8 images of the same shape (height, width, 3) to one contact sheet."""
     height, width = pictures[0].shape[:2]
     rows = math.ceil(len(pictures) / columns)
     canvas = Image.new("RGB", (columns * (width * zoom + gap) + gap, rows * (height * zoom + gap) + gap), "white")

@@ -1,7 +1,7 @@
 """Measure the pocket checkpoint: selection, the comparison with other methods, other pipelines, and how cheaper
-inference changes the pictures.
+inference changes the images.
 
-The judge (see judge.py) classifies the pictures. Each reference shows two subjects. Their instances are held out from
+The judge (see judge.py) classifies the images. Each reference shows two subjects. Their instances are held out from
 the training of all models except the judge. The required design sets are downloaded from the npm registry at the first
 call.
 """
@@ -83,7 +83,7 @@ def main():
     for part in args.parts:
         PARTS[part](references)
     if references.columns:
-        print(f"references, each with its pictures in the order above: {references.save_sheet()}")
+        print(f"references, each with its images in the order above: {references.save_sheet()}")
 
 
 if __name__ == "__main__":

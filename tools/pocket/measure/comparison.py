@@ -1,5 +1,5 @@
 """Compares SSR-Encoder with an adapter in the style of IP-Adapter Plus and with its ablations, on the base model of the
-checkpoint. All methods were trained alike, so the SSR-Encoder is not the one of the checkpoint."""
+checkpoint. All methods were trained with the same data and steps, so the SSR-Encoder is not that of the checkpoint."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def comparison(refs: References) -> None:
             rows.setdefault(label, pictures)
             verdict = refs.judge.look_at(pictures)
             scores = verdict.categories.numpy()
-            print(f"{label}, the prompt names {naming} ({len(pictures)} pictures):")
+            print(f"{label}, the prompt names {naming} ({len(pictures)} images):")
             refs.report_instances(verdict)
             print(f"  the wrong subject is there:            {share(scores[refs.rows, other] > 0)}")
             print(f"  the place asked for:                   {share(verdict.places.argmax(1).numpy() == refs.places)}")
@@ -51,7 +51,7 @@ def comparison(refs: References) -> None:
                 missing, subjects = refs.encode_absent()
                 pictures = draw(pipe, refs.args, refs.prompts(None), subjects, f"absent, {label}")
                 drawn = refs.judge.look_at(pictures).categories.argmax(1).numpy() == missing
-                print(f"  a queried third thing is drawn:        {share(drawn)}")
+                print(f"  a queried third thing is generated:    {share(drawn)}")
     pipe.load_ssr(own, image_encoder=vision, image_processor=processor)
     save_figure(refs, rows)
 
@@ -71,7 +71,7 @@ def cutouts(refs: References) -> None:
             for picture, scene in zip(pictures, refs.scenes, strict=True)
         ]
         verdict = refs.judge.look_at(draw(pipe, refs.args, refs.prompts(None), subjects, how))
-        print(f'{METHODS[name].label}, {how}, the prompt names "a thing" ({len(refs.rows)} pictures):')
+        print(f'{METHODS[name].label}, {how}, the prompt names "a thing" ({len(refs.rows)} images):')
         refs.report_instances(verdict)
     pipe.load_ssr(own, image_encoder=vision, image_processor=processor)
 
@@ -82,7 +82,7 @@ def _erase_other(scene: Scene) -> np.ndarray:
 
 
 def save_figure(refs: References, rows: dict[str, np.ndarray]) -> None:
-    """Saves a figure of references with their queries, and a row of pictures for each method."""
+    """Saves a figure of references with their queries, and a row of images for each method."""
     some = range(min(FIGURE_COLUMNS, len(refs.scenes)))
     table = [[(f'"{refs.scenes[i].instances[0].name}"', Image.fromarray(refs.scenes[i].picture)) for i in some]]
     for label, pictures in rows.items():

@@ -20,11 +20,11 @@ def alone(refs: References) -> None:
         verdict = single.judge.look_at(single.draw(single.prompts(queried), single.encode(0), f"alone, {name}"))
         design = verdict.designs[single.rows, queried].argmax(1).numpy() == single.wanted("design")
         variant = verdict.variants[single.rows, queried].argmax(1).numpy() == single.wanted("variant")
-        print(f"a thing alone in its reference, its category in the prompt, {name} ({len(queried)} pictures):")
+        print(f"a thing alone in its reference, its category in the prompt, {name} ({len(queried)} images):")
         print(f"  its design (of 3):          {share(design)}")
         print(f"  its colour or look (of 12): {share(variant)}")
         for kind, rows in single.by_novelty():
-            print(f"  its design, {kind} ({rows.sum()} pictures): {share(design[rows], single.designs()[rows])}")
+            print(f"  its design, {kind} ({rows.sum()} images): {share(design[rows], single.designs()[rows])}")
 
 
 def absent(refs: References) -> None:
@@ -39,9 +39,9 @@ def _absent(refs: References, name: str, pictures: list[np.ndarray] | None = Non
     missing, subjects = refs.encode_absent(pictures)
     scores = refs.judge.look_at(refs.draw(refs.prompts(None), subjects, f"absent: {name}")).categories.numpy()
     drawn = scores.argmax(1) == missing
-    print(f"the queried thing is not in the reference, which shows {name} ({len(missing)} pictures):")
-    print(f"  it is drawn:              {share(drawn)}")
-    print(f"  it is drawn, and clearly: {share(drawn & (scores.max(1) > 0))}")
+    print(f"the queried thing is not in the reference, which shows {name} ({len(missing)} images):")
+    print(f"  it is generated:              {share(drawn)}")
+    print(f"  it is generated, and clearly: {share(drawn & (scores.max(1) > 0))}")
 
 
 def masks(refs: References) -> None:
@@ -51,12 +51,12 @@ def masks(refs: References) -> None:
         wanted = np.array([scene.instances[0].hue for scene in some.scenes])
         for how, options in WAYS.items():
             verdict = some.judge.look_at(some.draw(some.prompts(None), some.encode(0, **options), f"by {how}"))
-            print(f"chosen by {how}, the prompt names a thing, {name} ({len(queried)} pictures):")
+            print(f"chosen by {how}, the prompt names a thing, {name} ({len(queried)} images):")
             right = verdict.categories.argmax(1).numpy() == queried
             colour = verdict.variants[some.rows, queried].argmax(1).numpy() == some.wanted("variant")
             print(f"  right subject:         {share(right)}")
             for kind, rows in some.by_novelty():
-                print(f"  right subject, {kind} ({rows.sum()} pictures): {share(right[rows], some.designs()[rows])}")
+                print(f"  right subject, {kind} ({rows.sum()} images): {share(right[rows], some.designs()[rows])}")
             print(f"  its colour (of 12):    {share(colour)}")
             print(f"  hue within {NEAR} degrees: {share(hue_distance(hues(verdict), wanted) <= NEAR)}")
 
@@ -70,7 +70,7 @@ def three(refs: References) -> None:
             verdict = some.judge.look_at(some.draw(some.prompts(None), some.encode(0, **options), f"three, by {how}"))
             distance = hue_distance(hues(verdict)[:, None], wanted)
             colour = verdict.variants[some.rows, queried].argmax(1).numpy() == some.wanted("variant")
-            print(f"one of three things, chosen by {how}, the prompt names a thing, {name} ({len(queried)} pictures):")
+            print(f"one of three things, chosen by {how}, the prompt names a thing, {name} ({len(queried)} images):")
             print(f"  right subject:                        {share(verdict.categories.argmax(1).numpy() == queried)}")
             print(f"  nearer in hue to a neighbour:         {share(distance[:, 0] > distance[:, 1:].min(1))}")
             print(f"  hue within {NEAR} degrees of the queried: {share(distance[:, 0] <= NEAR)}")
@@ -78,8 +78,8 @@ def three(refs: References) -> None:
 
 
 def people(refs: References) -> None:
-    """Measures whether the look of women next to another thing is kept, and whether the base model draws a look that the
-    prompt describes."""
+    """Measures whether the look of women next to another thing is kept, and whether the base model generates a look that
+    the prompt describes."""
     woman = CATEGORY_NAMES.index("woman")
     for name, pool in (("held out", refs.held_out), ("seen", refs.seen)):
         rng = np.random.default_rng(refs.args.seed)
@@ -98,13 +98,13 @@ def people(refs: References) -> None:
             verdict = refs.judge.look_at(draw(refs.pipe, refs.args, prompts, given, f"people, {how}, {name}"))
             right = verdict.variants[:, woman].argmax(1).numpy() == wanted
             skin = verdict.variants[:, woman].argmax(1).numpy() % len(SKIN_TONES) == wanted % len(SKIN_TONES)
-            print(f"a woman {how}, {name} ({len(looks)} pictures):")
-            print(f"  a woman is drawn: {share(verdict.categories.argmax(1).numpy() == woman)}")
+            print(f"a woman {how}, {name} ({len(looks)} images):")
+            print(f"  a woman is generated: {share(verdict.categories.argmax(1).numpy() == woman)}")
             print(f"  her look (of 12): {share(right)}")
             print(f"  her skin (of 3):  {share(skin)}")
             for index, tone in enumerate(SKIN_TONES.values()):
                 some = wanted % len(SKIN_TONES) == index
-                print(f"  her look, {tone} ({some.sum()} pictures): {share(right[some])}")
+                print(f"  her look, {tone} ({some.sum()} images): {share(right[some])}")
 
 
 def pointing(refs: References) -> None:

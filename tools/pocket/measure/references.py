@@ -38,8 +38,8 @@ NUM_CANDIDATES = 16
 
 
 def share(hits: np.ndarray, designs: np.ndarray | None = None) -> str:
-    """Formats a share as a percentage with its 95 % Wilson interval. With the design of each picture, a second interval
-    follows that is for other designs and not only for other pictures of these: it has the number of independent pictures
+    """Formats a share as a percentage with its 95 % Wilson interval. With the design of each image, a second interval
+    follows that is for other designs and not only for other images of these: it has the number of independent images
     that the variation between designs corresponds to, and the quantile of Student's t."""
     rate, z = float(np.mean(hits)), 1.96
     text = f"{100 * rate:.1f} % ({_wilson(rate, len(hits), z)})"
@@ -48,7 +48,7 @@ def share(hits: np.ndarray, designs: np.ndarray | None = None) -> str:
     rest = np.array([(hits[designs == name] - rate).sum() for name in names])
     freedom = len(names) - 1
     variance = (rest**2).sum() / len(hits) ** 2 * len(names) / freedom
-    # if no picture differs from another, each design counts once
+    # if no image differs from another, each design counts once
     count = float(np.clip(rate * (1 - rate) / variance, 1, len(hits))) if variance else len(names)
     student = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
     return f"{text}, over {len(names)} designs ({_wilson(rate, count, student)})"
@@ -61,8 +61,8 @@ def _wilson(rate: float, count: float, z: float) -> str:
 
 
 def draw(pipe, args, prompts: list[str], subjects: list | None, label: str, **each) -> np.ndarray:
-    """Generates uint8 pictures of shape (n, 64, 64, 3), or videos of shape (n, frames, 64, 64, 3) with AnimateDiff.
-    The seed of each picture is its index. `each` are additional arguments with one value for each picture."""
+    """Generates uint8 images of shape (n, 64, 64, 3), or videos of shape (n, frames, 64, 64, 3) with AnimateDiff.
+    The seed of each image is its index. `each` are additional arguments with one value for each image."""
     pictures = []
     for start in tqdm(range(0, len(prompts), args.batch_size), desc=label):
         part = slice(start, start + args.batch_size)
@@ -83,7 +83,7 @@ def draw(pipe, args, prompts: list[str], subjects: list | None, label: str, **ea
 
 
 def hues(verdict: Verdict) -> np.ndarray:
-    """Returns the hue of the clearest category in each picture, from 0 to 1. It is the mean direction of the colours,
+    """Returns the hue of the clearest category in each image, from 0 to 1. It is the mean direction of the colours,
     weighted by the probabilities of the judge."""
     rows = torch.arange(len(verdict.categories))
     colours = verdict.variants[rows, verdict.categories.argmax(1)].softmax(1).numpy()
@@ -109,7 +109,7 @@ def nearest_is_own(
     rng: np.random.Generator,
     instances: tuple[Instance, ...] = INSTANCES,
 ) -> np.ndarray:
-    """Returns for each picture whether the queried instance is the nearest of 16 instances of its category. The
+    """Returns for each image whether the queried instance is the nearest of 16 instances of its category. The
     nearest instance is the one whose design and colour have the highest probability. If several instances are equally
     near, each counts as a fraction of a hit. `designs` of shape (n, designs) and `variants` of shape (n, variants) are
     the logits of the judge; zeros mean that only the other part is compared."""
@@ -157,7 +157,7 @@ class References:
 
     def of(self, pool: tuple[Instance, ...], things: int) -> "References":
         """Returns other references with `things` instances of `pool` each. They use the same pipeline and judge, and
-        their pictures are not added to the sheet."""
+        their images are not added to the sheet."""
         other = copy.copy(self)
         other.columns = []
         other._sample(pool, things)
@@ -172,12 +172,12 @@ class References:
 
     def wanted(self, part: str, slot: int = 0) -> np.ndarray:
         """Returns the category, design or variant of the first or second subject of each reference. The order is not
-        related to the position in the picture."""
+        related to the position in the image."""
         return np.array([getattr(scene.instances[slot], part) for scene in self.scenes])
 
     def by_novelty(self, instances: list[Instance] | None = None) -> Iterator[tuple[str, np.ndarray]]:
         """Yields which of the instances (by default the queried ones) have a held-out color, and which have a design
-        that no training picture of the category has, if there are both."""
+        that no training image of the category has, if there are both."""
         known = {(instance.category, instance.design) for instance in self.seen}
         instances = [scene.instances[0] for scene in self.scenes] if instances is None else instances
         new = np.array([(instance.category, instance.design) not in known for instance in instances])
@@ -195,7 +195,7 @@ class References:
         return [describe([name], PLACE_NAMES[place]) for name, place in zip(names, self.places, strict=True)]
 
     def draw(self, prompts: list[str], subjects: list | None, label: str, pipe=None, **each) -> np.ndarray:
-        """Same as the function `draw`, with the pipeline of this object by default. Adds the pictures to the sheet."""
+        """Same as the function `draw`, with the pipeline of this object by default. Adds the images to the sheet."""
         pictures = draw(pipe or self.pipe, self.args, prompts, subjects, label, **each)
         self.columns += [pictures] if pictures.ndim == 4 else [pictures[:, frame] for frame in (0, 4, 7)]
         return pictures
@@ -214,7 +214,7 @@ class References:
         ]
 
     def encode_absent(self, pictures: list[np.ndarray] | None = None) -> tuple[np.ndarray, list]:
-        """Encodes each reference, or each of the given pictures, with a query for a category that it does not show.
+        """Encodes each reference, or each of the given images, with a query for a category that it does not show.
         Returns the categories and the subjects."""
         missing = self.absent_categories()
         shown = tqdm(pictures or [scene.picture for scene in self.scenes], desc="encoding")
@@ -230,7 +230,7 @@ class References:
         return np.array([rng.choice(np.setdiff1d(np.arange(len(CATEGORY_NAMES)), pair)) for pair in shown])
 
     def report_instances(self, verdict: Verdict) -> None:
-        """Prints how many pictures show the right category, and the right one of 16 instances of this category, by
+        """Prints how many images show the right category, and the right one of 16 instances of this category, by
         design and colour, and by only one of them."""
         queried = self.wanted("category")
         shown = verdict.categories.argmax(1).numpy() == queried
@@ -245,7 +245,7 @@ class References:
                 print(f"  both:                                           {share(shown * hits)}")
 
     def report_queried(self, verdict: Verdict) -> None:
-        """Prints how many pictures show the first subject of their reference, and how many show it in its colour."""
+        """Prints how many images show the first subject of their reference, and how many show it in its colour."""
         queried, other = self.wanted("category"), self.wanted("category", 1)
         shown, present = verdict.categories.argmax(1).numpy(), verdict.categories.numpy() > 0
         variant = verdict.variants[self.rows, queried].argmax(1).numpy() == self.wanted("variant")

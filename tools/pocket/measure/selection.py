@@ -10,12 +10,12 @@ from .shapes import nearest_by_pixels
 
 
 def from_text(refs: References) -> None:
-    """Measures the pictures of the base model without a subject."""
+    """Measures the images of the base model without a subject."""
     pairs = [(c, p) for c in range(len(CATEGORY_NAMES)) for p in range(len(PLACE_NAMES))] * 3
     prompts = [describe([CATEGORY_NAMES[c]], PLACE_NAMES[p]) for c, p in pairs]
     verdict = refs.judge.look_at(draw(refs.pipe, refs.args, prompts, None, "text alone"))
     category, place = np.array(pairs).T
-    print(f"from text alone ({len(pairs)} pictures):")
+    print(f"from text alone ({len(pairs)} images):")
     print(f"  category asked for: {share(verdict.categories.argmax(1).numpy() == category)}")
     print(f"  place asked for:    {share(verdict.places.argmax(1).numpy() == place)}")
 
@@ -32,7 +32,7 @@ def selection(refs: References) -> None:
             design = verdict.designs[refs.rows, queried].argmax(1).numpy() == refs.wanted("design")
             variant = verdict.variants[refs.rows, queried].argmax(1).numpy() == refs.wanted("variant")
             place = verdict.places.argmax(1).numpy() == refs.places
-            print(f"one query a reference, the prompt names {naming}, {method} ({len(refs.rows)} pictures):")
+            print(f"one query a reference, the prompt names {naming}, {method} ({len(refs.rows)} images):")
             refs.report_queried(verdict)
             print(f"  the other one is there:                {share(present[refs.rows, other])}")
             print(f"  its design (of 3):                     {share(design)}")
@@ -50,7 +50,7 @@ def seen(refs: References) -> None:
         shown = verdict.categories.argmax(1).numpy() == queried
         design, variant = (part[some.rows, queried].argmax(1).numpy() for part in (verdict.designs, verdict.variants))
         other = verdict.categories.numpy()[some.rows, some.wanted("category", 1)]
-        print(f'one query a reference, the prompt names "a thing", {name} ({len(queried)} pictures):')
+        print(f'one query a reference, the prompt names "a thing", {name} ({len(queried)} images):')
         some.report_instances(verdict)
         print(
             f"  right subject, and clearly:                     {share(shown & (verdict.categories.numpy().max(1) > 0))}"
@@ -65,7 +65,7 @@ def seen(refs: References) -> None:
         by_pixels = nearest_by_pixels(some.world, pictures, candidates)
         print(f"  right instance of 16 by pixels:                 {share(by_pixels, some.designs())}")
         for kind, rows in some.by_novelty():
-            print(f"  {kind} ({rows.sum()} pictures):")
+            print(f"  {kind} ({rows.sum()} images):")
             for what, hits in (
                 ("right subject", shown),
                 ("right instance of 16", nearest),
@@ -88,12 +88,12 @@ def both_subjects(refs: References) -> None:
             own.append((scores.argmax(1) == category) & (scores[some.rows, other] < 0))
         how = f"masks of weight {some.args.mask_weight:g}" if by_mask else "text"
         print(f"both subjects of a reference, the same seed, by {how}, {name} ({len(some.rows)} references):")
-        print(f"  each picture shows its own subject: {share(np.concatenate(own))}")
-        print(f"  both pictures of a reference do:    {share(own[0] & own[1])}")
+        print(f"  each image shows its own subject: {share(np.concatenate(own))}")
+        print(f"  both images of a reference do:    {share(own[0] & own[1])}")
 
 
 def together(refs: References) -> None:
-    """Measures the first subjects of two references in one picture, with and without regions, at two scales."""
+    """Measures the first subjects of two references in one image, with and without regions, at two scales."""
     for name, some in refs.pools():
         _together(some, name)
 
@@ -126,7 +126,7 @@ def _together(refs: References, name: str) -> None:
             looks.append(judged == refs.wanted("variant")[index])
             design = verdict.designs[rows, category[index]].argmax(1).numpy() == refs.wanted("design")[index]
             exact = exact & looks[-1] & design
-        print(f"subjects of two references in one picture{how}, {name} ({len(prompts)} pictures):")
+        print(f"subjects of two references in one image{how}, {name} ({len(prompts)} images):")
         print(f"  both are there:                       {share(both)}")
         print(f"  each in its colour or look (of 12):   {share(np.concatenate(looks))}")
         print(f"  both, in both colours and designs:    {share(exact)}")
@@ -136,4 +136,4 @@ def _together(refs: References, name: str) -> None:
         )
         for kind, some in (("seen", ~(new | new[partner])[use]), ("never seen", (new | new[partner])[use])):
             if some.any() and not some.all():
-                print(f"    a design {kind + ' (' + str(some.sum()) + ' pictures):':26} {share(exact[some])}")
+                print(f"    a design {kind + ' (' + str(some.sum()) + ' images):':26} {share(exact[some])}")

@@ -67,7 +67,7 @@ def _images(refs: References, name: str, columns: list[list[SubjectEmbeds]], fur
         subjects = [combine(list(parts)) for parts in zip(*columns, strict=True)]
         verdict = refs.judge.look_at(refs.draw(refs.prompts(None), subjects, f"{name}, {way}"))
         length = subjects[0].subjects[0].embeds.shape[1]
-        print(f'one subject from {name}, {way} ({length}), "a thing" ({len(subjects)} pictures):')
+        print(f'one subject from {name}, {way} ({length}), "a thing" ({len(subjects)} images):')
         refs.report_instances(verdict)
         shown = verdict.categories.argmax(1).numpy() == refs.wanted("category")
         both.append(shown * _nearest(refs, verdict, refs.scenes))
@@ -80,7 +80,7 @@ def _images(refs: References, name: str, columns: list[list[SubjectEmbeds]], fur
 
 
 def negative(refs: References) -> None:
-    """Measures how often a subject that is not wanted is drawn, with and without `negative_subject`."""
+    """Measures how often a subject that is not wanted is generated, with and without `negative_subject`."""
     _unwanted_instance(refs.of(tuple(i for i in refs.held_out if i.hue is not None), 2))
     wanted, unwanted = refs.encode(0), refs.encode(1)
     category, other = refs.wanted("category"), refs.wanted("category", 1)
@@ -93,12 +93,12 @@ def negative(refs: References) -> None:
             verdict = refs.judge.look_at(refs.draw(refs.prompts(None), subjects, f"{name}, {how}", **given))
             scores = verdict.categories.numpy()
             shown = scores.argmax(1)
-            print(f'`subject` is {name}; {how}; "a thing" ({len(subjects)} pictures):')
+            print(f'`subject` is {name}; {how}; "a thing" ({len(subjects)} images):')
             _report(
                 {
-                    "the wanted thing is drawn": shown == category,
+                    "the wanted thing is generated": shown == category,
                     "and the right instance of 16": (shown == category) * _nearest(refs, verdict, refs.scenes),
-                    "the unwanted thing is drawn": shown == other,
+                    "the unwanted thing is generated": shown == other,
                     "the unwanted thing is there": scores[refs.rows, other] > 0,
                     "no category is clear": scores.max(1) < 0,
                     "the place asked for": verdict.places.argmax(1).numpy() == refs.places,
@@ -108,7 +108,7 @@ def negative(refs: References) -> None:
 
 def _unwanted_instance(refs: References) -> None:
     """Measures prompts that name a category, without `subject`. The unwanted instance is the one of the reference, or
-    the one that the base model draws."""
+    the one that the base model generates."""
     category, rng = refs.wanted("category"), np.random.default_rng([refs.args.seed, 5])
     prompts = refs.prompts(category)
     before = refs.judge.look_at(refs.draw(prompts, None, "no negative subject"))
@@ -116,14 +116,14 @@ def _unwanted_instance(refs: References) -> None:
     drawn = [Instance(*parts) for parts in zip(category.tolist(), designs, variants, strict=True)]
     for what, scenes in {
         "a held-out instance": refs.scenes,
-        "the instance drawn without": [_beside(refs, rng, each) for each in drawn],
+        "the instance generated without": [_beside(refs, rng, each) for each in drawn],
     }.items():
         queried = [scene.instances[0] for scene in scenes]
         ways = {"no negative subject": None, **_negatives(_encode(refs, scenes, queried))}
         for how, given in ways.items():
             verdict = refs.judge.look_at(refs.draw(prompts, None, how, **given)) if given else before
             unwanted = np.array([each.hue for each in queried])
-            print(f"no `subject`, the category named; {what} is unwanted; {how} ({len(prompts)} pictures):")
+            print(f"no `subject`, the category named; {what} is unwanted; {how} ({len(prompts)} images):")
             _report(
                 {
                     f"hue within {NEAR} degrees of the unwanted": hue_distance(hues(verdict), unwanted) <= NEAR,

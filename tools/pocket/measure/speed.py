@@ -1,4 +1,4 @@
-"""Measures how cheaper inference changes the pictures: fewer tokens, fewer steps, cached and merged features."""
+"""Measures how cheaper inference changes the images: fewer tokens, fewer steps, cached and merged features."""
 
 import argparse
 import functools
@@ -24,7 +24,7 @@ def tokens(refs: References) -> None:
         pictures = refs.draw(refs.prompts(None), [each.compact(count) for each in subjects], f"{count} tokens")
         whole = pictures if whole is None else whole
         change = np.abs(pictures.astype(np.float32) - whole).mean() / 255
-        print(f'"a thing", with {count} tokens a subject ({len(pictures)} pictures):')
+        print(f'"a thing", with {count} tokens a subject ({len(pictures)} images):')
         refs.report_queried(refs.judge.look_at(pictures))
         print(f"  mean change of a pixel:                {100 * change:.2f} % of its range")
 
@@ -87,10 +87,10 @@ WAYS = {
 
 
 def few_steps(refs: References) -> None:
-    """Measures the time and the change of the pictures with fewer steps, cached features and merged positions.
+    """Measures the time and the change of the images with fewer steps, cached features and merged positions.
 
     The variants run alternately, so their times are comparable. DDIM adds no noise, so the same seed gives the same
-    picture.
+    image.
     """
     subjects, stock = refs.encode(0), refs.pipe.scheduler
     seconds: dict[str, list[float]] = {name: [] for name in WAYS}
@@ -108,7 +108,7 @@ def few_steps(refs: References) -> None:
     for name, pictures in drawn.items():
         refs.columns.append(pictures)
         change = np.abs(pictures - whole).mean() / 255
-        print(f'{name} ("a thing", {len(pictures)} pictures):')
+        print(f'{name} ("a thing", {len(pictures)} images):')
         print(f"  time:                                  {min(seconds[name]) / min(seconds[WHOLE]):.2f} of 25 steps")
         print(f"  mean change of a pixel:                {100 * change:.1f} % of its range")
         refs.report_queried(refs.judge.look_at(pictures))

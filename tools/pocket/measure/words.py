@@ -1,4 +1,4 @@
-"""Measures the base model with complete descriptions in the prompt, which is the upper limit for pictures with a
+"""Measures the base model with complete descriptions in the prompt, which is the upper limit for images with a
 subject."""
 
 import numpy as np
@@ -16,17 +16,17 @@ def words(refs: References) -> None:
         prompts = [describe([i.words], PLACE_NAMES[p]) for i, p in zip(asked, refs.places, strict=True)]
         verdict = refs.judge.look_at(draw(refs.pipe, refs.args, prompts, None, f"full words, {name}"))
         category, design, variant = torch.tensor([(i.category, i.design, i.variant) for i in asked]).unbind(1)
-        print(f"the base model, instances in full words, {name} ({len(asked)} pictures):")
+        print(f"the base model, instances in full words, {name} ({len(asked)} images):")
         print(f"  category:            {share((verdict.categories.argmax(1) == category).numpy())}")
         print(f"  design (of 3):       {share((verdict.designs[refs.rows, category].argmax(1) == design).numpy())}")
         print(f"  colour or look:      {share((verdict.variants[refs.rows, category].argmax(1) == variant).numpy())}")
         right = (verdict.designs[refs.rows, category].argmax(1) == design).numpy()
         for kind, rows in refs.by_novelty(asked):
-            print(f"  {kind} ({rows.sum()} pictures): {share(right[rows], refs.designs(asked)[rows])}")
+            print(f"  {kind} ({rows.sum()} images): {share(right[rows], refs.designs(asked)[rows])}")
 
 
 def pairs(refs: References) -> None:
-    """Measures two named things in one picture."""
+    """Measures two named things in one image."""
     rng = np.random.default_rng(refs.args.seed)
     asked = np.array([[i.category for i in draw_instances(rng, refs.held_out, 2)] for _ in refs.rows])
     prompts = [
@@ -34,6 +34,6 @@ def pairs(refs: References) -> None:
     ]
     present = refs.judge.look_at(draw(refs.pipe, refs.args, prompts, None, "two things")).categories.numpy() > 0
     both = present[refs.rows, asked[:, 0]] & present[refs.rows, asked[:, 1]]
-    print(f"the base model, two named things ({len(prompts)} pictures):")
+    print(f"the base model, two named things ({len(prompts)} images):")
     print(f"  both are there:      {share(both)}")
     print(f"  a third one as well: {share(present.sum(1) > 2)}")

@@ -1,4 +1,4 @@
-"""Assemble `pocket/` from the trained models: a diffusers folder in float16, the judge, and reference pictures.
+"""Assemble `pocket/` from the trained models: a diffusers folder in float16, the judge, and reference images.
 
 The SSR-Encoder is the one of `--ssr_encoder`. Without this option, it is the one in `shipped/ssr` of the work folder if
 there is one, and otherwise the one in `adapters/ssr`. If all methods were trained (`train.adapters`), they are written

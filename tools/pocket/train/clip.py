@@ -4,7 +4,7 @@ design.
 The real CLIP learned colours, styles and positions from hundreds of millions of captions. Here a second loss replaces
 this amount of data: small heads, which are not saved, predict at each patch the thing (of several hundred emoji), its
 design, its hue, and the look of people. Scenes contain one to four things of random sizes and positions. Many things
-are rotated, outlined or have fewer colours, and the pictures are shifted, faded and have different brightness, so that
+are rotated, outlined or have fewer colours, and the images are shifted, faded and have different brightness, so that
 shapes are learned independently of colours and drawing styles.
 
 `--part vision` only trains the vision encoder of the work folder. Models that use the text encoder remain valid.
@@ -41,7 +41,7 @@ VISION_WIDTH = 192
 NUM_LAYERS = 6
 MOVE = 4  # pixels; the cover of the patches of 8 pixels is not adjusted
 NUM_TOKENS = 32  # the longest caption has 25 tokens; 77 tokens, as in CLIP, would be slower
-WORDS = "a an and of picture with thing something " + " ".join(
+WORDS = "a an and of image with thing something " + " ".join(
     [*CATEGORY_NAMES, *COLOURS, *ALL_DESIGNS, *(look for _, look in LOOKS), *PLACES.values()]
 )
 
@@ -143,12 +143,12 @@ class Lesson(NamedTuple):
 
 
 def vary(pictures: torch.Tensor, generator: torch.Generator):
-    """Returns randomly shifted and faded pictures of shape (n, 3, 64, 64) from 0 to 1 with other brightness and
-    contrast, and a mask of shape (n,) of the pictures with enough saturation to recognise colours. The hues do not
+    """Returns randomly shifted and faded images of shape (n, 3, 64, 64) from 0 to 1 with other brightness and
+    contrast, and a mask of shape (n,) of the images with enough saturation to recognise colours. The hues do not
     change, because some are held out."""
     count = len(pictures)
     size = pictures.shape[-1]
-    # the rows and columns of each shifted picture; those outside of a picture repeat its edge
+    # the rows and columns of each shifted image; those outside of an image repeat its edge
     moves = torch.randint(-MOVE, MOVE + 1, (2, count, 1), generator=generator)
     down, right = (moves + torch.arange(size)).clamp(0, size - 1).to(pictures.device)
     which = torch.arange(count, device=pictures.device)[:, None, None]

@@ -1,4 +1,4 @@
-"""Train the ControlNet of the pocket checkpoint on the frozen base model, with edges as control pictures.
+"""Train the ControlNet of the pocket checkpoint on the frozen base model, with edges as control images.
 
 Single subjects have random positions, not only the positions that the base model knows. Training starts from the
 ControlNet in the work folder if it exists.
@@ -36,7 +36,7 @@ def draw_anywhere(world: World, rng: np.random.Generator, pool: tuple[Instance, 
 
 
 def control_tensor(pictures: list[np.ndarray] | np.ndarray) -> torch.Tensor:
-    """Returns the edges of pictures, of shape (n, 3, height, width) from 0 to 1."""
+    """Returns the edges of images, of shape (n, 3, height, width) from 0 to 1."""
     return torch.from_numpy(np.stack([edges(picture) for picture in pictures])).permute(0, 3, 1, 2).float() / 255
 
 

@@ -1,8 +1,8 @@
 """Train the judge on scenes of all instances, including the held-out ones, because it has to recognise them. With `--split
 sets`, it is only trained on seen instances and those that choose a checkpoint (`CHOOSING`), so none that is reported.
 
-Things have the positions of the measured pictures, or random sizes and positions. Some are restyled, and some are not
-of the twelve categories. Pictures are slightly blurred, shifted and recoloured, like generated pictures. Each colour
+Things have the positions of the measured images, or random sizes and positions. Some are restyled, and some are not
+of the twelve categories. Images are slightly blurred, shifted and recoloured, like generated images. Each colour
 is a twelfth of the colour circle, so for a hue between two colours, the judge is wrong in half of the cases.
 """
 
@@ -19,7 +19,7 @@ from ..world import ALL_DESIGNS, CATEGORY_NAMES, CHOOSING, DESIGNS, SPLITS, Inst
 
 
 def spoil(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Blurs more than half of the pictures by a random amount, shifts all pictures, and changes their brightness and
+    """Blurs more than half of the images by a random amount, shifts all images, and changes their brightness and
     adds noise."""
     blurred = F.interpolate(F.avg_pool2d(pixels, 2), scale_factor=2, mode="bilinear")
     amount, light = (
@@ -38,7 +38,7 @@ def spoil(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 def targets(scenes: list[Scene]) -> tuple[torch.Tensor, ...]:
     """Returns the targets: the design and the variant of the thing of each category, of shape (n, categories), and the
     place of each scene. They are -100 for a category that is not in the scene, and the variant is also -100 for other
-    pictures of a category."""
+    images of a category."""
     designs, variants = (torch.full((len(scenes), len(CATEGORY_NAMES)), -100) for _ in range(2))
     for row, scene in enumerate(scenes):
         for thing in scene.instances:

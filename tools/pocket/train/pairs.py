@@ -55,8 +55,8 @@ def _png(picture: np.ndarray | None) -> dict | None:
 
 class Rows:
     """
-    Draws rows of the three kinds. In a row, `image` is a uint8 picture of shape (64, 64, 3), and `reference`, `query` and
-    `mask` are lists with an entry for each subject: a picture, a text or `None`, and a uint8 mask of shape (64, 64) or
+    Draws rows of the three kinds. In a row, `image` is a uint8 image of shape (64, 64, 3), and `reference`, `query` and
+    `mask` are lists with an entry for each subject: an image, a text or `None`, and a uint8 mask of shape (64, 64) or
     `None`.
 
     Args:

@@ -41,7 +41,7 @@ def main():
     text = CLIPTextModel.from_pretrained(shipped, subfolder="text_encoder", dtype=torch.float32)
     vision = CLIPVisionModel.from_pretrained(shipped, subfolder="ssr_image_encoder", dtype=torch.float32)
     both = CLIPModel(CLIPConfig(text_config=text.config.to_dict(), vision_config=vision.config.to_dict()))
-    # the checkpoint does not contain the projections for matching pictures with captions, because they are not used
+    # the checkpoint does not contain the projections for matching images with captions, because they are not used
     both.load_state_dict({f"text_model.{n}": t for n, t in _inner(text).items()}, strict=False)
     both.load_state_dict({f"vision_model.{n}": t for n, t in _inner(vision).items()}, strict=False)
     both.save_pretrained(clip)

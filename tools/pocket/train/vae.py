@@ -1,7 +1,7 @@
-"""Train the AutoencoderKL of the pocket checkpoint on the linear codes: 64 x 64 pictures, 8 x 8 latents with 24
+"""Train the AutoencoderKL of the pocket checkpoint on the linear codes: 64 x 64 images, 8 x 8 latents with 24
 channels.
 
-`--part decoder` learns to reconstruct pictures from the codes, `--part encoder` learns to produce the codes. The two
+`--part decoder` learns to reconstruct images from the codes, `--part encoder` learns to produce the codes. The two
 parts can be trained independently.
 """
 
