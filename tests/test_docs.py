@@ -208,6 +208,17 @@ def test_every_page_is_in_the_index_and_the_navigation():
         assert file.name in navigation, f"mkdocs.yml does not contain {file.name}"
 
 
+def test_the_images_of_the_guide_are_shown_and_can_be_made():
+    from tools.guide_images import NAMES, file_of
+
+    files = set((ROOT / "docs" / "images").iterdir())
+    assert files == {file_of(name) for name in NAMES}
+    assert sum(file.stat().st_size for file in files) < 600_000
+    text = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "docs").glob("*.md"))
+    for file in files:
+        assert f"](images/{file.name})" in text, f"no page shows {file.name}"
+
+
 def test_tests_in_the_composition_table_exist():
     text = (ROOT / "docs" / "composition.md").read_text()
     named = re.findall(r"`(test_\w+\.py)((?:::\w+)?)`((?:, `::\w+`)*)", text)

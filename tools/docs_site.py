@@ -4,11 +4,11 @@ The pages in docs/ link to other files of the repository with relative paths. Th
 serves the other files under `repository/`.
 
 The API reference is made from a copy of the modules. The repository itself is the package, so mkdocstrings would search
-all of its folders for modules, including environments, which takes minutes.
+all of its folders for modules, including environments, which takes minutes. In the copy, the markup of the docstrings,
+which is that of diffusers, is converted to that of mkdocstrings.
 """
 
 import re
-import shutil
 import tempfile
 from pathlib import Path, PurePosixPath
 
@@ -17,6 +17,7 @@ from mkdocs.structure.files import File
 
 
 ROOT = Path(__file__).resolve().parent.parent
+REFERENCE = re.compile(r"\[`~?([\w.]+)`\](?!\()")
 LINK = re.compile(r"(\]\()([^)#\s:]+)((?:#[^)]*)?\))")
 
 
@@ -26,10 +27,24 @@ def on_config(config):
     folder = config["package_copy"] = tempfile.TemporaryDirectory(prefix="docs-package-")
     package = Path(folder.name, "diffusers_ssr")
     package.mkdir()
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"^::: diffusers_ssr\.(\w+)", page, re.MULTILINE))
     for module in ROOT.glob("*.py"):
-        shutil.copy(module, package)
+        text = with_site_markup(module.read_text(encoding="utf-8"), shown)
+        (package / module.name).write_text(text, encoding="utf-8")
     config.plugins["mkdocstrings"].config["handlers"]["python"]["paths"] = [folder.name]
     return config
+
+
+def with_site_markup(text: str, shown: set[str]) -> str:
+    """Converts the markup of docstrings: [`Class`] becomes a link if the API reference shows the class, and otherwise
+    code, and examples with `>>>` become a block of that language."""
+
+    def reference(found):
+        name = found[1]
+        return f"[`{name}`][diffusers_ssr.{name}]" if name.partition(".")[0] in shown else f"`{name}`"
+
+    return REFERENCE.sub(reference, re.sub(r"```py(?=\n\s*>>>)", "```pycon", text))
 
 
 def outside_files() -> set[str]:
