@@ -43,9 +43,9 @@ class SSRLoaderMixin(components_ssr.SSRComponents):
         Args:
             pretrained_model_name_or_path (`str`, `os.PathLike` or [`SSREncoder`]):
                 A repository on the Hub, a folder that was written by `save_pretrained` or `train_ssr.py`, a checkpoint
-                of `train_ssr.py`, or an encoder that is already in memory. The dtype and the device of an encoder in
-                memory are not changed, because other pipelines may use it. So it has to be on the device of the
-                pipeline. Offloading moves it like the other components.
+                of `train_ssr.py`, or an encoder that is already in memory. An encoder in memory has to be on the
+                pipeline's device. Its dtype and device are not changed, because other pipelines may use it. Offloading
+                moves it like the other components.
             subfolder (`str`, defaults to `"ssr_encoder"`):
                 The subfolder with the SSR-Encoder.
             image_encoder (`CLIPVisionModel` or `CLIPVisionModelWithProjection`, *optional*):
