@@ -86,3 +86,13 @@ def on_page_markdown(markdown, page, config, files):
         return f"{found[1]}{up}{uri}{found[3]}"
 
     return LINK.sub(rewrite, markdown)
+
+
+def on_page_content(html, page, config, files):
+    """Renders the markup of types in the API reference, which mkdocstrings shows as plain text in code."""
+
+    def render(found):
+        text = re.sub(r"\[`([^`]+)`\]\[([\w.]+)\]", r'<a href="#\2">`\1`</a>', found[1])
+        return re.sub(r"\*(\w+)\*", r"<em>\1</em>", re.sub(r"`([^`]+)`", r"<code>\1</code>", text))
+
+    return re.sub(r"<code>([^<]*`[^<]*)</code>", render, html) if page.file.src_uri == "api.md" else html

@@ -175,15 +175,6 @@ class Guide:
 NAMES = [name for name in vars(Guide) if not name.startswith("_")]
 
 
-def save(name: str, made: Strip | list[Image.Image]) -> Path:
-    """Writes the image of a strip, or frames as a GIF, and returns its path."""
-    if isinstance(made[0], tuple):
-        sheet(made).save(file_of(name), quality=85)
-    else:
-        made[0].save(file_of(name), save_all=True, append_images=made[1:], duration=150, loop=0)
-    return file_of(name)
-
-
 def file_of(name: str) -> Path:
     """Returns where an image is written."""
     return ROOT / "docs" / "images" / f"{name}.{'gif' if name == 'moving_subject' else 'jpg'}"
@@ -191,11 +182,13 @@ def file_of(name: str) -> Path:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=NAMES, help="the images to make, by default all")
+    parser.add_argument("names", nargs="*", default=NAMES, help="by default all")
     args = parser.parse_args()
-    if wrong := set(args.names) - set(NAMES):
-        parser.error(f"no image is named {', '.join(sorted(wrong))}; the names are {', '.join(NAMES)}.")
     guide = Guide()
-    file_of("").parent.mkdir(exist_ok=True)
     for name in args.names:
-        print(save(name, getattr(guide, name)()).relative_to(ROOT))
+        made = getattr(guide, name)()
+        if isinstance(made[0], tuple):
+            sheet(made).save(file_of(name), quality=85)
+        else:
+            made[0].save(file_of(name), save_all=True, append_images=made[1:], duration=150, loop=0)
+        print(file_of(name).relative_to(ROOT))
