@@ -43,7 +43,7 @@ def test_every_method_has_a_similar_number_of_parameters(name):
     counts = []
     for method in (METHODS["ssr"], METHODS[name]):
         required = "--pretrained_model_name_or_path x --image_encoder_name_or_path x --train_data_dir x".split()
-        args = parse_args("", ["cosine"], [*required, *COMMON.split(), *method.options.split()])
+        args = parse_args("", [*required, *COMMON.split(), *method.options.split()])
         check_args(args)
         encoder = method.build(unet, 96, vision, args)
         counts.append(sum(p.numel() for p in encoder.parameters() if p.requires_grad))

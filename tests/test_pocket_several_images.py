@@ -40,7 +40,7 @@ def refs(tmp_path_factory) -> References:
     disc[np.hypot(x, y) < 28] = (220, 30, 30, 255)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(World, "_load_square", lambda world, design, code: disc)
-        return References(argparse.Namespace(**SETTINGS, work_dir=folder))
+        return References(argparse.Namespace(**SETTINGS, work_dir=folder, choosing=False))
 
 
 def test_images(refs, capsys):

@@ -156,6 +156,6 @@ def test_train_ssr_accepts_the_options_of_the_training_of_adapters(monkeypatch, 
     monkeypatch.setattr("sys.argv", ["adapters", "--work_dir", str(tmp_path), "--methods", *methods, *more])
     monkeypatch.setattr(adapters.torch, "set_num_threads", lambda count: None)
     adapters.main()
-    parsed = [parse_args("", ["constant", "cosine"], options) for options in given]
+    parsed = [parse_args("", options) for options in given]
     assert len(parsed) == len(methods) and {args.use_ema for args in parsed} == {True}
     assert (parsed[0].ssr_encoder_name_or_path is not None) == continued

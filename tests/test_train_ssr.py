@@ -622,7 +622,7 @@ def test_encoder_and_average_can_be_loaded_from_a_checkpoint(models, trained):
 
 
 def test_the_default_resolution_is_that_of_the_base_model(models, pictures):
-    args = parse_args(None, [], arguments(models, pictures, "out", resolution=None))
+    args = parse_args(None, arguments(models, pictures, "out", resolution=None))
     check_args(args)
     pipe, _ = train_ssr.load_models(args)
     assert args.resolution == pipe.unet.config.sample_size * pipe.vae_scale_factor == 16
