@@ -136,13 +136,13 @@ def generate(args: argparse.Namespace, folders: list[Path]) -> dict[Path, str]:
 
 
 def read_prompts(generated_dir: Path) -> dict[Path, str]:
-    """Returns the prompt of each generated file. Lines that generate_batch.py did not write are ignored."""
+    """Returns the prompt of each generated file. Raises a `ValueError` if a line of the manifest cannot be read."""
     manifest = generated_dir / "manifest.jsonl"
-    rows = [row for _, row in read_rows(manifest, errors="replace")] if manifest.is_file() else []
-    entries = [(row.get("file"), row.get("prompt")) for row in rows if isinstance(row, dict)]
-    return {
-        generated_dir / file: prompt for file, prompt in entries if isinstance(file, str) and isinstance(prompt, str)
-    }
+    rows = list(read_rows(manifest)) if manifest.is_file() else []
+    if broken := [f"line {number}: {row}" for number, row in rows if not isinstance(row, dict)]:
+        raise ValueError(f"--generated_dir: {manifest}, {broken[0]}")
+    entries = ((row.get("file"), row.get("prompt")) for _, row in rows)
+    return {generated_dir / f: prompt for f, prompt in entries if isinstance(f, str) and isinstance(prompt, str)}
 
 
 def measure_subject(

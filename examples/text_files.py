@@ -20,9 +20,9 @@ MAX_COLUMNS = 1024
 _HINT = 'save it as UTF-8 (in a spreadsheet: "CSV UTF-8")'
 
 
-def open_text(file: Path, name: str = "file", errors: str = "strict") -> TextIO:
+def open_text(file: Path, name: str = "file") -> TextIO:
     """Opens a text file for reading. The encoding is given by the byte order mark, and is UTF-8 without one. Line
-    endings are not translated. `name` is the name of the file in error messages, and `errors` is that of `open`."""
+    endings are not translated. `name` is the name of the file in error messages."""
     if not file.is_file():
         raise ValueError(f"`{name}`: there is no file {file}.")
     with open(file, "rb") as content:
@@ -30,7 +30,7 @@ def open_text(file: Path, name: str = "file", errors: str = "strict") -> TextIO:
     if start == b"PK\3\4":
         raise ValueError(f"`{name}`: {file} is a workbook (such as .xlsx) or a zip file, but has to be text: {_HINT}.")
     encoding = next((encoding for mark, encoding in _ENCODINGS.items() if start.startswith(mark)), "utf-8")
-    return open(file, encoding=encoding, errors=errors, newline="")
+    return open(file, encoding=encoding, newline="")
 
 
 class _Lines:
@@ -74,7 +74,7 @@ def read_json(file: Path, name: str = "file") -> Any:
         return json.load(text)
 
 
-def read_rows(file: Path, name: str = "table", errors: str = "strict") -> Iterator[tuple[int, dict | str]]:
+def read_rows(file: Path, name: str = "table") -> Iterator[tuple[int, dict | str]]:
     """
     Yields the rows of a table. A file named `.csv` or `.tsv` is read as CSV with a header, with commas, semicolons or
     tabs as the delimiter, because spreadsheets use all of them. Any other file is read as JSON lines.
@@ -83,7 +83,7 @@ def read_rows(file: Path, name: str = "table", errors: str = "strict") -> Iterat
         `tuple[int, dict | str]`: the line number, and the row as a `dict`, or a `str` with the reason why the line
             cannot be read. If the rest of the file cannot be read, the last item gives the reason.
     """
-    with open_text(file, name, errors) as text:
+    with open_text(file, name) as text:
         lines = _Lines(text)
         try:
             for row in (_csv_rows if file.suffix.lower() in (".csv", ".tsv") else _json_rows)(lines):

@@ -62,18 +62,9 @@ def test_table_has_a_row_for_each_subject_and_a_mean(models, tmp_path, capsys):
     (tmp_path / "generated" / "vase" / "broken.png").write_bytes(b"nothing")
     prompts = {"dog6/0.png": "a cat", "dog6/2.png": "a dog on the beach"}
     lines = [json.dumps({"file": file, "prompt": prompt}) for file, prompt in prompts.items()]
-    # lines that generate_batch.py did not write
-    lines += [
-        "3",
-        "[]",
-        "{}",
-        '{"file": 3, "prompt": "a"}',
-        '{"file": "dog6/1.png"}',
-        "{half",
-        "[" * 10**5,
-        "caf\u00e9",
-    ]
-    (tmp_path / "generated" / "manifest.jsonl").write_bytes("\n".join(lines).encode("latin-1"))
+    # rows without a file or a prompt
+    lines += ["{}", '{"file": 3, "prompt": "a"}', '{"file": "dog6/1.png"}']
+    (tmp_path / "generated" / "manifest.jsonl").write_text("\n".join(lines))
     evaluate.main(arguments(models, tmp_path, subjects_dir=tmp_path / "real"))
 
     output = capsys.readouterr().out
@@ -161,6 +152,14 @@ def test_images_are_generated_if_a_model_is_given(models, tmp_path):
     # images of an earlier run are not counted
     evaluate.main(arguments(models, tmp_path, **{**options, "images_per_prompt": 1}))
     assert table(tmp_path, "subjects")["can"]["images"] == "2"
+
+
+@pytest.mark.parametrize("line", ["3", "[]", "{half", "[" * 10**5, "caf\u00e9"])
+def test_a_manifest_that_cannot_be_read_is_named(line, tmp_path):
+    content = '{"file": "a.png", "prompt": "a"}\n' + line
+    (tmp_path / "manifest.jsonl").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match="manifest.jsonl, line [12]: "):
+        evaluate.read_prompts(tmp_path)
 
 
 @pytest.mark.parametrize("line", ["can, tin, box", "can;tin", "can"])
