@@ -15,9 +15,9 @@ demo: $(VENV)/.demo
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal --cov --cov-report=term
 
-# the tests that take longer: thread marathons, full-size models
+# the tests that take longer: thread marathons, full-size models, the page in a browser
 test-slow: $(VENV)/.installed
-	RUN_SLOW=1 $(BIN)/python -m pytest -q -n 2 tests/test_threads.py tests/test_full_size.py
+	RUN_SLOW=1 $(BIN)/python -m pytest -q -n 2 tests/test_threads.py tests/test_full_size.py tests/test_app_browser.py
 
 # The tests of the root modules with other versions of the libraries, in separate environments: the oldest supported versions, some
 # in between, and the newest including pre-releases. There the package is not installed but imported through a link.

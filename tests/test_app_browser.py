@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import runpy
 import shutil
 import time
@@ -32,7 +33,8 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 DRIVER = shutil.which("chromedriver")
 pytestmark = [
     pytest.mark.skipif(
-        not (CHROMIUM and DRIVER), reason="needs Chromium and chromedriver; test_app.py tests the images of the page"
+        os.environ.get("RUN_SLOW") != "1" or not (CHROMIUM and DRIVER),
+        reason="needs RUN_SLOW=1 (`make test-slow`), Chromium and chromedriver; test_app.py tests the images of the page",
     ),
     pytest.mark.filterwarnings("ignore::Warning:gradio"),  # about pandas
 ]
