@@ -69,7 +69,7 @@ DOCUMENTED = [
 @pytest.mark.parametrize("what", DOCUMENTED, ids=lambda what: what.__qualname__)
 def test_defaults_agree_with_the_documentation(what):
     if what.__doc__ is None:
-        pytest.skip("`apply_forward_hook` of diffusers 0.31 returns a method without docstring; other versions test it")
+        pytest.skip("`apply_forward_hook` of older diffusers versions hides the docstring; newer versions test it")
     parameters = inspect.signature(what).parameters
     documented = dict(re.findall(r"(\w+) \(`[^\n]*?defaults to `?(.+?)`?\)[,:]", what.__doc__))
     assert documented
