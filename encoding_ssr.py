@@ -68,8 +68,8 @@ class SubjectEncodingMixin(components_ssr.SSRComponents):
 
         Raises:
             `ValueError`: if no SSR-Encoder or text encoder is loaded, `image` is not an image, `query` is not a text
-            or is empty, or `mask` does not have the size of the image or marks nothing in the part that
-            `resize_mode` keeps.
+                or is empty, or `mask` does not have the size of the image or marks nothing in the part that
+                `resize_mode` keeps.
 
         Example:
 

@@ -65,9 +65,9 @@ class SSRLoaderMixin(components_ssr.SSRComponents):
 
         Raises:
             `ValueError`: if `pretrained_model_name_or_path` or `image_encoder` is something else, if an argument is
-            unknown, if the encoder does not fit the UNet, the text encoder or the vision encoder, if an encoder in
-            memory is on another device than the pipeline, or if a weight is missing, unexpected, of the wrong shape, or
-            not finite. The pipeline is not changed in this case.
+                unknown, if the encoder does not fit the UNet, the text encoder or the vision encoder, if an encoder in
+                memory is on another device than the pipeline, or if a weight is missing, unexpected, of the wrong
+                shape, or not finite. The pipeline is not changed in this case.
 
         Example:
 
