@@ -37,6 +37,14 @@ def default_settings(checkpoint: str | Path) -> dict:
     """Returns the settings that suit a checkpoint: those in its `settings.json`, which the pocket checkpoint has, or
     else usual ones for Stable Diffusion 1.5."""
     file = Path(checkpoint) / "settings.json"
+    if not Path(checkpoint).exists():
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            file = Path(hf_hub_download(str(checkpoint), file.name))
+        except (OSError, HFValidationError):
+            pass  # the repository has no such file; if it cannot be reached, the error is raised when it is loaded
     return json.loads(file.read_text()) if file.is_file() else dict(SD15_SETTINGS)
 
 

@@ -154,9 +154,11 @@ def write_weights(weights: Path, folder: Path, variants: list[str]) -> None:
         else:
             encoder.save_pretrained(folder / "ssr_encoder", variant=variant)
             image_encoder.save_pretrained(folder / "ssr_image_encoder", variant=variant)
-    processor = weights / "ssr_image_processor"
+    processor, settings = weights / "ssr_image_processor", weights / "settings.json"
     if processor.exists():
         shutil.copytree(processor, folder / processor.name, dirs_exist_ok=True)
+    if settings.exists():
+        shutil.copy(settings, folder)
 
 
 def remove_local_names(folder: Path) -> None:
@@ -213,11 +215,6 @@ def assemble_space(args: argparse.Namespace, folder: Path) -> None:
     ssr = args.weights.resolve().name if copied else args.repo_id
     arguments = ["--checkpoint", ssr] if is_whole(args.weights) else ["--checkpoint", args.base_model, "--ssr", ssr]
     models = [name for name in arguments if "/" in name]
-    settings = args.weights / "settings.json"
-    if settings.is_file() and not copied:  # the page reads the settings of a folder, but not of a repository
-        arguments += [
-            text for name, value in json.loads(settings.read_text()).items() for text in (f"--{name}", f"{value}")
-        ]
     write_space(folder, arguments, models, args.weights.resolve() if copied else None)
 
 

@@ -265,6 +265,10 @@ def test_the_notebook_runs_from_top_to_bottom(checkout):
     from nbclient import NotebookClient
 
     notebook = nbformat.read(ROOT / "examples" / "ssr_encoder.ipynb", as_version=4)
+    steps = '"num_inference_steps": 12'
+    assert sum(steps in cell.source for cell in notebook.cells) == 1
+    for cell in notebook.cells:  # two steps are faster
+        cell.source = cell.source.replace(steps, '"num_inference_steps": 2')
     NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(checkout)}}
     ).execute()

@@ -1,5 +1,6 @@
 """Tests of loading from and publishing to the Hub, with the client of huggingface_hub and a local Hub server."""
 
+import json
 import os
 import re
 import subprocess
@@ -172,6 +173,8 @@ def test_loading_offline(hub, counts):
 def test_published_repository_can_be_loaded(hub):
     """Publishes the repository and a Space, and runs the code of the model card."""
     StableDiffusionSSRPipeline.from_pretrained(hub.folder / "base", **ssr_parts()).save_pretrained(hub.folder / "mine")
+    settings = {"num_inference_steps": 4, "guidance_scale": 2.0, "eta": 0.0, "scale": 1.0}
+    (hub.folder / "mine" / "settings.json").write_text(json.dumps(settings))
     arguments = [
         "--weights",
         "mine",
@@ -199,6 +202,8 @@ pipe.load_ssr("owner/published")
 assert np.array_equal(draw(pipe), expected)
 from huggingface_hub import ModelCard
 ModelCard.load("owner/published").validate()
+from drawing import default_settings
+assert default_settings("owner/published") == {settings} != default_settings("owner/ssr") == default_settings("no/one")
 """,
         home="hf-published",
     )
@@ -208,7 +213,7 @@ ModelCard.load("owner/published").validate()
     card = files["README.md"].decode()
     assert card.startswith("---\n") and "library_name: diffusers" in card and "base_model" not in card
     assert set(re.findall(r"\]\((?!https:)([^)]*)", card)) == {"example.png"} and "url: example.png" in card
-    assert "example.png" in files and "num_inference_steps=30" in card and "text: a cat in the snow" in card
+    assert "example.png" in files and "num_inference_steps=4" in card and "text: a cat in the snow" in card
     for name, content in files.items():
         assert not name.endswith(".json") or (b"_name_or_path" not in content and b"mine" not in content), name
     assert hub.requests.count("POST api/validate-yaml") >= 2
