@@ -53,14 +53,16 @@ def checkout(tmp_path, monkeypatch):
 
 
 @page
-def test_python_blocks_run_as_printed(page, checkout, capfd, one_thread):
-    """The blocks of a page run in order in one namespace. Of a block that needs a real checkpoint, only the imports
-    run."""
+def test_python_blocks_run(page, checkout, capfd, one_thread):
+    """The blocks of a page run in order in one namespace, with two steps for videos. Of a block that needs a real
+    checkpoint, only the imports run."""
     logging.disable_progress_bar()
     namespace = {"__name__": "__main__"}
     for number, (language, text) in enumerate(blocks(page)):
         if language != "python":
             continue
+        if page.name == "video.md":
+            text = re.sub(r"num_inference_steps=\d+", "num_inference_steps=2", text)
         code = compile(text, f"{page.name}, block {number}", "exec")
         if text.startswith(REAL):
             imports = [node for node in ast.parse(text).body if isinstance(node, (ast.Import, ast.ImportFrom))]
@@ -227,18 +229,6 @@ def test_tests_in_the_composition_table_exist():
         source = (ROOT / "tests" / file).read_text()
         for function in re.findall(r"::(\w+)", first + more):
             assert f"def {function}(" in source, f"{file} has no {function}"
-
-
-def test_the_site_is_built_without_warnings(tmp_path):
-    """The strict build fails for a broken link, a missing page or an invalid docstring."""
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
-    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "WARNING -" not in done.stderr, done.stderr[-4000:]
-    reference = (tmp_path / "site" / "api" / "index.html").read_text()
-    for name in ("encode_subject", "subject_end", "SubjectEmbeds", "from_released", "ssr_pipeline_class"):
-        assert name in reference
-    assert (tmp_path / "site" / "repository" / "pocket" / "index.html").exists()
 
 
 def test_the_training_guide_with_two_steps(checkout, monkeypatch):

@@ -216,7 +216,7 @@ def test_released_files_are_converted(run, tmp_path):
     assert (tmp_path / "converted" / "ssr_image_processor" / "preprocessor_config.json").exists()
 
 
-@pytest.mark.parametrize("extra", [("--subjects", 2, "--batch_size", 2), ("--frames", 2), ("--count_only",)])
+@pytest.mark.parametrize("extra", [("--subjects", 2, "--batch_size", 2), ("--frames", 2, "--count_only")])
 def test_benchmark_compares_the_methods(run, extra):
     output = run("benchmark.py", "--preset", "pocket", "--size", 64, "--num_inference_steps", 1, "--rounds", 1, *extra)
     rows = re.findall(r"^\| (\w+) \| \S+ \| (\S+) \| \S+ \| (\S+) \| (\S+) \|$", output, re.MULTILINE)

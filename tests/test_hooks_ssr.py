@@ -331,15 +331,15 @@ def compiled_in_place(unet):
 
 
 WRAPPERS = [
-    Passing, ByName, PassingObject, Parallel, with_lora, prepared_by_accelerate, compiled, compiled_in_place,
-    with_compiled_block,
-    lambda unet: Passing(compiled(unet)), lambda unet: with_lora(compiled_in_place(unet)),
+    Passing, ByName, PassingObject, Parallel, with_lora, prepared_by_accelerate, with_compiled_block,
+    lambda unet: with_lora(compiled_in_place(unet)),
 ]  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("wrapper", WRAPPERS, ids=lambda wrapper: getattr(wrapper, "__name__", "both"))
 def test_wrappers_around_the_unet(pipe, subject, wrapper):
+    """test_compile.py tests compiled UNets."""
     torch._dynamo.reset()
     unet = pipe.unet
     expected = [pipe(**call_args(**extra)).images for extra in ({"subject": subject}, {})]

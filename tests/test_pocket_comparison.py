@@ -1,15 +1,12 @@
 """The comparison of SSR-Encoder with other methods on the pocket checkpoint."""
 
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import train_ssr
-from conftest import POCKET, ROOT, UNET_LAYERS, call_args, make_picture, make_ssr_encoder, make_unet
+from conftest import POCKET, UNET_LAYERS, call_args, make_picture, make_ssr_encoder, make_unet
 from diffusers import UNet2DConditionModel
 from training_options import check_args, parse_args
 
@@ -148,11 +145,3 @@ def test_every_method_is_shipped(name):
     assert type(encoder) is METHODS[name].encoder_class
     assert encoder.dtype == torch.float32
     assert all(parameter.isfinite().all() and parameter.std() > 0 for parameter in encoder.parameters())
-
-
-def test_the_measurements_can_be_started_as_a_script():
-    """Without the import path that pytest sets."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, "-m", "tools.pocket.measure", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert done.returncode == 0 and "comparison" in done.stdout, done.stderr[-2000:]

@@ -258,7 +258,10 @@ def test_any_released_weights_are_loaded_or_rejected(argument, ending, data, fil
 def test_any_bytes_give_rows_or_reasons(content, suffix, file):
     table = file.with_suffix(suffix)
     table.write_bytes(content)
-    assert all(isinstance(row, (dict, str)) for _, row in read_rows(table))
+    try:
+        assert all(isinstance(row, (dict, str)) for _, row in read_rows(table))
+    except ValueError as error:
+        assert "workbook" in str(error) and content.startswith(b"PK")
 
 
 # what a stranger's row can hold: any JSON, and the names of files in all forms

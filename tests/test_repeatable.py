@@ -1,12 +1,9 @@
 """Which calls give the same picture bit by bit, and which differ only by rounding errors. See docs/reliability.md."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
-from conftest import POCKET, ROOT, call_args, make_components, make_picture, make_ssr_components
+from conftest import POCKET, call_args, make_components, make_picture, make_ssr_components
 from diffusers_ssr import StableDiffusionSSRPipeline, internals_ssr
 from PIL import Image
 from test_pipeline_ssr import subject_args
@@ -42,23 +39,6 @@ def test_the_same_request_gives_the_same_picture(pipe, tmp_path, way):
     other = way(pipe, tmp_path)
     other.set_progress_bar_config(disable=True)
     assert np.array_equal(other(**subject_args()).images, expected)
-
-
-def test_another_process_draws_the_same_picture(pipe, tmp_path):
-    code = (
-        "import sys\n"
-        f"sys.path[:0] = [{str(ROOT / 'tests')!r}, {str(ROOT / 'examples')!r}]\n"
-        "import conftest, numpy, torch\n"
-        "torch.set_num_threads(1)\n"
-        "from test_pipeline_ssr import subject_args\n"
-        "pipe = conftest.StableDiffusionSSRPipeline(\n"
-        "    **conftest.make_components(), **conftest.make_ssr_components(), requires_safety_checker=False\n"
-        ")\n"
-        f"numpy.save({str(tmp_path / 'images.npy')!r}, pipe(**subject_args()).images)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert np.array_equal(np.load(tmp_path / "images.npy"), pipe(**subject_args()).images)
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])

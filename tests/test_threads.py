@@ -84,9 +84,10 @@ def as_file(picture: Image.Image) -> Image.Image:
     return Image.open(file)
 
 
+@pytest.mark.parametrize("switch_interval", [None, 1e-4] if SLOW else [None], indirect=True)
 def test_200_mixed_requests_from_8_threads(pipe, switch_interval, quiet):
     """Each request has the same result (a picture or an error) as alone, bit by bit. The slow run repeats this 5
-    times."""
+    times, also with more frequent switches between the threads."""
     photos, queries = [make_picture(seed) for seed in range(3)], ["cat", "dog", "blue car on the left"]
     requests = mixed_requests(pipe, make_controlnet(), photos, queries, size=16)
     expected, before = [each.outcome() for each in requests], snapshot(pipe.unet)

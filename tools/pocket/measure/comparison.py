@@ -57,19 +57,19 @@ def comparison(refs: References) -> None:
 
 
 def cutouts(refs: References) -> None:
-    """Measures SSR-Encoder with a query, and the adapter in the style of IP-Adapter Plus without the other thing, which is
-    erased from the reference with OpenCV. This needs masks of both things. (On white, or enlarged, the queried thing looks
-    unlike the training data, and the adapter is worse.)"""
+    """Measures SSR-Encoder with a query, and the adapter in the style of IP-Adapter Plus with a reference that only shows
+    the queried thing, in three ways. These need masks."""
     pipe = refs.pipe
     own, vision, processor = pipe.ssr_encoder, pipe.ssr_image_encoder, pipe.ssr_image_processor
-    for name, how in (("ssr", "with a query"), ("ip_adapter_plus", "the other thing erased")):
+    for name, how, picture_of in (
+        ("ssr", "with a query", lambda scene: scene.picture),
+        ("ip_adapter_plus", "the other thing erased", _erase_other),
+        ("ip_adapter_plus", "erased, and the queried thing enlarged", _enlarged),
+        ("ip_adapter_plus", "the queried thing on white", _on_white),
+    ):
         encoder = load_adapter(name, refs.args.comparison_dir).to(refs.args.device)
         pipe.load_ssr(encoder, image_encoder=vision, image_processor=processor)
-        pictures = [scene.picture if name == "ssr" else _erase_other(scene) for scene in refs.scenes]
-        subjects = [
-            pipe.encode_subject(picture, query=scene.instances[0].name)
-            for picture, scene in zip(pictures, refs.scenes, strict=True)
-        ]
+        subjects = [pipe.encode_subject(picture_of(each), query=each.instances[0].name) for each in refs.scenes]
         verdict = refs.judge.look_at(draw(pipe, refs.args, refs.prompts(None), subjects, how))
         print(f'{METHODS[name].label}, {how}, the prompt names "a thing" ({len(refs.rows)} images):')
         refs.report_instances(verdict)
@@ -77,8 +77,23 @@ def cutouts(refs: References) -> None:
 
 
 def _erase_other(scene: Scene) -> np.ndarray:
+    """Returns the reference without the other thing, whose place OpenCV fills."""
     queried, other = (mask.astype(np.uint8) for mask in scene.masks)
     return cv2.inpaint(scene.picture, cv2.dilate(other, np.ones((3, 3))) * (1 - queried), 3, cv2.INPAINT_TELEA)
+
+
+def _enlarged(scene: Scene) -> np.ndarray:
+    """Returns a square around the queried thing, without the other thing, in the size of the reference."""
+    top, left = (axis.min() for axis in scene.masks[0].nonzero())
+    bottom, right = (axis.max() + 1 for axis in scene.masks[0].nonzero())
+    side = max(bottom - top, right - left) + 8
+    start = [int(np.clip((a + b - side) // 2, 0, 64 - side)) for a, b in ((top, bottom), (left, right))]
+    part = _erase_other(scene)[start[0] : start[0] + side, start[1] : start[1] + side]
+    return cv2.resize(part, scene.picture.shape[:2], interpolation=cv2.INTER_CUBIC)
+
+
+def _on_white(scene: Scene) -> np.ndarray:
+    return np.where(scene.masks[0][..., None], scene.picture, 255).astype(np.uint8)
 
 
 def save_figure(refs: References, rows: dict[str, np.ndarray]) -> None:
