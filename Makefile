@@ -69,7 +69,7 @@ $(VENV)/.installed: pyproject.toml
 
 # Train a pocket checkpoint from scratch on a CPU, which takes many hours. Every step continues where it was interrupted.
 # The checkpoint in pocket/ was trained on a GPU, with the same scripts and larger batches (`make pocket-gpu`). The base model
-# sees a fifteenth of the pictures here, so the result, which was never measured, will be worse.
+# sees a fifteenth of the images here, so the result, which was never measured, will be worse.
 pocket: $(VENV)/.installed
 	$(POCKET).train.clip --work_dir $(WORK_DIR)
 	$(POCKET).train.clip --part vision --work_dir $(WORK_DIR)

@@ -14,12 +14,7 @@ def main():
     add("--query", default="cat", help="the subject in the reference image")
     add("--control_image", default="docs/quick_start.png", help="image whose edges are followed")
     add("--prompt", default="a cat on the beach", help="the prompt, which should name the subject")
-    add(
-        "--scale",
-        type=float,
-        default=1.0,
-        help="how closely the subject is followed; 0.5 to 0.8 with Stable Diffusion 1.5",
-    )
+    add("--scale", type=float, default=1.0, help="subject scale; 0.5 to 0.8 with Stable Diffusion 1.5")
     add("--guidance_scale", type=float, default=3.0, help="classifier-free guidance; 7.5 with Stable Diffusion 1.5")
     add("--num_inference_steps", type=int, default=25, help="denoising steps")
     add("--seed", type=int, default=3, help="seed of the initial noise")

@@ -109,14 +109,14 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_invalid_picture_files_raise_an_error_with_the_file_name(tmp_path, kind):
+def test_invalid_image_files_raise_an_error_with_the_file_name(tmp_path, kind):
     data, reason = BROKEN[kind]
     (tmp_path / "holiday.png").write_bytes(data)
     with pytest.raises(ValueError, match=f"`holiday.png` {reason}"):
         open_upload(tmp_path / "holiday.png")
 
 
-def test_pictures_are_rotated_flattened_and_resized(tmp_path):
+def test_images_are_rotated_flattened_and_resized(tmp_path):
     turned = Image.Exif()
     turned[0x0112] = 6
     Image.new("RGB", (3000, 1000), "red").save(tmp_path / "wide.jpg", exif=turned)
@@ -157,7 +157,7 @@ def test_layers_are_merged_and_single_pixels_count():
     assert np.asarray(painted_mask([dot, clear, stroke], (64, 64)))[32:, 32:].all()
 
 
-def test_small_pictures_are_enlarged_for_the_canvas():
+def test_small_images_are_enlarged_for_the_canvas():
     assert canvas_for(Image.new("RGB", (64, 32))).size == (CANVAS_SIDE, CANVAS_SIDE // 2)
     assert canvas_for(Image.new("RGB", (900, 600))).size == (900, 600)
 
@@ -169,11 +169,11 @@ def test_edges_are_white_on_black_and_edge_maps_are_not_changed():
     assert np.array_equal(fit(found, 64), found)
 
 
-# drawing
+# generating
 
 
 @pytest.mark.parametrize("kind", REQUESTS)
-def test_script_reproduces_the_picture_of_the_page(studio, one_thread, tmp_path, monkeypatch, kind):
+def test_script_reproduces_the_image_of_the_page(studio, one_thread, tmp_path, monkeypatch, kind):
     request = GenerationRequest(**{**REQUESTS[kind], **FAST, "seeds": SEEDS.get(kind, (3,))})
     steps = []
     drawn = studio.generate(request, on_step=lambda *step: steps.append(step))
@@ -193,7 +193,7 @@ def test_script_reproduces_the_picture_of_the_page(studio, one_thread, tmp_path,
     assert written.size == (64, 64)
 
 
-def test_every_option_changes_the_picture(studio, one_thread):
+def test_every_option_changes_the_image(studio, one_thread):
     """All images are different, so every option of the page has an effect."""
     plain = {**REQUESTS["a query"], **FAST}
     cat = plain["subjects"][0]

@@ -269,8 +269,8 @@ def test_without_a_subject_the_layer_is_unchanged():
 
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("regions", [None, torch.eye(2)[None]])
-def test_consecutive_pictures_and_frames_share_a_subject(rows, regions):
-    """The result is the same as for each picture alone."""
+def test_consecutive_images_and_frames_share_a_subject(rows, regions):
+    """The result is the same as for each image alone."""
     attn, tensors, key, value = parity_layer()
     each = 3
     states = torch.randn(rows * each, 16, 40, generator=torch.Generator().manual_seed(0))

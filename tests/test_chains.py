@@ -258,7 +258,7 @@ def draw(pipe, name: str, **overrides) -> np.ndarray:
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("name", CHAINS)
 def test_every_pipeline(name):
-    """A subject changes the picture. Without a subject the picture is exactly equal to that of the stock pipeline. The
+    """A subject changes the image. Without a subject the image is exactly equal to that of the stock pipeline. The
     UNet is not changed."""
     stock, pipe = make_pipeline(name)
     state = snapshot(pipe.unet)
@@ -354,7 +354,7 @@ def test_calls_of_users_with_variadic_arguments_get_all_of_them(pipe, call):
 
 @pytest.mark.parametrize("name", CHAINS)
 def test_each_prompt_uses_its_own_subject(name):
-    """In a batch of two, each picture depends only on its own subject."""
+    """In a batch of two, each image depends only on its own subject."""
     if name in ONE_PROMPT:
         pytest.skip("the diffusers class only accepts a single prompt; test_every_pipeline covers it")
     _, pipe = make_pipeline(name)
@@ -479,8 +479,8 @@ def test_outside_the_window_a_controlnet_gets_only_the_text(control_pipe, start,
 
 
 @pytest.mark.parametrize("name", ["StableDiffusionInpaintPipeline", "StableDiffusionControlNetInpaintPipeline"])
-def test_regions_are_not_used_with_a_crop_of_the_picture(name):
-    """`padding_mask_crop` draws the part of the picture around the mask, where a region would be in another place."""
+def test_regions_are_not_used_with_a_crop_of_the_image(name):
+    """`padding_mask_crop` generates the part of the image around the mask, where a region would be in another place."""
     _, pipe = make_pipeline(name)
     subject = pipe.encode_subject(make_picture(), "cat")
     whole, crop = picture(), {"padding_mask_crop": 2, "output_type": "pil"}
@@ -552,7 +552,7 @@ def test_controlnet_is_not_changed_by_a_call(control_pipe, fails):
     assert all(torch.equal(each, weights[name]) for name, each in control_pipe.controlnet.state_dict().items())
 
 
-def test_control_picture_is_resized_as_in_the_stock_pipeline(control_pipe):
+def test_control_image_is_resized_as_in_the_stock_pipeline(control_pipe):
     stock = diffusers.StableDiffusionControlNetPipeline.from_pipe(control_pipe)
     stock.set_progress_bar_config(disable=True)
     arguments = {"image": make_picture(11, (40, 24)), "height": SIZE, "width": SIZE}
@@ -608,8 +608,8 @@ def video_args(**overrides) -> dict:
 
 
 @pytest.mark.parametrize("region", [None, LEFT_HALF])
-def test_frames_without_motion_equal_pictures(pipe, region):
-    """If the motion modules have no effect, the frames are equal to pictures from the same noise."""
+def test_frames_without_motion_equal_images(pipe, region):
+    """If the motion modules have no effect, the frames are equal to images from the same noise."""
     adapter = make_motion_adapter()
     for name, parameter in adapter.named_parameters():
         if "proj_out" in name:
@@ -705,7 +705,7 @@ def without_motion(adapter):
 
 @pytest.fixture
 def frame_by_frame(pipe):
-    """Returns a function that generates a video without motion from `subject` and its frames as pictures from
+    """Returns a function that generates a video without motion from `subject` and its frames as images from
     `subjects`."""
     video = AnimateDiffSSRPipeline.from_pipe(pipe, motion_adapter=without_motion(make_motion_adapter()))
     video.set_progress_bar_config(disable=True)
@@ -854,7 +854,7 @@ def test_a_video_can_be_given_as_latents(pipe, given):
             draw(subject={0: cat, 5: dog})
 
 
-def test_picture_pipeline_does_not_accept_moving_subjects(pipe):
+def test_image_pipeline_does_not_accept_moving_subjects(pipe):
     cat = pipe.encode_subject(make_picture(), "cat")
     for subject in ({0: cat, 2: cat}, cat.inside(np.ones((2, 8, 8)))):
         with pytest.raises(ValueError, match="an image has only frame 0"):

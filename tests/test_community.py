@@ -295,7 +295,7 @@ class Patch:
 
 @pytest.mark.parametrize("patch", ["freeu", "tome", "deepcache"])
 def test_patches(pipe, patch):
-    """The subject has an effect with the patch, and the picture is the same as before after the patch is removed."""
+    """The subject has an effect with the patch, and the image is the same as before after the patch is removed."""
     arguments = {"num_inference_steps": 4}
     expected = pipe(**subject_args(**arguments)).images
     remove = getattr(Patch, patch)(pipe)

@@ -93,7 +93,7 @@ SUBJECTS = {
 
 
 @pytest.mark.parametrize("how", [*SUBJECTS, "window", "blocks", "batch", "mask", "no guidance"])
-def test_pictures(fake_gpu, how):
+def test_images(fake_gpu, how):
     cat, dog = fake_gpu.encode_subject(make_picture(), query=["cat", "dog"])
     for each in (cat, dog):
         assert each.subjects[0].embeds.device.type == "cuda"

@@ -71,7 +71,7 @@ def test_table_has_a_row_for_each_subject_and_a_mean(models, tmp_path, capsys):
     assert "broken.png" in output and "left out clock" in output
     rows = table(tmp_path, "subjects")
     assert list(rows) == ["dog6", "vase", "mean"]
-    # the generated picture is equal to the real one
+    # the generated image is equal to the real one
     assert float(rows["vase"]["DINO"]) == float(rows["vase"]["CLIP-I"]) == 1.0
     assert rows["vase"]["CLIP-T"] == "" and rows["mean"]["CLIP-T"] == rows["dog6"]["CLIP-T"]
     dino, clip = DinoFeatures.from_pretrained(models / "dino"), ClipFeatures.from_pretrained(models / "clip")
@@ -106,7 +106,7 @@ def test_features_match_the_models(models, monkeypatch, capsys):
     assert mean_pairwise(dino(images), dino(images)) < 1
 
 
-def test_selection_counts_pictures_nearer_to_the_queried_subject():
+def test_selection_counts_images_nearer_to_the_queried_subject():
     cat, dog, car = torch.eye(3)
     generated = torch.stack([cat, dog, (0.8 * cat + 0.6 * car)])
     found = selection(generated, cat[None], torch.stack([dog, car]))

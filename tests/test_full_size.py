@@ -105,9 +105,9 @@ def test_encoder_can_be_loaded_after_three_training_steps(tmp_path):
     assert np.isfinite(drawn[1]).all() and not np.array_equal(*drawn)
 
 
-def test_released_layout_loads_at_full_size_and_changes_the_picture():
+def test_released_layout_loads_at_full_size_and_changes_the_image():
     """The UNet of SD 1.5, the width of CLIP ViT-L, random weights in the layout of the released files, and a small
-    picture."""
+    image."""
     encoder = SSREncoder.from_released(random_released(ALIGNER), random_released(LAYERS, seed=1))
     unet = random_model(lambda: UNet2DConditionModel(sample_size=64, cross_attention_dim=768))
     vae = make_components()["vae"]

@@ -378,7 +378,7 @@ def test_a_module_that_is_not_a_unet_is_rejected(pipe, subject):
 @pytest.mark.parametrize("mask_size", [(64, 64), (30, 50)])
 def test_regions_with_different_output_sizes(pipe, subject, size, mask_size):
     """Some sizes have odd heights and widths at some levels, and the mask can have a different aspect ratio. A region
-    that covers the whole picture gives the same picture as no region, and a region on the left half a different
+    that covers the whole image gives the same image as no region, and a region on the left half a different
     one."""
     everywhere = np.ones(mask_size, np.float32)
     left = everywhere.copy()
@@ -500,8 +500,8 @@ def test_calls_inside_callbacks(pipe, subject, inner):
     assert len(drawn) == 2 and all(np.array_equal(each, alone) for each in drawn)
 
 
-def test_callbacks_of_two_calls_draw_with_the_unet_of_the_other_call(pipe, subject, components, one_thread):
-    """In each callback, the call waits until the other call is also in a callback. Then both draw with the pipeline of
+def test_callbacks_of_two_calls_generate_with_the_unet_of_the_other_call(pipe, subject, components, one_thread):
+    """In each callback, the call waits until the other call is also in a callback. Then both generate with the pipeline of
     the other."""
     second = StableDiffusionSSRPipeline(**{**components, "unet": make_unet(seed=4)}, **{
         name: pipe.components[name] for name in ("ssr_encoder", "ssr_image_encoder", "ssr_image_processor")
@@ -530,7 +530,7 @@ def test_callbacks_of_two_calls_draw_with_the_unet_of_the_other_call(pipe, subje
 
 
 def test_threads_that_share_one_pipeline(pipe, one_thread):
-    """The threads also share the scheduler of the pipeline, and each call returns its own picture."""
+    """The threads also share the scheduler of the pipeline, and each call returns its own image."""
     subjects = [pipe.encode_subject(make_picture(seed), "cat").scaled(1.0) for seed in range(3)] + [None]
     expected = [pipe(**call_args(subject=each)).images for each in subjects]
     results = {}

@@ -35,7 +35,7 @@ ARRAY = np.asarray(make_picture())
     ],
     ids=["uint8", "float32", "float64", "array of one", "a little more than 1", "tensor", "batch of one", "PIL"],
 )
-def test_to_pil_accepts_all_types_of_pictures(image):
+def test_to_pil_accepts_all_types_of_images(image):
     assert np.array_equal(np.asarray(to_pil(image)), ARRAY)
 
 
@@ -71,7 +71,7 @@ def half_and_half(left: bytes, right: bytes) -> list[bytes]:
     return [left + right] * 16
 
 
-# pictures of 16 x 16 whose left half has the transparent color, and the value of the right half from 0 to 1
+# images of 16 x 16 whose left half has the transparent color, and the value of the right half from 0 to 1
 
 
 def test_exif_orientation_is_applied(tmp_path):
@@ -93,7 +93,7 @@ def test_exif_orientation_is_applied(tmp_path):
         (b"picture", "bytes"),
     ],
 )
-def test_invalid_pictures_raise_an_error_that_names_the_argument(image, message):
+def test_invalid_images_raise_an_error_that_names_the_argument(image, message):
     with pytest.raises(ValueError, match=f"`photo`.*{message}"):
         to_pil(image, "photo")
 
@@ -104,13 +104,13 @@ def test_preprocessed_pixels_have_the_size_of_the_encoder(size, resize_mode):
     assert preprocess(make_picture(size=size), make_image_processor(), resize_mode).shape == (1, 3, 32, 32)
 
 
-def test_square_pictures_are_the_same_in_both_modes():
+def test_square_images_are_the_same_in_both_modes():
     pixels = [preprocess(make_picture(size=(50, 50)), make_image_processor(), mode) for mode in ("pad", "crop")]
     assert torch.equal(*pixels)
 
 
 def test_pad_keeps_the_edges_that_crop_removes():
-    """A wide picture with a red left edge."""
+    """A wide image with a red left edge."""
     picture = Image.new("RGB", (96, 32), "black")
     picture.paste("red", (0, 0, 16, 32))
     padded, cropped = (preprocess(picture, make_image_processor(), mode) for mode in ("pad", "crop"))
@@ -124,7 +124,7 @@ def test_unknown_resize_mode_raises_an_error():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (20000, 10), (7, 50)])
-def test_too_small_or_too_narrow_pictures_raise_an_error(size):
+def test_too_small_or_too_narrow_images_raise_an_error(size):
     with pytest.raises(ValueError, match=f"`subject_image` is {size[0]} x {size[1]} pixels"):
         to_pil(Image.new("RGB", size))
 
@@ -139,7 +139,7 @@ ODD_TAGS = {
 }
 
 
-def test_an_upright_picture_is_not_rotated_again():
+def test_an_upright_image_is_not_rotated_again():
     exif = Image.Exif()
     exif[0x0112] = 6
     once = to_pil(opened(encoded(make_picture(size=(64, 32)), "jpeg", exif=exif)))
@@ -174,7 +174,7 @@ def test_transparent_pixels_become_white():
         "floats to 255",
     ],
 )
-def test_pictures_with_more_than_8_bits_are_scaled_by_their_range(values, expected):
+def test_images_with_more_than_8_bits_are_scaled_by_their_range(values, expected):
     assert (np.asarray(to_pil(Image.fromarray(values)))[..., 0] == expected).all()
 
 
@@ -215,7 +215,7 @@ def test_truncated_file_raises_an_error(tmp_path, kind, part):
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "webp", "tiff"])
-def test_threads_can_share_a_picture_that_is_not_decoded_yet(kind, tmp_path):
+def test_threads_can_share_an_image_that_is_not_decoded_yet(kind, tmp_path):
     file = tmp_path / "photo"
     file.write_bytes(encoded(make_picture(size=(300, 200)), kind))
     expected = np.asarray(to_pil(Image.open(file)))
@@ -368,7 +368,7 @@ def test_invalid_masks_raise_an_error_that_names_the_argument(mask, message):
 
 @pytest.mark.parametrize("size", [(40, 32), (90, 30), (30, 90)])
 @pytest.mark.parametrize("resize_mode", ["pad", "crop"])
-def test_mask_and_picture_are_preprocessed_in_the_same_way(size, resize_mode):
+def test_mask_and_image_are_preprocessed_in_the_same_way(size, resize_mode):
     """A white thing and its mask are preprocessed in the same way, and `postprocess_map` restores the position of the
     thing."""
     picture, mask = Image.new("RGB", size, "black"), Image.new("L", size)
@@ -409,7 +409,7 @@ def test_a_mask_of_which_nothing_remains_is_rejected(size, box, resize_mode, is_
 
 
 def test_preprocess_matches_the_clip_processor():
-    """Compares with the PIL processor of transformers, on a picture that needs resizing, cropping and normalising."""
+    """Compares with the PIL processor of transformers, on an image that needs resizing, cropping and normalising."""
     module = pytest.importorskip(
         "transformers.models.clip.image_processing_pil_clip", reason="transformers 4 has no processor with this name"
     )

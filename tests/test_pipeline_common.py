@@ -111,7 +111,7 @@ def test_a_user_defined_class_keeps_its_own_methods():
     assert made == [Mine] and Mine.encode_prompt(SimpleNamespace(tokenizer=None), "a cat") == "mine: a cat"
 
 
-def test_a_pipeline_from_the_components_draws_the_same_picture(pipe):
+def test_a_pipeline_from_the_components_generates_the_same_image(pipe):
     assert {"ssr_encoder", "ssr_image_encoder", "ssr_image_processor"} < set(pipe.components)
     again = StableDiffusionSSRPipeline(**pipe.components, requires_safety_checker=False)
     again.set_progress_bar_config(disable=True)
@@ -136,7 +136,7 @@ def test_a_missing_image_processor_is_created_from_the_vision_encoder(pipe):
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("num_images_per_prompt", [1, 2])
-def test_number_of_pictures(pipe, batch_size, num_images_per_prompt):
+def test_number_of_images(pipe, batch_size, num_images_per_prompt):
     images = pipe(**subject_args(prompt=["a cat"] * batch_size, num_images_per_prompt=num_images_per_prompt)).images
     assert images.shape[0] == batch_size * num_images_per_prompt
 
@@ -150,7 +150,7 @@ def test_number_of_pictures(pipe, batch_size, num_images_per_prompt):
     ],
     ids=["attention slicing", "VAE slicing", "VAE tiling"],
 )
-def test_memory_settings_do_not_change_the_picture(pipe, setting):
+def test_memory_settings_do_not_change_the_image(pipe, setting):
     expected = pipe(**subject_args()).images
     setting(pipe)
     state = snapshot(pipe.unet)
@@ -158,7 +158,7 @@ def test_memory_settings_do_not_change_the_picture(pipe, setting):
     assert snapshot(pipe.unet) == state
 
 
-def test_fused_projections_do_not_change_the_picture(pipe):
+def test_fused_projections_do_not_change_the_image(pipe):
     expected = pipe(**subject_args()).images
     pipe.fuse_qkv_projections()
     np.testing.assert_allclose(pipe(**subject_args()).images, expected, atol=1e-4)
@@ -173,7 +173,7 @@ def test_schedulers(pipe, scheduler):
     assert np.isfinite(difference).all() and np.abs(difference).max() > 1e-3
 
 
-def test_the_same_seed_gives_the_same_picture(pipe):
+def test_the_same_seed_gives_the_same_image(pipe):
     assert np.array_equal(pipe(**subject_args()).images, pipe(**subject_args()).images)
 
 
@@ -227,7 +227,7 @@ def test_group_offloading(pipe, offload, monkeypatch):
 
 
 def test_layerwise_casting(pipe):
-    """With weights stored in 8 bits, the picture changes slightly, the subject still has an effect, and the UNet is
+    """With weights stored in 8 bits, the image changes slightly, the subject still has an effect, and the UNet is
     the same after the call."""
     if not hasattr(pipe.unet, "enable_layerwise_casting"):
         pytest.skip("diffusers before 0.33 has no layerwise casting")

@@ -33,11 +33,11 @@ def subject_args(**overrides):
     return call_args(**{"subject_image": make_picture(), "subject_query": "cat", "subject_scale": 1.0, **overrides})
 
 
-def test_without_a_subject_the_picture_is_the_stock_picture(pipe):
+def test_without_a_subject_the_image_is_the_stock_image(pipe):
     assert np.array_equal(pipe(**call_args()).images, stock_of(pipe)(**call_args()).images)
 
 
-def test_the_subject_changes_the_picture_but_not_the_unet(pipe):
+def test_the_subject_changes_the_image_but_not_the_unet(pipe):
     stock = stock_of(pipe)
     before, state = stock(**call_args()).images, snapshot(pipe.unet)
     images = pipe(**subject_args()).images
@@ -49,12 +49,12 @@ def test_the_subject_changes_the_picture_but_not_the_unet(pipe):
 @pytest.mark.parametrize(
     "change", [{"subject_query": "dog"}, {"subject_image": make_picture(5)}, {"subject_scale": 0.3}]
 )
-def test_query_picture_and_scale_change_the_result(pipe, change):
+def test_query_image_and_scale_change_the_result(pipe, change):
     difference = pipe(**subject_args()).images - pipe(**subject_args(**change)).images
     assert np.abs(difference).max() > 1e-4
 
 
-def test_scale_zero_gives_the_stock_picture(pipe):
+def test_scale_zero_gives_the_stock_image(pipe):
     np.testing.assert_allclose(
         pipe(**subject_args(subject_scale=0.0)).images, stock_of(pipe)(**call_args()).images, atol=1e-6
     )
@@ -71,14 +71,14 @@ def test_scale_zero_computes_no_keys_and_values(pipe, monkeypatch, scale):
         pipe(**call_args(subject=cat, subject_scale=0.5))
 
 
-def test_an_encoded_subject_gives_the_same_picture(pipe):
+def test_an_encoded_subject_gives_the_same_image(pipe):
     subject = pipe.encode_subject(make_picture(), query="cat")
     arguments = call_args(subject=subject, subject_scale=1.0)
     assert np.array_equal(pipe(**arguments).images, pipe(**subject_args()).images)
 
 
 def test_encode_subject_agrees_with_separate_calls_of_the_encoders(pipe):
-    """The unconditional branch uses a picture of zeros and the empty query."""
+    """The unconditional branch uses an image of zeros and the empty query."""
     from diffusers_ssr.images_ssr import preprocess
 
     subject = pipe.encode_subject(make_picture(), query="cat")
@@ -115,7 +115,7 @@ def test_conditions_contain_both_branches_in_order(pipe, guidance_scale):
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize("num_images_per_prompt", [1, 2])
-def test_a_batch_of_prompts_gives_the_same_pictures_as_single_calls(pipe, guidance_scale, num_images_per_prompt):
+def test_a_batch_of_prompts_gives_the_same_images_as_single_calls(pipe, guidance_scale, num_images_per_prompt):
     prompts = ["a cat on the beach", "a dog in the snow"]
     latents = torch.randn(2 * num_images_per_prompt, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     arguments = subject_args(guidance_scale=guidance_scale, generator=None)

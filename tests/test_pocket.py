@@ -1,4 +1,4 @@
-"""Pictures of the pocket checkpoint, alone and with other pipelines. The tests draw a few pictures and use low
+"""Images of the pocket checkpoint, alone and with other pipelines. The tests generate a few images and use low
 thresholds. pocket/README.md has the measured results."""
 
 import json
@@ -30,7 +30,7 @@ def judge():
 
 
 def references() -> list[tuple[Image.Image, str]]:
-    """Each reference picture with each of its queries."""
+    """Each reference image with each of its queries."""
     queries = json.loads((POCKET / "references" / "queries.json").read_text())
     return [(Image.open(POCKET / "references" / name), query) for name, each in queries.items() for query in each]
 
@@ -41,8 +41,8 @@ def draw(pipe, prompts: list[str], **kwargs) -> np.ndarray:
     return (drawn * 255).round().astype(np.uint8)
 
 
-def test_the_drawn_picture_shows_the_queried_subject(pocket, judge):
-    """A random category would be right in 1 of 12 pictures."""
+def test_the_image_shows_the_queried_subject(pocket, judge):
+    """A random category would be right in 1 of 12 images."""
     subjects = [pocket.encode_subject(image, query).scaled(1.0) for image, query in references()]
     queried = np.array([CATEGORY_NAMES.index(query) for _, query in references()])
     shown = judge.look_at(draw(pocket, ["a thing in the snow"] * len(subjects), subject=subjects)).categories.argmax(1)
@@ -63,7 +63,7 @@ def test_a_mask_selects_like_a_name(pocket, judge):
     assert [CATEGORY_NAMES[each] for each in shown] == [queries[mask.name][-1] for mask in masks]
 
 
-def test_two_subjects_of_two_references_are_in_one_picture(pocket, judge):
+def test_two_subjects_of_two_references_are_in_one_image(pocket, judge):
     """Each of them is in its half. Without regions, this is less reliable."""
     left = np.zeros((64, 64))
     left[:, :32] = 1
@@ -86,7 +86,7 @@ def test_two_subjects_of_two_references_are_in_one_picture(pocket, judge):
 @pytest.mark.parametrize("size", [(72, 40), (40, 88), (104, 56)])
 def test_regions_with_odd_latent_sizes(pocket, size):
     """The size is rounded up at the lower level, for example from 9 x 5 to 5 x 3. The mask has a different aspect ratio
-    from the picture. test_attention_processors.py tests the effect of a region on a layer."""
+    from the image. test_attention_processors.py tests the effect of a region on a layer."""
     cat = pocket.encode_subject(Image.open(POCKET / "references" / "1_cat_car.png"), "cat").scaled(1.0)
     left = np.zeros((90, 120))
     left[:, :60] = 1
@@ -100,7 +100,7 @@ def test_regions_with_odd_latent_sizes(pocket, size):
     assert all(np.abs(pictures[i] - pictures[j]).mean() > 1 for i, j in ((0, 1), (0, 2), (1, 2)))
 
 
-def test_another_checkpoint_draws_the_subject_in_its_own_style(pocket, judge):
+def test_another_checkpoint_generates_the_subject_in_its_own_style(pocket, judge):
     unet = UNet2DConditionModel.from_pretrained(POCKET, subfolder="unet", dtype=torch.float32)
     pipe = type(pocket).from_pipe(pocket, unet=unet)
     pipe.load_lora_weights(str(POCKET / "look"))

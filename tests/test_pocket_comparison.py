@@ -86,8 +86,8 @@ def test_other_methods_can_be_trained_with_train_ssr():
 
 
 def test_nearest_is_own():
-    """A picture with the design and colour of its subject is a hit. A picture with another design is a miss if an
-    instance with this design is among the sixteen candidates. A random picture is a hit in 1 of 16 cases."""
+    """An image with the design and colour of its subject is a hit. An image with another design is a miss if an
+    instance with this design is among the sixteen candidates. A random image is a hit in 1 of 16 cases."""
     own = SPLITS["first"][1][0]
     scenes = [SimpleNamespace(instances=[own])] * 400
     designs, variants = np.full((400, len(DESIGNS)), -5.0), np.full((400, NUM_VARIANTS), -5.0)

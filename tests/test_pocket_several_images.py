@@ -67,7 +67,7 @@ def test_joined_has_the_tokens_of_all_images(refs):
 
 
 def test_an_unwanted_instance(refs, capsys, monkeypatch):
-    """The instance that is drawn without a negative subject has the hue and the design of the picture without it."""
+    """The instance that is generated without a negative subject has the hue and the design of the image without it."""
     monkeypatch.setattr(several_images, "SCALES", (1.0,))
     several_images._unwanted_instance(refs.of(tuple(i for i in refs.held_out if i.hue is not None), 2))
     blocks = capsys.readouterr().out.split("no `subject`")[1:]

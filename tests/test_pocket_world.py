@@ -75,7 +75,7 @@ def test_sprites_have_the_hue_and_mirroring_of_the_instance(world):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_things_are_inside_the_picture_and_overlap_only_partly(count):
+def test_things_are_inside_the_image_and_overlap_only_partly(count):
     rng = np.random.default_rng(0)
     overlapping = 0
     for _ in range(200):

@@ -283,7 +283,7 @@ ROWS = st.dictionaries(st.sampled_from(PARTS), CELL, max_size=6) | PICTURES
 
 @pytest.fixture(scope="module")
 def training_set():
-    """A folder with a picture, and with another picture beside the folder."""
+    """A folder with an image, and with another image beside the folder."""
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "set"
         folder.mkdir()

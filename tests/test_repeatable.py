@@ -1,4 +1,4 @@
-"""Which calls give the same picture bit by bit, and which differ only by rounding errors. See docs/reliability.md."""
+"""Which calls give the same image bit by bit, and which differ only by rounding errors. See docs/reliability.md."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def without_the_cache(pipe, tmp_path):
 
 
 @pytest.mark.parametrize("way", [again, from_pipe, created_again, saved_and_loaded, without_the_cache])
-def test_the_same_request_gives_the_same_picture(pipe, tmp_path, way):
+def test_the_same_request_gives_the_same_image(pipe, tmp_path, way):
     expected = pipe(**subject_args()).images
     other = way(pipe, tmp_path)
     other.set_progress_bar_config(disable=True)
@@ -70,7 +70,7 @@ def load_pocket(dtype):
 
 
 def test_a_subject_adds_little_rounding_error_in_bfloat16():
-    """With trained weights, bfloat16 changes a picture with a subject not much more than a stock picture."""
+    """With trained weights, bfloat16 changes an image with a subject not much more than a stock image."""
     photo = Image.open(POCKET / "references" / "1_cat_car.png").convert("RGB")
     in_float32, in_half = load_pocket(torch.float32), load_pocket(torch.bfloat16)
     latents = torch.randn(3, 24, 8, 8, generator=torch.Generator().manual_seed(0))

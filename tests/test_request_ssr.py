@@ -64,7 +64,7 @@ def test_a_prompt_without_a_subject_gets_values_of_zero(none_first, num_tokens):
         assert [bool(row.any()) for row in value] == [not none_first, none_first] * 2
 
 
-def test_keyframes_of_each_branch_and_picture():
+def test_keyframes_of_each_branch_and_image():
     cat, dog = embeds_of(1), embeds_of(2)
     request = request_of({0: cat, 2: dog}, num_images=2, num_frames=3)
     conditions = request.conditions(torch.zeros(4, 4, 3, 8, 8))
@@ -83,7 +83,7 @@ def test_keyframes_after_the_last_frame_are_rejected():
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5])
-def test_a_batch_that_does_not_fit_the_number_of_pictures_is_rejected(batch_size):
+def test_a_batch_that_does_not_fit_the_number_of_images_is_rejected(batch_size):
     request = request_of({0: embeds_of()}, num_images=2)
     with pytest.raises(ValueError, match=f"a batch of {batch_size} latents for 2 images"):
         request.conditions(torch.zeros(batch_size, 4, 8, 8))

@@ -45,7 +45,7 @@ def test_a_mask_changes_the_subject_with_and_without_a_query(pipe, query):
     assert (plain.negative_embeds - masked.negative_embeds).abs().max() > 1e-4
 
 
-def test_the_encoder_gets_the_mask_in_the_geometry_of_the_picture(pipe):
+def test_the_encoder_gets_the_mask_in_the_geometry_of_the_image(pipe):
     """The expected result is computed with the mask that `preprocess_mask` returns."""
     from diffusers_ssr.images_ssr import preprocess, preprocess_mask
 
@@ -60,7 +60,7 @@ def test_the_encoder_gets_the_mask_in_the_geometry_of_the_picture(pipe):
     torch.testing.assert_close(subject.embeds, expected)
 
 
-def test_each_picture_has_its_own_mask(pipe):
+def test_each_image_has_its_own_mask(pipe):
     other = MASK[::-1].copy()
     pictures = [make_picture(1), make_picture(2)]
     both = pipe.encode_subject(pictures, None, mask=[MASK, other])
@@ -72,13 +72,13 @@ def test_each_picture_has_its_own_mask(pipe):
 # Several subjects
 
 
-def test_the_picture_is_encoded_once_for_two_queries(pipe):
+def test_the_image_is_encoded_once_for_two_queries(pipe):
     seen = []
     pipe.ssr_image_encoder.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(len((args or kwargs["pixel_values"].unbind(1))[0])), with_kwargs=True
     )
     cat, dog = pipe.encode_subject(make_picture(), query=["cat", "dog"])
-    assert seen == [2]  # the picture of zeros and the reference
+    assert seen == [2]  # the image of zeros and the reference
     torch.testing.assert_close(
         cat.subjects[0].embeds, pipe.encode_subject(make_picture(), "cat").subjects[0].embeds, atol=1e-5, rtol=1e-5
     )
@@ -133,7 +133,7 @@ def test_mixed_numbers_of_subjects_in_one_batch(pipe, guidance_scale, num_images
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_merged_tokens_in_one_batch(pipe, guidance_scale):
-    """A batch with compact and whole subjects, a pair with a region, and no subject gives the same pictures as single
+    """A batch with compact and whole subjects, a pair with a region, and no subject gives the same images as single
     calls."""
     left = np.zeros((8, 8))
     left[:, :4] = 1
@@ -162,7 +162,7 @@ def test_merging_equal_tokens_changes_nothing(pipe):
     assert np.abs(images[0] - images[2]).max() > 1e-4
 
 
-def test_fewer_tokens_change_the_picture_more(pipe):
+def test_fewer_tokens_change_the_image_more(pipe):
     cat = pipe.encode_subject(make_picture(), "cat")
     length = cat.subjects[0].embeds.shape[1]
     whole = pipe(**call_args(subject=cat)).images
@@ -282,7 +282,7 @@ def test_a_window_with_a_pipeline_callback(pipe):
     pipe(**subject_args(subject_end=0.5, callback_on_step_end=Watch(cutoff_step_ratio=1.0)))
 
 
-def test_a_region_of_the_whole_picture_changes_nothing(pipe):
+def test_a_region_of_the_whole_image_changes_nothing(pipe):
     subject = pipe.encode_subject(make_picture(), "cat").scaled(1.0)
     plain = pipe(**call_args(subject=subject)).images
     np.testing.assert_allclose(pipe(**call_args(subject=subject.inside(np.ones((16, 16))))).images, plain, atol=1e-5)
@@ -296,7 +296,7 @@ def test_a_region_of_the_whole_picture_changes_nothing(pipe):
 
 @pytest.mark.parametrize("resize_mode", ["pad", "crop"])
 @pytest.mark.parametrize("size", [(40, 32), (32, 64)])
-def test_attention_maps_have_the_size_of_the_picture(pipe, size, resize_mode):
+def test_attention_maps_have_the_size_of_the_image(pipe, size, resize_mode):
     attention = pipe.subject_attention_map(make_picture(size=size), "a cat", resize_mode=resize_mode)
     assert attention.heat.shape == size[::-1] and attention.overlay().size == size
     assert (
@@ -482,7 +482,7 @@ def test_lists_are_encoded_like_their_elements(pipe, given, count):
             torch.testing.assert_close(getattr(subject.subjects[0], name), getattr(alone, name), atol=1e-5, rtol=0)
 
 
-def test_negative_embeds_do_not_depend_on_picture_and_query(pipe):
+def test_negative_embeds_do_not_depend_on_image_and_query(pipe):
     subjects = [pipe.encode_subject(make_picture(seed), query) for seed, query in ((0, "cat"), (5, "dog"))]
     negative = [subject.subjects[0].negative_embeds for subject in subjects]
     torch.testing.assert_close(*negative)
@@ -571,7 +571,7 @@ def test_a_hook_that_is_added_later_encodes_the_subject_again(pipe, change):
 
 
 def test_a_pipeline_without_unet_and_vae_can_encode(pipe):
-    """To save memory: encode first, and draw later with another pipeline."""
+    """To save memory: encode first, and generate later with another pipeline."""
     parts = {name: part for name, part in pipe.components.items() if name not in ("unet", "vae")}
     only_encodes = make_pipe_that_only_encodes(**parts)
     subject = only_encodes.encode_subject(make_picture(), "cat")

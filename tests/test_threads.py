@@ -78,7 +78,7 @@ def in_threads(*functions, timeout: float = 300) -> list:
 
 
 def as_file(picture: Image.Image) -> Image.Image:
-    """Returns a picture that is not decoded yet."""
+    """Returns an image that is not decoded yet."""
     file = io.BytesIO()
     picture.save(file, "PNG")
     return Image.open(file)
@@ -86,7 +86,7 @@ def as_file(picture: Image.Image) -> Image.Image:
 
 @pytest.mark.parametrize("switch_interval", [None, 1e-4] if SLOW else [None], indirect=True)
 def test_200_mixed_requests_from_8_threads(pipe, switch_interval, quiet):
-    """Each request has the same result (a picture or an error) as alone, bit by bit. The slow run repeats this 5
+    """Each request has the same result (an image or an error) as alone, bit by bit. The slow run repeats this 5
     times, also with more frequent switches between the threads."""
     photos, queries = [make_picture(seed) for seed in range(3)], ["cat", "dog", "blue car on the left"]
     requests = mixed_requests(pipe, make_controlnet(), photos, queries, size=16)
@@ -168,7 +168,7 @@ def test_components_that_change_during_a_call_do_not_change_it(pipe, subject, ac
     assert torch.equal(pipe.encode_subject(make_picture(), "cat").subjects[0].embeds, expected)
 
 
-def test_from_pipe_while_another_thread_draws(pipe, subject):
+def test_from_pipe_while_another_thread_generates(pipe, subject):
     """The modules of the UNet do not change while another thread iterates over them."""
     expected, done = pipe(**call_args(subject=subject)).images, threading.Event()
 
