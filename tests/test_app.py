@@ -25,6 +25,9 @@ from page.studio import Cancelled, Studio
 from page.uploads import LONGEST_SIDE, from_text, open_upload, to_text
 from PIL import Image, ImageDraw
 
+from tools.pocket.judge import load_judge
+from tools.pocket.world import CATEGORY_NAMES
+
 
 CAT_AND_CAR = POCKET / "references" / "1_cat_car.png"
 HOUSE_AND_DOG = POCKET / "references" / "3_house_dog.png"
@@ -220,6 +223,16 @@ def test_every_option_changes_the_image(studio, one_thread):
     drawn = [as_array(studio.generate(GenerationRequest(**each))).astype(int) for each in variants]
     for (first, one), (second, other) in itertools.combinations(enumerate(drawn), 2):
         assert np.abs(one - other).max() > 2, (variants[first], variants[second])
+
+
+@pytest.mark.parametrize("box, kind", [((36, 28, 60, 52), "cat"), ((4, 30, 28, 50), "car")])
+def test_paint_without_a_name_selects_the_subject(studio, box, kind):
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, box)
+    choice = SubjectChoice(open_upload(CAT_AND_CAR), mask=mask)
+    request = GenerationRequest("a thing in the meadow", (choice,), seeds=(1, 2, 3), num_inference_steps=12)
+    scores = load_judge(POCKET).look_at(np.stack(studio.generate(request))).categories
+    assert [CATEGORY_NAMES[each] for each in scores.argmax(1)] == [kind] * 3
 
 
 def test_attention_depends_on_query_and_mask(studio):

@@ -253,30 +253,30 @@ def test_examples_set_everything_and_the_prompt_follows_until_it_is_edited(perso
     assert anna.value("#prompt") == "a boat"
     anna.click("#examples-1 button.thumbnail-item")
     anna.find("#painting-1 canvas")
-    anna.wait("document.querySelector('#prompt textarea').value == 'a car in the snow'")
+    anna.wait("document.querySelector('#prompt textarea').value == 'a car in the meadow'")
     assert (anna.value("#query-1"), anna.value("#steps")) == ("car", str(STEPS))
     anna.type("#query-1", "umbrella")
-    assert anna.value("#prompt") == "an umbrella in the snow"
+    assert anna.value("#prompt") == "an umbrella in the meadow"
     anna.open_tab("Subject 2")
     anna.click("#examples-2 button.thumbnail-item:nth-child(1)")
     anna.find("#painting-2 canvas")
-    anna.wait("document.querySelector('#prompt textarea').value == 'an umbrella and a car in the snow'")
+    anna.wait("document.querySelector('#prompt textarea').value == 'an umbrella and a car in the meadow'")
     anna.find("#query-2 textarea, #query-2 input").send_keys(Keys.ENTER)
     assert len(anna.shown("#results-image")) == 4
     assert len(anna.shown("#map-1")) == len(anna.shown("#map-2")) == 2
-    anna.type("#prompt", "an umbrella on the beach" + " and on" * 20 + "\n")
-    assert "The prompt is too long. Its end is not used: “on and on" in anna.message()
+    anna.type("#prompt", "an umbrella and a car on the beach" + " and on" * 20 + "\n")
+    assert "The prompt is too long. Its end is not used: “and on and on" in anna.message()
 
     anna.find("#generate-image")
     anna.driver.refresh()
     anna.wait("document.querySelector('#query-2 input, #query-2 textarea, #query-1 input, #query-1 textarea')?.value")
     anna.find("#painting-1 canvas")
-    assert anna.value("#prompt").startswith("an umbrella on the beach")
+    assert anna.value("#prompt").startswith("an umbrella and a car on the beach")
     anna.type("#query-1", "car")
-    assert anna.value("#prompt").startswith("an umbrella on the beach")
+    assert anna.value("#prompt").startswith("an umbrella and a car on the beach")
     anna.type("#prompt", Keys.BACKSPACE)
     anna.type("#query-1", "cat")
-    anna.wait("document.querySelector('#prompt textarea').value == 'a cat and a car in the snow'")
+    anna.wait("document.querySelector('#prompt textarea').value == 'a cat and a car in the meadow'")
     assert len(anna.generate()) == 4  # with the reference images that were kept
 
 
@@ -287,8 +287,21 @@ def test_painted_mask_and_painted_region(person, tmp_path, monkeypatch):
     anna.type("#query-1", " ")
     anna.paint("#painting-1", 0.1, 0.4)  # the car is on the left
     generated = anna.generate()
-    assert "often better with a name" in anna.message()
+    assert "often better if it says what the thing is" in anna.message()
     assert "mask" in anna.find("#map-1").text and "attention" not in anna.find("#map-1").text
+    anna.find("#generate-image")
+    for name, said in (
+        ("cat", "“cat” does not seem to fit the painted thing"),
+        ("bicycle", "does not know “bicycle”"),
+    ):
+        anna.type("#query-1", name)
+        anna.click("#generate-image")
+        assert said in anna.message()
+        anna.find("#generate-image")  # waits for the end of the generation
+    anna.type("#query-1", " ")
+    generated = anna.generate(other_than=anna.shown("#results-image"))
+    anna.find("#generate-image")
+    anna.wait("document.querySelectorAll('#map-1 img').length == 2")
     shape = pixels(anna.shown("#map-1")[1][0]).sum(2) > 0  # the mask that is shown, on black
     assert 0.02 < shape.mean() < 0.4 and shape[:, :256].sum() > 20 * shape[:, 320:].sum()
     anna.click("#place-1 button")
@@ -330,7 +343,7 @@ def test_two_users_at_the_same_time_and_cancellation(page, person, monkeypatch):
     ben.look_here()
     car = ben.generate()
     choice = SubjectChoice(Image.open(REFERENCE).convert("RGB"), "car")
-    request = GenerationRequest("a car in the snow", (choice,), seeds=seeds(car), num_inference_steps=STEPS)
+    request = GenerationRequest("a car in the meadow", (choice,), seeds=seeds(car), num_inference_steps=STEPS)
     assert np.array_equal(stack(car), np.stack(generate(request)))
 
     anna.look_here()

@@ -33,15 +33,18 @@ class Checkpoints:
             motion_adapter=part(args.motion_adapter, "motion_adapter"),
         )
 
+    def world(self) -> dict:
+        """Returns what the checkpoint knows: the content of its `world.json`, which only the pocket checkpoint has."""
+        file = Path(self.base) / "world.json"
+        return json.loads(file.read_text()) if file.is_file() else {}
+
     def describe(self, side: int) -> str:
-        """Returns a sentence about the checkpoint for the page. What it knows is read from its `world.json`, which only
-        the pocket checkpoint has. `side` is the size of a generated image."""
+        """Returns a sentence about the checkpoint for the page. `side` is the size of a generated image."""
         names = [f"`{Path(name).name if Path(name).is_dir() else name}`" for name in (self.base, self.ssr) if name]
         checkpoint = f"**Checkpoint:** {' with the SSR-Encoder '.join(names)}, images of {side} x {side} pixels."
-        file = Path(self.base) / "world.json"
-        if not file.is_file():
+        world = self.world()
+        if not world:
             return checkpoint
-        world = json.loads(file.read_text())
         kinds = world["categories"]
         return (
             f"{checkpoint} It is a small checkpoint for tests and only knows {len(kinds)} kinds of emoji"

@@ -19,13 +19,14 @@ from .widgets import DAY, GENERATE, HIDDEN, SHOW_RESULTS, at_end
 
 TITLE = "SSR-Encoder"
 INTRODUCTION = f"""# {TITLE}
-Upload a reference image, name one of the things in it or paint over it, and generate new images of that thing."""
-PLACE = "in the snow"
+Upload a reference image, name one of the things in it, or paint over it, and generate new images of that thing."""
+PLACE = "in the meadow"
 LONGEST_HISTORY = 24
 # the prompt, until it is edited, and whether it was
 FOLLOW = f"""(edited, prompt, ...queries) => {{
     const names = queries.map((query) => (query || "").trim()).filter((query) => query);
-    const things = names.map((name) => (/^[aeiou]/i.test(name) ? "an " : "a ") + name);
+    const things = names.map((name) => /^(an?|the|my|this|that|some|two|three) /i.test(name) ? name
+        : (/^[aeiou]/i.test(name) ? "an " : "a ") + name);
     const keep = Boolean(edited && (prompt || "").trim());
     return [keep ? prompt : (things.join(" and ") || "a thing") + " {PLACE}", keep];
 }}"""
@@ -99,7 +100,7 @@ class Page:
                     )
                     with gr.Tabs():
                         kinds = self._kinds()
-                    look = gr.Button("Show what the names and masks select", size="sm", elem_id="look")
+                    look = gr.Button("Show what is selected", size="sm", elem_id="look")
                     with gr.Row():
                         self.maps = [
                             gr.AnnotatedImage(
@@ -116,7 +117,7 @@ class Page:
                         interactive=False,
                         buttons=["download", "fullscreen"],
                         elem_id="history",
-                        elem_classes="thumbnails",
+                        elem_classes="small-images",
                     )
             for outputs, panels in kinds:
                 self._generating(outputs, [self.subjects, self.settings, *panels])
@@ -253,14 +254,24 @@ class Page:
         return list(zip(results, captions, strict=True)), script, str(bundle)
 
     def _report_texts(self, request: GenerationRequest) -> None:
-        """Says which texts are too long, and that a name is missing."""
+        """Says which texts are too long, and which names are missing, unknown or not in the prompt."""
         if "a thing" in request.prompt and not all(choice.query for choice in request.subjects):
-            gr.Info("Without a name, the prompt says “a thing”. The images are often better with a name.")
+            gr.Info(
+                "Without a name, the prompt says “a thing”. The images are often better if it says what the thing is."
+            )
+        kinds = self.studio.checkpoints.world().get("categories")
+        for name in [choice.query for choice in request.subjects if choice.query]:
+            if kinds and not any(kind in name.lower().split() for kind in kinds):
+                gr.Warning(f"This checkpoint does not know “{name:.40}”. It knows: {', '.join(kinds)}.")
+            elif name.lower() not in request.prompt.lower():
+                gr.Info(f"The prompt does not say “{name:.40}”. The images are better if it names the subject.")
         texts = {"prompt": request.prompt, "negative prompt": request.negative_prompt}
         texts |= {f"name of subject {number}": choice.query for number, choice in enumerate(request.subjects, 1)}
         for field, text in texts.items():
             if cut := self.studio.cut_end(text):
-                gr.Warning(f"The {field} is too long. Its end is not used: “{cut}”")
+                gr.Warning(
+                    f"The {field} is too long. Its end is not used: “{cut if len(cut) < 60 else cut[:60] + '…'}”"
+                )
 
     @messages()
     def _look(self, values: dict) -> dict:

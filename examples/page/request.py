@@ -6,6 +6,7 @@ from PIL import Image
 
 
 IMAGE, ALONG_EDGES, VIDEO = "image", "along_edges", "video"
+MASK_WEIGHT = 3.0  # with 1, the default of the pipeline, the image often shows another thing than the painted one
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,6 +20,11 @@ class SubjectChoice:
     mask: Image.Image | None = None
     scale: float = 1.0
     region: Image.Image | None = None
+
+    def selection(self) -> dict:
+        """Returns the query and the mask as arguments of the pipeline's methods."""
+        mask = {} if self.mask is None else {"mask": self.mask, "mask_weight": MASK_WEIGHT}
+        return {"query": self.query or None, **mask}
 
 
 @dataclass(frozen=True, eq=False)

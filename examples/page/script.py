@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from .checkpoints import Checkpoints
-from .request import ALONG_EDGES, IMAGE, VIDEO, GenerationRequest, SubjectChoice
+from .request import ALONG_EDGES, IMAGE, MASK_WEIGHT, VIDEO, GenerationRequest, SubjectChoice
 
 
 FRAMES_PER_SECOND = 8
@@ -102,7 +102,7 @@ def _subject(number: int, choice: SubjectChoice) -> str:
     if choice.query:
         arguments.append(f"query={text(choice.query)}")
     if choice.mask is not None:
-        arguments.append(f'mask=Image.open("subject_{number}_mask.png")')
+        arguments.append(f'mask=Image.open("subject_{number}_mask.png"), mask_weight={MASK_WEIGHT}')
     changes = f".scaled({choice.scale!r})"
     if choice.region is not None:
         changes += f'.inside(Image.open("subject_{number}_region.png"))'

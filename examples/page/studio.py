@@ -81,7 +81,7 @@ class Studio:
     def attention(self, choice: SubjectChoice) -> np.ndarray:
         """Returns where the query or the mask finds the subject, from 0 to 1 for each pixel of the reference image."""
         pipe = self.pipeline(IMAGE)
-        return pipe.subject_attention_map(choice.image, query=choice.query or None, mask=choice.mask).heat
+        return pipe.subject_attention_map(choice.image, **choice.selection()).heat
 
     def cut_end(self, text: str) -> str:
         """Returns the end of a prompt or query that the text encoder does not see, because it is too long."""
@@ -138,7 +138,7 @@ def encode(pipe: DiffusionPipeline, choices: tuple[SubjectChoice, ...]) -> Subje
     together = None
     for number, choice in enumerate(choices, start=1):
         try:
-            subject = pipe.encode_subject(choice.image, query=choice.query or None, mask=choice.mask)
+            subject = pipe.encode_subject(choice.image, **choice.selection())
         except ValueError as error:
             raise ValueError(f"Subject {number}: {error}") from error
         subject = subject.scaled(choice.scale)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import gradio as gr
@@ -52,10 +53,10 @@ class SubjectPanel:
                 interactive=False,
                 buttons=[],
                 elem_id=f"examples-{number}",
-                elem_classes="thumbnails",
+                elem_classes="small-images",
             )
         self.painting = gr.ImageEditor(
-            label="Paint over it (optional)",
+            label="Paint over the thing (optional)",
             visible=False,
             height=330,
             elem_id=f"painting-{number}",
@@ -64,11 +65,11 @@ class SubjectPanel:
         self.query = gr.Textbox(
             value="",
             label="Name of the subject",
-            info="What to take from the reference image, in a word. Better with a name, also if you paint over it",
+            info="The thing to take from the reference image, in a word. It can stay empty if you paint over the thing",
             max_lines=1,
             elem_id=f"query-{number}",
         )
-        with gr.Accordion("Scale and region", open=False, elem_id=f"place-{number}"):
+        with gr.Accordion("Scale, and region in the new image", open=False, elem_id=f"place-{number}"):
             self.scale = gr.Slider(
                 0,
                 1.5,
@@ -80,7 +81,7 @@ class SubjectPanel:
             )
             self.region = gr.ImageEditor(
                 value=empty_canvas(),
-                label="Region: paint where the subject can appear. Without paint, anywhere",
+                label="Paint where it can appear",
                 height=340,
                 elem_id=f"region-{number}",
                 **PAINT,
@@ -125,7 +126,7 @@ class SubjectPanel:
 
     def _show(self, image: Image.Image) -> tuple:
         painting = gr.ImageEditor(editor_value(canvas_for(image)), visible=True)
-        return image, painting, gr.Accordion("Another reference image", open=False)
+        return image, painting, gr.Accordion("Change the reference image", open=False)
 
     def _clear(self) -> tuple:
         return None, gr.ImageEditor(visible=False), gr.Accordion("Reference image", open=True), None
@@ -135,7 +136,8 @@ class SubjectPanel:
         return {} if kept is None else dict(zip(self.shown, self._show(from_text(kept)), strict=True))
 
     def attention(self, choice: SubjectChoice) -> gr.AnnotatedImage:
-        """Returns the gray reference image with the attention of the query and the mask over it."""
+        """Returns the gray reference image with the attention of the query and the mask over it. Also says if they show
+        different things."""
         canvas = canvas_for(choice.image).convert("L").point(lambda value: 90 + value * 0.6).convert("RGB")
         layers = []
         if choice.query:
@@ -144,6 +146,12 @@ class SubjectPanel:
             layers.append((heat, "attention of the name (faint: little, red: much)"))
         if choice.mask is not None:
             layers.append((np.asarray(choice.mask.resize(canvas.size)) / 255 * 0.6, "mask"))
+        if choice.query and choice.mask is not None:
+            heat = self.studio.attention(replace(choice, mask=None))
+            if heat[np.asarray(choice.mask) > 0].max() < heat.max() / 2:
+                gr.Warning(
+                    f"The name “{choice.query:.40}” does not seem to fit the painted thing: change or remove it."
+                )
         return gr.AnnotatedImage((canvas, layers), visible=True, label=f"Subject {self.number}")
 
 
@@ -172,8 +180,9 @@ class SubjectPanels:
 
 
 def _examples(folder: Path) -> list[tuple[str, str]]:
-    """Returns the reference images of a checkpoint, each with one of its queries."""
+    """Returns the reference images of a checkpoint, each with the query in the middle of its list."""
     listed = folder / "queries.json"
     if not listed.is_file():
         return []
-    return [(str(folder / name), queries[-1]) for name, queries in json.loads(listed.read_text()).items()]
+    found = json.loads(listed.read_text())
+    return [(str(folder / name), queries[len(queries) // 2]) for name, queries in found.items()]

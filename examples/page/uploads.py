@@ -29,7 +29,7 @@ def open_upload(path: str | Path) -> Image.Image:
             contains the file name.
     """
     name = Path(path).name
-    image = to_pil(open_image(path, name), name)
+    image = to_pil(open_image(Path(path).read_bytes(), name), name)  # errors do not show the server's path
     image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
     return image
 

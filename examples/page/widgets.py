@@ -42,17 +42,27 @@ CSS = """
     grid-template-columns: repeat(auto-fit, minmax(40%, 1fr)); grid-auto-rows: minmax(0, 1fr); padding-top: 28px;
 }
 .results .grid-wrap { overflow: hidden !important; box-sizing: border-box; }
-.results .gallery-item, .results .thumbnail-item { width: 100%; height: 100%; min-height: 0; aspect-ratio: auto; }
-.results .caption-label { max-width: 100%; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.results .gallery-item { width: 100%; height: 100%; min-height: 0; }
+.results .grid-container .thumbnail-item { width: 100%; height: 100%; min-height: 0; aspect-ratio: auto; }
+/* captions are below the images and not over them */
+.grid-container .thumbnail-item:has(.caption-label) { display: flex; flex-direction: column; }
+.grid-container .thumbnail-item:has(.caption-label) img { flex: 1; min-height: 0; width: 100%; object-fit: contain; }
+.grid-container .caption-label {
+    position: static; max-width: 100%; margin: 0; padding: 0 4px; border: 0; border-radius: 0; background: none;
+    overflow: hidden; text-align: center; text-overflow: ellipsis; white-space: nowrap;
+}
+/* the message of an error is shown at the top, and earlier results stay in view */
+.results .wrap:has(> .error) { display: none !important; }
 .dark [role=tab][aria-selected=true] { color: #c7d2fe; }
-#history .thumbnail-item .caption-label { display: none; }
+#history .grid-container .caption-label { display: none; }
 #history:has(.preview) { min-height: 360px; }
-.thumbnails .grid-wrap { height: auto; max-height: none; min-height: 0; overflow: hidden; }
-.thumbnails .grid-container { grid-template-columns: repeat(6, minmax(0, 1fr)); padding-top: 28px; }
-.thumbnails .grid-container { grid-auto-rows: min-content; height: auto; }
-.thumbnails .thumbnail-item { width: 100%; height: auto; aspect-ratio: 1; }
+.small-images .grid-wrap { height: auto; max-height: none; min-height: 0; overflow: hidden; }
+.small-images .grid-container { grid-template-columns: repeat(6, minmax(0, 1fr)); padding-top: 28px; }
+.small-images .grid-container { grid-auto-rows: min-content; height: auto; }
+.small-images .grid-container .thumbnail-item { width: 100%; height: auto; aspect-ratio: auto; }
+.small-images .grid-container .thumbnail-item img { aspect-ratio: 1; }
 @media (max-width: 767px) {
-    .thumbnails .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)); }
+    .small-images .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)); }
     .results { height: 300px !important; }
 }
 """
