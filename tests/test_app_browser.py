@@ -313,6 +313,11 @@ def test_painted_mask_and_painted_region(person, tmp_path, monkeypatch):
     assert 0.02 < mask.mean() < 0.4 and mask[:, :32].sum() > 20 * mask[:, 40:].sum()
     assert 0.01 < region.mean() < 0.4 and region[:, 256:].sum() > 20 * region[:, :256].sum()
 
+    anna.type("#query-1", "cat")
+    anna.click("#painting-1 button[aria-label='Clear canvas']")  # removes the subject
+    anna.wait("document.querySelector('#prompt textarea').value == 'a thing in the meadow'")
+    assert anna.value("#query-1") == ""
+
 
 def test_two_users_at_the_same_time_and_cancellation(page, person, monkeypatch):
     taken = []

@@ -92,7 +92,7 @@ class SubjectPanel:
         opened = file.upload(self._open, file, [*self.shown, self.kept], **HIDDEN)
         at_end(opened, lambda: None, None, file)  # another file can be uploaded
         opened.success(None, js=SHOW_RESULTS, **HIDDEN)
-        self.painting.clear(self._clear, None, [*self.shown, self.kept], **HIDDEN)
+        self.painting.clear(self._clear, None, [*self.shown, self.kept, self.query], **HIDDEN)
         self.query.submit(None, js=GENERATE, **HIDDEN)
 
     def read(self, values: dict) -> SubjectChoice | None:
@@ -129,7 +129,7 @@ class SubjectPanel:
         return image, painting, gr.Accordion("Change the reference image", open=False)
 
     def _clear(self) -> tuple:
-        return None, gr.ImageEditor(visible=False), gr.Accordion("Reference image", open=True), None
+        return None, gr.ImageEditor(visible=False), gr.Accordion("Reference image", open=True), None, ""
 
     def restore(self, kept: str | None) -> dict:
         """Returns the values of the components after a reload."""
