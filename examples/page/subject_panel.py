@@ -56,7 +56,7 @@ class SubjectPanel:
                 elem_classes="small-images",
             )
         self.painting = gr.ImageEditor(
-            label="Paint over the thing (optional)",
+            label="Paint over the thing",
             visible=False,
             height=330,
             elem_id=f"painting-{number}",
@@ -79,9 +79,12 @@ class SubjectPanel:
                 info=f"Usual: {args.scale:g}. A higher scale follows the reference more, and the prompt less",
                 elem_id=f"scale-{number}",
             )
+            gr.Markdown(
+                "The gray square is the new image: paint where this subject can appear. Without paint, anywhere."
+            )
             self.region = gr.ImageEditor(
                 value=empty_canvas(),
-                label="Paint where it can appear",
+                label="Region",
                 height=340,
                 elem_id=f"region-{number}",
                 **PAINT,
