@@ -15,7 +15,7 @@ from pathlib import Path
 from extras import is_installed
 
 from command_line import run_script
-from drawing import POCKET, call_arguments, load_pipeline, named, options, write_contact_sheet
+from drawing import MASK_WEIGHT, POCKET, call_arguments, load_pipeline, named, options, write_contact_sheet
 from PIL import Image
 
 
@@ -92,7 +92,7 @@ def generate_masked(pipe: DiffusionPipeline, args: argparse.Namespace) -> Row:
         if not (args.references / file.name).exists():
             continue  # the masks belong to the references of the checkpoint
         reference, mask = Image.open(args.references / file.name), Image.open(file)
-        subject = pipe.encode_subject(reference, mask=mask, mask_weight=3.0).scaled(args.scale)
+        subject = pipe.encode_subject(reference, mask=mask, mask_weight=MASK_WEIGHT).scaled(args.scale)
         image = pipe(f"a thing {args.places[-1]}", subject=subject, **call_arguments(args)).images[0]
         row += [("reference", reference), ("mask", mask.convert("RGB")), ("by mask", image)]
     return row

@@ -30,6 +30,7 @@ ZOOM = 2
 LARGEST = 512
 GAP = 12
 LABEL = 22
+MASK_WEIGHT = 3.0  # with 1, the default of the pipeline, the image often shows another thing than the one in the mask
 SD15_SETTINGS = {"num_inference_steps": 30, "guidance_scale": 7.5, "eta": 0.0, "scale": 0.65}
 
 

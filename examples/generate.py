@@ -23,6 +23,7 @@ from pathlib import Path
 from command_line import image_side, make_parser, output_folder, positive, run_script, seed, share
 from drawing import (
     DTYPES,
+    MASK_WEIGHT,
     POCKET,
     check_model,
     default_settings,
@@ -66,7 +67,7 @@ def parse_args() -> argparse.Namespace:
     add("--query", action=SubjectOption, help="the subject, in words, such as cat")
     add("--mask", action=SubjectOption, type=box_or_file, help=f"where the subject is in the reference image: {box}")
     add("--region", action=SubjectOption, type=box_or_file, help=f"where it may appear in the generated image: {box}")
-    add("--mask_weight", type=float, default=3.0, help="how strongly the attention is restricted to the masks")
+    add("--mask_weight", type=float, default=MASK_WEIGHT, help="how strongly the attention is restricted to the masks")
     add("--prompt", help="text that describes the image and names the subjects; default: the queries on the beach")
     add("--negative_prompt", help="text that describes what the image should not show")
     add("--checkpoint", default=str(POCKET), help="folder, repository or single file with the base model")

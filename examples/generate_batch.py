@@ -21,7 +21,7 @@ from pathlib import Path
 from extras import needs
 
 from command_line import image_side, make_parser, output_folder, positive, run_script, share
-from drawing import DTYPES, load_pipeline
+from drawing import DTYPES, MASK_WEIGHT, load_pipeline
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -34,6 +34,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=DTYPES, help="default: fp16 on a GPU, else fp32")
     add("--batch_size", type=positive, default=1, help="number of rows per batch")
     add("--scale", type=float, default=0.65, help="subject scale of rows without their own")
+    add("--mask_weight", type=float, default=MASK_WEIGHT, help="how strongly the attention is restricted to the masks")
     add("--negative_prompt", default="", help="negative prompt of rows without their own")
     add("--height", type=image_side, help="height in pixels, a multiple of 8; default: the base model's")
     add("--width", type=image_side, help="width in pixels, a multiple of 8; default: the base model's")
@@ -100,7 +101,7 @@ def name_files(rows: list[dict]) -> list[str | ValueError]:
 def _is_inside(file: str) -> bool:
     parts = file.split("/")
     # JSON can contain lone surrogates, which cannot be part of a file name
-    encodable = file.encode(errors="ignore").decode() == file and "\0" not in file
+    encodable = not any("\ud800" <= letter <= "\udfff" or letter == "\0" for letter in file)
     return encodable and not {"", ".", ".."} & set(parts) and all(len(part.encode()) < 256 for part in parts)
 
 
@@ -133,7 +134,7 @@ def read_row(pipe: StableDiffusionSSRPipeline, row: dict, args: argparse.Namespa
     return {
         "prompt": texts["prompt"],
         "negative_prompt": texts["negative_prompt"] or args.negative_prompt,
-        "subject": pipe.encode_subject(image, texts["query"], mask).scaled(scale),
+        "subject": pipe.encode_subject(image, texts["query"], mask, args.mask_weight if mask else 1.0).scaled(scale),
         "generator": torch.Generator().manual_seed(int(seed)),
     }
 
@@ -232,10 +233,9 @@ def finish(folder: Path, rows: list[dict], files: list, errors: dict[int, str]) 
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_file(folder / "manifest.jsonl") as partial, open(partial, "w", encoding="utf-8") as manifest:
         for index, row in enumerate(rows):
-            failed = index in errors
-            result = (
-                {"status": "failed", "error": errors[index]} if failed else {"status": "done", "file": files[index]}
-            )
+            result = {"status": "done", "file": files[index]}
+            if index in errors:
+                result = {"status": "failed", "error": errors[index]}
             manifest.write(json.dumps({"row": index, **row, **result}) + "\n")
     print(f"{len(rows) - len(errors)} of {len(rows)} images are in {folder}")
     return "\n".join(f"row {index}: {errors[index]}" for index in sorted(errors)) or None

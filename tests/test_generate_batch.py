@@ -20,6 +20,7 @@ from accelerate import PartialState
 from conftest import ROOT, make_components, make_picture, make_ssr_components
 from diffusers import StableDiffusionPipeline
 from diffusers_ssr import StableDiffusionSSRPipeline
+from page.request import SubjectChoice
 from PIL import Image
 
 
@@ -198,6 +199,22 @@ def test_only_missing_and_changed_images_are_generated_again(models, table, tmp_
     assert run() == ["a cat on the beach"]
     assert not np.array_equal(images(out)["a/first.png"], first["a/first.png"])
     assert len(run(guidance_scale=2.0)) == 3
+
+
+@pytest.mark.parametrize("options, row, weight", [({}, 3, 3.0), ({"mask_weight": 2}, 3, 2.0), ({}, 0, 1.0)])
+def test_masks_have_the_weight_of_the_other_scripts(models, table, tmp_path, options, row, weight):
+    """The weight of 1 without a mask is the default of the pipeline, which accepts no other one."""
+    given = []
+
+    class Pipe:
+        def encode_subject(self, image, query, mask, mask_weight):
+            given.append(mask_weight)
+            return SimpleNamespace(scaled=lambda scale: None)
+
+    args = generate_batch.parse_args(arguments(models, table, tmp_path / "out", **options))
+    generate_batch.read_row(Pipe(), ROWS[row], args)
+    assert given == [weight]
+    assert SubjectChoice(Image.new("L", (8, 8)), mask=Image.new("L", (8, 8))).selection()["mask_weight"] == 3.0
 
 
 @pytest.fixture

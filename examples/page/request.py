@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
+from drawing import MASK_WEIGHT
 from PIL import Image
 
 
 IMAGE, ALONG_EDGES, VIDEO = "image", "along_edges", "video"
-MASK_WEIGHT = 3.0  # with 1, the default of the pipeline, the image often shows another thing than the painted one
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,10 +5,11 @@ import zipfile
 from pathlib import Path
 
 import torch
+from drawing import MASK_WEIGHT
 from PIL import Image
 
 from .checkpoints import Checkpoints
-from .request import ALONG_EDGES, IMAGE, MASK_WEIGHT, VIDEO, GenerationRequest, SubjectChoice
+from .request import ALONG_EDGES, IMAGE, VIDEO, GenerationRequest, SubjectChoice
 
 
 FRAMES_PER_SECOND = 8
